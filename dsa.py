@@ -1,0 +1,1411 @@
+# SPDX-License-Identifier: MIT
+# dsa.py 0.1.0.  Copy this file into any project.
+"""DeepSeek Sparse Attention, in NumPy.
+
+    I[t,s] = sum_j weights[t,j] * relu(index_q[t,j] . index_k[s])         (1)  index_scores
+    S[t]   = the top_k keys of row t by I, ties to the lowest index        (2)  select_topk
+    out[t] = softmax over S[t] of (scale * q[t] . k[s])  @  v[s]           (3)  sparse_attention
+
+A cheap indexer (1) scores every earlier token for each query, the best top_k are kept (2), and exact
+attention runs over only those (3). The cost of attention falls from T*S to T*top_k, and as top_k reaches S
+the result is dense attention. The paper: "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models".
+
+Axes     ... any number of batch axes, also none   T queries   S keys   K = min(top_k, S) kept keys
+         H query heads   G key/value heads: query head h reads group h // (H / G), G = 1 is multi-query
+         D query/key width   Dv value width   J index heads   E index width
+Windows  k_start, k_end: integers [..., T]. Query t may see the keys s with k_start[t] <= s < k_end[t]; by
+         default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1. This one pair says
+         causality, padding, packed sequences, chunked prefill and decode.
+Indices  kept keys ascending, then -1. A query without keys has out 0 and lse -inf, and merges as nothing.
+Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64. `out` has the dtype of q.
+Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
+         that does not exist. Each names the argument, its value and what was expected, and changes nothing.
+
+Not here yet: the V3.2 layer, fp8, CUDA kernels, training of the indexer, sequences sharded over machines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import numbers
+import operator
+import os
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__version__ = "0.1.0"
+
+# ----------------------------------------------------------------------------------------------------------
+# 1. Arrays: how they are checked, and the threads that work on them
+# ----------------------------------------------------------------------------------------------------------
+
+KEY_TILE = (
+    512  # keys that are multiplied at a time, with about as many rows: 1 MB of float32, for an L2 cache
+)
+ROW_BUFFER = 2**22  # scores of a block of queries that are held at a time
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+NUMPY = "a numpy.ndarray"
+
+
+def _expect(ok, name, value, expected, error=ValueError):
+    if not ok:
+        raise error(f"{name} is {value}, expected {expected}")
+
+
+def _dims(**arrays):
+    """Check q=(q, "... T H D"), ... against each other -> the size of each axis; "..." is the batch shape."""
+    n: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for name, (x, axes) in arrays.items():
+        _expect(
+            isinstance(x, np.ndarray), name, f"a {type(x).__module__}.{type(x).__name__}", NUMPY, TypeError
+        )
+        _expect(x.dtype.name in FLOATS, name, f"of dtype {x.dtype}", f"one of {FLOATS}", TypeError)
+        batch, last = axes.startswith("..."), axes.replace("...", "").split()
+        lead = x.ndim - len(last)
+        _expect(
+            lead == 0 or (lead > 0 and batch),
+            name,
+            f"of shape {x.shape}",
+            f"axes [{', '.join(axes.split())}]",
+        )
+        for axis, size in zip(["..."] * batch + last, [x.shape[:lead]] * batch + list(x.shape[lead:])):
+            if n.setdefault(axis, size) != size:
+                raise ValueError(f"{name} has {axis} = {size}, but {owner[axis]} has {axis} = {n[axis]}")
+            owner.setdefault(axis, name)
+    if "H" in n and "G" in n:
+        _expect(n["G"] and n["H"] % n["G"] == 0, "G", f"{n['G']} in k", f"a divisor of H = {n['H']} in q")
+    return n
+
+
+def _accumulator(*arrays):
+    return np.dtype(np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32)
+
+
+def _check_integers(name, x):
+    _expect(isinstance(x, np.ndarray), name, f"a {type(x).__name__}", f"{NUMPY} of integers", TypeError)
+    _expect(x.dtype.kind in "iu", name, f"of dtype {x.dtype}", "integers", TypeError)
+
+
+def _check_indices(name, indices, n):
+    _check_integers(name, indices)
+    shape = (*n["..."], n["T"])
+    _expect(indices.shape[:-1] == shape, name, f"of shape {indices.shape}", f"{(*shape, 'K')}")
+    for key in (indices.min(), indices.max()) if indices.size else ():
+        _expect(-1 <= key < n["S"], f"a key in {name}", key, f"-1 or a key in [0, {n['S']})", IndexError)
+
+
+def _integer(name, value, least):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, expected an integer") from None
+    _expect(number >= least, name, number, f"at least {least}")
+    return number
+
+
+def _quota(top_k, local_window, num_sink_tokens):
+    forced = (_integer("local_window", local_window, 0), _integer("num_sink_tokens", num_sink_tokens, 0))
+    top_k = _integer("top_k", top_k, 1)
+    _expect(
+        sum(forced) <= top_k,
+        "local_window + num_sink_tokens",
+        " + ".join(map(str, forced)),
+        f"at most top_k = {top_k}",
+    )
+    return (top_k, *forced)
+
+
+_num_threads: int | None = None
+_blas_lock = threading.Lock()
+_blas_users: list[Any] = []  # one entry for each call under way; the first can give BLAS its threads back
+
+
+def set_num_threads(n):
+    """Work on blocks of queries with n threads, by default (None) one per CPU. No bit of a result changes."""
+    global _num_threads
+    _num_threads = None if n is None else _integer("n", n, 1)
+
+
+def get_num_threads():
+    """The number of threads that work on blocks of queries.
+
+    >>> set_num_threads(2); get_num_threads()
+    2
+    >>> set_num_threads(None)
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if _num_threads is None else _num_threads
+
+
+@functools.cache
+def _blas():
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()
+
+
+@contextlib.contextmanager
+def _one_blas_thread():
+    """Hold BLAS to one thread, as its threads and ours would fight for the cores; yields if that worked."""
+    if (blas := _blas()) is None:
+        yield False
+        return
+    with _blas_lock:
+        _blas_users.append(None if _blas_users else blas.limit(limits=1, user_api="blas"))
+    try:
+        yield True
+    finally:
+        with _blas_lock:
+            if len(_blas_users) == 1:
+                _blas_users[0].restore_original_limits()
+            _blas_users.pop()
+
+
+def _for_blocks(batch, num_queries, block, work):
+    """Call work(b, t0, t1) for each batch entry b and block of queries, whatever the number of threads."""
+
+    def run(job):
+        with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
+            work(job[0], job[1], min(job[1] + block, num_queries))
+
+    jobs = [(b, t) for b in np.ndindex(*batch) for t in range(0, num_queries, block)]
+    with _one_blas_thread() as alone:
+        threads = min(get_num_threads(), len(jobs)) if alone else 1
+        if threads <= 1:
+            for job in jobs:
+                run(job)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, jobs))  # list: an error in a thread is raised here
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2. Windows: which keys a query may see
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _windows(n, k_start, k_end):
+    """k_start and k_end as int64 [..., T], clipped to the real keys, with the causal default filled in."""
+    shape = (*n["..."], n["T"])
+    causal = np.arange(n["T"]) + (n["S"] - n["T"] + 1)
+    windows = []
+    for name, w, default in (("k_start", k_start, np.zeros_like(causal)), ("k_end", k_end, causal)):
+        w = default if w is None else w
+        _check_integers(name, w)
+        lead = w.shape[:-1]
+        fits = w.ndim and w.shape[-1] == n["T"] and len(lead) <= len(n["..."])
+        fits = fits and all(a in (1, b) for a, b in zip(lead[::-1], n["..."][::-1]))
+        _expect(fits, name, f"of shape {w.shape}", f"{shape}")
+        w = np.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max))).astype(np.int64)
+        windows.append(np.broadcast_to(np.maximum(w, 0), shape))
+    return tuple(windows)
+
+
+def _span(start, end):
+    """The range of keys that a block of windows touches; (0, 0) if they are all empty."""
+    seen = start < end
+    return (int(start[seen].min()), int(end[seen].max())) if seen.any() else (0, 0)
+
+
+def padded_window(lengths, num_queries):
+    """Causal windows of a right-padded batch: lengths [B] -> k_start, k_end [B, T]; padding sees nothing.
+
+    >>> padded_window(np.array([3, 1]), 3)[1].tolist()
+    [[1, 2, 3], [1, 0, 0]]
+    """
+    t = np.arange(_integer("num_queries", num_queries, 0))
+    end = np.where(t < _lengths(lengths, most=len(t))[:, None], t + 1, 0)
+    return np.zeros_like(end), end
+
+
+def packed_window(lengths):
+    """Causal windows of sequences laid end to end: lengths [B] -> k_start, k_end [sum of lengths].
+
+    >>> [w.tolist() for w in packed_window(np.array([3, 2]))]
+    [[0, 0, 0, 3, 3], [1, 2, 3, 4, 5]]
+    """
+    lengths = _lengths(lengths)
+    return np.repeat(np.cumsum(lengths) - lengths, lengths), np.arange(lengths.sum()) + 1
+
+
+def pad_batch(sequences, multiple=64):
+    """Right-pad arrays [T_i, ...] with zeros to one [B, T, ...], T a multiple of `multiple`; and lengths [B].
+
+    >>> padded, lengths = pad_batch([np.ones(3), np.ones(1)], multiple=4)
+    >>> padded.tolist(), lengths.tolist()
+    ([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [3, 1])
+    """
+    multiple = _integer("multiple", multiple, 1)
+    _expect(len(sequences), "sequences", "empty", "at least one array")
+    for i, x in enumerate(sequences):
+        _dims(**{f"sequences[{i}]": (x, "...")})
+        like = x.ndim > 0 and (x.shape[1:], x.dtype) == (sequences[0].shape[1:], sequences[0].dtype)
+        _expect(like, f"sequences[{i}]", f"{x.dtype} of shape {x.shape}", f"[T_i, *{sequences[0].shape[1:]}]")
+    lengths = np.array([len(x) for x in sequences])
+    longest = -(-int(lengths.max()) // multiple) * multiple
+    padded = np.zeros((len(sequences), longest, *sequences[0].shape[1:]), sequences[0].dtype)
+    for row, x in zip(padded, sequences):
+        row[: len(x)] = x
+    return padded, lengths
+
+
+def _lengths(lengths, batch=None, most=None):
+    """lengths as int64 [B], each at least 0 and at most `most`."""
+    lengths = np.asarray(lengths)
+    _check_integers("lengths", lengths)
+    fits = lengths.ndim == 1 and batch in (None, len(lengths))
+    _expect(fits, "lengths", f"of shape {lengths.shape}", "[B]" if batch is None else f"{(batch,)}")
+    fits = (lengths >= 0).all() and (most is None or (lengths <= most).all())
+    _expect(fits, "lengths", lengths.tolist(), "0 or more" if most is None else f"0 to {most}")
+    return lengths.astype(np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. The lightning indexer, equation (1)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
+    """Equation (1), the relevance of every key to every query (V3.2 report, eq. 1). There is no hidden scale.
+
+    index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] of either sign
+    -> scores [..., T, S], float32 (float64 for float64 input), -inf outside the window
+
+    >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
+    >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
+    array([[2. , 1.5]])
+    """
+    n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    scores = np.full((*n["..."], n["T"], n["S"]), -np.inf, _accumulator(index_q, index_k, weights))
+
+    def work(b, t0, t1):
+        start, end = windows[0][b][t0:t1], windows[1][b][t0:t1]
+        lo, hi = _span(start, end)
+        found = _score_block(index_q[b][t0:t1], index_k[b], weights[b][t0:t1], lo, hi)
+        s = np.arange(lo, hi)
+        np.copyto(scores[b][t0:t1, lo:hi], found, where=(s >= start[:, None]) & (s < end[:, None]))
+
+    _for_blocks(n["..."], n["T"], _score_rows(n), work)
+    return scores
+
+
+def _index_dims(index_q, index_k, weights, k_start, k_end):
+    n = _dims(index_q=(index_q, "... T J E"), index_k=(index_k, "... S E"), weights=(weights, "... T J"))
+    return n, _windows(n, k_start, k_end)
+
+
+def _score_rows(n):
+    """How many queries to score at a time."""
+    return max(1, min(64, KEY_TILE // max(1, n["J"]), ROW_BUFFER // max(1, n["S"])))
+
+
+def _score_block(index_q, index_k, weights, lo, hi):
+    """Equation (1) for a block of queries [T, J, E] and the keys lo..hi of index_k [S, E] -> [T, hi - lo].
+
+    The order in which BLAS adds up a product may depend on the shape of the call and on the place in it. So
+    all calls are alike, one query by KEY_TILE keys from a multiple of KEY_TILE on, and a score has the same
+    bits in any batch, block or chunk.
+    """
+    dtype = _accumulator(index_q, index_k, weights)
+    T, J, E = index_q.shape
+    first, last = lo - lo % KEY_TILE, -(-hi // KEY_TILE) * KEY_TILE
+    q, w = (
+        index_q.astype(dtype, order="C"),
+        weights.astype(dtype, order="C")[:, None, :],
+    )  # [T, J, E], [T, 1, J]
+    keys, zero = np.zeros((E, KEY_TILE), dtype), np.zeros(KEY_TILE, dtype)
+    r, scores = np.empty((T, J, KEY_TILE), dtype), np.empty((T, 1, last - first), dtype)
+    for s in range(first, last, KEY_TILE):
+        tile = index_k[s : s + KEY_TILE]
+        keys[:, : len(tile)] = tile.T
+        np.matmul(q, keys, out=r)  # [T, J, KEY_TILE]
+        np.maximum(r, zero, out=r)  # four times as fast as with the scalar 0
+        np.matmul(w, r, out=scores[:, :, s - first : s - first + KEY_TILE])  # [T, 1, KEY_TILE]            (1)
+    return scores[:, 0, lo - first : hi - first]
+
+
+class Explanation(NamedTuple):
+    """Why a query kept a key or not, see explain."""
+
+    contributions: Any  # [J], what each index head adds to the score
+    score: float
+    rank: int  # 0 is the first in the order (-score, index): a plain top_k keeps the key if top_k > rank
+    num_visible: int
+
+
+def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
+    """What each head adds to the score of key s for query t, and the key's rank among those that t sees.
+
+    index_q [T, J, E], index_k [S, E], weights [T, J] -> Explanation. ValueError where t does not see s.
+
+    >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
+    >>> explain(q, k, w, 0, 1)
+    Explanation(contributions=array([0. , 1.5]), score=1.5, rank=1, num_visible=2)
+    """
+    n, (start, end) = _index_dims(index_q, index_k, weights, k_start, k_end)
+    _expect(n["..."] == (), "index_q", f"of shape {index_q.shape}", "[T, J, E] without batch axes")
+    t, s = _integer("t", t, 0), _integer("s", s, 0)
+    _expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
+    _expect(start[t] <= s < end[t], "s", s, f"a key in the window [{start[t]}, {end[t]}) of query {t}")
+    row = slice(t, t + 1)
+    x = index_scores(index_q[row], index_k, weights[row], k_start=start[row], k_end=end[row])[0]  # [S]
+    parts = weights[t] * np.maximum(index_q[t].astype(x.dtype) @ index_k[s].astype(x.dtype), 0)  # [J]
+    rank = int((x > x[s]).sum() + (x[:s] == x[s]).sum())
+    return Explanation(parts, float(x[s]), rank, int(end[t] - start[t]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 4. Selection, equation (2), and every selector
+# ----------------------------------------------------------------------------------------------------------
+
+
+def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None):
+    """Equation (2): of each row's visible keys, the first top_k in the order (-score, index).
+
+    scores [..., T, S]. Without windows every score above -inf is visible; -inf is never selected.
+    The last local_window and the first num_sink_tokens visible keys are always kept, and count towards top_k.
+    -> indices [..., T, K] int32: kept keys ascending, then -1. ValueError for NaN inside a window.
+
+    >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, -np.inf]]), 2)
+    array([[0, 2],
+           [0, 1]], dtype=int32)
+    >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0]]), 2, local_window=1)
+    array([[0, 3]], dtype=int32)
+    """
+    n = _dims(scores=(scores, "... T S"))
+    if k_start is None and k_end is None:
+        k_end = np.full(n["T"], n["S"])
+    windows = _windows(n, k_start, k_end)
+
+    def score(b, t0, t1, lo, hi):
+        return scores[b][t0:t1, lo:hi].astype(_accumulator(scores), copy=False)
+
+    quota = _quota(top_k, local_window, num_sink_tokens)
+    return _select(n, quota, _scored_rows(windows, score), block=64)
+
+
+def lightning_select(
+    index_q, index_k, weights, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
+):
+    """select_topk(index_scores(...)) without ever holding [T, S] scores: (1) and (2), a block at a time.
+
+    index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> indices [..., T, K] int32
+    """
+    n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    quota = _quota(top_k, local_window, num_sink_tokens)
+    return _select(n, quota, _lightning_rows(index_q, index_k, weights, windows), block=_score_rows(n))
+
+
+def _lightning_rows(index_q, index_k, weights, windows):
+    def score(b, t0, t1, lo, hi):
+        return _score_block(index_q[b][t0:t1], index_k[b], weights[b][t0:t1], lo, hi)
+
+    return _scored_rows(windows, score)
+
+
+def _scored_rows(windows, score):
+    """rows for _select from score(b, t0, t1, lo, hi) -> [t1 - t0, hi - lo], the scores of a range of keys."""
+
+    def rows(b, t0, t1):
+        start, end = windows[0][b][t0:t1], windows[1][b][t0:t1]
+        lo, hi = _span(start, end)
+        for x, a, z in zip(score(b, t0, t1, lo, hi), start.tolist(), end.tolist()):
+            yield a, x[a - lo : z - lo] if a < z else x[:0]
+
+    return rows
+
+
+def _select(n, quota, rows, *, block):
+    """Select for every query -> indices [..., T, K]. quota = (top_k, local_window, num_sink_tokens).
+
+    rows(b, t0, t1) yields each query's keys, the first of a range or an ascending array, and their scores.
+    """
+    indices = np.full((*n["..."], n["T"], min(quota[0], n["S"])), -1, np.int32)
+
+    def work(b, t0, t1):
+        for t, (keys, x) in enumerate(rows(b, t0, t1), t0):
+            low = x.min(initial=np.inf)
+            _expect(not np.isnan(low), f"a score in the window of query {(*b, t)}", "NaN", "a number")
+            seen = np.flatnonzero(x > -np.inf) if low == -np.inf else None
+            best = _top_k(x, *quota) if seen is None else seen[_top_k(x[seen], *quota)]
+            indices[b][t, : len(best)] = keys + best if isinstance(keys, int) else keys[best]
+
+    _for_blocks(n["..."], n["T"], block, work)
+    return indices
+
+
+def _top_k(x, top_k, local_window=0, num_sink_tokens=0):
+    """Equation (2) for one row of visible scores x -> positions, ascending."""
+    if len(x) <= top_k:
+        return np.arange(len(x))
+    if local_window or num_sink_tokens:
+        a, z = num_sink_tokens, len(x) - local_window
+        best = _top_k(x[a:z], top_k - local_window - num_sink_tokens) + a
+        return np.concatenate([np.arange(a), best, np.arange(z, len(x))])
+    if top_k == 0:
+        return np.arange(0)
+    # Every 16th score gives a threshold that somewhat more than top_k scores should reach; only those go on.
+    # Where fewer than top_k reach it, all go on: the rest is exact either way.
+    keys, m = None, top_k // 16 + math.isqrt(top_k) + 4
+    if 32 * m < len(x):
+        sample = x[::16]
+        keys = np.flatnonzero(x >= np.partition(sample, len(sample) - m)[len(sample) - m])
+        keys = keys if len(keys) >= top_k else None
+        x = x if keys is None else x[keys]
+    kth = np.partition(x, len(x) - top_k)[len(x) - top_k]
+    best = x > kth
+    best[np.flatnonzero(x == kth)[: top_k - np.count_nonzero(best)]] = True  # ties to the lowest index
+    return np.flatnonzero(best) if keys is None else keys[best]
+
+
+def predictive_select(
+    index_q, index_k, weights, top_k, candidates,
+    *, widen=0, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
+):  # fmt: skip
+    """lightning_select that scores only candidates [..., T, C], such as the indices of the previous layer.
+
+    Each candidate brings `widen` neighbours on both sides; window and sink tokens are always among them.
+    T*C scores instead of T*S. Equal to lightning_select where the candidates hold every visible key.
+    """
+    n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    _check_indices("candidates", candidates, n)
+    offsets = np.arange(-_integer("widen", widen, 0), widen + 1)
+    quota = _quota(top_k, local_window, num_sink_tokens)
+
+    def near(b, t, start, end):
+        keys = candidates[b][t].astype(np.int64)
+        return (keys[keys >= 0, None] + offsets).ravel()
+
+    return _select(n, quota, _near_rows(index_q, index_k, weights, windows, quota, near), block=64)
+
+
+def _near_rows(index_q, index_k, weights, windows, quota, near):
+    """rows for _select that score, by (1), only near(b, t, start, end) and the window and sink tokens."""
+
+    def rows(b, t0, t1):
+        for t in range(t0, t1):
+            start, end = int(windows[0][b][t]), int(windows[1][b][t])
+            last, first = np.arange(end - quota[1], end), np.arange(start, start + quota[2])
+            keys = np.unique(np.concatenate([near(b, t, start, end), last, first]))
+            keys = keys[(keys >= start) & (keys < end)]
+            row = slice(t, t + 1)
+            yield keys, _score_block(index_q[b][row], index_k[b][keys], weights[b][row], 0, len(keys))[0]
+
+    return rows
+
+
+# Every selector has one signature, takes what it needs and returns what lightning_select returns, so that all
+# can be compared at equal K; with local_window > 0 each is a hybrid of that window and itself. A selector is
+# written as kind(args, **options) -> rows for _select, out of the checked arguments.
+
+
+def _selector(kind):
+    """The public selector of a kind."""
+
+    def select(
+        q, k, top_k,
+        *, index_q=None, index_k=None, weights=None,
+        local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
+    ):  # fmt: skip
+        n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
+        windows, quota = _windows(n, k_start, k_end), _quota(top_k, local_window, num_sink_tokens)
+        block = max(1, min(64, ROW_BUFFER // max(1, n["S"] * n["H"])))
+        indexer = (index_q, index_k, weights)
+        args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
+        with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
+            rows = kind(args, **options)
+        return _select(n, quota, rows, block=block)
+
+    select.__doc__ = f"{kind.__doc__}\n\n    The options follow the common arguments, see SELECTORS."
+    select.__name__ = select.__qualname__ = kind.__name__[1:]
+    return select
+
+
+def _check_indexer(q, k, index_q, index_k, weights):
+    return _dims(
+        q=(q, "... T H D"), k=(k, "... S G D"),
+        index_q=(index_q, "... T J E"), index_k=(index_k, "... S E"), weights=(weights, "... T J"),
+    )  # fmt: skip
+
+
+def _summed_heads(args):
+    """q [..., T, G, D] and k [..., S, G, D] in which a dot product is the sum of all heads' logits."""
+    n = args.n
+    q = args.q.reshape(*n["..."], n["T"], n["G"], n["H"] // n["G"], n["D"]).sum(
+        -2, dtype=_accumulator(args.q, args.k)
+    )
+    return q, args.k.astype(q.dtype)
+
+
+def _flat(x):
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
+def _lightning(args):
+    """Equations (1) and (2), as lightning_select."""
+    _check_indexer(args.q, args.k, *args.indexer)
+    index_q, index_k, weights = args.indexer
+    return _lightning_rows(index_q, index_k, weights, args.windows)
+
+
+def _hierarchical(args, block=64, oversample=4):
+    """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
+
+    The first and the last visible block are always in, since they may be visible only in part.
+    """
+    n = _check_indexer(args.q, args.k, *args.indexer)
+    index_q, index_k, weights = args.indexer
+    block, keys = _integer("block", block, 1), _integer("oversample", oversample, 1) * args.quota[0]
+    firsts = np.arange(0, n["S"], block)
+    dtype = _accumulator(index_k)
+    sizes = np.diff(firsts, append=n["S"])[:, None].astype(dtype)
+    pooled = np.add.reduceat(index_k, firsts, axis=-2, dtype=dtype) / sizes  # [..., S/block, E]
+
+    def near(b, t, start, end):
+        lo, hi = start // block, -(-end // block)
+        if start >= end:
+            return firsts[:0]
+        x = _score_block(index_q[b][t : t + 1], pooled[b], weights[b][t : t + 1], lo, hi)[0]
+        x[[0, -1]] = 0  # what stands there may be invisible, even NaN
+        _expect(not np.isnan(x).any(), f"a score in the window of query {(*b, t)}", "NaN", "a number")
+        best = lo + _top_k(x, -(-keys // block) + 2, local_window=1, num_sink_tokens=1)
+        return (best[:, None] * block + np.arange(block)).ravel()
+
+    return _near_rows(index_q, index_k, weights, args.windows, args.quota, near)
+
+
+def _approximate(args, dim=64, seed=0, projection=None):
+    """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
+    n = args.n
+    if projection is None:
+        projection = np.random.default_rng(_integer("seed", seed, 0)).standard_normal(
+            (n["D"], _integer("dim", dim, 1))
+        )
+    _dims(k=(args.k, "... S G D"), projection=(projection, "D R"))
+    q, k = (
+        _flat(x @ projection.astype(x.dtype)) for x in _summed_heads(args)
+    )  # [..., T, G*R], [..., S, G*R]
+    return _scored_rows(args.windows, lambda b, t0, t1, lo, hi: q[b][t0:t1] @ k[b][lo:hi].T)
+
+
+def _lsh(args, bits=64, oversample=4, seed=0):
+    """Random hyperplanes: the oversample * top_k keys nearest in Hamming distance, then by their logits."""
+    q, k = map(_flat, _summed_heads(args))  # [..., T, G*D], [..., S, G*D]
+    rng, bits = np.random.default_rng(_integer("seed", seed, 0)), _integer("bits", bits, 1)
+    planes = rng.standard_normal((q.shape[-1], bits), np.float32)
+    sign_q, sign_k = (np.where(x @ planes >= 0, 1, -1).astype(np.float32) for x in (q, k))
+    many = _integer("oversample", oversample, 1) * args.quota[0]
+
+    def score(b, t0, t1, lo, hi):
+        x = q[b][t0:t1] @ k[b][lo:hi].T
+        agree = sign_q[b][t0:t1] @ sign_k[b][lo:hi].T  # bits - 2 * Hamming distance
+        for t, (start, end) in enumerate(zip(args.windows[0][b][t0:t1] - lo, args.windows[1][b][t0:t1] - lo)):
+            if start < end:
+                far = np.ones(end - start, bool)
+                far[_top_k(agree[t, start:end], many)] = False
+                far &= ~np.isnan(x[t, start:end])  # which is an error, and not to be hidden
+                x[t, start:end][far] = np.finfo(x.dtype).min  # seen, but behind every candidate
+        return x
+
+    return _scored_rows(args.windows, score)
+
+
+def _learned(args, mlp=None, hidden=16, seed=0):
+    """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
+
+    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of `hidden` units.
+    """
+    q, k = map(_flat, _summed_heads(args))  # [..., T, G*D], [..., S, G*D]
+    if mlp is None:
+        rng, F = np.random.default_rng(_integer("seed", seed, 0)), _integer("hidden", hidden, 1)
+        width = q.shape[-1]
+        mlp = [rng.standard_normal(shape) for shape in ((F, width), (F, width), F, F)]
+    w_q, w_k, bias, w_out = mlp
+    _dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(bias, "F"), w_out=(w_out, "F"))
+    hidden_q = q @ w_q.T.astype(q.dtype) + bias.astype(q.dtype)  # [..., T, F]
+    hidden_k = k @ w_k.T.astype(k.dtype)  # [..., S, F]
+
+    def score(b, t0, t1, lo, hi):
+        x = np.zeros((t1 - t0, hi - lo), q.dtype)
+        for f, weight in enumerate(w_out.tolist()):
+            x += weight * np.maximum(hidden_q[b][t0:t1, f, None] + hidden_k[b][lo:hi, f], 0)
+        return x
+
+    return _scored_rows(args.windows, score)
+
+
+def _pattern(args, order):
+    """A static pattern: order(start [T, 1], end [T, 1], keys) -> scores [T, keys]."""
+
+    def score(b, t0, t1, lo, hi):
+        start, end = args.windows[0][b][t0:t1, None], args.windows[1][b][t0:t1, None]
+        x = order(start, end, np.arange(lo, hi)).astype(np.float64)
+        return np.broadcast_to(x, (t1 - t0, hi - lo))
+
+    return _scored_rows(args.windows, score)
+
+
+def _window(args):
+    """The last top_k keys."""
+    return _pattern(args, lambda start, end, s: s)
+
+
+def _strided(args):
+    """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
+    return _pattern(
+        args, lambda start, end, s: -((end - 1 - s) % np.maximum(1, -(-(end - start) // args.quota[0])))
+    )
+
+
+def _global(args):
+    """The first top_k keys, as global tokens that every query sees."""
+    return _pattern(args, lambda start, end, s: -s)
+
+
+def _random(args, seed=0):
+    """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
+    seed = np.random.default_rng(_integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
+
+    def order(start, end, s):
+        x = ((end - start).astype(np.uint64) << np.uint64(32)) + (s - start).astype(np.uint64)
+        x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        return x >> np.uint64(11)
+
+    return _pattern(args, order)
+
+
+def _oracle(args, scale=None):
+    """The keys of largest attention mass over all heads: as much as one set for all heads can capture."""
+    n, dtype = args.n, _accumulator(args.q, args.k)
+    scale = _scale(n, scale)
+
+    def score(b, t0, t1, lo, hi):
+        s = np.arange(lo, hi)
+        sees = (s >= args.windows[0][b][t0:t1, None]) & (s < args.windows[1][b][t0:t1, None])  # [T, S]
+        keys = args.k[b][lo:hi].astype(dtype).transpose(1, 2, 0)  # [G, D, S]
+        x = _group_rows(args.q[b][t0:t1], n["G"], scale, dtype) @ keys
+        x = np.where(sees[:, None], x.reshape(n["G"], t1 - t0, n["H"] // n["G"], hi - lo), -np.inf)
+        p = np.exp2(x - x.max(-1, keepdims=True, initial=np.finfo(dtype).min))
+        return (p / np.maximum(p.sum(-1, keepdims=True), np.finfo(dtype).tiny)).sum((0, 2))
+
+    return _scored_rows(args.windows, score)
+
+
+SELECTORS = {
+    "lightning": _selector(_lightning),
+    "approximate": _selector(_approximate),  # options: dim, seed, projection
+    "lsh": _selector(_lsh),  # bits, oversample, seed
+    "learned": _selector(_learned),  # mlp, hidden, seed
+    "hierarchical": _selector(_hierarchical),  # block, oversample
+    "window": _selector(_window),
+    "strided": _selector(_strided),
+    "global": _selector(_global),
+    "random": _selector(_random),  # seed
+    "oracle": _selector(_oracle),  # scale
+}
+
+# ----------------------------------------------------------------------------------------------------------
+# 5. Attention, equation (3)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
+    """Attention over every visible key, a tile at a time: softmax(scale * q . k) @ v.
+
+    q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv]; v=None with d_v=n says that v is k[..., :n], the
+    latent of MLA, which is stored once. scale is D ** -0.5 by default; sink [H]: see apply_sink.
+    -> out [..., T, H, Dv] in q's dtype, lse [..., T, H], the natural log of the sum of exponentials
+
+    >>> out, lse = dense_attention(np.zeros((2, 1, 1)), np.zeros((2, 1, 1)), np.array([[[2.0]], [[4.0]]]))
+    >>> out.ravel().tolist(), np.exp(lse).ravel().round(6).tolist()
+    ([2.0, 3.0], [1.0, 2.0])
+    """
+    n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
+    windows = _windows(n, k_start, k_end)
+
+    def tiles(b, t0, t1):
+        start, end = windows[0][b][t0:t1], windows[1][b][t0:t1]
+        lo, hi = _span(start, end)
+        for s0 in range(lo, hi, KEY_TILE):
+            s1 = min(s0 + KEY_TILE, hi)
+            s = np.arange(s0, s1)[:, None]
+            all_see = start.max() <= s0 and s1 <= end.min()
+            yield k[b][s0:s1], v[b][s0:s1], None if all_see else (s >= start) & (s < end)
+
+    return _attend(n, q, scale, sink, tiles, _accumulator(q, k, v))
+
+
+def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
+    """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
+
+    Slots of -1 are absent wherever they stand, an index that repeats counts as often as it stands, and a key
+    in no row is never looked at. IndexError for other indices outside [0, S). Otherwise as dense_attention.
+
+    >>> k, v = np.zeros((3, 1, 1)), np.array([[[1.0]], [[2.0]], [[6.0]]])
+    >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
+    3.5
+    """
+    tied = v is None
+    n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
+    _check_indices("indices", indices, n)
+
+    own = threading.local()  # each thread gathers into its own buffers: fresh ones would cost as much again
+
+    def gathered(b, kept):
+        if not hasattr(own, "buffers"):
+            own.buffers = [
+                np.empty((min(KEY_TILE, indices.shape[-1]), *x.shape[-2:]), x.dtype)
+                for x in ((k,) if tied else (k, v))
+            ]
+        for i in range(0, len(kept), KEY_TILE):
+            keys = _take(k[b], kept[i : i + KEY_TILE], own.buffers[0])
+            values = keys[..., :d_v] if tied else _take(v[b], kept[i : i + KEY_TILE], own.buffers[1])
+            yield keys, values, None
+
+    def tiles(b, t0, t1):
+        rows = indices[b][t0:t1]
+        there = rows >= 0
+        count = np.count_nonzero(there)
+        if t1 - t0 == 1 or not count:
+            return gathered(b, rows[there])
+        # To gather a key costs as much as to stream about 2.5 of them. Where the block's keys lie close
+        # enough together, stream them all under a mask, which cannot count an index that repeats.
+        lo, hi = int(rows[there].min()), int(rows.max()) + 1
+        if (t1 - t0) * (hi - lo) > 2.5 * count:
+            return None
+        mask = np.zeros((hi - lo, t1 - t0), bool)
+        mask[rows[there] - lo, np.nonzero(there)[0]] = True
+        if np.count_nonzero(mask) < count:
+            return None
+        return (
+            (k[b][lo:hi][part], v[b][lo:hi][part], mask[part])
+            for part in (slice(s, s + KEY_TILE) for s in range(0, hi - lo, KEY_TILE))
+        )
+
+    return _attend(n, q, scale, sink, tiles, _accumulator(q, k, v))
+
+
+def _attention_dims(q, k, v, d_v, scale, sink):
+    """The checks of everything that attends -> sizes, the values, the scale."""
+    _expect(
+        (v is None) != (d_v is None), "d_v", d_v, "a number where v is None, and None where v is an array"
+    )
+    most = _dims(q=(q, "... T H D"), k=(k, "... S G D"))["D"]
+    _expect(d_v is None or _integer("d_v", d_v, 1) <= most, "d_v", d_v, f"at most k's D = {most}")
+    v = k[..., :d_v] if v is None else v
+    extra = {} if sink is None else {"sink": (sink, "H")}
+    n = _dims(q=(q, "... T H D"), k=(k, "... S G D"), v=(v, "... S G Dv"), **extra)
+    return n, v, _scale(n, scale)
+
+
+def _scale(n, scale):
+    if scale is None:
+        return max(1, n["D"]) ** -0.5
+    _expect(isinstance(scale, numbers.Real) and math.isfinite(scale), "scale", scale, "a finite number")
+    return float(scale)
+
+
+def _take(x, rows, out):
+    # np.take is twice as fast as x[rows], but where x is not contiguous it first copies all of it.
+    return np.take(x, rows, axis=0, mode="clip", out=out[: len(rows)]) if x.flags.c_contiguous else x[rows]
+
+
+def _group_rows(q, groups, scale, dtype):
+    """q [T, H, D] -> scale * log2(e) * q as [G, T * H/G, D]: one product per group, and logits to base 2."""
+    T, H, D = q.shape
+    rows = q.reshape(T, groups, H // groups, D).transpose(1, 0, 2, 3)
+    return np.multiply(rows, scale * math.log2(math.e), dtype=dtype).reshape(groups, -1, D)
+
+
+def _attend(n, q, scale, sink, tiles, dtype):
+    """The online softmax over tiles(b, t0, t1) of each block of queries; where that is None, query by query.
+
+    A tile: keys [N, G, D], values [N, G, Dv], and either None or which of them each query sees, [N, T].
+    """
+    T, H, G = n["T"], n["H"], n["G"]
+    out = np.empty((*n["..."], T, H, n["Dv"]), q.dtype)
+    lse = np.empty((*n["..."], T, H), dtype)
+
+    def work(b, t0, t1):
+        found = tiles(b, t0, t1)
+        if found is None:
+            for t in range(t0, t1):
+                work(b, t, t + 1)
+            return
+        o, log_sum = _online_softmax(_group_rows(q[b][t0:t1], G, scale, dtype), found, n["Dv"])
+        o = o.reshape(G, t1 - t0, H // G, n["Dv"]).swapaxes(0, 1).reshape(t1 - t0, H, n["Dv"])
+        lse[b][t0:t1] = log_sum.reshape(G, t1 - t0, H // G).swapaxes(0, 1).reshape(t1 - t0, H)
+        out[b][t0:t1] = o if sink is None else apply_sink(o, lse[b][t0:t1], sink)
+
+    _for_blocks(n["..."], T, max(1, min(64, 2 * KEY_TILE // max(1, H))), work)
+    return out, lse
+
+
+def _online_softmax(q, tiles, d_v):
+    """Softmax attention of q [G, R, D], scaled for base 2, in one pass -> out [G, R, d_v], lse [G, R].
+
+    m is the maximum so far, total the sum of 2^(logit - m); when m grows, what was summed is rescaled. Rows
+    that have seen no key keep m = -inf, and use 0 in its place, since -inf - -inf is NaN.
+    """
+    G, R, _ = q.shape
+    m, total = np.full((G, R), -np.inf, q.dtype), np.zeros((G, R), q.dtype)
+    acc = np.zeros((G, R, d_v), q.dtype)
+    for tile_k, tile_v, mask in tiles:
+        keys = tile_k.astype(q.dtype, copy=False).transpose(1, 0, 2)  # [G, N, D]
+        values = tile_v.astype(q.dtype, copy=False).transpose(1, 0, 2)  # [G, N, Dv]
+        s = keys @ q.swapaxes(1, 2)  # [G, N, R]
+        if mask is not None:
+            np.copyto(s.reshape(G, *mask.shape, -1), -np.inf, where=~mask[None, :, :, None])
+        new = np.maximum(m, s.max(1))
+        safe = np.where(new == -np.inf, 0, new)
+        rescale = np.exp2(m - safe)
+        s -= safe[:, None]
+        p = np.exp2(s, out=s)
+        m, total = new, total * rescale + p.sum(1)
+        if (rescale != 1).any():
+            acc *= rescale[:, :, None]
+        odd = () if mask is None else np.flatnonzero(~np.isfinite(values).all((0, 2)))
+        if len(odd):  # a row must not multiply a NaN that it does not see, not even by 0
+            values = values.copy()
+            for i in odd:
+                sees = np.repeat(mask[i], R // mask.shape[1])
+                acc[:, sees] += p[:, i, sees, None] * values[:, i, None]
+            values[:, odd] = 0
+        acc += p.swapaxes(1, 2) @ values  # [G, R, Dv]
+    acc /= np.where(total == 0, 1, total)[:, :, None]
+    return acc, (m + np.log2(total)) * math.log(2)
+
+
+def merge_attention(outs, lses):
+    """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
+
+    outs of [..., T, H, Dv] and lses of [..., T, H], in lists or stacked on axis 0 -> out, lse.
+    With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set, (0, -inf), changes nothing.
+
+    >>> outs, lses = [np.array([[[2.0]]]), np.array([[[5.0]]])], [np.log([[2.0]]), np.log([[1.0]])]
+    >>> out, lse = merge_attention(outs, lses)
+    >>> out.round(6).item(), np.exp(lse).round(6).item()
+    (3.0, 3.0)
+    """
+    outs, lses = list(outs), list(lses)
+    _expect(
+        len(outs) == len(lses) > 0, "the number of outs", len(outs), f"that of lses, {len(lses)}, above 0"
+    )
+    checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
+    _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
+    dtype = _accumulator(*outs, *lses)
+    with np.errstate(all="ignore"):
+        top = np.max(lses, axis=0).astype(dtype)
+        top[top == -np.inf] = 0
+        shares = [np.exp(lse - top) for lse in lses]
+        total = np.sum(shares, axis=0)
+        whole = np.where(total == 0, 1, total)
+        merged = sum((share / whole)[..., None] * out for share, out in zip(shares, outs))
+        return merged.astype(outs[0].dtype), (top + np.log(total)).astype(dtype)
+
+
+def apply_sink(out, lse, sink):
+    """Give the sink [H], a learned logit z per head without a value, its share: out / (1 + exp(z - lse)).
+
+    Once, after any merge; lse does not include it. z = -inf has no effect, z = +inf gives 0.
+
+    >>> apply_sink(np.array([[[6.0]]]), np.log([[2.0]]), np.log([1.0])).round(6).item()
+    4.0
+    """
+    _dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
+    with np.errstate(all="ignore"):
+        share = 1 / (1 + np.exp(sink.astype(_accumulator(out, lse, sink)) - lse))
+        return (out * np.where(sink == -np.inf, 1, share)[..., None]).astype(out.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 6. All of DSA: configure, select, attend
+# ----------------------------------------------------------------------------------------------------------
+
+SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
+
+
+@dataclass(frozen=True)
+class DSAConfig:
+    """How dsa_attention selects. ValueError for an invalid value or combination."""
+
+    top_k: int = 2048
+    sparse_ratio: float | None = None  # if set, top_k = ceil(sparse_ratio * S); see SELECTION_RATIOS
+    strategy: str = "dynamic"  # "fixed": pattern; "dynamic": global_selection; "hybrid": and a local window
+    local_window: int = 0  # last keys that are always kept; 128 and 256 are usual for hybrid
+    num_sink_tokens: int = 0  # first keys that are always kept
+    global_selection: str = "lightning"  # "approximate", "lsh", "learned", "hierarchical"
+    pattern: str = "window"  # "strided", "global", "random"
+    batch_pad_to_multiple: int = 64  # what lists of sequences are padded to
+    cache_strategy: str = "lru"  # what a HybridKVCache keeps in its fast tier
+    indexer_precision: str = "fp32"  # "fp16": index_q and index_k are rounded to it
+    fallback_dense_threshold: int | None = (
+        None  # dense while S <= this, with indices [T, S]; None: S <= top_k
+    )
+    progressive_sparsity: bool = False  # see top_k_at
+
+    def __post_init__(self):
+        choices = {
+            "strategy": ("fixed", "dynamic", "hybrid"),
+            "global_selection": ("lightning", "approximate", "lsh", "learned", "hierarchical"),
+            "pattern": ("window", "strided", "global", "random"),
+            "cache_strategy": ("lru",),
+            "indexer_precision": ("fp32", "fp16"),
+            "progressive_sparsity": (False, True),
+        }
+        least = {"top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1}
+        if self.fallback_dense_threshold is not None:
+            least["fallback_dense_threshold"] = 0
+        for field, allowed in choices.items():
+            value = getattr(self, field)
+            _expect(value in allowed, field, repr(value), f"one of {allowed}")
+        try:
+            for field, low in least.items():
+                _integer(field, getattr(self, field), low)
+        except TypeError as error:
+            raise ValueError(*error.args) from None
+        ratio = self.sparse_ratio
+        if ratio is None:
+            _quota(self.top_k, self.local_window, self.num_sink_tokens)
+        else:
+            fits = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool) and 0 < ratio <= 1
+            _expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
+        if self.strategy == "hybrid":
+            _expect(self.local_window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
+        if self.strategy == "dynamic":
+            _expect(self.local_window == 0, "local_window", self.local_window, "0, or strategy 'hybrid'")
+
+    def top_k_at(self, layer=0, n_layers=1, num_keys=None):
+        """top_k of one layer; num_keys is needed for a sparse_ratio. At least the window and the sink tokens.
+
+        With progressive_sparsity it falls from 2 * top_k in the first layer to top_k / 2 in the last.
+
+        >>> [DSAConfig(top_k=64, progressive_sparsity=True).top_k_at(layer, 3) for layer in range(3)]
+        [128, 64, 32]
+        >>> DSAConfig(sparse_ratio=SELECTION_RATIOS["balanced"]).top_k_at(num_keys=1000)
+        30
+        """
+        n_layers, layer = _integer("n_layers", n_layers, 1), _integer("layer", layer, 0)
+        _expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
+        top_k: float = self.top_k
+        if self.sparse_ratio is not None:
+            _expect(num_keys is not None, "num_keys", None, "a number, as sparse_ratio is set")
+            top_k = self.sparse_ratio * _integer("num_keys", num_keys, 0)
+        if self.progressive_sparsity and n_layers > 1:
+            top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
+        return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
+
+
+def dsa_attention(
+    q, k, v, index_q, index_k, weights, config,
+    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
+    cache=None, candidates=None, layer=0, n_layers=1, **options,
+):  # fmt: skip
+    """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
+
+    The arrays are those of dense_attention and index_scores. The indices say what was attended to, also where
+    that was dense. Sequences that differ in length stand right-padded in a batch, with lengths [B] in place
+    of k_start and k_end; or q to weights are lists of arrays [T_i, ...], which are then padded to
+    config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
+    cache: k, v and index_k are appended to it, lengths counts each sequence's new tokens, and q are the
+    queries of these. If anything raises, the cache is as it was. candidates: for predictive_select, instead
+    of a selector. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS.
+    """
+    _expect(isinstance(config, DSAConfig), "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
+    if isinstance(q, (list, tuple)):
+        _expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
+        arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
+        (q, k, v, index_q, index_k, weights), lengths = _pad_lists(arrays, config.batch_pad_to_multiple)
+    n, _, _ = _attention_dims(q, k, v, d_v, scale, sink)
+    _check_indexer(q, k, index_q, index_k, weights)
+    if cache is not None or lengths is not None:
+        given = k_start is not None or k_end is not None
+        _expect(not given, "k_start or k_end", "an array", "None with lengths or with a cache")
+        fits = len(n["..."]) == 1 and n["T"] == n["S"]
+        _expect(fits, "q", f"of shape {q.shape}", f"[B, T, H, D] of the same T as k, of shape {k.shape}")
+        lengths = None if lengths is None else _lengths(lengths, n["..."][0], n["T"])
+    kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
+    choose = functools.partial(_choose, config, (layer, n_layers), candidates, options)
+    if cache is None:
+        windows = _windows(n, k_start, k_end) if lengths is None else padded_window(lengths, n["T"])
+        indices = choose(q, k, index_q, index_k, weights, windows, lengths)
+        return (*sparse_attention(q, k, v, indices, **kwargs), indices)
+    _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
+    before = cache.lengths
+    cache.append(lengths=lengths, k=k, index_k=index_k, **({} if v is None else {"v": v}))
+    try:
+        windows, keys, index_keys = cache.window(n["T"], lengths), cache.read("k"), cache.read("index_k")
+        indices = choose(q, keys, index_q, index_keys, weights, windows, cache.lengths)
+        return (*cache.attend(q, indices, **kwargs), indices)
+    except BaseException:
+        cache.truncate(before)
+        raise
+
+
+def _pad_lists(arrays, multiple):
+    """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
+    lengths = np.array([len(x) for x in arrays["q"]])
+    for name, x in arrays.items():
+        if x is not None:
+            own = [len(y) for y in x]
+            _expect(own == lengths.tolist(), f"the lengths in {name}", own, f"those in q, {lengths.tolist()}")
+    return [None if x is None else pad_batch(x, multiple)[0] for x in arrays.values()], lengths
+
+
+def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
+    """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
+    if (
+        lengths is not None
+        and (config.sparse_ratio or config.fallback_dense_threshold)
+        and len(set(lengths.tolist())) > 1
+    ):
+        parts = []
+        for b, length in enumerate(lengths):
+            near = None if candidates is None else candidates[b]
+            own = (index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows], lengths[b : b + 1])
+            parts.append(_choose(config, layer, near, options, q[b], k[b, :length], *own))
+        indices = np.full((*q.shape[:2], max(x.shape[-1] for x in parts)), -1, np.int32)
+        for row, part in zip(indices, parts):
+            row[:, : part.shape[-1]] = part
+        return indices
+    num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
+    top_k = config.top_k_at(*layer, num_keys)
+    dense = top_k if config.fallback_dense_threshold is None else config.fallback_dense_threshold
+    common = {"k_start": windows[0], "k_end": windows[1]}
+    if num_keys <= dense:
+        return SELECTORS["window"](q, k, max(1, num_keys), **common)
+    if config.indexer_precision == "fp16":
+        index_q, index_k = index_q.astype(np.float16), index_k.astype(np.float16)
+    common |= {"local_window": config.local_window, "num_sink_tokens": config.num_sink_tokens, **options}
+    if candidates is not None:
+        return predictive_select(index_q, index_k, weights, top_k, candidates, **common)
+    select = SELECTORS[config.pattern if config.strategy == "fixed" else config.global_selection]
+    return select(q, k, top_k, index_q=index_q, index_k=index_k, weights=weights, **common)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 7. Caches
+# ----------------------------------------------------------------------------------------------------------
+
+
+class KVCache:
+    """What the tokens so far left behind, for a batch of sequences, each of its own length.
+
+    capacity: tokens per sequence; grow doubles it when it is full, otherwise a full cache raises ValueError.
+    storage: "float64", "float32", "float16" or "bfloat16". streams: what a token leaves, name=shape.
+    attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
+
+    >>> cache = KVCache(4, k=(1, 2), index_k=(3,))
+    >>> cache.append(k=np.ones((1, 3, 1, 2)), index_k=np.ones((1, 3, 3)))
+    >>> cache.lengths.tolist(), cache.bytes_per_token
+    ([3], 20)
+    """
+
+    def __init__(self, capacity, *, batch=1, storage="float32", grow=False, **streams):
+        capacity, self.batch = _integer("capacity", capacity, 1), _integer("batch", batch, 1)
+        _expect(storage in FLOATS, "storage", repr(storage), f"one of {FLOATS}")
+        _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
+        if storage == "bfloat16":
+            import ml_dtypes  # gives NumPy the dtype of this name
+        self.dtype = np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
+        self.storage, self.grow, self.closed = storage, bool(grow), False
+        for name, shape in streams.items():
+            _expect(
+                isinstance(shape, tuple) and shape,
+                name,
+                repr(shape),
+                "the shape of a token, such as (1, 576)",
+            )
+        self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
+        self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
+        self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
+        self._allocate(capacity)
+
+    @property
+    def lengths(self):
+        """How many tokens each sequence holds, int64 [B]."""
+        return self._lengths.copy()
+
+    @property
+    def bytes_per_token(self):
+        return sum(map(math.prod, self.streams.values())) * self.dtype.itemsize
+
+    @property
+    def nbytes(self):
+        """Bytes of memory held, whether tokens fill them yet or not."""
+        return sum(x.nbytes for x in self._data.values())
+
+    def append(self, *, lengths=None, **tokens):
+        """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
+        self._check_open()
+        _expect(tokens.keys() == self.streams.keys(), "tokens", sorted(tokens), f"{sorted(self.streams)}")
+        count = np.shape(tokens[next(iter(self.streams))])[1:2]
+        for name, shape in self.streams.items():
+            _dims(**{name: (tokens[name], "...")})
+            expected = (self.batch, *count, *shape)
+            _expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
+        (count,) = count
+        new = self._new_lengths(count, lengths)
+        need = int((self._lengths + new).max())
+        if need > self.capacity:
+            _expect(self.grow, "the cache", "full", f"at most capacity = {self.capacity} tokens, not {need}")
+            self._allocate(max(need, 2 * self.capacity))
+        for b, (start, more) in enumerate(zip(self._lengths.tolist(), new.tolist())):
+            self._write(b, start, {name: x[b, :more] for name, x in tokens.items()})
+        self._set_lengths(self._lengths + new)
+
+    def read(self, name):
+        """A view [B, longest length, *shape] of a stream; beyond a sequence's own length it is undefined."""
+        self._check_open()
+        _expect(name in self.streams, "name", repr(name), f"one of {sorted(self.streams)}")
+        return self._stream(name)[:, : self._lengths.max()]
+
+    def window(self, num_tokens, lengths=None):
+        """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
+        self._check_open()
+        t, new = np.arange(_integer("num_tokens", num_tokens, 0)), self._new_lengths(num_tokens, lengths)
+        most = self._lengths.tolist()
+        _expect((new <= most).all(), "num_tokens", new.tolist(), f"at most the tokens held, {most}")
+        end = np.where(t < new[:, None], (self._lengths - new)[:, None] + t + 1, 0)
+        return np.zeros_like(end), end
+
+    def attend(self, q, indices, *, d_v=None, scale=None, sink=None):
+        """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
+        self._check_open()
+        n = _dims(q=(q, "B T H D"))
+        _expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
+        _check_indices("indices", indices, {"...": (self.batch,), "T": n["T"], "S": int(self._lengths.max())})
+        parts = []
+        for b, length in enumerate(self._lengths):
+            used = np.unique(indices[b][indices[b] >= 0])
+            _check_indices("indices", used[None], {"...": (), "T": 1, "S": length})
+            rows = self._rows(b, used)
+            own = np.where(indices[b] < 0, -1, np.searchsorted(used, indices[b]))
+            parts.append(
+                sparse_attention(q[b], rows["k"], rows.get("v"), own, d_v=d_v, scale=scale, sink=sink)
+            )
+        return np.stack([out for out, _ in parts]), np.stack([lse for _, lse in parts])
+
+    def truncate(self, lengths):
+        """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
+        self._check_open()
+        lengths = _lengths(lengths, self.batch)
+        most = self._lengths.tolist()
+        _expect((lengths <= most).all(), "lengths", lengths.tolist(), f"at most {most}")
+        self._set_lengths(lengths)
+
+    def close(self):
+        """Give the memory back. To append, read or attend after that raises ValueError."""
+        self.closed = True
+        self._data.clear()
+
+    def __enter__(self):
+        self._check_open()
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def _check_open(self):
+        _expect(not self.closed, "the cache", "closed", "an open one")
+
+    def _new_lengths(self, count, lengths):
+        return np.full(self.batch, count) if lengths is None else _lengths(lengths, self.batch, count)
+
+    def _set_lengths(self, lengths):
+        self._lengths = lengths
+
+    def _resident(self):
+        """The streams that are in memory as a whole."""
+        return self.streams
+
+    def _allocate(self, capacity):
+        grown = {}
+        for name, shape in self._resident().items():
+            grown[name] = np.zeros((self.batch, capacity, *shape), self.dtype)
+            grown[name][:, : self.capacity] = self._data.get(name, 0)
+        self._data, self.capacity = grown, capacity
+
+    def _write(self, b, start, tokens):
+        for name, x in tokens.items():
+            self._data[name][b, start : start + len(x)] = x
+
+    def _stream(self, name):
+        return self._data[name]
+
+    def _rows(self, b, used):
+        """The tokens `used` of sequence b, for each stream that attention reads."""
+        return {name: self._data[name][b, used] for name in ("k", "v") if name in self.streams}
+
+
+class HybridKVCache(KVCache):
+    """A KVCache in two tiers, with the same results to the bit, whatever is evicted.
+
+    The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
+    of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
+    others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
+    step, stay in memory besides. path: the file to make (it must not exist, and stays after close); None: a
+    temporary one, which close removes. hits and misses count tokens, bytes_moved is what misses read.
+    OSError, with the cache as it was: the path cannot be written, or the disk is full.
+    """
+
+    PINNED = np.iinfo(np.int64).max
+
+    def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
+        self.fast_bytes = _integer("fast_bytes", fast_bytes, 1)
+        self.local_window = _integer("local_window", local_window, 0)
+        self.path = path
+        self._file: Any = None
+        self._slow: Any = None
+        self._slot_of: Any = None
+        self.hits = self.misses = self.bytes_moved = self._clock = 0
+        super().__init__(capacity, **kwargs)
+
+    @property
+    def fast_nbytes(self):
+        """Bytes of the fast tier that hold tokens now."""
+        return int((self._stamp >= 0).sum()) * self._fast[0].nbytes
+
+    @property
+    def nbytes(self):
+        """Bytes of memory held, without the slow tier."""
+        return (
+            super().nbytes
+            + self._fast.nbytes
+            + self._stamp.nbytes
+            + self._owner.nbytes
+            + self._slot_of.nbytes
+        )
+
+    def close(self):
+        super().close()
+        self._slow = None  # views that were read keep the mapping, and only they
+        self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
+        self._file.close()  # removes it if it is temporary
+
+    def _resident(self):
+        return {name: shape for name, shape in self.streams.items() if name.startswith("index_")}
+
+    def _allocate(self, capacity):
+        first = self._slow is None
+        if first:
+            self._open_tiers()
+        nbytes = capacity * self.batch * self._fast[0].nbytes
+        try:
+            _reserve(self._file, nbytes)  # so that a full disk is an error here, not a crash at a later write
+        except OSError as error:
+            if first:
+                self._file.close()
+                if os.path.exists(self.path):
+                    os.unlink(self.path)
+            message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
+            raise OSError(error.errno, message, str(self.path)) from error
+        # The capacity is the first axis, so that a growing file keeps what it holds in place.
+        shape = (capacity, self.batch, self._fast.shape[1])
+        slow = np.asarray(np.memmap(self._file, self.dtype, "r+", shape=shape))
+        slot_of = np.full((self.batch, capacity), -1)
+        slot_of[:, : self.capacity] = self._slot_of
+        super()._allocate(capacity)  # the last that can fail
+        self._slow, self._slot_of = slow, slot_of
+
+    def _open_tiers(self):
+        self._columns, width = {}, 0  # where each stream stands in a token's record
+        for name in self.streams.keys() - self._resident().keys():
+            self._columns[name] = slice(width, width + math.prod(self.streams[name]))
+            width = self._columns[name].stop
+        _expect("k" in self._columns, "streams", sorted(self.streams), "k among them")
+        record = width * self.dtype.itemsize
+        least = max(1, self.batch * self.local_window) * record
+        _expect(
+            self.fast_bytes >= least,
+            "fast_bytes",
+            self.fast_bytes,
+            f"at least {least}, for the local windows",
+        )
+        self._fast = np.zeros((self.fast_bytes // record, width), self.dtype)
+        slots = len(self._fast)
+        self._stamp = np.full(
+            slots, -1
+        )  # when each slot was last used; PINNED in a local window, -1 if empty
+        self._owner = np.zeros((slots, 2), np.int64)  # the (sequence, token) in each slot
+        self._slot_of = np.full((self.batch, 0), -1)  # the slot of each token, -1 if it has none
+        if self.path is None:
+            self._file = tempfile.NamedTemporaryFile(prefix="dsa-")  # noqa: SIM115
+        else:
+            self._file = open(self.path, "x+b")  # noqa: SIM115
+        self.path = self._file.name
+
+    def _write(self, b, start, tokens):
+        super()._write(b, start, {name: tokens[name] for name in self._resident()})
+        for name, columns in self._columns.items():
+            rows = self._slow[start : start + len(tokens[name]), b, columns]
+            rows[...] = tokens[name].reshape(rows.shape)
+
+    def _stream(self, name):
+        if name in self._data:
+            return self._data[name]
+        whole = self._slow[:, :, self._columns[name]].swapaxes(0, 1)
+        return whole.reshape(self.batch, self.capacity, *self.streams[name])
+
+    def _rows(self, b, used):
+        slots = self._slot_of[b, used]
+        hit = slots >= 0
+        rows = np.empty((len(used), self._fast.shape[1]), self.dtype)
+        rows[hit], rows[~hit] = self._fast[slots[hit]], self._slow[used[~hit], b]
+        self.hits += int(hit.sum())
+        self.misses += int((~hit).sum())
+        self.bytes_moved += rows[~hit].nbytes
+        self._clock += 1
+        self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], self._clock)  # what is pinned stays so
+        self._admit(b, used[~hit], rows[~hit], self._clock)
+        split = {name: np.ascontiguousarray(rows[:, columns]) for name, columns in self._columns.items()}
+        return {name: x.reshape(-1, *self.streams[name]) for name, x in split.items()}
+
+    def _admit(self, b, tokens, rows, stamp):
+        """Copy tokens into the slots unused for longest; where these are too few, only the latest tokens."""
+        free = np.flatnonzero(self._stamp < self._clock)
+        free = free[np.argsort(self._stamp[free], kind="stable")[: len(tokens)]]
+        evicted = self._owner[free[self._stamp[free] >= 0]]
+        self._slot_of[evicted[:, 0], evicted[:, 1]] = -1
+        tokens, rows = tokens[len(tokens) - len(free) :], rows[len(rows) - len(free) :]
+        self._fast[free], self._stamp[free] = rows, stamp
+        self._owner[free, 0], self._owner[free, 1], self._slot_of[b, tokens] = b, tokens, free
+
+    def _set_lengths(self, lengths):
+        """Forget what lies beyond the new lengths, and pin the new local windows in place of the old ones."""
+        self._clock += 1
+        self._stamp[self._stamp == self.PINNED] = self._clock - 1
+        for b, (old, new) in enumerate(zip(self._lengths.tolist(), lengths.tolist())):
+            gone = self._slot_of[b, new : max(old, new)]
+            self._stamp[gone[gone >= 0]] = -1
+            gone[:] = -1
+        for b, new in enumerate(lengths.tolist()):
+            window = np.arange(max(0, new - self.local_window), new)
+            slots = self._slot_of[b, window]
+            self._stamp[slots[slots >= 0]] = self.PINNED
+            self._admit(b, window[slots < 0], self._slow[window[slots < 0], b], self.PINNED)
+        self._lengths = lengths
+
+
+def _reserve(file, nbytes):
+    """Make the file at least nbytes long, with room on the disk for all of them."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return
+    file.seek(0, os.SEEK_END)
+    while (missing := nbytes - file.tell()) > 0:
+        file.write(bytes(min(missing, 2**20)))
+    file.flush()
