@@ -1,0 +1,1882 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["numpy>=2.0", "pytest>=9", "hypothesis", "ml_dtypes", "threadpoolctl"]
+# ///
+"""Properties of DeepSeek Sparse Attention, in the order of dsa.py, against brute force in float64.
+
+    pytest test_dsa.py                                    the whole suite, against dsa.py beside it
+    pytest test_dsa.py --impl my_attention -rs            the stage functions of my_attention.py instead
+    HYPOTHESIS_PROFILE=ci pytest test_dsa.py              more examples, new ones on every run
+
+`--impl` takes any importable module with functions named and called as in dsa.py: dense_attention,
+index_scores, select_topk, lightning_select, sparse_attention, merge_attention, apply_sink. What it lacks is
+skipped. The option needs `-p test_dsa`, which pyproject.toml and `uv run test_dsa.py` add.
+
+Most problems hold small integers stored as floats: dot products are then exact in any dtype and any order of
+summation, so scores and selections are compared with `==`, and ties, where most top-k code errs, are common.
+Properties called "bit for bit" use random floats with repeated keys, which tie only if equal keys are rounded
+equally everywhere. "(trap n)" is number n of the specification's list of bugs seen in production.
+"""
+
+import contextlib
+import doctest
+import importlib
+import itertools
+import math
+import os
+import re
+import sys
+import tempfile
+import threading
+import tracemalloc
+import types
+from dataclasses import FrozenInstanceError, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+# ------------------------------------------------------------------------------------------------------------
+# 0. Harness: the module under test, tolerances, problems, oracles
+# ------------------------------------------------------------------------------------------------------------
+
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")  # read here: @given fixes its settings at import
+EXAMPLES = {"default": 40, "ci": 150}.get(PROFILE, 40)
+settings.register_profile("default", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.register_profile("ci", max_examples=150, deadline=None, database=None, print_blob=True)
+settings.load_profile(PROFILE)
+slow = settings(max_examples=max(5, EXAMPLES // 5))
+
+INF, NAN = math.inf, math.nan
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
+F32, F64, F16 = DTYPES[:3]
+TOLERANCE = {
+    F64: 1e-12,
+    F32: 2e-5,
+    F16: 1e-3,
+    BFLOAT16: 8e-3,
+}  # relative to max(1, |expected|): a few roundings
+STAGES = [
+    "dense_attention",
+    "index_scores",
+    "select_topk",
+    "lightning_select",
+    "sparse_attention",
+    "merge_attention",
+]
+STAGES += ["apply_sink"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--impl", default="dsa", help="module whose stage functions are tested (default: dsa)")
+
+
+def pytest_report_header(config):
+    return f"module under test: {config.getoption('--impl', 'dsa')}, profile: {PROFILE} ({EXAMPLES} examples)"
+
+
+def array_libraries():
+    """NumPy, and CuPy where it is installed and finds a device."""
+    try:
+        return (
+            ["numpy", "cupy"] if importlib.import_module("cupy").cuda.runtime.getDeviceCount() else ["numpy"]
+        )
+    except Exception:  # ImportError without CuPy, RuntimeError or CuPy's own error without a driver
+        return ["numpy"]
+
+
+class Stages:
+    """The module under test: NumPy arrays go in, read-only or moved to `xp`, and come back as NumPy."""
+
+    def __init__(self, module, xp):
+        self.module, self.xp = module, xp
+
+    def __getattr__(self, name):
+        if name not in STAGES:
+            raise AttributeError(name)
+        function = getattr(self.module, name, None)
+        if function is None:
+            pytest.skip(f"{self.module.__name__} has no {name}")
+        return lambda *args, **kwargs: self.back(
+            function(*map(self.give, args), **{key: self.give(x) for key, x in kwargs.items()})
+        )
+
+    def give(self, x):
+        if isinstance(x, list):
+            return [self.give(part) for part in x]
+        if not isinstance(x, np.ndarray):
+            return x
+        if self.xp is not np:
+            return self.xp.asarray(x)
+        x = x.view()
+        x.flags.writeable = False
+        return x
+
+    def back(self, x):
+        if isinstance(x, tuple):
+            return tuple(map(self.back, x))
+        assert isinstance(x, self.xp.ndarray), f"{type(x)} returned for {self.xp.__name__} arrays"
+        return x if self.xp is np else x.get()
+
+
+@pytest.fixture(scope="session", params=array_libraries())
+def impl(request):
+    module = importlib.import_module(request.config.getoption("--impl", "dsa"))
+    return Stages(module, importlib.import_module(request.param))
+
+
+@pytest.fixture(scope="session")
+def dsa(request):
+    if request.config.getoption("--impl", "dsa") != "dsa":
+        pytest.skip("not a stage function: only dsa.py itself has it, and --impl names another module")
+    return importlib.import_module("dsa")
+
+
+def accumulator(*dtypes):
+    """Float64 if any input is float64, else float32."""
+    return F64 if F64 in dtypes else F32
+
+
+def assert_close(actual, expected, tolerance):
+    """Infinities where they are expected, finite elsewhere (NaN never passes), and close."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(actual[~finite], expected[~finite])
+    actual, expected = actual[finite], expected[finite]
+    assert np.isfinite(actual).all()
+    assert (np.abs(actual - expected) <= tolerance * np.maximum(1, np.abs(expected))).all()
+
+
+def assert_attention(actual, expected, dtype):
+    """(out, lse): out rounds to q's dtype, lse only to the accumulator's."""
+    assert_close(actual[0], expected[0], TOLERANCE[dtype])
+    assert_close(actual[1], expected[1], TOLERANCE[accumulator(dtype)])
+
+
+def assert_same(actual, expected):
+    """Bit for bit, also the dtype."""
+    for a, e in zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]:
+        assert a.dtype == e.dtype and a.shape == e.shape
+        assert a.tobytes() == e.tobytes()
+
+
+@dataclass
+class Problem:
+    """One drawn case; lo and hi [*batch, T] are its windows clipped to real keys."""
+
+    batch: tuple
+    top_k: int
+    forced: dict  # local_window, num_sink_tokens
+    windows: dict  # k_start, k_end, each or both or none
+    scale: float | None
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray | None
+    latent: dict  # d_v where v is None
+    index_q: np.ndarray
+    index_k: np.ndarray
+    weights: np.ndarray
+
+    def __post_init__(self):
+        self.T, self.S = self.q.shape[-3], self.k.shape[-3]
+        self.index = (self.index_q, self.index_k, self.weights)
+        self.kv = (self.k, self.v)
+        self.values = self.k[..., : self.latent["d_v"]] if self.v is None else self.v
+        self.lo, self.hi = reach(self.batch, self.T, self.S, **self.windows)
+        self.width = min(self.top_k, self.S)
+
+    def rows(self):
+        return itertools.product(np.ndindex(*self.batch), range(self.T))
+
+
+def reach(batch, T, S, k_start=None, k_end=None):
+    """The window of every row, clipped to [0, S); empty ones have lo == hi."""
+    k_start = np.zeros(T, np.int64) if k_start is None else k_start
+    k_end = S - T + 1 + np.arange(T) if k_end is None else k_end
+    lo = np.broadcast_to(np.clip(k_start, 0, S), (*batch, T)).astype(np.int64)
+    return lo, np.maximum(lo, np.broadcast_to(np.clip(k_end, 0, S), (*batch, T)))
+
+
+seeds = st.integers(0, 2**32 - 1)
+sizes = st.sampled_from([1, 2, 3, 4, 7])
+
+
+def small(rng, *shape):
+    return rng.integers(-2, 3, shape).astype(np.float64)
+
+
+def normal(rng, *shape):
+    return rng.standard_normal(shape)
+
+
+@st.composite
+def problems(
+    draw, data=small, dtypes=DTYPES, windows=True, batches=((), (), (1,), (3,), (2, 2)), max_keys=70
+):
+    """Small shapes of every kind, K far below S most of the time, windows default or anything at all."""
+    rng, batch = np.random.default_rng(draw(seeds)), draw(st.sampled_from(batches))
+    T, S = draw(st.integers(1, 6)), draw(st.one_of(st.integers(1, 8), st.integers(9, max_keys)))
+    G, J, D, E, Dv = (draw(sizes) for _ in range(5))
+    H = (G := min(G, 3)) * draw(st.sampled_from([1, 2, 3]))
+    top_k = draw(st.sampled_from([1, 2, 3, 5, 7, S // 3 + 1, S, S + 3]))
+    local_window = draw(st.integers(0, min(top_k, 4)))
+    forced = {
+        "local_window": local_window,
+        "num_sink_tokens": draw(st.integers(0, min(top_k - local_window, 3))),
+    }
+    given_windows = {}
+    if windows and draw(st.booleans()):
+        lead = draw(st.sampled_from([batch, (), (1,) * len(batch)]))
+        low, high = rng.integers(-2, S + 2, (*lead, T)), rng.integers(-2, S + 4, (*lead, T))
+        low = np.where(rng.random((*lead, T)) < 0.6, np.minimum(low, 3), low)
+        high = np.where(rng.random((*lead, T)) < draw(st.sampled_from([0, 0.5, 1])), S, high)
+        given_windows = {"k_start": low.astype(draw(st.sampled_from([np.int32, np.int64]))), "k_end": high}
+        given_windows.pop(draw(st.sampled_from(["", "", "k_start", "k_end"])), None)
+    tied, dtype = draw(st.booleans()) and Dv <= D, draw(st.sampled_from(dtypes))
+    array = lambda *shape: data(rng, *batch, *shape).astype(dtype)  # noqa: E731
+    return Problem(
+        batch, top_k, forced, given_windows, draw(st.sampled_from([None, 0.5, 1.0])),
+        array(T, H, D), array(S, G, D), None if tied else array(S, G, Dv), {"d_v": Dv} if tied else {},
+        array(T, J, E), array(S, E), array(T, J),
+    )  # fmt: skip
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def scores_by_loops(p):
+    """Eq. (1) as written: I[t,s] = sum_j weights[t,j] * relu(index_q[t,j] . index_k[s]), -inf outside."""
+    out = np.full((*p.batch, p.T, p.S), -INF)
+    for b, t in p.rows():
+        queries, keys, weights = (x[b].astype(np.float64).tolist() for x in p.index)
+        for s in range(p.lo[b][t], p.hi[b][t]):
+            out[b][t, s] = sum(
+                w * max(0.0, dot(x, keys[s])) for x, w in zip(queries[t], weights[t], strict=True)
+            )
+    return out
+
+
+def select_by_sort(row, lo, hi, top_k, local_window=0, num_sink_tokens=0):
+    """Eq. (2): the first K visible keys in the order (forced first, score descending, index ascending)."""
+    visible = [s for s in range(max(lo, 0), min(hi, len(row))) if row[s] > -INF]
+    forced = set(visible[:num_sink_tokens]) | set(
+        visible[len(visible) - local_window :] if local_window else ()
+    )
+    kept = sorted(sorted(visible, key=lambda s: (s not in forced, -row[s], s))[:top_k])
+    return kept + [-1] * (min(top_k, len(row)) - len(kept))
+
+
+def selection_by_sort(p, scores, top_k, local_window=0, num_sink_tokens=0):
+    out = np.empty((*p.batch, p.T, min(top_k, p.S)), np.int32)
+    for b, t in p.rows():
+        row = scores[b][t].astype(np.float64).tolist()
+        out[b][t] = select_by_sort(row, p.lo[b][t], p.hi[b][t], top_k, local_window, num_sink_tokens)
+    return out
+
+
+def attention_by_loops(p, keys_of, sink=None):
+    """Eq. (3): softmax over the list keys_of(b, t), in which a key counts as often as it stands."""
+    H, G, D = p.q.shape[-2], p.k.shape[-2], p.q.shape[-1]
+    scale = D**-0.5 if p.scale is None else p.scale
+    out, lse = np.zeros((*p.batch, p.T, H, p.values.shape[-1])), np.full((*p.batch, p.T, H), -INF)
+    for b, t in p.rows():
+        q, k, v = (x[b].astype(np.float64) for x in (p.q, p.k, p.values))
+        keys = list(keys_of(b, t))
+        for h in range(H) if keys else ():
+            logits = [scale * dot(q[t, h].tolist(), k[s, h // (H // G)].tolist()) for s in keys]
+            peak = max(logits)
+            share = [math.exp(x - peak) for x in logits]
+            lse[b][t, h] = peak + math.log(sum(share))
+            out[b][t, h] = sum(x * v[s, h // (H // G)] for x, s in zip(share, keys, strict=True)) / sum(share)
+            if sink is not None:
+                out[b][t, h] *= 1 / (1 + math.exp(min(sink[h] - lse[b][t, h], 700)))
+    return out, lse
+
+
+def window_of(p):
+    return lambda b, t: range(p.lo[b][t], p.hi[b][t])
+
+
+def kept_in(indices):
+    return lambda b, t: indices[b][t][indices[b][t] >= 0].tolist()
+
+
+def dense(impl, p, **kwargs):
+    return impl.dense_attention(p.q, *p.kv, **p.latent, scale=p.scale, **(p.windows | kwargs))
+
+
+def sparse(impl, p, indices, **kwargs):
+    return impl.sparse_attention(p.q, *p.kv, indices, **p.latent, scale=p.scale, **kwargs)
+
+
+def select(impl, p, top_k=None, **kwargs):
+    return impl.lightning_select(
+        *p.index, p.top_k if top_k is None else top_k, **(p.forced | p.windows | kwargs)
+    )
+
+
+def drawn_indices(p, seed, repeat=True):
+    """[*batch, T, C] of any visible or invisible keys, -1 anywhere."""
+    rng = np.random.default_rng(seed)
+    C = int(rng.integers(1, 2 * p.S)) if repeat else p.S
+    indices = rng.integers(-1, p.S, (*p.batch, p.T, C)) if repeat else np.full((*p.batch, p.T, C), -1)
+    for b, t in p.rows() if not repeat else ():
+        chosen = rng.permutation(p.S)[: rng.integers(0, p.S + 1)]
+        indices[b][t, : len(chosen)] = chosen
+        indices[b][t] = rng.permutation(indices[b][t])
+    return indices.astype(np.int32 if rng.random() < 0.5 else np.int64)
+
+
+def padded(indices, width):
+    """The same selection in a wider table."""
+    return np.pad(
+        indices, [(0, 0)] * (indices.ndim - 1) + [(0, width - indices.shape[-1])], constant_values=-1
+    )
+
+
+def overwritten(p, keys, value):
+    """The same problem with other numbers at these positions of k, v and index_k."""
+    k, v, index_k = (None if x is None else x.copy() for x in (*p.kv, p.index_k))
+    for b, s in itertools.product(np.ndindex(*p.batch), keys):
+        for x in (k, v, index_k):
+            if x is not None:
+                x[b][s] = value
+    return replace(p, k=k, v=v, index_k=index_k)
+
+
+def test_the_oracles_agree_with_arithmetic_done_by_hand():
+    """One row whose scores, selection and softmax fit on a line: a wrong oracle would approve of anything."""
+    one = np.ones((1, 1, 1))
+    keys = np.array([[1.0], [-3.0], [2.0], [1.0]])
+    p = Problem((), 2, {}, {}, 1.0, one, keys[:, None], keys[:, None], {}, one, keys, np.array([[0.5]]))
+    scores = scores_by_loops(p)
+    assert scores.tolist() == [[0.5, 0.0, 1.0, 0.5]]
+    assert selection_by_sort(p, scores, 2).tolist() == [[0, 2]]
+    assert selection_by_sort(p, scores, 2, 1, 1).tolist() == [[0, 3]]
+    out, lse = attention_by_loops(p, lambda b, t: [0, 2], sink=[math.log(math.e + math.e**2)])
+    assert_close(lse, [[math.log(math.e + math.e**2)]], 1e-15)
+    assert_close(out, [[[0.5 * (math.e + 2 * math.e**2) / (math.e + math.e**2)]]], 1e-15)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Ranges and bad input
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(p=problems(windows=False))
+def test_the_default_window_is_causal_and_aligned_at_the_end(impl, p):
+    """k_start 0, k_end[t] = S - T + t + 1, also where T > S and the first rows see nothing."""
+    explicit = {"k_start": np.zeros(p.T, np.int32), "k_end": p.S - p.T + 1 + np.arange(p.T)}
+    assert_same(dense(impl, p), dense(impl, p, **explicit))
+    assert_same(impl.index_scores(*p.index), impl.index_scores(*p.index, **explicit))
+    assert_same(select(impl, p), select(impl, p, **explicit))
+
+
+@given(p=problems(), seed=seeds)
+def test_windows_are_clipped_to_the_keys_that_exist(impl, p, seed):
+    """A window is the set of real keys in its range, so any overhang, up to the ends of int64, is nothing."""
+    rng = np.random.default_rng(seed)
+    far = rng.choice([1, 70, 2**31, 2**62], (2, *p.batch, p.T))
+    wide = {"k_start": np.where(p.lo == 0, -far[0], p.lo), "k_end": np.where(p.hi == p.S, p.S + far[1], p.hi)}
+    empty = p.lo == p.hi
+    wide["k_start"], wide["k_end"] = (
+        np.where(empty, x, wide[n]) for n, x in (("k_start", far[0]), ("k_end", -far[1]))
+    )
+    exact = {"k_start": p.lo, "k_end": p.hi}
+    assert_same(dense(impl, p, **wide), dense(impl, p, **exact))
+    assert_same(impl.index_scores(*p.index, **wide), impl.index_scores(*p.index, **exact))
+    assert_same(select(impl, p, **wide), select(impl, p, **exact))
+    scores = np.zeros((*p.batch, p.T, p.S), np.float32)
+    assert_same(impl.select_topk(scores, p.top_k, **wide), impl.select_topk(scores, p.top_k, **exact))
+
+
+@given(p=problems(), dtypes=st.lists(st.sampled_from(DTYPES), min_size=3, max_size=3))
+def test_output_dtypes(impl, p, dtypes):
+    """out has q's dtype; lse and scores are float32, or float64 once any input is; indices are int32."""
+    p.q, p.k, values = (x.astype(d) for x, d in zip((p.q, p.k, p.values), dtypes, strict=True))
+    p.kv, p.latent = (p.k, values), {}
+    p.index = tuple(x.astype(d) for x, d in zip(p.index, dtypes, strict=True))
+    indices = select(impl, p)
+    assert indices.dtype == np.int32
+    assert impl.index_scores(*p.index, **p.windows).dtype == accumulator(*dtypes)
+    for out, lse in (dense(impl, p), sparse(impl, p, indices)):
+        assert (out.dtype, lse.dtype) == (dtypes[0], accumulator(*dtypes))
+    assert impl.apply_sink(out, lse, np.zeros(out.shape[-2], np.float32)).dtype == dtypes[0]
+    merged, total = impl.merge_attention([out, out], [lse, lse])
+    assert (merged.dtype, total.dtype) == (dtypes[0], accumulator(*dtypes))
+
+
+@given(p=problems(batches=[(), (2,)]))
+def test_memory_layout_does_not_matter(impl, p):
+    """A reversed, strided or Fortran-ordered view holds the same numbers."""
+    indices = select(impl, p)
+    scores = impl.index_scores(*p.index, **p.windows)
+    expected = dense(impl, p), sparse(impl, p, indices), indices, impl.select_topk(scores, p.top_k)
+
+    def view(x):
+        wide = np.repeat(np.asfortranarray(x), 2, axis=-1)[..., ::-1]
+        wide[..., ::2] = 77  # what the view skips
+        return wide[..., 1::2][..., ::-1]
+
+    p.q, p.kv = view(p.q), (view(p.k), None if p.v is None else view(p.v))
+    p.index, p.windows = tuple(map(view, p.index)), {name: view(x) for name, x in p.windows.items()}
+    selected = select(impl, p), impl.select_topk(view(scores), p.top_k)
+    actual = dense(impl, p), sparse(impl, p, view(indices)), *selected
+    for a, e in zip(actual[:2], expected[:2], strict=True):
+        assert_attention(a, e, p.q.dtype)
+    assert_same(actual[2:], expected[2:])
+
+
+ONES: dict[str, Any] = {  # T 3, S 6, H 4, G 2, D 5, Dv 3, J 2, E 4; what is wrong below is mostly 17
+    "q": np.ones((3, 4, 5)), "k": np.ones((6, 2, 5)), "v": np.ones((6, 2, 3)), "index_q": np.ones((3, 2, 4)),
+    "index_k": np.ones((6, 4)), "weights": np.ones((3, 2)), "scores": np.ones((3, 6)), "top_k": 4,
+    "indices": np.zeros((3, 2), np.int32), "outs": [np.ones((3, 4, 3))] * 2, "lses": [np.ones((3, 4))] * 2,
+    "out": np.ones((3, 4, 3)), "lse": np.ones((3, 4)), "sink": np.ones(4),
+    "candidates": np.zeros((3, 2), np.int32),    "t": 2, "s": 1, "sequences": [np.ones((2, 3))] * 2,
+}  # fmt: skip
+TAKES = {
+    "dense_attention": "q k v", "index_scores": "index_q index_k weights", "select_topk": "scores top_k",
+    "lightning_select": "index_q index_k weights top_k", "sparse_attention": "q k v indices",
+    "merge_attention": "outs lses", "apply_sink": "out lse sink", "explain": "index_q index_k weights t s",
+    "predictive_select": "index_q index_k weights top_k candidates", "pad_batch": "sequences",
+}  # fmt: skip
+SELECTING = ["select_topk", "lightning_select", "predictive_select"]
+ATTENDING = ["dense_attention", "sparse_attention"]
+INDEXING = ["index_scores", "lightning_select", "predictive_select", "explain"]
+WINDOWED = ["dense_attention", "index_scores", *SELECTING]
+BATCHED = {name: np.broadcast_to(ONES[name], (2, 4, *ONES[name].shape)) for name in "qkv"}
+BAD_INPUT = [  # functions, what to change, error, what its message must hold
+    (ATTENDING, {"q": np.ones(17)}, ValueError, "q 17"),
+    (ATTENDING, {"q": [[[1.0] * 5] * 4] * 3}, TypeError, "q list"),
+    (ATTENDING, {"q": np.ones((3, 4, 5), int)}, TypeError, "q int64"),
+    (ATTENDING, {"k": np.ones((6, 2, 5), complex)}, TypeError, "k complex128"),
+    (ATTENDING, {"v": np.full((6, 2, 3), "a")}, TypeError, "v"),
+    (ATTENDING, {"k": np.ones((6, 2, 17))}, ValueError, "k 17 5"),
+    (ATTENDING, {"k": np.ones((6, 3, 5)), "v": np.ones((6, 3, 3))}, ValueError, "H G 4 3"),
+    (ATTENDING, {"v": np.ones((17, 2, 3))}, ValueError, "v 17 6"),
+    (ATTENDING, {"v": np.ones((6, 1, 3))}, ValueError, "v 1 2"),
+    (ATTENDING, {"k": np.ones((17, 6, 2, 5)), "v": np.ones((17, 6, 2, 3))}, ValueError, "k 17"),
+    (ATTENDING, {"v": None, "d_v": 17}, ValueError, "d_v 17 5"),
+    (ATTENDING, {"v": None, "d_v": 0}, ValueError, "d_v 0"),
+    (ATTENDING, {"sink": np.ones(17)}, ValueError, "sink 17 4"),
+    (WINDOWED, {"k_start": np.zeros(3)}, TypeError, "k_start float64"),
+    (WINDOWED, {"k_end": np.zeros(3, np.float32)}, TypeError, "k_end float32"),
+    (WINDOWED, {"k_end": np.zeros(17, int)}, ValueError, "k_end 17 3"),
+    (WINDOWED, {"k_start": np.zeros((2, 3), int)}, ValueError, "k_start 2"),
+    (WINDOWED, {"k_start": np.zeros((), int)}, ValueError, "k_start"),
+    (["dense_attention"], BATCHED | {"k_end": np.zeros((2, 17, 3), int)}, ValueError, "k_end 17"),
+    (INDEXING, {"index_q": np.ones(17)}, ValueError, "index_q 17"),
+    (INDEXING, {"index_k": np.ones((6, 17))}, ValueError, "index_k 17 4"),
+    (INDEXING, {"index_k": "keys"}, TypeError, "index_k str"),
+    (INDEXING, {"weights": np.ones((3, 17))}, ValueError, "weights 17 2"),
+    (INDEXING, {"weights": np.ones((3, 2), bool)}, TypeError, "weights bool"),
+    (SELECTING, {"top_k": 0}, ValueError, "top_k 0"),
+    (SELECTING, {"top_k": -17}, ValueError, "top_k -17"),
+    (SELECTING, {"top_k": 2.5}, TypeError, "top_k 2.5"),
+    (SELECTING, {"top_k": "4"}, TypeError, "top_k"),
+    (SELECTING, {"local_window": -1}, ValueError, "local_window -1"),
+    (SELECTING, {"num_sink_tokens": -1}, ValueError, "num_sink_tokens -1"),
+    (
+        SELECTING,
+        {"local_window": 3, "num_sink_tokens": 2},
+        ValueError,
+        "local_window num_sink_tokens top_k 3 2 4",
+    ),
+    (["select_topk"], {"scores": np.ones(17)}, ValueError, "scores 17"),
+    (["select_topk"], {"scores": np.ones((3, 6), int)}, TypeError, "scores int64"),
+    (["select_topk"], {"scores": np.full((3, 6), NAN)}, ValueError, "NaN"),
+    (["lightning_select", "predictive_select"], {"weights": np.full((3, 2), NAN)}, ValueError, "NaN"),
+    (["sparse_attention"], {"indices": np.zeros((3, 2))}, TypeError, "indices float64"),
+    (["sparse_attention"], {"indices": np.zeros((17, 2), int)}, ValueError, "indices 17 3"),
+    (["sparse_attention"], {"indices": np.array([[0, 1], [-1, 17], [2, 3]])}, IndexError, "indices 17"),
+    (["sparse_attention"], {"indices": np.array([[0, 1], [5, -17], [2, 3]])}, IndexError, "indices -17"),
+    (["sparse_attention"], {"indices": np.full((3, 2), 2**32)}, IndexError, "indices 4294967296"),
+    (["predictive_select"], {"candidates": np.zeros((3, 2))}, TypeError, "candidates float64"),
+    (["predictive_select"], {"candidates": np.zeros((17, 2), int)}, ValueError, "candidates 17 3"),
+    (["predictive_select"], {"widen": -1}, ValueError, "widen -1"),
+    (["merge_attention"], {"lses": [np.ones((3, 4))] * 3}, ValueError, "outs lses 2 3"),
+    (["merge_attention"], {"lses": [np.ones((3, 17))] * 2}, ValueError, "lses 17"),
+    (["apply_sink"], {"sink": np.ones(17)}, ValueError, "sink 17 4"),
+    (["apply_sink"], {"lse": np.ones((3, 17))}, ValueError, "lse 17"),
+    (["explain"], {"t": 0, "s": 4}, ValueError, "s 4"),
+    (["pad_batch"], {"multiple": 0}, ValueError, "multiple 0"),
+    (["pad_batch"], {"sequences": [np.ones((2, 3)), np.ones((2, 17))]}, ValueError, "sequences 17"),
+]
+BAD_CALLS = [(name, *rest) for names, *rest in BAD_INPUT for name in names]
+
+
+@pytest.mark.parametrize("name, changes, error, fragments", BAD_CALLS)
+def test_bad_input_is_an_error_that_names_it(dsa, name, changes, error, fragments):
+    """The good call works; with one argument changed, the error names it and the sizes or values at odds."""
+    good = {key: ONES[key] for key in TAKES[name].split()}
+    getattr(dsa, name)(**good)
+    with pytest.raises(error) as caught:
+        getattr(dsa, name)(**(good | changes))
+    assert caught.type is error
+    for fragment in fragments.split():
+        assert re.search(rf"(?<![\w]){re.escape(fragment)}(?![\w])", str(caught.value)), (
+            fragment,
+            str(caught.value),
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in TAKES if name not in ("merge_attention", "pad_batch")])
+def test_arrays_of_two_libraries_do_not_mix(dsa, name, monkeypatch):
+    """A CuPy array (here a stand-in) beside NumPy arrays is a TypeError that says so, never a copy."""
+    fake: Any = types.ModuleType("cupy")
+    fake.ndarray = type("ndarray", (), {"__module__": "cupy", "shape": (3, 4, 5), "ndim": 3, "dtype": F32})
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    first = TAKES[name].split()[0]
+    with pytest.raises(TypeError, match=r"cupy|CuPy"):
+        getattr(dsa, name)(**({key: ONES[key] for key in TAKES[name].split()} | {first: fake.ndarray()}))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. dense_attention
+# ------------------------------------------------------------------------------------------------------------
+
+any_problem = st.one_of(problems(), problems(data=normal))
+sinks = st.lists(st.sampled_from([-INF, -3.0, 0.0, 2.5, INF]), min_size=9, max_size=9)
+
+
+@given(p=any_problem, z=st.none() | sinks)
+def test_dense_attention_is_the_softmax_over_the_window(impl, p, z):
+    """Eq. (3) by loops over all that a row can see: any heads, groups, latent, batch axes, dtype and sink."""
+    z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
+    assert_attention(dense(impl, p, sink=z), attention_by_loops(p, window_of(p), z), p.q.dtype)
+
+
+@given(p=problems(), factor=st.sampled_from([16.0, 64.0]))
+def test_attention_survives_logits_beyond_the_range_of_exp(impl, p, factor):
+    """The row maximum is taken off before exp: logits here reach 1,800 and their differences stay exact."""
+    p = replace(p, q=(p.q * factor).astype(p.q.dtype), scale=1.0)
+    indices = select(impl, p)
+    assert_attention(dense(impl, p), attention_by_loops(p, window_of(p)), p.q.dtype)
+    assert_attention(sparse(impl, p, indices), attention_by_loops(p, kept_in(indices)), p.q.dtype)
+
+
+@given(p=problems(windows=False), value=st.sampled_from([5.0, NAN, INF]), data=st.data())
+def test_a_future_token_changes_nothing(impl, p, value, data):
+    """Causality: rows up to t do not see keys from k_end[t] on, which may hold anything, NaN included."""
+    t = data.draw(st.integers(0, p.T - 1))
+    end = max(0, p.S - p.T + t + 1)
+    later = overwritten(p, range(end, p.S), value)
+    past = {"k_start": np.zeros(t + 1, np.int64), "k_end": p.S - p.T + 1 + np.arange(t + 1)}
+    heads = (..., slice(t + 1), slice(None), slice(None))
+    for x in (p, later):
+        x.index = (x.index_q[heads], x.index_k, x.weights[heads[:-1]])
+    indices = select(impl, p, **past)
+    assert_same(select(impl, later, **past), indices)
+    assert_same(impl.index_scores(*later.index, **past), impl.index_scores(*p.index, **past))
+    for i, full in enumerate(dense(impl, p)):
+        assert_same(dense(impl, later)[i][heads[: 4 - i]], full[heads[: 4 - i]])
+    if math.isnan(value) and end < p.S:  # the last row sees it, and says so
+        assert np.isnan(dense(impl, later)[0][..., -1, :, :]).all()
+    for x in (p, later):
+        x.q = x.q[heads]
+    assert_same(sparse(impl, later, indices), sparse(impl, p, indices))
+
+
+@given(p=problems(windows=False), n=st.integers(1, 6))
+def test_a_chunk_of_queries_stands_at_its_absolute_position(impl, p, n):
+    """The last n queries over all keys are the last n rows of the whole: no mask starts there (trap 9)."""
+    tail = replace(
+        p, q=p.q[..., -n:, :, :], index_q=p.index_q[..., -n:, :, :], weights=p.weights[..., -n:, :]
+    )
+    out, lse = dense(impl, p)
+    assert_attention(dense(impl, tail), (out[..., -n:, :, :], lse[..., -n:, :]), p.q.dtype)
+    assert_same(select(impl, tail), select(impl, p)[..., -n:, :])
+    assert_same(impl.index_scores(*tail.index), impl.index_scores(*p.index)[..., -n:, :])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. index_scores, eq. (1)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(p=problems())
+def test_index_scores_are_equation_one(impl, p):
+    """Loops, exactly: no hidden scale, no softmax over heads, signed weights, relu first (trap 1)."""
+    np.testing.assert_array_equal(impl.index_scores(*p.index, **p.windows), scores_by_loops(p))
+
+
+@given(p=problems(data=normal))
+def test_index_scores_accumulate_in_the_accumulator(impl, p):
+    """16-bit inputs are exact in float32, so only float32 roundings remain."""
+    assert_close(
+        impl.index_scores(*p.index, **p.windows), scores_by_loops(p), TOLERANCE[accumulator(p.q.dtype)]
+    )
+
+
+def test_index_scores_of_float16_do_not_overflow(impl):
+    """64 products of 100 x 100 pass 65,504, the largest float16, and are exact in float32."""
+    hundred = np.full((1, 1, 64), 100, np.float16)
+    scores = impl.index_scores(hundred, hundred[0], np.full((1, 1), 100, np.float16))
+    assert scores.tolist() == [[64e6]]
+
+
+@given(p=problems(), factor=st.sampled_from([0.5, 1.0, 2.0, 3.0]), head=st.integers(0, 6))
+def test_scaling_an_index_query_scales_its_scores(impl, p, factor, head):
+    """relu(a x) = a relu(x) for a > 0: a factor may move from query to weight, or out of the sum."""
+    one_head = np.ones(p.index_q.shape[-2])
+    one_head[head % len(one_head)] = factor
+    in_query = (p.index_q * one_head[:, None]).astype(p.q.dtype), p.index_k, p.weights
+    in_weight = p.index_q, p.index_k, (p.weights * one_head).astype(p.q.dtype)
+    assert_same(impl.index_scores(*in_query, **p.windows), impl.index_scores(*in_weight, **p.windows))
+    everywhere = (p.index_q * factor).astype(p.q.dtype), p.index_k, p.weights
+    np.testing.assert_array_equal(
+        impl.index_scores(*everywhere, **p.windows), impl.index_scores(*p.index, **p.windows) * factor
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. select_topk, eq. (2)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(p=problems())
+def test_select_topk_is_a_stable_sort(impl, p):
+    """Forced keys first, then score descending, then position: a full sort in Python gives the same set."""
+    scores = scores_by_loops(p).astype(np.float32)
+    indices = impl.select_topk(scores, p.top_k, **p.forced)
+    assert indices.dtype == np.int32
+    np.testing.assert_array_equal(indices, selection_by_sort(p, scores, p.top_k, **p.forced))
+
+
+@given(p=problems(), dtype=st.sampled_from(DTYPES))
+def test_select_topk_looks_only_inside_its_window(impl, p, dtype):
+    """With windows, NaN and +inf may stand outside; -inf inside is never selected."""
+    inside, scores = (
+        scores_by_loops(p),
+        np.random.default_rng(p.S).choice([NAN, INF, 9.0], (*p.batch, p.T, p.S)),
+    )
+    scores = np.where(inside > -INF, inside, scores).astype(dtype)
+    exact = {"k_start": p.lo, "k_end": p.hi}
+    np.testing.assert_array_equal(
+        impl.select_topk(scores, p.top_k, **p.forced, **exact),
+        selection_by_sort(p, scores, p.top_k, **p.forced),
+    )
+    scores[scores == 0] = -INF
+    np.testing.assert_array_equal(
+        impl.select_topk(scores, p.top_k, **exact), selection_by_sort(p, scores, p.top_k)
+    )
+
+
+ROW_TYPES = {  # rows on which production top-k kernels were wrong: scores from a generator, and K
+    "all equal": (lambda r: np.full((3, 16385), 1.5, F32), 2048),
+    "all in [1, 1.245)": (lambda r: r.uniform(1, 1.245, (2, 16385)).astype(F32), 2048),
+    "normal, 64 x 262144": (lambda r: r.standard_normal((64, 262144), F32), 2048),
+    "relu(randn - 1.28)": (lambda r: np.maximum(r.standard_normal((4, 30000)) - 1.28, 0).astype(F32), 4096),
+    "round(x * 32) / 32": (lambda r: (np.round(r.standard_normal((4, 30000)) * 32) / 32).astype(F32), 2048),
+    "-0.0 and +0.0": (lambda r: r.choice(np.array([-0.0, 0.0], F32), (4, 5000)), 700),
+    "zeros of both signs amid others": (
+        lambda r: r.choice(np.array([-1, -0.0, 0.0, 1], F32), (4, 5000)),
+        2600,
+    ),
+    "denormals": (lambda r: (r.integers(-40, 40, (4, 5000)) * 1e-44).astype(F32), 1000),
+    "float64 denormals": (lambda r: r.integers(-40, 40, (4, 5000)) * 5e-324, 1000),
+    "one ulp of float64 apart": (lambda r: 1 + r.permutation(5000)[None] * 2.0**-52, 1000),
+    "S < K": (lambda r: r.standard_normal((5, 7)), 9),
+    "empty": (lambda r: np.full((3, 50), -INF), 9),
+    "infinities": (lambda r: r.choice([-INF, 1.0, INF], (4, 3000)), 1500),
+    "ascending": (lambda r: np.arange(9000, dtype=F32)[None], 1000),
+    "descending, negative": (lambda r: -np.arange(9000, dtype=F32)[None], 1000),
+    "huge and tiny": (
+        lambda r: (r.choice([-1, 1], 9000) * 10 ** r.uniform(-37, 38, (2, 9000))).astype(F32),
+        1000,
+    ),
+    "float16": (lambda r: r.standard_normal((2, 9000)).astype(F16), 1000),
+    "bfloat16": (lambda r: r.standard_normal((2, 9000)).astype(BFLOAT16), 1000),
+    "K = 1": (lambda r: np.round(r.standard_normal((4, 3000)), 1), 1),
+    "K = S - 1": (lambda r: np.round(r.standard_normal((4, 300)), 1), 299),
+}
+
+
+@pytest.mark.parametrize("name", ROW_TYPES)
+def test_select_topk_on_rows_that_broke_others(impl, name):
+    """Whatever shares a bucket, an exponent or a value: the first K of the stable order (trap 3)."""
+    make, top_k = ROW_TYPES[name]
+    scores = make(np.random.default_rng(7))
+    wide = scores.astype(np.float64)
+    order = np.argsort(-wide, axis=-1, kind="stable")[:, :top_k]
+    order = np.where(np.take_along_axis(wide, order, -1) > -INF, order, scores.shape[-1])
+    expected = np.sort(order, axis=-1)
+    expected[expected == scores.shape[-1]] = -1
+    np.testing.assert_array_equal(impl.select_topk(scores, top_k), expected)
+    few, lo, hi = scores[:2], scores.shape[-1] // 9, scores.shape[-1] - 2
+    window = {"k_start": np.full(len(few), lo), "k_end": np.full(len(few), hi)}
+    forced = {"local_window": top_k // 4, "num_sink_tokens": top_k // 8}
+    if not np.isinf(wide).any():  # with forced keys, once more on a part of the row
+        rows = [select_by_sort(row, lo, hi, top_k, **forced) for row in wide[:2].tolist()]
+        assert impl.select_topk(few, top_k, **forced, **window).tolist() == rows
+
+
+@given(p=problems(), extra=st.integers(1, 9))
+def test_selection_grows_with_k(impl, p, extra):
+    """The first K of one order are among the first K + n of it."""
+    for few, many in zip(select(impl, p), select(impl, p, p.top_k + extra), strict=True):
+        for a, b in zip(few.reshape(-1, few.shape[-1]), many.reshape(-1, many.shape[-1]), strict=True):
+            assert set(a) - {-1} <= set(b)
+
+
+@given(p=problems())
+def test_selected_keys_are_visible_ascending_and_as_many_as_there_can_be(impl, p):
+    """min(K, visible) keys of the window, ascending, then -1 up to min(K, S); window and sinks among them."""
+    assert_is_a_selection(p, select(impl, p), p.top_k, **p.forced)
+
+
+def assert_is_a_selection(p, indices, top_k, local_window=0, num_sink_tokens=0):
+    assert indices.dtype == np.int32 and indices.shape == (*p.batch, p.T, min(top_k, p.S))
+    for b, t in p.rows():
+        visible, row = range(p.lo[b][t], p.hi[b][t]), indices[b][t].tolist()
+        kept = row[: min(top_k, len(visible))]
+        assert row[len(kept) :] == [-1] * (len(row) - len(kept))
+        assert kept == sorted(set(kept)) and set(kept) <= set(visible)
+        forced = set(visible[:num_sink_tokens]) | set(visible[max(0, len(visible) - local_window) :])
+        assert forced <= set(kept)
+
+
+@given(p=problems(data=normal, dtypes=[F64], windows=False), seed=seeds)
+def test_permuting_keys_permutes_indices(impl, p, seed):
+    """Without ties and with all keys visible, position means nothing."""
+    order = np.random.default_rng(seed).permutation(p.S)
+    everything = {"k_start": np.zeros(p.T, int), "k_end": np.full(p.T, p.S)}
+    scores = impl.index_scores(*p.index, **everything)
+    gaps = np.diff(np.sort(scores, axis=-1), axis=-1)
+    assume(gaps.size == 0 or gaps.min() > 1e-9)
+    before = impl.lightning_select(*p.index, p.top_k, **everything)
+    after = impl.lightning_select(p.index_q, p.index_k[..., order, :], p.weights, p.top_k, **everything)
+    assert_same(np.sort(order[after], axis=-1).astype(np.int32), before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. lightning_select
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(p=problems())
+def test_lightning_select_is_select_topk_of_index_scores(impl, p):
+    """Equations (1) and (2), by loops and by the two functions, at K far below S (trap 1)."""
+    indices = select(impl, p)
+    np.testing.assert_array_equal(indices, selection_by_sort(p, scores_by_loops(p), p.top_k, **p.forced))
+    assert_same(indices, impl.select_topk(impl.index_scores(*p.index, **p.windows), p.top_k, **p.forced))
+
+
+@given(p=problems(windows=False), data=st.data())
+def test_a_nan_is_an_error_where_it_is_seen_and_nothing_elsewhere(impl, p, data):
+    """A row that sees a NaN score has no order: ValueError. Outside the window it is never read."""
+    s = data.draw(st.integers(0, p.S - 1))
+    bad = overwritten(p, [s], NAN)
+    around = {"k_start": np.full(p.T, s + 1), "k_end": np.full(p.T, p.S)}
+    assert_same(select(impl, bad, **around), select(impl, p, **around))
+    with pytest.raises(ValueError, match=r"(?i)nan"):
+        select(impl, bad, k_end=np.full(p.T, p.S))
+    scores = np.zeros((*p.batch, p.T, p.S), np.float32)
+    scores[..., -1, s] = NAN
+    for kwargs in ({}, {"k_start": np.full(p.T, s), "k_end": np.full(p.T, s + 1)}):
+        with pytest.raises(ValueError, match=r"(?i)nan"):
+            impl.select_topk(scores, p.top_k, **p.forced, **kwargs)
+
+
+def test_any_number_of_heads_and_any_width(impl):
+    """1, 3, 31 and 65 index heads, widths and K: nothing is special about 64 or 128 (trap 8)."""
+    rng = np.random.default_rng(0)
+    for J, E, K in itertools.product([1, 3, 31, 65], [1, 31, 65, 129], [1, 7, 65]):
+        index = small(rng, 2, J, E), small(rng, 130, E), small(rng, 2, J)
+        scores = np.einsum("tj,tjs->ts", index[2], np.maximum(np.einsum("tje,se->tjs", *index[:2]), 0))
+        expected = [select_by_sort(row, 0, 129 + t, K) for t, row in enumerate(scores.tolist())]
+        assert impl.lightning_select(*index, K).tolist() == expected
+    for H, D, Dv in itertools.product([1, 31, 65], [1, 31, 65], [1, 31, 65]):
+        q, k, v = (
+            rng.standard_normal((2, H, D)),
+            rng.standard_normal((9, 1, D)),
+            rng.standard_normal((9, 1, Dv)),
+        )
+        logits = np.einsum("thd,sd->ths", q, k[:, 0]) * D**-0.5 + np.where(
+            np.arange(9) < [[[8]], [[9]]], 0, -INF
+        )
+        share = np.exp(logits - logits.max(-1, keepdims=True))
+        expected = (share / share.sum(-1, keepdims=True)) @ v[:, 0]
+        assert_close(impl.dense_attention(q, k, v)[0], expected, 1e-12)
+        indices = np.array([[*range(8), -1], [*range(9)]])
+        assert_close(impl.sparse_attention(q, k, v, indices)[0], expected, 1e-12)
+
+
+def index_rows(seed, T, S, dtype, batch=()):
+    """Random floats with every key about four times, half of them one ulp off: any other rounding shows."""
+    rng = np.random.default_rng(seed)
+    J, E = int(rng.integers(1, 6)), int(rng.choice([3, 16, 33, 64, 128]))
+    keys = normal(rng, *batch, S // 4 + 1, E)[..., rng.integers(0, S // 4 + 1, S), :].astype(dtype)
+    if dtype in (F32, F64):
+        nudged = (rng.random(S) < 0.5)[:, None] & (np.arange(E) == rng.integers(0, E, S)[:, None])
+        keys = np.where(nudged, np.nextafter(keys, dtype.type(9)), keys)
+    return normal(rng, *batch, T, J, E).astype(dtype), keys, normal(rng, *batch, T, J).astype(dtype)
+
+
+long_rows = given(
+    seed=seeds, T=st.integers(1, 300), S=st.integers(30, 300) | st.integers(900, 3000),
+    K=st.sampled_from([1, 7, 64, 333]), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+
+
+@slow
+@long_rows
+def test_selection_is_the_top_k_of_float_scores(impl, seed, T, S, K, dtype):
+    """Nothing left out beats anything kept by over a rounding; among equal keys the lowest wins."""
+    T = min(T, S)
+    index = index_rows(seed, T, S, dtype)
+    indices = impl.lightning_select(*index, K)
+    iq, ik, w = (x.astype(np.float64) for x in index)
+    scores = np.einsum("tj,tjs->ts", w, np.maximum(np.einsum("tje,se->tjs", iq, ik, optimize=True), 0))
+    visible = np.arange(S) <= S - T + np.arange(T)[:, None]
+    scores[~visible] = -INF
+    kept = (np.arange(S) == indices[..., None]).any(axis=1)  # [T, K, S] -> [T, S]
+    slack = TOLERANCE[accumulator(dtype)] * np.abs(scores, where=visible, out=np.zeros_like(scores)).max()
+    assert (np.where(kept, scores, INF).min(1) >= np.where(kept, -INF, scores).max(1) - slack).all()
+    twin = np.unique(index[1].astype(np.float64), axis=0, return_inverse=True)[1].ravel()  # equal keys
+    for t in range(0, T, 7):
+        for s in np.flatnonzero(kept[t]):
+            assert kept[t, :s][twin[:s] == twin[s]].all()
+    assert_same(indices, impl.select_topk(impl.index_scores(*index), K))
+
+
+@slow
+@long_rows
+def test_selection_does_not_depend_on_chunking(impl, seed, T, S, K, dtype):
+    """Bit for bit: chunks of queries of any size, over all keys or those so far, in any layout (trap 4)."""
+    T = min(T, S)
+    iq, ik, w = index_rows(seed, T, S, dtype)
+    whole, end = impl.lightning_select(iq, ik, w, K), S - T + 1 + np.arange(T)
+    assert_same(impl.lightning_select(*map(np.asfortranarray, (iq, ik, w)), K), whole)
+    for n in {1, 1 + seed % 7, 64, 1 + T // 2} if T > 1 else ():
+        for rows in (slice(t, t + n) for t in range(0, T, n if n > 1 else max(1, T // 9))):
+            so_far = impl.lightning_select(iq[rows], ik[: end[rows][-1]], w[rows], K)
+            assert_same(padded(so_far, whole.shape[-1]), whole[rows])
+            ends = {"k_start": np.zeros(len(end[rows]), int), "k_end": end[rows]}
+            assert_same(impl.lightning_select(iq[rows], ik, w[rows], K, **ends), whole[rows])
+
+
+@slow
+@long_rows
+def test_selection_does_not_depend_on_batch_position_or_padding(impl, seed, T, S, K, dtype):
+    """Bit for bit: alone, inside a batch, or at an odd offset of a longer axis full of NaN (trap 4)."""
+    T, K = min(T, S, 60), min(K, S)
+    iq, ik, w = index_rows(seed, T, S, dtype, (3,))
+    alone = [impl.lightning_select(iq[b], ik[b], w[b], K) for b in range(3)]
+    assert_same(impl.lightning_select(iq, ik, w, K), np.stack(alone))
+    for left, right in ((1, 0), (seed % 130, 1 + seed % 77), (513 + seed % 700, 0)):
+        keys = np.pad(ik[0].astype(np.float64), [(left, right), (0, 0)], constant_values=NAN).astype(dtype)
+        rows = [np.pad(x[0], [(0, 5)] + [(0, 0)] * (x.ndim - 2)) for x in (iq, w)]
+        start, end = (
+            np.full(T + 5, left),
+            np.pad(left + S - T + 1 + np.arange(T), (0, 5), constant_values=left),
+        )
+        shifted = impl.lightning_select(rows[0], keys, rows[1], K, k_start=start, k_end=end)
+        assert_same(shifted[:T], np.where(alone[0] < 0, -1, alone[0] + left).astype(np.int32))
+        assert (shifted[T:] == -1).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. sparse_attention, eq. (3)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(p=any_problem, seed=seeds, z=st.none() | sinks)
+def test_sparse_attention_is_the_softmax_over_the_listed_keys(impl, p, seed, z):
+    """Eq. (3) by loops over any table: -1 anywhere, any order, an index counts as often as it stands."""
+    z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
+    indices = drawn_indices(p, seed)
+    expected = attention_by_loops(p, kept_in(indices), z)
+    assert_attention(sparse(impl, p, indices, sink=z), expected, p.q.dtype)
+
+
+@slow
+@given(
+    seed=seeds, T=st.integers(1, 80), S=st.integers(500, 1700), K=st.sampled_from([40, 600, 1700]),
+    slope=st.sampled_from([-9.0, 0.0, 9.0]), dtype=st.sampled_from([F32, F64]),
+)  # fmt: skip
+def test_attention_over_many_tiles(impl, seed, T, S, K, slope, dtype):
+    """More keys than a tile: the running maximum rises, falls, or starts some tiles late (trap 5)."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (normal(rng, *shape).astype(dtype) for shape in ((T, 2, 4), (S, 1, 4), (S, 1, 3)))
+    q[..., 0], k[..., 0] = 2, slope * np.arange(S)[:, None] / S
+    start, end = np.sort(rng.integers(0, S + 1, (2, T)), axis=0)
+    indices = np.argsort(rng.random((T, S)), axis=1)[:, :K]
+    indices[(indices < start[:, None]) | (rng.random(indices.shape) < 0.1)] = -1
+    window = (np.arange(S) >= start[:, None]) & (np.arange(S) < end[:, None])  # [T, S]
+    listed = np.zeros((T, S + 1), bool)
+    np.put_along_axis(listed, indices, True, axis=1)
+    full = impl.dense_attention(q, k, v, k_start=start, k_end=end)
+    results = full, impl.sparse_attention(q, k, v, indices)
+    for mask, result in zip((window, listed[:, :S]), results, strict=True):
+        logits = np.einsum("thd,sd->ths", q.astype(F64), k[:, 0].astype(F64)) / 2
+        share = np.exp(logits) * mask[:, None]
+        total = share.sum(-1)[..., None]
+        out = share @ v[:, 0].astype(F64) / np.where(total, total, 1)
+        with np.errstate(divide="ignore"):
+            assert_attention(result, (out, np.log(total[..., 0])), dtype)
+
+
+def test_an_infinite_value_reaches_those_who_see_it_and_nobody_else(impl):
+    """Weight times infinity is infinity; a row without the key has no such term, not 0 * infinity."""
+    rng = np.random.default_rng(0)
+    q, k, v = normal(rng, 6, 2, 4), normal(rng, 6, 1, 4), normal(rng, 6, 1, 3)
+    table = np.where(np.arange(6) <= np.arange(6)[:, None], np.arange(6), -1)
+    infinite = v.copy()
+    infinite[3, 0, 1] = INF
+    for call in (impl.dense_attention, lambda q, k, v: impl.sparse_attention(q, k, v, table)):
+        expected, lse = call(q, k, v)
+        expected = expected.copy()
+        expected[3:, :, 1] = INF
+        assert_attention(call(q, k, infinite), (expected, lse), F64)
+
+
+@given(p=any_problem)
+def test_sparse_equals_dense_when_k_covers_the_window(impl, p):
+    """The same keys, so the same softmax; rows that see nothing are 0 and -inf in both."""
+    assert_attention(
+        sparse(impl, p, select(impl, p, p.S, local_window=0, num_sink_tokens=0)), dense(impl, p), p.q.dtype
+    )
+
+
+@given(p=problems(data=normal, dtypes=[F64]))
+def test_sparse_approaches_dense_within_the_bound(impl, p):
+    """dense = (1 - m) sparse + m rest, missed mass m: |sparse - dense| <= 2 m max|v|; m falls with K."""
+    out, lse = dense(impl, p)
+    before, seen = np.full(lse.shape, -INF), lse > -INF
+    for top_k in range(1, p.S + 1, 1 + p.S // 12):
+        near, partial = sparse(impl, p, select(impl, p, top_k, local_window=0, num_sink_tokens=0))
+        assert (partial >= before - 1e-12)[seen].all() and (partial <= lse + 1e-12)[seen].all()
+        missed = np.where(seen, 1 - np.exp(np.where(seen, partial, 0) - np.where(seen, lse, 0)), 0)
+        error = np.abs(near - out).max(axis=-1, initial=0)
+        assert (error <= 2 * missed * np.abs(p.values).max() + 1e-12).all()
+        before = partial
+
+
+@given(p=problems(), tile=st.sampled_from([1, 32, 64, 128, 300]), seed=seeds)
+def test_absent_slots_are_absent_wherever_they_stand(impl, p, tile, seed):
+    """A run of -1 as wide as any tile, first, inside or last, adds nothing: no max(-inf, -inf) (trap 5)."""
+    indices = drawn_indices(p, seed)
+    expected = sparse(impl, p, indices)
+    nothing = np.full((*indices.shape[:-1], tile), -1, indices.dtype)
+    for parts in (
+        [nothing, indices],
+        [indices, nothing],
+        [indices[..., :1], nothing, indices[..., 1:], nothing],
+    ):
+        assert_attention(sparse(impl, p, np.concatenate(parts, axis=-1)), expected, p.q.dtype)
+    out, lse = sparse(impl, p, nothing)
+    assert (out == 0).all() and (lse == -INF).all()
+
+
+@given(p=problems(), seed=seeds, value=st.sampled_from([NAN, INF]))
+def test_a_key_that_no_row_selects_may_hold_anything(impl, p, seed, value):
+    """It has no weight, not weight 0: 0 * NaN would be NaN. Key 0 too, which -1 slots must not read."""
+    indices = drawn_indices(p, seed)
+    indices[indices == np.random.default_rng(seed).integers(0, p.S)] = -1
+    indices[indices == 0] = -1
+    others = set(range(p.S)) - set(indices.ravel().tolist())
+    assert_same(sparse(impl, overwritten(p, others, value), indices), sparse(impl, p, indices))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("T, S, K", [(64, 40, 38), (300, 520, 500), (257, 129, 128)])
+def test_unselected_keys_may_hold_anything_when_k_is_close_to_s(impl, T, S, K, value):
+    """Many queries with K near S tempt to attend densely under a mask; -1, repeats, NaN mean the same."""
+    rng = np.random.default_rng(S)
+    q, k, v = normal(rng, T, 2, 4), normal(rng, S, 1, 4), normal(rng, S, 1, 3)
+    indices = np.stack([rng.permutation(np.arange(1, S - 1))[: K - 1] for _ in range(T)])
+    holes, twice = (
+        np.where(rng.random(indices.shape) < 0.1, -1, indices),
+        np.hstack([indices, indices[:, ::-1]]),
+    )
+    for table in (indices, holes, twice):
+        logits = np.where(table[:, None] < 0, -INF, np.einsum("thd,tkd->thk", q, k[table, 0]) * 0.5)
+        share = np.exp(logits)
+        expected = np.einsum("thk,tkv->thv", share, v[table, 0]) / share.sum(-1)[..., None]
+        bad_k, bad_v = k.copy(), v.copy()
+        bad_k[[0, -1]], bad_v[[0, -1]] = value, value
+        actual = impl.sparse_attention(q, bad_k, bad_v, table)
+        assert_attention(actual, (expected, np.log(share.sum(-1))), F64)
+    one_row = np.where(np.arange(T)[:, None] == 1, indices, np.where(indices == indices[0, 0], -1, indices))
+    bad_k[indices[0, 0]] = value  # seen by row 1 alone, if by any
+    out, lse = impl.sparse_attention(q, bad_k, bad_v, one_row)
+    assert np.isfinite(np.delete(out, 1, 0)).all() and np.isfinite(np.delete(lse, 1, 0)).all()
+
+
+@given(p=problems(), wrong=st.sampled_from([0, 1, 2**31, 2**32, -2, -3, -(2**31), -(2**32)]))
+def test_an_index_that_is_no_key_is_an_error(impl, p, wrong):
+    """Not clipped, not wrapped, not Python's -2: IndexError in any row, also where int32 would wrap to 0."""
+    indices = np.full((*p.batch, p.T, 3), -1, np.int64)
+    indices[..., -1, 1] = p.S + wrong if wrong in (0, 1) else wrong
+    if impl.xp is not np:
+        pytest.skip("kernels do not check")
+    with pytest.raises(IndexError):
+        sparse(impl, p, indices)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. merge_attention and apply_sink
+# ------------------------------------------------------------------------------------------------------------
+
+
+def split(p, seed, n):
+    """The keys of every row dealt to n tables, some of them empty."""
+    rng = np.random.default_rng(seed)
+    whole = drawn_indices(p, seed, repeat=False)
+    owner = rng.integers(0, n, whole.shape)
+    return whole, [np.where(owner == i, whole, -1) for i in range(n)]
+
+
+@given(p=any_problem, seed=seeds, n=st.integers(1, 5), stacked=st.booleans())
+def test_merging_any_split_equals_the_whole(impl, p, seed, n, stacked):
+    """Softmax over a union is the lse-weighted mean of softmaxes over its disjoint parts."""
+    whole, parts = split(p, seed, n)
+    results = [sparse(impl, p, part) for part in parts]
+    outs, lses = (np.stack(x) if stacked else list(x) for x in zip(*results, strict=True))
+    assert_attention(impl.merge_attention(outs, lses), sparse(impl, p, whole), p.q.dtype)
+
+
+@given(p=any_problem, data=st.data())
+def test_merging_two_windows_equals_the_window(impl, p, data):
+    """The same for dense attention over [lo, middle) and [middle, hi), the way a long context is split."""
+    middle = np.clip(data.draw(st.integers(0, p.S)), p.lo, p.hi)
+    parts = [dense(impl, p, k_start=a, k_end=b) for a, b in ((p.lo, middle), (middle, p.hi))]
+    outs, lses = map(list, zip(*parts, strict=True))
+    assert_attention(impl.merge_attention(outs, lses), dense(impl, p), p.q.dtype)
+
+
+@given(p=problems(dtypes=[F32, F64]), seed=seeds, shift=st.sampled_from([0.0, 900.0, -900.0]))
+def test_merge_is_associative_with_the_empty_set_as_unit(impl, p, seed, shift):
+    """Parts may arrive in any grouping; rows without keys weigh nothing; lses far apart do not overflow."""
+    a, b, c = ((out, (lse + shift * i).astype(lse.dtype)) for i, (out, lse) in
+               enumerate(sparse(impl, p, part) for part in split(p, seed, 3)[1]))  # fmt: skip
+    merge = lambda *parts: impl.merge_attention(*map(list, zip(*parts, strict=True)))  # noqa: E731
+    assert_attention(merge(merge(a, b), c), merge(a, b, c), p.q.dtype)
+    assert_attention(merge(a, merge(b, c)), merge(a, b, c), p.q.dtype)
+    nothing = np.zeros_like(a[0]), np.full_like(a[1], -INF)
+    for parts in ((a,), (a, nothing), (nothing, a), (nothing, a, nothing)):
+        assert_attention(merge(*parts), a, p.q.dtype)
+    assert_attention(merge(nothing, nothing), nothing, p.q.dtype)
+
+
+@given(p=any_problem, seed=seeds, z=sinks)
+def test_a_sink_is_one_more_key_of_value_zero(impl, p, seed, z):
+    """out *= 1 / (1 + exp(z - lse)), once, after any merge; lse is without it; z = -inf nothing, +inf all."""
+    z = np.array(z[: p.q.shape[-2]], np.float32)
+    whole, parts = split(p, seed, 2)
+    out, lse = sparse(impl, p, whole)
+    with np.errstate(over="ignore", invalid="ignore"):
+        share = np.where(lse > -INF, 1 / (1 + np.exp(z - lse.astype(np.float64))), 0)
+    expected = out * share[..., None]
+    assert_close(impl.apply_sink(out, lse, z), expected, TOLERANCE[p.q.dtype])
+    assert_attention(sparse(impl, p, whole, sink=z), (expected, lse), p.q.dtype)
+    outs, lses = map(list, zip(*(sparse(impl, p, part) for part in parts), strict=True))
+    assert_close(impl.apply_sink(*impl.merge_attention(outs, lses), z), expected, 2 * TOLERANCE[p.q.dtype])
+    assert_same(impl.apply_sink(out, lse, np.full_like(z, -INF)), out)
+    assert (impl.apply_sink(out, lse, np.full_like(z, INF)) == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. explain, predictive_select, SELECTORS
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(p=problems(batches=[()]))
+def test_explain_gives_the_parts_of_a_score_and_its_rank(dsa, p):
+    """The contributions add up to eq. (1), and the rank is the place in the order that selection sorts by."""
+    scores = scores_by_loops(p)
+    for t, s in itertools.product(range(p.T), range(p.S)):
+        if not p.lo[t] <= s < p.hi[t]:
+            with pytest.raises(ValueError, match=r"\bs\b"):
+                dsa.explain(*p.index, t, s, **p.windows)
+            continue
+        found = dsa.explain(*p.index, t, s, **p.windows)
+        queries, weights = p.index_q[t].astype(float).tolist(), p.weights[t].astype(float).tolist()
+        parts = [w * max(0.0, dot(x, p.index_k[s].tolist())) for x, w in zip(queries, weights, strict=True)]
+        assert np.array_equal(found.contributions, parts) and found.score == scores[t, s]
+        order = sorted(range(p.lo[t], p.hi[t]), key=lambda i: (-scores[t, i], i))
+        assert (found.rank, found.num_visible) == (order.index(s), p.hi[t] - p.lo[t])
+
+
+@given(p=problems(), seed=seeds, widen=st.integers(0, 3))
+def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen):
+    """Eq. (2) over candidates, neighbours and forced keys; lightning when all keys are there."""
+    candidates = drawn_indices(p, seed)[..., : max(1, p.S // 3)]
+    scores = scores_by_loops(p)
+    expected = np.empty((*p.batch, p.T, p.width), np.int32)
+    for b, t in p.rows():
+        visible = range(p.lo[b][t], p.hi[b][t])
+        w, z = p.forced["local_window"], p.forced["num_sink_tokens"]
+        seen = {*visible[:z], *visible[max(0, len(visible) - w) :]}
+        seen |= {c + d for c in candidates[b][t].tolist() if c >= 0 for d in range(-widen, widen + 1)} & set(
+            visible
+        )
+        row = [x if s in seen else -INF for s, x in enumerate(scores[b][t].tolist())]
+        expected[b][t] = select_by_sort(row, p.lo[b][t], p.hi[b][t], p.top_k, w, z)
+    actual = dsa.predictive_select(*p.index, p.top_k, candidates, widen=widen, **p.forced, **p.windows)
+    np.testing.assert_array_equal(actual, expected)
+    everything = np.broadcast_to(np.arange(p.S), (*p.batch, p.T, p.S))
+    everything = everything.astype(np.uint64 if seed % 2 else np.int16)
+    actual = dsa.predictive_select(*p.index, p.top_k, everything, **p.forced, **p.windows)
+    assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
+
+
+OPTIONS: dict[str, dict] = {  # small, so that blocks and projections mean something at these sizes
+    "lightning": {}, "approximate": {"dim": 2}, "lsh": {"bits": 5, "oversample": 2}, "learned": {"seed": 3},
+    "hierarchical": {"block": 4, "oversample": 1}, "window": {}, "strided": {}, "global": {},
+    "random": {"seed": 1}, "oracle": {"scale": 0.5},
+}  # fmt: skip
+SELECTOR_NAMES = list(OPTIONS)
+indexed = problems(data=normal, dtypes=[F32, F64, BFLOAT16])
+
+
+def by_selector(dsa, p, name, **kwargs):
+    names = dict(zip(("index_q", "index_k", "weights"), p.index, strict=True))
+    kwargs = p.forced | p.windows | OPTIONS[name] | kwargs
+    return dsa.SELECTORS[name](p.q, p.k, kwargs.pop("top_k", p.top_k), **names, **kwargs)
+
+
+def test_every_selector_is_listed(dsa):
+    """The names are a contract: bench.py and DSAConfig go by them."""
+    assert sorted(dsa.SELECTORS) == sorted(SELECTOR_NAMES)
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@given(p=indexed)
+def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p):
+    """Equal K or no comparison: the same format, count and forced keys, whatever the strategy."""
+    assert_is_a_selection(p, by_selector(dsa, p, name), p.top_k, **p.forced)
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@given(p=indexed, data=st.data())
+def test_every_selector_is_causal(dsa, name, p, data):
+    """Numbers that no row may see, in q's order or not, change no row; seeds make the same choice twice."""
+    hidden = data.draw(st.integers(0, p.S - 1))
+    p.windows = {"k_start": p.lo, "k_end": np.clip(p.hi, p.lo, max(hidden, 0))}
+    p.windows["k_start"] = np.minimum(p.lo, p.windows["k_end"])
+    assert_same(by_selector(dsa, overwritten(p, range(hidden, p.S), 9.0), name), by_selector(dsa, p, name))
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@given(p=problems(data=normal, dtypes=[F64], windows=False, batches=[()]), value=st.sampled_from([-9.0, 9.0]))
+def test_every_selector_is_causal_row_by_row(dsa, name, p, value):
+    """A later row sees the changed key, an earlier one does not and stays as it was."""
+    expected, t = by_selector(dsa, p, name), p.T // 2
+    actual = by_selector(dsa, overwritten(p, range(max(0, p.hi[t]), p.S), value), name)
+    assert_same(actual[: t + 1], expected[: t + 1])
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
+    """No query, no key or no batch is an empty table; what is not a number has no place in an order."""
+    for batch, T, S in (((2,), 0, 9), ((2,), 3, 0), ((0,), 3, 9)):
+        p = tokens(0, batch, 9)
+        p.q, (p.index_q, p.weights) = p.q[:, :T], (x[:, :T] for x in (p.index_q, p.weights))
+        p.k, p.index_k = p.k[:, :S], p.index_k[:, :S]
+        p.index = (p.index_q, p.index_k, p.weights)
+        indices = by_selector(dsa, p, name, top_k=4)
+        assert indices.shape == (*batch, T, min(4, S)) and (indices == -1).all()
+    p = tokens(0, (), 300)
+    p.k[200], p.index_k[200] = NAN, NAN
+    if name not in ("window", "strided", "global", "random"):
+        with pytest.raises(ValueError, match="NaN"):
+            by_selector(dsa, p, name, top_k=4)
+
+
+@pytest.mark.parametrize("name", ["window", "strided", "global", "random"])
+@given(p=indexed)
+def test_static_patterns_read_no_numbers(dsa, name, p):
+    """They go by shapes and windows alone, so NaN everywhere gives the same indices."""
+    expected = by_selector(dsa, p, name)
+    p.q = np.full_like(p.q, NAN)
+    assert_same(by_selector(dsa, overwritten(p, range(p.S), NAN), name), expected)
+
+
+@given(p=indexed)
+def test_the_window_selector_keeps_the_newest(dsa, p):
+    """The last K visible keys: a recency score under eq. (2)."""
+    recency = np.broadcast_to(np.arange(p.S), (*p.batch, p.T, p.S))
+    forced = {"num_sink_tokens": p.forced["num_sink_tokens"], "local_window": 0}
+    expected = selection_by_sort(p, recency, p.top_k, **forced)
+    np.testing.assert_array_equal(by_selector(dsa, p, "window", **forced), expected)
+
+
+@given(p=indexed)
+def test_selectors_with_nothing_left_out_are_exact(dsa, p):
+    """Rescoring all is no approximation: hierarchical is lightning, lsh and an identity rank by q.k."""
+    lightning = dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows)
+    assert_same(by_selector(dsa, p, "lightning"), lightning)
+    assert_same(by_selector(dsa, p, "hierarchical", oversample=p.S + 8), lightning)
+    p.q, p.k = p.q[..., :1, :], p.k[..., :1, :]
+    p.q, p.k = np.round(p.q.astype(F64) * 4), np.round(p.k.astype(F64) * 4)
+    products = np.einsum("...td,...sd->...ts", p.q[..., 0, :], p.k[..., 0, :])
+    expected = selection_by_sort(p, products, p.top_k, **p.forced)
+    for name, options in (
+        ("approximate", {"projection": np.eye(p.q.shape[-1])}),
+        ("lsh", {"oversample": p.S}),
+    ):
+        np.testing.assert_array_equal(by_selector(dsa, p, name, **options), expected)
+    mlp = normal(np.random.default_rng(p.T), 2, 3, p.q.shape[-1])
+    w_q, w_k, bias, w_out = (
+        np.round(mlp[0] * 2),
+        np.round(mlp[1] * 2),
+        np.array([1.0, -2, 3]),
+        np.array([1.0, 2, -1]),
+    )
+    hidden = (p.q[..., :, :] @ w_q.T) + np.swapaxes(p.k @ w_k.T, -2, -3) + bias  # [..., T, S, F]
+    expected = selection_by_sort(p, np.maximum(hidden, 0) @ w_out, p.top_k, **p.forced)
+    np.testing.assert_array_equal(by_selector(dsa, p, "learned", mlp=(w_q, w_k, bias, w_out)), expected)
+
+
+@given(p=problems(data=normal, dtypes=[F64]))
+def test_the_oracle_captures_the_most_mass(dsa, p):
+    """It keeps the keys of the largest attention summed over heads, so no other K keys hold more of it."""
+    p.scale, p.forced = OPTIONS["oracle"]["scale"], {}
+    captured, total = {}, dense(dsa, p)[1]
+    for name in SELECTOR_NAMES:
+        lse = sparse(dsa, p, by_selector(dsa, p, name))[1]
+        seen = total > -INF
+        captured[name] = np.where(seen, np.exp(np.where(seen, lse, 0) - np.where(seen, total, 0)), 0).sum(-1)
+    for name, mass in captured.items():
+        assert (mass <= captured["oracle"] + 1e-9).all(), name
+
+
+def test_hierarchical_always_has_the_first_and_last_visible_block(dsa):
+    """Even when every other block scores higher, tokens of these two stay candidates."""
+    keys = np.full((64, 1), 1.0)
+    keys[[0, 63]] = 5.0  # in their blocks, amid keys that pull the mean down
+    keys[1:8], keys[56:63] = -9.0, -9.0
+    one, end = np.ones((1, 1, 1)), {"k_end": np.array([64])}
+    indices = dsa.SELECTORS["hierarchical"](
+        one, keys[:, None], 2, index_q=one, index_k=keys, weights=one[0], block=8, oversample=4, **end
+    )
+    assert indices.tolist() == [[0, 63]]
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
+def test_an_unknown_option_is_an_error(dsa, name):
+    """A misspelt option must not be dropped in silence."""
+    arrays = {key: ONES[key] for key in ("index_q", "index_k", "weights")}
+    with pytest.raises(TypeError, match="blocksize"):
+        dsa.SELECTORS[name](ONES["q"], ONES["k"], 2, **arrays, blocksize=3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. DSAConfig
+# ------------------------------------------------------------------------------------------------------------
+
+DEFAULTS = {
+    "top_k": 2048, "sparse_ratio": None, "strategy": "dynamic", "local_window": 0, "num_sink_tokens": 0,
+    "global_selection": "lightning", "pattern": "window", "batch_pad_to_multiple": 64,
+    "cache_strategy": "lru", "indexer_precision": "fp32", "fallback_dense_threshold": None,
+    "progressive_sparsity": False,
+}  # fmt: skip
+HYBRID = {"strategy": "hybrid"}
+BAD_CONFIGS = [  # the field at fault last
+    {"top_k": 0}, {"top_k": -5}, {"top_k": 2.5}, {"sparse_ratio": 0.0}, {"sparse_ratio": -0.1},
+    {"sparse_ratio": 1.5}, {"sparse_ratio": NAN}, {"strategy": "magic"}, {"local_window": -1},
+    {"num_sink_tokens": -1}, {"global_selection": "best"}, {"pattern": "spiral"},
+    {"batch_pad_to_multiple": 0}, {"cache_strategy": "fifo"}, {"indexer_precision": "int4"},
+    {"fallback_dense_threshold": -1}, HYBRID | {"local_window": 0}, {"local_window": 7},
+    HYBRID | {"local_window": 2049}, HYBRID | {"top_k": 10, "local_window": 6, "num_sink_tokens": 5},
+    {"num_sink_tokens": 2049}, {"progressive_sparsity": "yes"},
+]  # fmt: skip
+
+
+def test_config_defaults_and_immutability(dsa):
+    """The table of the specification, in a dataclass that nobody can change under a running model."""
+    config = dsa.DSAConfig()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert dsa.SELECTION_RATIOS == {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
+    with pytest.raises(FrozenInstanceError):
+        config.top_k = 5
+
+
+@pytest.mark.parametrize("bad", BAD_CONFIGS, ids=str)
+def test_a_bad_config_is_an_error_that_names_field_and_value(dsa, bad):
+    """Found when it is written, not when it is first used."""
+    with pytest.raises(ValueError) as caught:
+        dsa.DSAConfig(**bad)
+    field = list(bad)[-1]
+    assert field in str(caught.value) and str(bad[field]) in str(caught.value)
+
+
+@given(top_k=st.integers(1, 5000), n=st.integers(2, 80), S=st.integers(1, 10**6), window=st.integers(0, 50))
+def test_top_k_at(dsa, top_k, n, S, window):
+    """A ratio of S, rounded up; progressive from 2 K to K / 2 by equal factors, at least the forced."""
+    assert dsa.DSAConfig(top_k=top_k).top_k_at(n - 1, n, S) == top_k
+    for ratio in dsa.SELECTION_RATIOS.values():
+        assert dsa.DSAConfig(sparse_ratio=ratio).top_k_at(num_keys=S) == max(1, math.ceil(ratio * S))
+    kept = {"strategy": "hybrid" if window else "dynamic", "local_window": min(window, top_k)}
+    config = dsa.DSAConfig(top_k=top_k, progressive_sparsity=True, **kept)
+    steps = [config.top_k_at(layer, n) for layer in range(n)]
+    floor = max(1, kept["local_window"])
+    assert steps[0] == 2 * top_k and abs(steps[-1] - max(floor, top_k / 2)) < 1
+    for layer, step in enumerate(steps):
+        assert isinstance(step, int) and step >= floor
+        assert abs(step - max(floor, 2 * top_k * 0.25 ** (layer / (n - 1)))) <= 1
+    assert config.top_k_at(0, 1) == top_k
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. Batches and dsa_attention
+# ------------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=5), multiple=st.sampled_from([1, 3, 64]))
+def test_pad_batch_and_its_windows(dsa, lengths, multiple):
+    """Zeros on the right up to a common multiple; padding sees nothing and is seen by nobody."""
+    assume(max(lengths) > 0)
+    sequences = [np.full((n, 2, 3), 1.0 + i, np.float32) for i, n in enumerate(lengths)]
+    padded_batch, found = dsa.pad_batch(sequences, multiple)
+    T = -(-max(lengths) // multiple) * multiple
+    assert padded_batch.shape == (len(lengths), T, 2, 3) and padded_batch.dtype == np.float32
+    assert found.tolist() == lengths and found.dtype == np.int64
+    for i, n in enumerate(lengths):
+        assert (padded_batch[i, :n] == 1 + i).all() and (padded_batch[i, n:] == 0).all()
+    k_start, k_end = dsa.padded_window(found, T)
+    for i, n in enumerate(lengths):
+        for t in range(T):
+            assert list(range(k_start[i, t], k_end[i, t])) == (list(range(t + 1)) if t < n else [])
+    k_start, k_end = dsa.packed_window(np.array(lengths))
+    ends = np.cumsum(lengths)
+    expected = [(end - n, end - n + t + 1) for n, end in zip(lengths, ends, strict=True) for t in range(n)]
+    assert list(zip(k_start.tolist(), k_end.tolist(), strict=True)) == expected
+
+
+def attend(dsa, p, config, rows=None, **kwargs):
+    """dsa_attention on a problem, or on some rows of its token axes."""
+    arrays = [p.q, *p.kv, *p.index]
+    if rows is not None:
+        arrays = [None if x is None else x[rows] for x in arrays]
+    return dsa.dsa_attention(*arrays, config, **(p.latent | {"scale": p.scale} | kwargs))
+
+
+def tokens(seed, batch, T, dtype=F64, tied=False):
+    """A problem whose queries and keys are the same T tokens, in random floats."""
+    rng = np.random.default_rng(seed)
+    array = lambda *shape: rng.standard_normal((*batch, T, *shape)).astype(dtype)  # noqa: E731
+    v, latent = (None, {"d_v": 3}) if tied else (array(2, 3), {})
+    return Problem(
+        batch, 5, {}, {}, None, array(4, 5), array(2, 5), v, latent, array(2, 4), array(4), array(2)
+    )
+
+
+@given(p=any_problem, z=st.none() | sinks, data=st.data())
+def test_dsa_attention_selects_then_attends(dsa, p, z, data):
+    """Equations (1) to (3) in one call, whose indices say what was kept or that it was dense (trap 10)."""
+    z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
+    strategy = "hybrid" if p.forced["local_window"] else "dynamic"
+    config = dsa.DSAConfig(top_k=p.top_k, strategy=strategy, fallback_dense_threshold=0, **p.forced)
+    out, lse, indices = attend(dsa, p, config, sink=z, **p.windows)
+    np.testing.assert_array_equal(indices, select(Stages(dsa, np), p))
+    assert_attention((out, lse), sparse(dsa, p, indices, sink=z), p.q.dtype)
+    config = replace(config, fallback_dense_threshold=p.S)
+    out, lse, everything = attend(dsa, p, config, sink=z, **p.windows)
+    assert_attention((out, lse), dense(dsa, p, sink=z), p.q.dtype)
+    for b, t in p.rows():
+        assert kept_in(everything)(b, t) == list(window_of(p)(b, t))
+    candidates = np.zeros((*p.batch, p.T, 1), np.int32)
+    config = replace(config, fallback_dense_threshold=0)
+    _, _, few = attend(dsa, p, config, candidates=candidates, **p.windows)
+    assert_same(few, dsa.predictive_select(*p.index, p.top_k, candidates, **p.forced, **p.windows))
+
+
+@pytest.mark.parametrize("name", SELECTOR_NAMES[:-1])
+def test_dsa_attention_uses_the_selector_that_its_config_names(dsa, name):
+    """strategy, global_selection and pattern pick of SELECTORS; options reach it; ways to set K agree."""
+    p = tokens(0, (2,), 90)
+    fixed = name in ("window", "strided", "global", "random")
+    choice = {"strategy": "fixed", "pattern": name} if fixed else {"global_selection": name}
+    expected = by_selector(dsa, p, name, top_k=9, num_sink_tokens=2)
+    middle = {"layer": 1, "n_layers": 3}
+    ways: list[tuple[dict, dict]] = [
+        ({"top_k": 9}, {}), ({"sparse_ratio": 0.1}, {}), ({"top_k": 9, "progressive_sparsity": True}, middle)
+    ]  # fmt: skip
+    for k, call in ways:
+        config = dsa.DSAConfig(**k, **choice, num_sink_tokens=2)
+        np.testing.assert_array_equal(attend(dsa, p, config, **OPTIONS[name], **call)[2], expected)
+    if not fixed:
+        config = dsa.DSAConfig(top_k=9, strategy="hybrid", local_window=4, global_selection=name)
+        hybrid = by_selector(dsa, p, name, top_k=9, local_window=4)
+        np.testing.assert_array_equal(attend(dsa, p, config, **OPTIONS[name])[2], hybrid)
+
+
+def test_dense_fallback_is_where_dense_and_sparse_are_the_same(dsa):
+    """By default up to S = top_k and no further: at S = top_k + 1 the first key goes."""
+    for S, threshold, kept in ((8, None, 8), (9, None, 8), (9, 9, 9), (10, 9, 8), (8, 0, 8)):
+        indices = attend(dsa, tokens(1, (), S), dsa.DSAConfig(top_k=8, fallback_dense_threshold=threshold))[2]
+        assert (indices[-1] >= 0).sum() == kept
+
+
+@slow
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=st.booleans(),
+    options=st.sampled_from([
+        {}, {"strategy": "fixed", "pattern": "random"}, {"sparse_ratio": 0.2}, {"fallback_dense_threshold": 9}
+    ]),
+)  # fmt: skip
+def test_sequences_in_a_batch_or_packed_are_as_if_alone(dsa, lengths, seed, tied, options):
+    """Padded, cached or end to end, none sees another or padding (NaN here); padded rows are 0 and -inf."""
+    assume(max(lengths) > 0)
+    T, config = max(lengths), dsa.DSAConfig(top_k=5, **options)
+    p = tokens(seed, (len(lengths),), T, tied=tied)
+    alone: list[Any] = [
+        attend(dsa, p, config, rows=(i, slice(n))) if n else None for i, n in enumerate(lengths)
+    ]
+    for x in (p.q, *p.kv, *p.index):
+        for i, n in enumerate(lengths) if x is not None else ():
+            x[i, n:] = NAN
+    results = attend(dsa, p, config, lengths=np.array(lengths))
+    lists = [None if x is None else [x[i, :n] for i, n in enumerate(lengths)] for x in (p.q, *p.kv, *p.index)]
+    listed = dsa.dsa_attention(*lists, config, **p.latent)
+    assert listed[0].shape[1] == 64
+    with new_cache(dsa, "KVCache", p, T) as cache:
+        cached = attend(dsa, p, config, lengths=np.array(lengths), cache=cache)
+    packed = [None if x is None else np.concatenate(x) for x in lists]
+    k_start, k_end = dsa.packed_window(np.array(lengths))
+    joined = dsa.dsa_attention(*packed, config, **p.latent, k_start=k_start, k_end=k_end)
+    for i, n in enumerate(lengths):
+        for out, lse, indices in (results, listed, cached):
+            assert (out[i, n:] == 0).all() and (lse[i, n:] == -INF).all() and (indices[i, n:] == -1).all()
+            if n:
+                assert_attention((out[i, :n], lse[i, :n]), alone[i][:2], F64)
+                np.testing.assert_array_equal(padded(indices[i, :n], 40), padded(alone[i][2], 40))
+        if (
+            n and "sparse_ratio" not in options and "fallback_dense_threshold" not in options
+        ):  # the axis counts
+            rows, start = slice(sum(lengths[:i]), sum(lengths[: i + 1])), sum(lengths[:i])
+            assert_attention((joined[0][rows], joined[1][rows]), alone[i][:2], F64)
+            own = np.where(joined[2][rows] < 0, -1, joined[2][rows] - start)
+            np.testing.assert_array_equal(padded(own, 5), padded(alone[i][2], 5))
+
+
+def test_dsa_attention_refuses_what_contradicts_itself(dsa):
+    """Two sources of windows, a config that is none, lengths beyond the batch, lists that do not match."""
+    p, config = tokens(0, (2,), 8), dsa.DSAConfig(top_k=3)
+    window = np.ones((2, 8), int)
+    for error, name, kwargs in (
+        (ValueError, "lengths", {"lengths": np.array([3, 8]), "k_end": window}),
+        (ValueError, "lengths", {"lengths": np.array([3, 9])}),
+        (ValueError, "lengths", {"lengths": np.array([3, -1])}),
+        (ValueError, "lengths", {"lengths": np.array([3])}),
+        (TypeError, "lengths", {"lengths": np.array([3.0, 2.0])}),
+    ):
+        with pytest.raises(error, match=name):
+            attend(dsa, p, config, **kwargs)
+    with pytest.raises(TypeError, match="config"):
+        attend(dsa, p, {"top_k": 3})
+    with pytest.raises(ValueError, match=r"\bk\b"):
+        dsa.dsa_attention([*p.q], [*p.k][:1], [*p.v], *([*x] for x in p.index), config)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11. KVCache and HybridKVCache
+# ------------------------------------------------------------------------------------------------------------
+
+CACHES = ["KVCache", "HybridKVCache"]
+
+
+def new_cache(dsa, kind, p, capacity, fast_tokens=3, local_window=0, **kwargs):
+    """A cache for a problem's tokens; a hybrid one has fast room for its windows and a few more."""
+    streams = {name: x.shape[2:] for name, x in streams_of(p).items()}
+    kwargs = {"batch": p.batch[0], "storage": "float64"} | kwargs
+    if kind == "HybridKVCache":
+        itemsize = {"float32": 4, "float16": 2, "bfloat16": 2}.get(kwargs["storage"], 8)
+        width = sum(math.prod(shape) for name, shape in streams.items() if name != "index_k")
+        kwargs["fast_bytes"] = (kwargs["batch"] * local_window + fast_tokens) * width * itemsize
+        kwargs["local_window"] = local_window
+    return getattr(dsa, kind)(capacity, **kwargs, **streams)
+
+
+def streams_of(p, rows: Any = ...) -> dict[str, Any]:
+    return {n: x[rows] for n, x in (("k", p.k), ("v", p.v), ("index_k", p.index_k)) if x is not None}
+
+
+def snapshot(cache):
+    return cache.lengths.tolist(), [
+        [cache.read(name)[b, :n].tobytes() for b, n in enumerate(cache.lengths)] for name in ("k", "index_k")
+    ]
+
+
+@slow
+@given(
+    seed=seeds, tied=st.booleans(), grow=st.booleans(), step=st.sampled_from([1, 3, 40]),
+    window=st.integers(0, 3), lengths=st.lists(st.integers(0, 25), min_size=1, max_size=3),
+    dtype=st.sampled_from([F32, F64]),
+)  # fmt: skip
+@pytest.mark.parametrize("kind", CACHES)
+def test_prefill_is_chunks_is_single_tokens(dsa, kind, seed, tied, grow, step, window, lengths, dtype):
+    """Through either cache, in steps of any sizes, 0 too, each row is as in one prefill (trap 9)."""
+    assume(max(lengths) > 0)
+    lengths, rng, B = np.array(lengths), np.random.default_rng(seed), len(lengths)
+    p = tokens(seed, (B,), max(lengths), dtype, tied)
+    hybrid = {"strategy": "hybrid" if window else "dynamic", "local_window": window}
+    config = dsa.DSAConfig(top_k=5, num_sink_tokens=1, **hybrid)
+    alone = [attend(dsa, p, config, rows=(i, slice(n))) for i, n in enumerate(lengths)]
+    done = np.zeros(B, int)
+    kwargs = {"capacity": 1 if grow else max(lengths), "grow": grow, "storage": dtype.name}
+    with new_cache(dsa, kind, p, local_window=window, **kwargs) as cache:
+        while (done < lengths).any():
+            new = np.minimum(lengths - done, rng.integers(0, step + 1, B))
+            part: list[Any] = []
+            for whole in (p.q, *p.kv, *p.index):
+                part.append(None if whole is None else np.full((B, max(new), *whole.shape[2:]), NAN, dtype))
+                for i in range(B) if whole is not None else ():
+                    part[-1][i, : new[i]] = whole[i, done[i] : done[i] + new[i]]
+            out, lse, indices = dsa.dsa_attention(*part, config, **p.latent, cache=cache, lengths=new)
+            for i, n in enumerate(new):
+                rows = slice(done[i], done[i] + n)
+                assert_attention((out[i, :n], lse[i, :n]), (alone[i][0][rows], alone[i][1][rows]), dtype)
+                assert (padded(indices[i, :n], 9) == padded(alone[i][2][rows], 9)).all()
+                assert (out[i, n:] == 0).all() and (lse[i, n:] == -INF).all() and (indices[i, n:] == -1).all()
+            done += new
+            assert cache.lengths.tolist() == done.tolist() and cache.lengths.dtype == np.int64
+
+
+@given(
+    seed=seeds, tied=st.booleans(), storage=st.sampled_from(DTYPES), window=st.integers(0, 2),
+    fast_tokens=st.integers(1, 6), steps=st.lists(st.sampled_from("aaatss"), min_size=1, max_size=20),
+)  # fmt: skip
+def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast_tokens, steps):
+    """Append, truncate and attend in any order as on plain arrays; the hybrid to the bit, and it counts."""
+    rng, p = np.random.default_rng(seed), tokens(seed, (2,), 1, tied=tied)
+    kwargs = {"storage": storage.name, "grow": True}
+    plain = new_cache(dsa, "KVCache", p, 2, **kwargs)
+    hybrid = new_cache(dsa, "HybridKVCache", p, 2, fast_tokens, window, **kwargs)
+    slow_bytes = plain.bytes_per_token - 4 * storage.itemsize
+    model = [{name: x[0, :0].astype(storage) for name, x in streams_of(p).items()} for b in range(2)]
+    for number, step in enumerate(steps):
+        lengths = np.array([len(x["k"]) for x in model])
+        if step == "a":
+            more, new = tokens(seed + number, (2,), int(rng.integers(0, 5))), rng.integers(0, 5, 2)
+            more, new = replace(more, v=None, latent={"d_v": 3}) if tied else more, np.minimum(new, more.T)
+            for cache in (plain, hybrid):
+                cache.append(**streams_of(more), lengths=new)
+            for b in range(2):
+                for name, x in streams_of(more).items():
+                    model[b][name] = np.concatenate([model[b][name], x[b, : new[b]].astype(storage)])
+        elif step == "t":
+            new = rng.integers(0, lengths + 1)
+            plain.truncate(new), hybrid.truncate(new)
+            model = [{name: x[: new[b]] for name, x in model[b].items()} for b in range(2)]
+        elif lengths.min() > 0:
+            q = rng.standard_normal((2, 1, 4, 5))
+            indices = np.stack([padded(np.sort(rng.permutation(n)[:3])[None], 3) for n in lengths])
+            before, z = (hybrid.hits + hybrid.misses, hybrid.misses, hybrid.bytes_moved), np.zeros(4)
+            results = [cache.attend(q, indices, **p.latent, sink=z) for cache in (plain, hybrid)]
+            assert_same(results[1], results[0])
+            for b in range(2):
+                expected = dsa.sparse_attention(
+                    q[b], model[b]["k"], model[b].get("v"), indices[b], **p.latent, sink=z)  # fmt: skip
+                assert_attention((results[0][0][b], results[0][1][b]), expected, F64)
+            assert hybrid.hits + hybrid.misses - before[0] == (indices >= 0).sum()
+            assert hybrid.bytes_moved - before[2] == (hybrid.misses - before[1]) * slow_bytes
+        for cache in (plain, hybrid):
+            assert cache.lengths.tolist() == [len(x["k"]) for x in model]
+            for b, name in itertools.product(range(2), model[0]):
+                np.testing.assert_array_equal(cache.read(name)[b, : cache.lengths[b]], model[b][name])
+        assert hybrid.fast_nbytes <= hybrid.fast_bytes == (2 * window + fast_tokens) * slow_bytes
+    hybrid.close()
+
+
+def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
+    """Counted by hand: two free slots, and a window of one token that is never evicted and never a miss."""
+    p = tokens(0, (1,), 10)
+    with new_cache(dsa, "HybridKVCache", p, 10, fast_tokens=2, local_window=1) as cache:
+        cache.append(**streams_of(p))
+        counts = []
+        for token in (0, 1, 0, 2, 0, 1, 9, 3, 4, 9):
+            cache.attend(p.q[:, :1], np.array([[[token]]]))
+            counts.append(cache.hits)
+        assert counts == [0, 0, 1, 1, 2, 2, 3, 3, 3, 4] and cache.misses == 6
+        cache.attend(p.q[:, :1], np.arange(10)[None, None])
+        assert cache.hits == 7 and cache.fast_nbytes == cache.fast_bytes  # more than fits, and none is lost
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_windows_of_the_newest_tokens(dsa, kind):
+    """The i-th of n new tokens sees all before them and the first i of them; padding rows see nothing."""
+    p = tokens(0, (2,), 6)
+    with new_cache(dsa, kind, p, 9) as cache:
+        cache.append(**streams_of(p), lengths=np.array([6, 2]))
+        cases: list[Any] = [(None, [[5, 6], [1, 2]]), (np.array([1, 2]), [[6, 0], [1, 2]])]
+        for lengths, ends in cases:
+            k_start, k_end = cache.window(2, lengths)
+            for b, t in itertools.product(range(2), range(2)):
+                assert list(range(k_start[b, t], k_end[b, t])) == list(range(ends[b][t]))
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_refuses_and_stays_as_it_was(dsa, kind):
+    """Full, wrong streams, shapes, lengths or indices: an error that names it, and nothing is written."""
+    p = tokens(0, (2,), 6)
+    good = streams_of(p)
+    with new_cache(dsa, kind, p, 8) as cache:
+        cache.append(**good, lengths=np.array([6, 3]))
+        before = snapshot(cache)
+        refused: list[Any] = [
+            (ValueError, "full|capacity", good),
+            (ValueError, "full|capacity", good | {"lengths": np.array([3, 0])}),
+            (ValueError, "k", {name: x for name, x in good.items() if name != "k"}),
+            ((ValueError, TypeError), "extra", good | {"extra": p.k}),
+            (ValueError, r"\b[kv]\b", good | {"v": p.v[:, :3]}),
+            (ValueError, "v", good | {"v": p.v[..., :2]}),
+            (TypeError, "index_k", good | {"index_k": [[1.0]]}),
+            (ValueError, "lengths", good | {"lengths": np.array([1, 7])}),
+            (ValueError, "lengths", good | {"lengths": np.array([1, -1])}),
+            (ValueError, "lengths", good | {"lengths": np.array([1])}),
+        ]
+        for error, name, kwargs in refused:
+            with pytest.raises(error, match=name):
+                cache.append(**kwargs)
+            assert snapshot(cache) == before
+        for lengths in ([7, 3], [-1, 3], [6]):
+            with pytest.raises(ValueError, match="lengths"):
+                cache.truncate(np.array(lengths))
+        for index in (6, -2):
+            with pytest.raises(IndexError, match=str(index)):
+                cache.attend(p.q[:, :1], np.full((2, 1, 1), index))
+        with pytest.raises(IndexError, match="3"):  # a key of the longer sequence only
+            cache.attend(p.q[:, :1], np.full((2, 1, 1), 3))
+        assert snapshot(cache) == before
+        cache.append(**streams_of(p, (slice(None), slice(0, 2))))
+        assert cache.lengths.tolist() == [8, 5]
+    uses = [lambda: cache.append(**good), lambda: cache.read("k"), lambda: cache.truncate(np.array([0, 0]))]
+    for use in (*uses, lambda: cache.attend(p.q[:, :1], np.zeros((2, 1, 1), int))):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+    assert cache.closed
+    for kwargs in ({"capacity": 0}, {"batch": 0}, {"storage": "int3"}):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
+            new_cache(dsa, kind, p, **({"capacity": 4} | kwargs))
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("grow", [False, True])
+def test_a_call_that_raises_leaves_the_cache_as_it_was(dsa, kind, grow):
+    """An append before the error is taken back; the right tokens then stand where the wrong ones did."""
+    p, config = tokens(3, (2,), 12), dsa.DSAConfig(top_k=3)
+    expected = attend(dsa, p, config)
+    rows = [(slice(None), slice(a, b)) for a, b in ((0, 6), (6, 9), (9, 12))]
+    with new_cache(dsa, kind, p, 6 if grow else 12, grow=grow, fast_tokens=4, local_window=2) as cache:
+        attend(dsa, p, config, rows=rows[0], cache=cache)
+        before = snapshot(cache)
+        bad = replace(p, index_k=np.full_like(p.index_k, NAN), k=p.k * 9, v=p.v * 9)
+        wrong_shape = replace(p, index_q=p.index_q[..., :2])
+        window = {"k_end": np.ones((2, 3), int)}
+        for wrong, kwargs in ((bad, {}), (wrong_shape, {}), (p, {"sink": np.ones(17)}), (p, window)):
+            with pytest.raises(ValueError):
+                attend(dsa, wrong, config, rows=rows[1], cache=cache, **kwargs)
+            assert snapshot(cache) == before
+        with pytest.raises(TypeError):
+            attend(dsa, p, config, rows=rows[1], cache=cache, blocksize=3)
+        assert snapshot(cache) == before
+        for part in rows[1:]:
+            for actual, whole in zip(attend(dsa, p, config, rows=part, cache=cache), expected, strict=True):
+                assert_close(actual, whole[part], 1e-12)
+        if not grow:
+            with pytest.raises(ValueError, match=r"full|capacity"):
+                attend(dsa, p, config, rows=rows[1], cache=cache)
+            assert cache.lengths.tolist() == [12, 12]
+
+
+def test_a_failed_growth_leaves_the_cache_as_it_was(dsa, monkeypatch):
+    """Memory may run out after the slow tier has grown: the old capacity then goes on, and can grow later."""
+    p = tokens(0, (2,), 6)
+    first, second = (
+        {name: x[:, part] for name, x in streams_of(p).items()} for part in (slice(4), slice(4, 6))
+    )
+    with new_cache(dsa, "HybridKVCache", p, 4, grow=True) as cache:
+        cache.append(**first)
+        before = snapshot(cache)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(dsa.KVCache, "_allocate", lambda *_: (_ for _ in ()).throw(MemoryError))
+            cache.append(**second)
+        assert snapshot(cache) == before
+        cache.append(**second)
+        np.testing.assert_array_equal(cache.read("k"), p.k)
+
+
+def test_the_temporary_file_is_gone_after_close_and_after_with(dsa, tmp_path, monkeypatch):
+    """The slow tier is a file while the cache is open; a temporary one leaves nothing behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    p = tokens(0, (2,), 6)
+    for leave in ("close", "with", "error"):
+        cache = new_cache(dsa, "HybridKVCache", p, 6)
+        assert Path(cache.path).is_file() and Path(cache.path).is_relative_to(tmp_path)
+        cache.append(**streams_of(p))
+        assert Path(cache.path).stat().st_size >= p.k.nbytes + p.v.nbytes
+        if leave == "close":
+            cache.close()
+        else:
+            with contextlib.suppress(KeyError), cache:
+                if leave == "error":
+                    raise KeyError
+        assert list(tmp_path.iterdir()) == []
+    with new_cache(dsa, "HybridKVCache", p, 6, path=tmp_path / "slow tier") as cache:
+        cache.append(**streams_of(p))
+        assert Path(cache.path) == tmp_path / "slow tier" and Path(cache.path).is_file()
+        np.testing.assert_array_equal(cache.read("k"), p.k)
+
+
+def test_an_unwritable_path_and_a_tier_too_small_are_errors(dsa, tmp_path):
+    """OSError with the path in it; a fast tier that cannot hold the windows is a ValueError."""
+    p = tokens(0, (2,), 6)
+    for path in (tmp_path / "missing" / "file", tmp_path):
+        with pytest.raises(OSError, match=re.escape(path.name)):
+            new_cache(dsa, "HybridKVCache", p, 6, path=path)
+    with pytest.raises(ValueError, match="fast_bytes"):
+        new_cache(dsa, "HybridKVCache", p, 6, local_window=2, fast_tokens=-1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def file_size_limit(nbytes):
+    """No file may grow beyond nbytes: what a full disk looks like, without filling one."""
+    resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
+    import signal
+
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, monkeypatch):
+    """Growing the file fails: OSError, the tokens of before, and room again once the disk has room."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    p, config = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7)
+    expected = attend(dsa, p, config)
+    with file_size_limit(2048), pytest.raises(OSError):
+        new_cache(dsa, "HybridKVCache", p, 64)
+    with file_size_limit(2048), pytest.raises(OSError):
+        new_cache(dsa, "HybridKVCache", p, 64, path=tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+    with new_cache(dsa, "HybridKVCache", p, 8, grow=True) as cache:
+        first, rest = ((slice(None), slice(*ends)) for ends in ((0, 8), (8, 64)))
+        attend(dsa, p, config, rows=first, cache=cache)
+        before = snapshot(cache)
+        size = Path(cache.path).stat().st_size
+        for call in (
+            lambda: cache.append(**streams_of(p, rest)),
+            lambda: attend(dsa, p, config, rows=rest, cache=cache),
+        ):
+            with file_size_limit(size + 100), pytest.raises(OSError):
+                call()
+            assert snapshot(cache) == before
+        for actual, whole in zip(attend(dsa, p, config, rows=rest, cache=cache), expected, strict=True):
+            assert_close(actual, whole[rest], 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 12. Threads, memory, documentation
+# ------------------------------------------------------------------------------------------------------------
+
+
+@slow
+@given(seed=seeds, dtype=st.sampled_from(DTYPES))
+def test_threads_never_change_a_bit(dsa, seed, dtype):
+    """Nothing depends on the number of threads, BLAS' or ours, nor on who else is calling (trap 4)."""
+    import threadpoolctl
+
+    p = tokens(seed, (2,), 150 + seed % 100, dtype)
+    calls = [lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)), lambda: dsa.dense_attention(p.q, *p.kv),
+             lambda: dsa.lightning_select(*index_rows(seed, 90, 1500, dtype), 64)]  # fmt: skip
+    try:
+        dsa.set_num_threads(1)
+        expected = [call() for call in calls]
+        for n, blas in ((1, 1), (2, 1), (2, 2), (5, None), (None, None)):
+            dsa.set_num_threads(n)
+            assert dsa.get_num_threads() == n if n else dsa.get_num_threads() >= 1
+            with threadpoolctl.threadpool_limits(blas):
+                for call, result in zip(calls, expected, strict=True):
+                    assert_same(call(), result)
+        found, together = [None] * 3, []
+        for i, call in enumerate(calls):
+            together.append(threading.Thread(target=lambda i=i, call=call: found.__setitem__(i, call())))
+        for act in (threading.Thread.start, threading.Thread.join):
+            for thread in together:
+                act(thread)
+        for result, once in zip(found, expected, strict=True):
+            assert_same(result, once)
+    finally:
+        dsa.set_num_threads(None)
+
+
+@pytest.mark.parametrize("n, error", [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
+def test_a_number_of_threads_is_positive(dsa, n, error):
+    """0 threads would do nothing, for ever."""
+    with pytest.raises(error, match=str(n)):
+        dsa.set_num_threads(n)
+
+
+def peak_bytes(call):
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+UNHELD = ["lightning_select", "sparse_attention", "sparse, large K", "dsa_attention", "dense_attention"]
+
+
+@pytest.mark.parametrize("what", ["index_scores", *UNHELD])
+def test_no_stage_holds_queries_times_keys(impl, request, what):
+    """One float32 [T, S] array is 256 MB at 8,192; what may not hold it stays below a quarter (trap 7)."""
+    if impl.xp is not np:
+        pytest.skip("tracemalloc sees no device memory")
+    n, rng = 8192, np.random.default_rng(0)
+    if what == "index_scores":  # returns [T, S], which the measure must see: a quarter of the queries
+        part = (rng.standard_normal(shape, F32) for shape in ((n // 4, 1, 2), (n, 2), (n // 4, 1)))
+        assert peak_bytes(lambda: impl.index_scores(*part)) > n * n
+        return
+    q, k = rng.standard_normal((n, 2, 4), F32), rng.standard_normal((n, 1, 4), F32)
+    index = tuple(rng.standard_normal(shape, F32) for shape in ((n, 2, 8), (n, 8), (n, 2)))
+    few = rng.integers(-1, n, (n, 64), np.int32)
+    if what == "sparse, large K":  # so many that a mask over all keys would be tempting
+        q, k, few = q[: n // 2, :1], k[: n // 2], np.tile(np.arange(3000, dtype=np.int32), (n // 2, 1))
+    calls = {"lightning_select": lambda: impl.lightning_select(*index, 64),
+             "dense_attention": lambda: impl.dense_attention(q, k, k)}  # fmt: skip
+    if what == "dsa_attention":
+        dsa = request.getfixturevalue("dsa")
+        calls[what] = lambda: dsa.dsa_attention(q, k, k, *index, dsa.DSAConfig(top_k=64))
+    assert peak_bytes(calls.get(what, lambda: impl.sparse_attention(q, k, k, few))) < len(q) * len(k) * 4 / 4
+
+
+def test_the_examples_in_dsa_run(dsa):
+    """A docstring whose example is wrong is worse than none."""
+    result = doctest.testmod(dsa, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0 and result.attempted > 20
+
+
+def test_the_examples_in_the_readme_run(dsa):
+    """Every python block with >>>, in order, as one session."""
+    readme = Path(dsa.__file__).with_name("README.md")
+    if not readme.exists():
+        pytest.skip("no README.md beside dsa.py")
+    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
+    text = "\n".join(block for block in blocks if ">>>" in block)
+    report: list[str] = []
+    test = doctest.DocTestParser().get_doctest(text, {}, "README.md", str(readme), 0)
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
+    assert result.failed == 0 and result.attempted > 0, "".join(report)
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main(["-p", "test_dsa", __file__, *sys.argv[1:]]))
