@@ -415,13 +415,13 @@ def _lightning_rows(index_q, index_k, weights, windows):
 
 
 def _scored_rows(windows, score):
-    """rows for _select from score(b, t0, t1, lo, hi) -> [t1 - t0, hi - lo], the scores of a range of keys."""
+    """rows for _select out of score(b, t0, t1, lo, hi) -> [t1 - t0, hi - lo], for a range of keys."""
 
     def rows(b, t0, t1):
-        start, end = windows[0][b][t0:t1], windows[1][b][t0:t1]
+        start, end = (w[b][t0:t1, None] for w in windows)
         lo, hi = _span(start, end)
-        for x, a, z in zip(score(b, t0, t1, lo, hi), start.tolist(), end.tolist()):
-            yield a, x[a - lo : z - lo] if a < z else x[:0]
+        keys = np.arange(lo, hi)
+        yield t0, keys, np.where((keys >= start) & (keys < end), score(b, t0, t1, lo, hi), -np.inf)
 
     return rows
 
@@ -429,44 +429,66 @@ def _scored_rows(windows, score):
 def _select(n, quota, rows, *, block):
     """Select for every query -> indices [..., T, K]. quota = (top_k, local_window, num_sink_tokens).
 
-    rows(b, t0, t1) yields each query's keys, the first of a range or an ascending array, and their scores.
+    rows(b, t0, t1) yields t, keys [N], ascending, and their scores x [M, N] for the queries t to t + M, -inf
+    for keys that a query does not see.
     """
-    indices = np.full((*n["..."], n["T"], min(quota[0], n["S"])), -1, np.int32)
+    top_k, local_window, num_sink_tokens = quota
+    indices = np.full((*n["..."], n["T"], min(top_k, n["S"])), -1, np.int32)
 
     def work(b, t0, t1):
-        for t, (keys, x) in enumerate(rows(b, t0, t1), t0):
-            low = x.min(initial=np.inf)
-            _expect(not np.isnan(low), f"a score in the window of query {(*b, t)}", "NaN", "a number")
-            seen = np.flatnonzero(x > -np.inf) if low == -np.inf else None
-            best = _top_k(x, *quota) if seen is None else seen[_top_k(x[seen], *quota)]
-            indices[b][t, : len(best)] = keys + best if isinstance(keys, int) else keys[best]
+        for t, keys, x in rows(b, t0, t1):
+            for wrong in np.flatnonzero(np.isnan(x.min(axis=1, initial=np.inf))):
+                _expect(False, f"a score in the window of query {(*b, t + int(wrong))}", "NaN", "a number")
+            table, seen = indices[b][t : t + len(x)], x > -np.inf
+            count = seen.sum(1)
+            for few in np.flatnonzero(count <= top_k):
+                table[few, : count[few]] = keys[seen[few]]
+            more = np.flatnonzero(count > top_k)
+            if len(more) and not (local_window or num_sink_tokens):
+                table[more] = keys[_top_k(x if len(more) == len(x) else x[more], top_k)]
+            elif len(more):
+                place = np.cumsum(seen[more], axis=1)  # 1 is the first visible key, count the last
+                forced = (place <= num_sink_tokens) | (place > count[more, None] - local_window)
+                forced &= seen[more]
+                best = _top_k(np.where(forced, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
+                forced = np.nonzero(forced)[1].reshape(len(more), -1)
+                table[more] = keys[np.sort(np.concatenate([forced, best], axis=1), axis=1)]
 
     _for_blocks(n["..."], n["T"], block, work)
     return indices
 
 
-def _top_k(x, top_k, local_window=0, num_sink_tokens=0):
-    """Equation (2) for one row of visible scores x -> positions, ascending."""
-    if len(x) <= top_k:
-        return np.arange(len(x))
-    if local_window or num_sink_tokens:
-        a, z = num_sink_tokens, len(x) - local_window
-        best = _top_k(x[a:z], top_k - local_window - num_sink_tokens) + a
-        return np.concatenate([np.arange(a), best, np.arange(z, len(x))])
+def _top_k(x, top_k):
+    """Equation (2): x [M, N] with at least top_k scores above -inf a row -> positions [M, top_k]."""
+    columns = None
     if top_k == 0:
-        return np.arange(0)
+        return np.zeros((len(x), 0), np.intp)
     # Every 16th score gives a threshold that somewhat more than top_k scores should reach; only those go on.
     # Where fewer than top_k reach it, all go on: the rest is exact either way.
-    keys, m = None, top_k // 16 + math.isqrt(top_k) + 4
-    if 32 * m < len(x):
-        sample = x[::16]
-        keys = np.flatnonzero(x >= np.partition(sample, len(sample) - m)[len(sample) - m])
-        keys = keys if len(keys) >= top_k else None
-        x = x if keys is None else x[keys]
-    kth = np.partition(x, len(x) - top_k)[len(x) - top_k]
-    best = x > kth
-    best[np.flatnonzero(x == kth)[: top_k - np.count_nonzero(best)]] = True  # ties to the lowest index
-    return np.flatnonzero(best) if keys is None else keys[best]
+    m = top_k // 16 + math.isqrt(top_k) + 4
+    if 32 * m < x.shape[1]:
+        reach = x >= _largest(x[:, ::16], m)
+        count = np.count_nonzero(reach, axis=1)
+        if count.min() >= top_k:
+            flat, width = np.flatnonzero(reach), count.max()
+            place = np.repeat(np.arange(len(x)) * width - np.cumsum(count) + count, count) + np.arange(
+                len(flat)
+            )
+            columns, reached = np.zeros(len(x) * width, np.intp), np.full(len(x) * width, -np.inf, x.dtype)
+            columns[place], reached[place] = flat % x.shape[1], x.ravel()[flat]
+            columns, x = columns.reshape(-1, width), reached.reshape(-1, width)
+    kth = _largest(x, top_k)
+    best = x >= kth
+    for t in np.flatnonzero(best.sum(1) > top_k):  # ties go to the lowest index
+        ties = np.flatnonzero(x[t] == kth[t])
+        best[t, ties[top_k - np.count_nonzero(best[t]) :]] = False
+    best = np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
+    return best if columns is None else np.take_along_axis(columns, best, axis=1)
+
+
+def _largest(x, k):
+    """The k-th largest of each row: x [M, N] -> [M, 1]."""
+    return np.partition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k, None]
 
 
 def predictive_select(
@@ -500,7 +522,7 @@ def _near_rows(index_q, index_k, weights, windows, quota, near):
             keys = np.unique(np.concatenate([near(b, t, start, end), last, first]))
             keys = keys[(keys >= start) & (keys < end)]
             row = slice(t, t + 1)
-            yield keys, _score_block(index_q[b][row], index_k[b][keys], weights[b][row], 0, len(keys))[0]
+            yield t, keys, _score_block(index_q[b][row], index_k[b][keys], weights[b][row], 0, len(keys))
 
     return rows
 
@@ -574,13 +596,12 @@ def _hierarchical(args, block=64, oversample=4):
 
     def near(b, t, start, end):
         lo, hi = start // block, -(-end // block)
-        if start >= end:
-            return firsts[:0]
-        x = _score_block(index_q[b][t : t + 1], pooled[b], weights[b][t : t + 1], lo, hi)[0]
-        x[[0, -1]] = 0  # what stands there may be invisible, even NaN
-        _expect(not np.isnan(x).any(), f"a score in the window of query {(*b, t)}", "NaN", "a number")
-        best = lo + _top_k(x, -(-keys // block) + 2, local_window=1, num_sink_tokens=1)
-        return (best[:, None] * block + np.arange(block)).ravel()
+        blocks, most = np.arange(lo, hi), -(-keys // block) + 2
+        if len(blocks) > most:
+            x = _score_block(index_q[b][t : t + 1], pooled[b], weights[b][t : t + 1], lo + 1, hi - 1)
+            _expect(not np.isnan(x).any(), f"a score in the window of query {(*b, t)}", "NaN", "a number")
+            blocks = np.concatenate([[lo], lo + 1 + _top_k(x, most - 2)[0], [hi - 1]])
+        return (blocks[:, None] * block + np.arange(block)).ravel()
 
     return _near_rows(index_q, index_k, weights, args.windows, args.quota, near)
 
@@ -611,9 +632,9 @@ def _lsh(args, bits=64, oversample=4, seed=0):
         x = q[b][t0:t1] @ k[b][lo:hi].T
         agree = sign_q[b][t0:t1] @ sign_k[b][lo:hi].T  # bits - 2 * Hamming distance
         for t, (start, end) in enumerate(zip(args.windows[0][b][t0:t1] - lo, args.windows[1][b][t0:t1] - lo)):
-            if start < end:
+            if end - start > many:
                 far = np.ones(end - start, bool)
-                far[_top_k(agree[t, start:end], many)] = False
+                far[_top_k(agree[t : t + 1, start:end], many)] = False
                 far &= ~np.isnan(x[t, start:end])  # which is an error, and not to be hidden
                 x[t, start:end][far] = np.finfo(x.dtype).min  # seen, but behind every candidate
         return x
@@ -736,8 +757,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
     windows = _windows(n, k_start, k_end)
 
-    def tiles(b, t0, t1):
-        start, end = windows[0][b][t0:t1], windows[1][b][t0:t1]
+    def tiles(b, start, end):
         lo, hi = _span(start, end)
         for s0 in range(lo, hi, KEY_TILE):
             s1 = min(s0 + KEY_TILE, hi)
@@ -745,7 +765,10 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
             all_see = start.max() <= s0 and s1 <= end.min()
             yield k[b][s0:s1], v[b][s0:s1], None if all_see else (s >= start) & (s < end)
 
-    return _attend(n, q, scale, sink, tiles, _accumulator(q, k, v))
+    def parts(b, t0, t1):
+        yield t0, t1, tiles(b, windows[0][b][t0:t1], windows[1][b][t0:t1])
+
+    return _attend(n, q, scale, sink, parts, _accumulator(q, k, v))
 
 
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
@@ -762,40 +785,38 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
     n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
     _check_indices("indices", indices, n)
 
+    width = min(KEY_TILE, indices.shape[-1])
     own = threading.local()  # each thread gathers into its own buffers: fresh ones would cost as much again
 
-    def gathered(b, kept):
+    def gathered(b, keys):
         if not hasattr(own, "buffers"):
-            own.buffers = [
-                np.empty((min(KEY_TILE, indices.shape[-1]), *x.shape[-2:]), x.dtype)
-                for x in ((k,) if tied else (k, v))
-            ]
-        for i in range(0, len(kept), KEY_TILE):
-            keys = _take(k[b], kept[i : i + KEY_TILE], own.buffers[0])
-            values = keys[..., :d_v] if tied else _take(v[b], kept[i : i + KEY_TILE], own.buffers[1])
-            yield keys, values, None
+            own.buffers = [np.empty((width, *x.shape[-2:]), x.dtype) for x in ((k,) if tied else (k, v))]
+        for i in range(0, len(keys), width):
+            tile = _take(k[b], keys[i : i + width], own.buffers[0])
+            yield tile, tile[..., :d_v] if tied else _take(v[b], keys[i : i + width], own.buffers[1]), None
 
-    def tiles(b, t0, t1):
+    def streamed(b, lo, mask):
+        for s in range(0, len(mask), KEY_TILE):
+            seen = mask[s : s + KEY_TILE]
+            yield k[b][lo + s :][: len(seen)], v[b][lo + s :][: len(seen)], seen
+
+    def parts(b, t0, t1):
         rows = indices[b][t0:t1]
         there = rows >= 0
         count = np.count_nonzero(there)
-        if t1 - t0 == 1 or not count:
-            return gathered(b, rows[there])
         # To gather a key costs as much as to stream about 2.5 of them. Where the block's keys lie close
         # enough together, stream them all under a mask, which cannot count an index that repeats.
-        lo, hi = int(rows[there].min()), int(rows.max()) + 1
-        if (t1 - t0) * (hi - lo) > 2.5 * count:
-            return None
-        mask = np.zeros((hi - lo, t1 - t0), bool)
-        mask[rows[there] - lo, np.nonzero(there)[0]] = True
-        if np.count_nonzero(mask) < count:
-            return None
-        return (
-            (k[b][lo:hi][part], v[b][lo:hi][part], mask[part])
-            for part in (slice(s, s + KEY_TILE) for s in range(0, hi - lo, KEY_TILE))
-        )
+        lo, hi = int(rows.min(initial=n["S"], where=there)), int(rows.max(initial=-1)) + 1
+        if count and (t1 - t0) * (hi - lo) <= 2.5 * count:
+            mask = np.zeros((hi - lo, t1 - t0), bool)
+            mask[rows[there] - lo, np.nonzero(there)[0]] = True
+            if np.count_nonzero(mask) == count:
+                yield t0, t1, streamed(b, lo, mask)
+                return
+        for t, row in enumerate(rows, t0):
+            yield t, t + 1, gathered(b, row[row >= 0])
 
-    return _attend(n, q, scale, sink, tiles, _accumulator(q, k, v))
+    return _attend(n, q, scale, sink, parts, _accumulator(q, k, v))
 
 
 def _attention_dims(q, k, v, d_v, scale, sink):
@@ -830,24 +851,26 @@ def _group_rows(q, groups, scale, dtype):
     return np.multiply(rows, scale * math.log2(math.e), dtype=dtype).reshape(groups, -1, D)
 
 
-def _attend(n, q, scale, sink, tiles, dtype):
-    """The online softmax over tiles(b, t0, t1) of each block of queries; where that is None, query by query.
+def _attend(n, q, scale, sink, parts, dtype):
+    """Attend in blocks of queries. parts(b, t0, t1) yields a, z and tiles: what the queries a..z attend to.
 
-    A tile: keys [N, G, D], values [N, G, Dv], and either None or which of them each query sees, [N, T].
+    A tile: keys [N, G, D], values [N, G, Dv], and either None or which of them each query sees, [N, z - a].
     """
     T, H, G = n["T"], n["H"], n["G"]
     out = np.empty((*n["..."], T, H, n["Dv"]), q.dtype)
     lse = np.empty((*n["..."], T, H), dtype)
 
     def work(b, t0, t1):
-        found = tiles(b, t0, t1)
-        if found is None:
-            for t in range(t0, t1):
-                work(b, t, t + 1)
-            return
-        o, log_sum = _online_softmax(_group_rows(q[b][t0:t1], G, scale, dtype), found, n["Dv"])
-        o = o.reshape(G, t1 - t0, H // G, n["Dv"]).swapaxes(0, 1).reshape(t1 - t0, H, n["Dv"])
-        lse[b][t0:t1] = log_sum.reshape(G, t1 - t0, H // G).swapaxes(0, 1).reshape(t1 - t0, H)
+        r = H // G
+        rows = _group_rows(q[b][t0:t1], G, scale, dtype)  # [G, T * r, D]
+        o, log_sum = np.empty((G, len(rows[0]), n["Dv"]), dtype), np.empty((G, len(rows[0]), 1), dtype)
+        for a, z, tiles in parts(b, t0, t1):
+            some = slice((a - t0) * r, (z - t0) * r)
+            o[:, some], log_sum[:, some, 0] = _online_softmax(rows[:, some], tiles, n["Dv"])
+        o, log_sum = (
+            x.reshape(G, t1 - t0, r, -1).swapaxes(0, 1).reshape(t1 - t0, H, -1) for x in (o, log_sum)
+        )
+        lse[b][t0:t1] = log_sum[..., 0]
         out[b][t0:t1] = o if sink is None else apply_sink(o, lse[b][t0:t1], sink)
 
     _for_blocks(n["..."], T, max(1, min(64, 2 * KEY_TILE // max(1, H))), work)
@@ -861,32 +884,52 @@ def _online_softmax(q, tiles, d_v):
     that have seen no key keep m = -inf, and use 0 in its place, since -inf - -inf is NaN.
     """
     G, R, _ = q.shape
-    m, total = np.full((G, R), -np.inf, q.dtype), np.zeros((G, R), q.dtype)
-    acc = np.zeros((G, R, d_v), q.dtype)
+    m, total, acc = np.full((G, R), -np.inf, q.dtype), np.zeros((G, R), q.dtype), None
     for tile_k, tile_v, mask in tiles:
         keys = tile_k.astype(q.dtype, copy=False).transpose(1, 0, 2)  # [G, N, D]
         values = tile_v.astype(q.dtype, copy=False).transpose(1, 0, 2)  # [G, N, Dv]
         s = keys @ q.swapaxes(1, 2)  # [G, N, R]
         if mask is not None:
             np.copyto(s.reshape(G, *mask.shape, -1), -np.inf, where=~mask[None, :, :, None])
-        new = np.maximum(m, s.max(1))
+        new = np.maximum(m, _over_keys(np.maximum, s))
         safe = np.where(new == -np.inf, 0, new)
-        rescale = np.exp2(m - safe)
         s -= safe[:, None]
         p = np.exp2(s, out=s)
-        m, total = new, total * rescale + p.sum(1)
-        if (rescale != 1).any():
+        part = _weighted_values(p, values, mask)  # [G, R, Dv]
+        if acc is None:
+            total, acc = _over_keys(np.add, p), part
+        else:
+            rescale = np.exp2(m - safe)
+            total = total * rescale + _over_keys(np.add, p)
             acc *= rescale[:, :, None]
-        odd = () if mask is None else np.flatnonzero(~np.isfinite(values).all((0, 2)))
-        if len(odd):  # a row must not multiply a NaN that it does not see, not even by 0
-            values = values.copy()
-            for i in odd:
-                sees = np.repeat(mask[i], R // mask.shape[1])
-                acc[:, sees] += p[:, i, sees, None] * values[:, i, None]
-            values[:, odd] = 0
-        acc += p.swapaxes(1, 2) @ values  # [G, R, Dv]
+            acc += part
+        m = new
+    if acc is None:
+        return np.zeros((G, R, d_v), q.dtype), m
     acc /= np.where(total == 0, 1, total)[:, :, None]
     return acc, (m + np.log2(total)) * math.log(2)
+
+
+def _over_keys(reduce, x):
+    """x [G, N, R] reduced to [G, R]; eight keys side by side, as NumPy is slow on short last axes."""
+    G, N, R = x.shape
+    if N % 8 == 0:
+        x = reduce.reduce(x.reshape(G, N // 8, 8 * R), axis=1).reshape(G, 8, R)
+    return reduce.reduce(x, axis=1)
+
+
+def _weighted_values(p, values, mask):
+    """p [G, N, R], values [G, N, Dv] -> [G, R, Dv]; 0 * NaN is NaN: a row multiplies only what it sees."""
+    odd = () if mask is None else np.flatnonzero(~np.isfinite(values).all((0, 2)))
+    if len(odd) == 0:
+        return p.swapaxes(1, 2) @ values
+    finite = values.copy()
+    finite[:, odd] = 0
+    out = p.swapaxes(1, 2) @ finite
+    for i in odd:
+        sees = np.repeat(mask[i], p.shape[2] // mask.shape[1])
+        out[:, sees] += p[:, i, sees, None] * values[:, i, None]
+    return out
 
 
 def merge_attention(outs, lses):
