@@ -464,7 +464,7 @@ def check_sparse(bench: Bench, q, k, v, indices, out, mass) -> None:
 
 @part("what each selector keeps of a trained model's attention on real text", "real", "predictive")
 def real(bench: Bench) -> None:
-    sizes, windows, every = ((16, 64), 1, 8) if bench.args.quick else ((16, 32, 64, 128, 256), 4, 4)
+    sizes, windows, every = ((16, 64), 1, 8) if bench.args.quick else ((16, 32, 64, 128, 256), 2, 4)
     layers = model_layers(bench, windows)
     n = layers[0][0].shape[1]
     rows = np.arange(0, n, every)  # every 4th query: as good a mean in a quarter of the time
@@ -668,7 +668,7 @@ def retrieved(weights: np.ndarray, start: int, length: int) -> bool:
 
 @part("one fact in up to 100,000 tokens of text: retrieved or not, over depth and length", "needle")
 def needle(bench: Bench) -> None:
-    lengths = [1500, 3000] if bench.args.quick else [3125, 6250, 12_500, 25_000, 50_000, 100_000]
+    lengths = [1500, 3000] if bench.args.quick else [10_000, 25_000, 50_000, 100_000]
     lengths = [n for n in lengths if n <= len(bench.text_ids)] or [len(bench.text_ids)]
     depths = [0.0, 0.5, 1.0] if bench.args.quick else [0.0, 0.25, 0.5, 0.75, 1.0]
     hay = Haystack(bench, lengths[-1])
@@ -807,7 +807,7 @@ def check_rows(bench: Bench, p: Problem, result, top_k: int | None = None) -> No
 def measure(bench: Bench, p: Problem) -> dict[str, Any]:
     """Check, then time, then weigh dense, torch and DSA on one problem; stages by timing parts alone."""
     n, t = len(p.k), len(p.q)
-    budget, few, many = 0.2 if bench.args.quick else 1.0, p.newest(32), p.newest(1024)
+    budget, few, many = 0.2 if bench.args.quick else 0.5, p.newest(32), p.newest(512)
     check_rows(bench, few, few.dense())
     cell: dict[str, Any] = {"n": n, "dense bytes": peak_bytes(many.dense)}
     cell["dense"], result = timed(p.dense, budget)
@@ -893,7 +893,7 @@ def report_scaling(bench: Bench, found, stopped: str) -> None:
         f"{HEADS} heads, D {WIDTH}, Dv {LATENT} (tied latent), float32, causal, index heads "
         f"{bench.args.index}, random data. DSA is faster from n: {faster}. Stages: scoring / top-k / "
         "attention, the first two timed alone. With n <= top_k DSA is dense. MB: peak beyond inputs and "
-        f"outputs, newest 1,024 queries.{' * 2 of 16 heads timed, times 8.' if torch else ''}{stopped}"
+        f"outputs, newest 512 queries.{' * 2 of 16 heads timed, times 8.' if torch else ''}{stopped}"
     )
     bench.table("scaling", "Time and working memory against context length", columns, rows, note)
     bench.results["scaling"] = {**found, "crossover": cross}
