@@ -719,7 +719,7 @@ def _oracle(args, scale=None):
         keys = args.k[b][lo:hi].astype(dtype).transpose(1, 2, 0)  # [G, D, S]
         x = _group_rows(args.q[b][t0:t1], n["G"], scale, dtype) @ keys
         x = np.where(sees[:, None], x.reshape(n["G"], t1 - t0, n["H"] // n["G"], hi - lo), -np.inf)
-        p = np.exp2(x - x.max(-1, keepdims=True, initial=np.finfo(dtype).min))
+        p = np.exp(x - x.max(-1, keepdims=True, initial=np.finfo(dtype).min))
         return (p / np.maximum(p.sum(-1, keepdims=True), np.finfo(dtype).tiny)).sum((0, 2))
 
     return _scored_rows(args.windows, score)
@@ -845,10 +845,10 @@ def _take(x, rows, out):
 
 
 def _group_rows(q, groups, scale, dtype):
-    """q [T, H, D] -> scale * log2(e) * q as [G, T * H/G, D]: one product per group, and logits to base 2."""
+    """q [T, H, D] -> scale * q as [G, T * H/G, D]: one product for all heads of a group."""
     T, H, D = q.shape
     rows = q.reshape(T, groups, H // groups, D).transpose(1, 0, 2, 3)
-    return np.multiply(rows, scale * math.log2(math.e), dtype=dtype).reshape(groups, -1, D)
+    return np.multiply(rows, scale, dtype=dtype).reshape(groups, -1, D)
 
 
 def _attend(n, q, scale, sink, parts, dtype):
@@ -878,9 +878,9 @@ def _attend(n, q, scale, sink, parts, dtype):
 
 
 def _online_softmax(q, tiles, d_v):
-    """Softmax attention of q [G, R, D], scaled for base 2, in one pass -> out [G, R, d_v], lse [G, R].
+    """Softmax attention of q [G, R, D], scaled, in one pass over tiles -> out [G, R, d_v], lse [G, R].
 
-    m is the maximum so far, total the sum of 2^(logit - m); when m grows, what was summed is rescaled. Rows
+    m is the maximum so far, total the sum of exp(logit - m); when m grows, what was summed is rescaled. Rows
     that have seen no key keep m = -inf, and use 0 in its place, since -inf - -inf is NaN.
     """
     G, R, _ = q.shape
@@ -890,16 +890,16 @@ def _online_softmax(q, tiles, d_v):
         values = tile_v.astype(q.dtype, copy=False).transpose(1, 0, 2)  # [G, N, Dv]
         s = keys @ q.swapaxes(1, 2)  # [G, N, R]
         if mask is not None:
-            np.copyto(s.reshape(G, *mask.shape, -1), -np.inf, where=~mask[None, :, :, None])
+            np.copyto(s, -np.inf, where=np.repeat(~mask, R // mask.shape[1], axis=1))
         new = np.maximum(m, _over_keys(np.maximum, s))
         safe = np.where(new == -np.inf, 0, new)
         s -= safe[:, None]
-        p = np.exp2(s, out=s)
+        p = np.exp(s, out=s)  # exp2 is faster, but thirty times as slow on -inf
         part = _weighted_values(p, values, mask)  # [G, R, Dv]
         if acc is None:
             total, acc = _over_keys(np.add, p), part
         else:
-            rescale = np.exp2(m - safe)
+            rescale = np.exp(m - safe)
             total = total * rescale + _over_keys(np.add, p)
             acc *= rescale[:, :, None]
             acc += part
@@ -907,7 +907,7 @@ def _online_softmax(q, tiles, d_v):
     if acc is None:
         return np.zeros((G, R, d_v), q.dtype), m
     acc /= np.where(total == 0, 1, total)[:, :, None]
-    return acc, (m + np.log2(total)) * math.log(2)
+    return acc, m + np.log(total)
 
 
 def _over_keys(reduce, x):
