@@ -47,9 +47,7 @@ __version__ = "0.1.0"
 # 1. Arrays: how they are checked, and the threads that work on them
 # ----------------------------------------------------------------------------------------------------------
 
-KEY_TILE = (
-    512  # keys that are multiplied at a time, with about as many rows: 1 MB of float32, for an L2 cache
-)
+KEY_TILE = 512  # keys that are multiplied at a time, by about as many rows: 1 MB of float32, an L2 cache
 ROW_BUFFER = 2**22  # scores of a block of queries that are held at a time
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 NUMPY = "a numpy.ndarray"
@@ -65,18 +63,13 @@ def _dims(**arrays):
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for name, (x, axes) in arrays.items():
-        _expect(
-            isinstance(x, np.ndarray), name, f"a {type(x).__module__}.{type(x).__name__}", NUMPY, TypeError
-        )
+        kind = f"a {type(x).__module__}.{type(x).__name__}"
+        _expect(isinstance(x, np.ndarray), name, kind, NUMPY, TypeError)
         _expect(x.dtype.name in FLOATS, name, f"of dtype {x.dtype}", f"one of {FLOATS}", TypeError)
         batch, last = axes.startswith("..."), axes.replace("...", "").split()
         lead = x.ndim - len(last)
-        _expect(
-            lead == 0 or (lead > 0 and batch),
-            name,
-            f"of shape {x.shape}",
-            f"axes [{', '.join(axes.split())}]",
-        )
+        fits = lead == 0 or (lead > 0 and batch)
+        _expect(fits, name, f"of shape {x.shape}", f"axes [{', '.join(axes.split())}]")
         for axis, size in zip(["..."] * batch + last, [x.shape[:lead]] * batch + list(x.shape[lead:])):
             if n.setdefault(axis, size) != size:
                 raise ValueError(f"{name} has {axis} = {size}, but {owner[axis]} has {axis} = {n[axis]}")
@@ -115,12 +108,8 @@ def _integer(name, value, least):
 def _quota(top_k, local_window, num_sink_tokens):
     forced = (_integer("local_window", local_window, 0), _integer("num_sink_tokens", num_sink_tokens, 0))
     top_k = _integer("top_k", top_k, 1)
-    _expect(
-        sum(forced) <= top_k,
-        "local_window + num_sink_tokens",
-        " + ".join(map(str, forced)),
-        f"at most top_k = {top_k}",
-    )
+    both = "local_window + num_sink_tokens"
+    _expect(sum(forced) <= top_k, both, f"{forced[0]} + {forced[1]}", f"at most top_k = {top_k}")
     return (top_k, *forced)
 
 
@@ -320,10 +309,8 @@ def _score_block(index_q, index_k, weights, lo, hi):
     dtype = _accumulator(index_q, index_k, weights)
     T, J, E = index_q.shape
     first, last = lo - lo % KEY_TILE, -(-hi // KEY_TILE) * KEY_TILE
-    q, w = (
-        index_q.astype(dtype, order="C"),
-        weights.astype(dtype, order="C")[:, None, :],
-    )  # [T, J, E], [T, 1, J]
+    q = index_q.astype(dtype, order="C")  # [T, J, E]
+    w = weights.astype(dtype, order="C")[:, None, :]  # [T, 1, J]
     keys, zero = np.zeros((E, KEY_TILE), dtype), np.zeros(KEY_TILE, dtype)
     r, scores = np.empty((T, J, KEY_TILE), dtype), np.empty((T, 1, last - first), dtype)
     for s in range(first, last, KEY_TILE):
@@ -470,10 +457,9 @@ def _top_k(x, top_k):
         reach = x >= _largest(x[:, ::16], m)
         count = np.count_nonzero(reach, axis=1)
         if count.min() >= top_k:
-            flat, width = np.flatnonzero(reach), count.max()
-            place = np.repeat(np.arange(len(x)) * width - np.cumsum(count) + count, count) + np.arange(
-                len(flat)
-            )
+            flat, width = np.flatnonzero(reach), count.max()  # who goes on, row by row, side by side
+            shift = np.arange(len(x)) * width - np.cumsum(count) + count
+            place = np.repeat(shift, count) + np.arange(len(flat))
             columns, reached = np.zeros(len(x) * width, np.intp), np.full(len(x) * width, -np.inf, x.dtype)
             columns[place], reached[place] = flat % x.shape[1], x.ravel()[flat]
             columns, x = columns.reshape(-1, width), reached.reshape(-1, width)
@@ -614,9 +600,8 @@ def _approximate(args, dim=64, seed=0, projection=None):
             (n["D"], _integer("dim", dim, 1))
         )
     _dims(k=(args.k, "... S G D"), projection=(projection, "D R"))
-    q, k = (
-        _flat(x @ projection.astype(x.dtype)) for x in _summed_heads(args)
-    )  # [..., T, G*R], [..., S, G*R]
+    summed = _summed_heads(args)
+    q, k = (_flat(x @ projection.astype(x.dtype)) for x in summed)  # [..., T, G*R], [..., S, G*R]
     return _scored_rows(args.windows, lambda b, t0, t1, lo, hi: q[b][t0:t1] @ k[b][lo:hi].T)
 
 
@@ -821,9 +806,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
 
 def _attention_dims(q, k, v, d_v, scale, sink):
     """The checks of everything that attends -> sizes, the values, the scale."""
-    _expect(
-        (v is None) != (d_v is None), "d_v", d_v, "a number where v is None, and None where v is an array"
-    )
+    _expect((v is None) != (d_v is None), "d_v", d_v, "a number if v is None, None if v is an array")
     most = _dims(q=(q, "... T H D"), k=(k, "... S G D"))["D"]
     _expect(d_v is None or _integer("d_v", d_v, 1) <= most, "d_v", d_v, f"at most k's D = {most}")
     v = k[..., :d_v] if v is None else v
@@ -863,14 +846,12 @@ def _attend(n, q, scale, sink, parts, dtype):
     def work(b, t0, t1):
         r = H // G
         rows = _group_rows(q[b][t0:t1], G, scale, dtype)  # [G, T * r, D]
-        o, log_sum = np.empty((G, len(rows[0]), n["Dv"]), dtype), np.empty((G, len(rows[0]), 1), dtype)
+        o, log_sum = np.empty((*rows.shape[:2], n["Dv"]), dtype), np.empty((*rows.shape[:2], 1), dtype)
         for a, z, tiles in parts(b, t0, t1):
             some = slice((a - t0) * r, (z - t0) * r)
             o[:, some], log_sum[:, some, 0] = _online_softmax(rows[:, some], tiles, n["Dv"])
-        o, log_sum = (
-            x.reshape(G, t1 - t0, r, -1).swapaxes(0, 1).reshape(t1 - t0, H, -1) for x in (o, log_sum)
-        )
-        lse[b][t0:t1] = log_sum[..., 0]
+        o, log_sum = (x.reshape(G, t1 - t0, r, -1).swapaxes(0, 1) for x in (o, log_sum))  # [T, G, H/G, Dv]
+        o, lse[b][t0:t1] = o.reshape(t1 - t0, H, n["Dv"]), log_sum.reshape(t1 - t0, H)
         out[b][t0:t1] = o if sink is None else apply_sink(o, lse[b][t0:t1], sink)
 
     _for_blocks(n["..."], T, max(1, min(64, 2 * KEY_TILE // max(1, H))), work)
@@ -945,7 +926,7 @@ def merge_attention(outs, lses):
     """
     outs, lses = list(outs), list(lses)
     _expect(
-        len(outs) == len(lses) > 0, "the number of outs", len(outs), f"that of lses, {len(lses)}, above 0"
+        len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}"
     )
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
@@ -995,9 +976,7 @@ class DSAConfig:
     batch_pad_to_multiple: int = 64  # what lists of sequences are padded to
     cache_strategy: str = "lru"  # what a HybridKVCache keeps in its fast tier
     indexer_precision: str = "fp32"  # "fp16": index_q and index_k are rounded to it
-    fallback_dense_threshold: int | None = (
-        None  # dense while S <= this, with indices [T, S]; None: S <= top_k
-    )
+    fallback_dense_threshold: int | None = None  # dense while S <= this (indices are [T, S]); None: top_k
     progressive_sparsity: bool = False  # see top_k_at
 
     def __post_init__(self):
@@ -1166,12 +1145,8 @@ class KVCache:
         self.dtype = np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
         self.storage, self.grow, self.closed = storage, bool(grow), False
         for name, shape in streams.items():
-            _expect(
-                isinstance(shape, tuple) and shape,
-                name,
-                repr(shape),
-                "the shape of a token, such as (1, 576)",
-            )
+            fits = isinstance(shape, tuple) and len(shape) > 0
+            _expect(fits, name, repr(shape), "a shape of one token, such as (1, 576)")
         self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
@@ -1237,9 +1212,8 @@ class KVCache:
             _check_indices("indices", used[None], {"...": (), "T": 1, "S": length})
             rows = self._rows(b, used)
             own = np.where(indices[b] < 0, -1, np.searchsorted(used, indices[b]))
-            parts.append(
-                sparse_attention(q[b], rows["k"], rows.get("v"), own, d_v=d_v, scale=scale, sink=sink)
-            )
+            k, v = rows["k"], rows.get("v")
+            parts.append(sparse_attention(q[b], k, v, own, d_v=d_v, scale=scale, sink=sink))
         return np.stack([out for out, _ in parts]), np.stack([lse for _, lse in parts])
 
     def truncate(self, lengths):
@@ -1325,13 +1299,7 @@ class HybridKVCache(KVCache):
     @property
     def nbytes(self):
         """Bytes of memory held, without the slow tier."""
-        return (
-            super().nbytes
-            + self._fast.nbytes
-            + self._stamp.nbytes
-            + self._owner.nbytes
-            + self._slot_of.nbytes
-        )
+        return super().nbytes + sum(x.nbytes for x in (self._fast, self._stamp, self._owner, self._slot_of))
 
     def close(self):
         super().close()
@@ -1372,12 +1340,8 @@ class HybridKVCache(KVCache):
         _expect("k" in self._columns, "streams", sorted(self.streams), "k among them")
         record = width * self.dtype.itemsize
         least = max(1, self.batch * self.local_window) * record
-        _expect(
-            self.fast_bytes >= least,
-            "fast_bytes",
-            self.fast_bytes,
-            f"at least {least}, for the local windows",
-        )
+        fits = self.fast_bytes >= least
+        _expect(fits, "fast_bytes", self.fast_bytes, f"at least {least}, for the local windows")
         self._fast = np.zeros((self.fast_bytes // record, width), self.dtype)
         slots = len(self._fast)
         self._stamp = np.full(
