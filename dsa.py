@@ -14,8 +14,8 @@ Axes     ... any number of batch axes, also none   T queries   S keys   K = min(
          H query heads   G key/value heads: query head h reads group h // (H / G), G = 1 is multi-query
          D query/key width   Dv value width   J index heads   E index width
 Windows  k_start, k_end: integers [..., T]. Query t may see the keys s with k_start[t] <= s < k_end[t]; by
-         default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1. This one pair says
-         causality, padding, packed sequences, chunked prefill and decode.
+         default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1 (in select_topk all
+         keys). This one pair says causality, padding, packed sequences, chunked prefill and decode.
 Indices  kept keys ascending, then -1. A query without keys has out 0 and lse -inf, and merges as nothing.
 Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64. `out` has the dtype of q.
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import numbers
 import operator
@@ -530,12 +531,20 @@ def _selector(kind):
         windows, quota = _windows(n, k_start, k_end), _quota(top_k, local_window, num_sink_tokens)
         block = max(1, min(64, ROW_BUFFER // max(1, n["S"] * n["H"])))
         indexer = (index_q, index_k, weights)
+        _expect(
+            options.keys() <= known.keys(),
+            "the options",
+            sorted(options),
+            f"some of {list(known)}",
+            TypeError,
+        )
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
         return _select(n, quota, rows, block=block)
 
-    select.__doc__ = f"{kind.__doc__}\n\n    The options follow the common arguments, see SELECTORS."
+    known = dict(list(inspect.signature(kind).parameters.items())[1:])
+    select.__doc__ = f"{kind.__doc__}\n\n    Options: {', '.join(map(str, known.values())) or 'none'}."
     select.__name__ = select.__qualname__ = kind.__name__[1:]
     return select
 
@@ -712,15 +721,15 @@ def _oracle(args, scale=None):
 
 SELECTORS = {
     "lightning": _selector(_lightning),
-    "approximate": _selector(_approximate),  # options: dim, seed, projection
-    "lsh": _selector(_lsh),  # bits, oversample, seed
-    "learned": _selector(_learned),  # mlp, hidden, seed
-    "hierarchical": _selector(_hierarchical),  # block, oversample
+    "approximate": _selector(_approximate),
+    "lsh": _selector(_lsh),
+    "learned": _selector(_learned),
+    "hierarchical": _selector(_hierarchical),
     "window": _selector(_window),
     "strided": _selector(_strided),
     "global": _selector(_global),
-    "random": _selector(_random),  # seed
-    "oracle": _selector(_oracle),  # scale
+    "random": _selector(_random),
+    "oracle": _selector(_oracle),
 }
 
 # ----------------------------------------------------------------------------------------------------------
@@ -806,7 +815,8 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
 
 def _attention_dims(q, k, v, d_v, scale, sink):
     """The checks of everything that attends -> sizes, the values, the scale."""
-    _expect((v is None) != (d_v is None), "d_v", d_v, "a number if v is None, None if v is an array")
+    _expect(v is not None or d_v is not None, "v", v, "an array, or d_v=n where the values are k[..., :n]")
+    _expect(v is None or d_v is None, "d_v", d_v, "None where v is given")
     most = _dims(q=(q, "... T H D"), k=(k, "... S G D"))["D"]
     _expect(d_v is None or _integer("d_v", d_v, 1) <= most, "d_v", d_v, f"at most k's D = {most}")
     v = k[..., :d_v] if v is None else v
@@ -972,7 +982,7 @@ class DSAConfig:
     local_window: int = 0  # last keys that are always kept; 128 and 256 are usual for hybrid
     num_sink_tokens: int = 0  # first keys that are always kept
     global_selection: str = "lightning"  # "approximate", "lsh", "learned", "hierarchical"
-    pattern: str = "window"  # "strided", "global", "random"
+    pattern: str = "window"  # of strategy "fixed": or "strided", "global", "random"
     batch_pad_to_multiple: int = 64  # what lists of sequences are padded to
     cache_strategy: str = "lru"  # what a HybridKVCache keeps in its fast tier
     indexer_precision: str = "fp32"  # "fp16": index_q and index_k are rounded to it
@@ -1042,9 +1052,10 @@ def dsa_attention(
     that was dense. Sequences that differ in length stand right-padded in a batch, with lengths [B] in place
     of k_start and k_end; or q to weights are lists of arrays [T_i, ...], which are then padded to
     config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
-    cache: k, v and index_k are appended to it, lengths counts each sequence's new tokens, and q are the
-    queries of these. If anything raises, the cache is as it was. candidates: for predictive_select, instead
-    of a selector. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS.
+    cache: its streams are k, v if there is one, and index_k, which are appended to it; lengths counts each
+    sequence's new tokens, and q are the queries of these. If anything raises, the cache is as it was.
+    candidates: for predictive_select, instead of a selector. layer, n_layers: for progressive_sparsity.
+    options: of the selector, see SELECTORS.
     """
     _expect(isinstance(config, DSAConfig), "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
     if isinstance(q, (list, tuple)):
@@ -1146,7 +1157,7 @@ class KVCache:
         self.storage, self.grow, self.closed = storage, bool(grow), False
         for name, shape in streams.items():
             fits = isinstance(shape, tuple) and len(shape) > 0
-            _expect(fits, name, repr(shape), "a shape of one token, such as (1, 576)")
+            _expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
@@ -1169,7 +1180,12 @@ class KVCache:
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        _expect(tokens.keys() == self.streams.keys(), "tokens", sorted(tokens), f"{sorted(self.streams)}")
+        _expect(
+            tokens.keys() == self.streams.keys(),
+            "the streams given",
+            sorted(tokens),
+            f"the cache's {sorted(self.streams)}",
+        )
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, shape in self.streams.items():
             _dims(**{name: (tokens[name], "...")})

@@ -38,7 +38,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 # ------------------------------------------------------------------------------------------------------------
@@ -47,7 +47,10 @@ from hypothesis import strategies as st
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")  # read here: @given fixes its settings at import
 EXAMPLES = {"default": 40, "ci": 150}.get(PROFILE, 40)
-settings.register_profile("default", max_examples=40, deadline=None, derandomize=True, database=None)
+phases = [phase for phase in Phase if phase is not Phase.explain]  # it lists lines of NumPy
+settings.register_profile(
+    "default", max_examples=40, deadline=None, derandomize=True, database=None, phases=phases
+)
 settings.register_profile("ci", max_examples=150, deadline=None, database=None, print_blob=True)
 settings.load_profile(PROFILE)
 slow = settings(max_examples=max(5, EXAMPLES // 5))
@@ -89,6 +92,16 @@ def array_libraries():
         )
     except Exception:  # ImportError without CuPy, RuntimeError or CuPy's own error without a driver
         return ["numpy"]
+
+
+def pytest_sessionstart(session):
+    name = session.config.getoption("--impl", "dsa")
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise pytest.UsageError(f"--impl {name}: {error}") from error
+    if name != "dsa" and (missing := [stage for stage in STAGES if not hasattr(module, stage)]):
+        print(f"{name} has no {', '.join(missing)}: skipped")
 
 
 class Stages:
