@@ -464,10 +464,10 @@ def check_sparse(bench: Bench, q, k, v, indices, out, mass) -> None:
 
 @part("what each selector keeps of a trained model's attention on real text", "real", "predictive")
 def real(bench: Bench) -> None:
-    sizes, windows, every = ((16, 64), 1, 8) if bench.args.quick else ((16, 32, 64, 128, 256), 2, 4)
+    sizes, windows, every = ((16, 64), 1, 8) if bench.args.quick else ((16, 32, 64, 128, 256), 2, 8)
     layers = model_layers(bench, windows)
     n = layers[0][0].shape[1]
-    rows = np.arange(0, n, every)  # every 4th query: as good a mean in a quarter of the time
+    rows = np.arange(0, n, every)  # every 8th query: as good a mean in an eighth of the time
     layers = [(q[:, rows], k, v) for q, k, v in layers]
     cells = [(s, k) for s in ORDER for k in sizes]
     mass: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
@@ -593,8 +593,6 @@ NEEDLES = (
      "Which number opens the vault under the lighthouse?"),
     ("Grandmother's blue bicycle is hidden behind the bakery in Lisbon.",
      "Where is grandmother's blue bicycle hidden?"),
-    ("The astronaut's favourite dessert is warm cherry pie with vanilla ice cream.",
-     "What is the astronaut's favourite dessert?"),
 )  # fmt: skip
 SHARPNESS = 20.0  # attention is softmax(SHARPNESS * cosine)
 INDEX_WIDTH = 32
@@ -1086,7 +1084,7 @@ def arguments() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     option = parser.add_argument
     option("parts", nargs="*", metavar="PART", help="what to run, see below")
-    option("--quick", action="store_true", help="small sizes: a smoke run of less than 40 seconds")
+    option("--quick", action="store_true", help="small sizes: a smoke run of about 45 seconds")
     option("--out", type=Path, default=HERE / ".bench", help="folder for figures and JSON (.bench)")
     option("--text", metavar="FILE", help="text to read (Python's documentation topics)")
     option("--threads", type=int, metavar="N", help="threads over query blocks (one per CPU)")
