@@ -779,7 +779,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
     n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
     _check_indices("indices", indices, n)
 
-    width = min(KEY_TILE, indices.shape[-1])
+    width = max(1, min(KEY_TILE, indices.shape[-1]))
     own = threading.local()  # each thread gathers into its own buffers: fresh ones would cost as much again
 
     def gathered(b, keys):

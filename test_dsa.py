@@ -1036,6 +1036,14 @@ def test_an_index_that_is_no_key_is_an_error(impl, p, wrong):
         sparse(impl, p, indices)
 
 
+def test_attention_over_no_slots_is_attention_over_nothing(impl):
+    """K = 0, as where S = 0: the empty set, out 0 and lse -inf."""
+    for S in (0, 5):
+        k = np.ones((S, 1, 4))
+        out, lse = impl.sparse_attention(np.ones((3, 2, 4)), k, k, np.zeros((3, 0), np.int32))
+        assert (out == 0).all() and (lse == -INF).all()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 7. merge_attention and apply_sink
 # ------------------------------------------------------------------------------------------------------------
