@@ -21,7 +21,7 @@ Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
          that does not exist. Each names the argument, its value and what was expected, and changes nothing.
 
-Not here yet: the V3.2 layer, fp8, CUDA kernels, training of the indexer, sequences sharded over machines.
+Not here yet: CUDA kernels, training of the indexer, sequences sharded over machines.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import math
 import numbers
 import operator
 import os
+import re
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -985,7 +987,7 @@ class DSAConfig:
     pattern: str = "window"  # of strategy "fixed": or "strided", "global", "random"
     batch_pad_to_multiple: int = 64  # what lists of sequences are padded to
     cache_strategy: str = "lru"  # what a HybridKVCache keeps in its fast tier
-    indexer_precision: str = "fp32"  # "fp16": index_q and index_k are rounded to it
+    indexer_precision: str = "fp32"  # "fp16", "fp8": index_q and index_k are rounded to it
     fallback_dense_threshold: int | None = None  # dense while S <= this (indices are [T, S]); None: top_k
     progressive_sparsity: bool = False  # see top_k_at
 
@@ -995,7 +997,7 @@ class DSAConfig:
             "global_selection": ("lightning", "approximate", "lsh", "learned", "hierarchical"),
             "pattern": ("window", "strided", "global", "random"),
             "cache_strategy": ("lru",),
-            "indexer_precision": ("fp32", "fp16"),
+            "indexer_precision": PRECISIONS,
             "progressive_sparsity": (False, True),
         }
         least = {"top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1}
@@ -1120,8 +1122,7 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
     common = {"k_start": windows[0], "k_end": windows[1]}
     if num_keys <= dense:
         return SELECTORS["window"](q, k, max(1, num_keys), **common)
-    if config.indexer_precision == "fp16":
-        index_q, index_k = index_q.astype(np.float16), index_k.astype(np.float16)
+    index_q, index_k = (_at_precision(x, config.indexer_precision) for x in (index_q, index_k))
     common |= {"local_window": config.local_window, "num_sink_tokens": config.num_sink_tokens, **options}
     if candidates is not None:
         return predictive_select(index_q, index_k, weights, top_k, candidates, **common)
@@ -1130,7 +1131,136 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 7. Caches
+# 7. fp8
+# ----------------------------------------------------------------------------------------------------------
+
+FP8_BLOCK = 128  # values that share a scale
+PRECISIONS = ("fp32", "fp16", "fp8")  # of the indexer
+
+
+def _e4m3():
+    """The value of each code: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, two NaN."""
+    exponent, mantissa = np.arange(128) >> 3, np.arange(128) & 7
+    x = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
+    x[127] = np.nan
+    return np.concatenate([x, -x]).astype(np.float32)
+
+
+E4M3 = _e4m3()
+
+
+def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
+    """x [..., N] -> e4m3 codes, uint8 [..., N], and a scale for each block, float32 [..., ceil(N / block)].
+
+    amax is a block's largest magnitude, at least 1e-4. scale "float": amax / 448, of e4m3's largest number;
+    "ue8m0": that rounded up to a power of two. Codes of x / scale, at most 448, are rounded half to even.
+    NaN stays NaN, infinity makes its block NaN.
+
+    >>> quantize_fp8(np.array([448.0, -1.0, 1.0625, 1.1875, 0.0]))           # 1.0625 and 1.1875 are ties
+    (array([126, 184,  56,  58,   0], dtype=uint8), array([1.], dtype=float32))
+    """
+    _dims(x=(x, "... N"))
+    _expect(scale in ("ue8m0", "float"), "scale", repr(scale), "'ue8m0' or 'float'")
+    return _quantize(x, _integer("block", block, 1), scale, 1e-4)
+
+
+def _quantize(x, block, scale, least):
+    x = x.astype(_accumulator(x), copy=False)
+    with np.errstate(all="ignore"):
+        amax = np.fmax.reduceat(np.abs(x), np.arange(0, x.shape[-1], block), axis=-1).astype(np.float32)
+        scales = np.fmax(amax, np.float32(least)) / np.float32(448)
+        if scale == "ue8m0":  # on the bits: the exponent, one more if the mantissa is not 0
+            scales = ((scales.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
+        x = x / np.repeat(scales, block, axis=-1)[..., : x.shape[-1]]
+        size = np.abs(x)  # at most 448, but for a rounding
+        digits = np.minimum(4 - np.frexp(size)[1], 9)  # after the binary point; 9 for subnormals
+        size = np.ldexp(np.rint(np.ldexp(size, digits)), -digits)
+        # What is left is a float32 with a mantissa of 3 bits, whose exponent has the bias 127 in place of 7.
+        normal = (size.astype(np.float32).view(np.uint32) >> 20) - (120 << 3)
+        codes = np.where(np.isnan(size), 127, np.where(size < 2**-6, size * 2**9, normal))
+    return codes.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7, scales
+
+
+def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
+    """What quantize_fp8 made: codes uint8 [..., N], scales [..., N / block] -> float32 [..., N].
+
+    >>> dequantize_fp8(np.array([126, 184], np.uint8), np.array([0.5], np.float32)).tolist()
+    [224.0, -0.5]
+    """
+    _check_bytes("codes", codes)
+    _dims(scales=(scales, "... N"))
+    shape = (*codes.shape[:-1], -(-codes.shape[-1] // _integer("block", block, 1)))
+    _expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
+    return E4M3[codes] * np.repeat(scales.astype(np.float32), block, axis=-1)[..., : codes.shape[-1]]
+
+
+def _check_bytes(name, x):
+    fits = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim > 0
+    _expect(
+        fits, name, f"a {type(x).__name__} of {getattr(x, 'dtype', 'objects')}", "uint8 [..., N]", TypeError
+    )
+
+
+def pack_kv_fp8(kv):
+    """V3.2's cache entry of a token, latent and k_pe: kv [..., 576] -> uint8 [..., 656], as FlashMLA has it.
+
+    512 e4m3 codes | 4 float32 scales, powers of two of at least 1e-4 | 64 bfloat16.
+    """
+    n = _dims(kv=(kv, "... D"))
+    _expect(n["D"] == 576, "D", f"{n['D']} in kv", "576")
+    return _pack(kv, 64)
+
+
+def unpack_kv_fp8(packed):
+    """What pack_kv_fp8 made: packed uint8 [..., 656] -> float32 [..., 576]."""
+    _check_bytes("packed", packed)
+    _expect(packed.shape[-1] == 656, "packed", f"of shape {packed.shape}", "[..., 656]")
+    return _unpack(packed, 576, 64)
+
+
+def _packed_bytes(width, rope):
+    return width - rope + 4 * -(-(width - rope) // FP8_BLOCK) + 2 * rope
+
+
+def _pack(x, rope):
+    """x [..., D], the last `rope` values in bfloat16, the others in e4m3 -> uint8 [..., _packed_bytes]."""
+    # With rope a scale is max(amax / 448, 1e-4) rounded up; without, for index keys, that of quantize_fp8.
+    codes, scales = _quantize(x[..., : x.shape[-1] - rope], FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
+    tail = np.ascontiguousarray(x[..., x.shape[-1] - rope :], np.float32)
+    bits = tail.view(np.uint32)
+    bits = np.where(np.isnan(tail), 0x7FC0, (bits + (bits >> 16 & 1) + 0x7FFF) >> 16).astype("<u2")
+    return np.concatenate(
+        [codes, np.ascontiguousarray(scales, "<f4").view(np.uint8), bits.view(np.uint8)], -1
+    )
+
+
+def _unpack(packed, width, rope):
+    scales, tail = width - rope, packed.shape[-1] - 2 * rope
+    x = np.empty((*packed.shape[:-1], width), np.float32)
+    scale = np.ascontiguousarray(packed[..., scales:tail]).view("<f4")
+    x[..., :scales] = dequantize_fp8(packed[..., :scales], scale)
+    x[..., scales:] = _widened(np.ascontiguousarray(packed[..., tail:]).view("<u2"))
+    return x
+
+
+def _widened(bits):
+    """bfloat16, given as its bits, to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _at_precision(x, precision):
+    """index_q or index_k as an indexer of that precision sees it.
+
+    fp8: scales of ue8m0 are powers of two, so eq. (1) over these values has the bits of the fp8 kernel's
+    relu(q8 . k8) * (weights * scale_q), summed over the heads, times scale_k.
+    """
+    if precision == "fp8":
+        return dequantize_fp8(*quantize_fp8(x))
+    return x.astype(np.float16) if precision == "fp16" else x
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8. Caches
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1138,7 +1268,8 @@ class KVCache:
     """What the tokens so far left behind, for a batch of sequences, each of its own length.
 
     capacity: tokens per sequence; grow doubles it when it is full, otherwise a full cache raises ValueError.
-    storage: "float64", "float32", "float16" or "bfloat16". streams: what a token leaves, name=shape.
+    storage: "float64", "float32", "float16", "bfloat16" or "fp8", which keeps the last qk_rope_head_dim
+    values of "k" in bfloat16. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
 
     >>> cache = KVCache(4, k=(1, 2), index_k=(3,))
@@ -1147,18 +1278,24 @@ class KVCache:
     ([3], 20)
     """
 
-    def __init__(self, capacity, *, batch=1, storage="float32", grow=False, **streams):
+    def __init__(
+        self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, **streams
+    ):  # fmt: skip
         capacity, self.batch = _integer("capacity", capacity, 1), _integer("batch", batch, 1)
-        _expect(storage in FLOATS, "storage", repr(storage), f"one of {FLOATS}")
+        _expect(storage in (*FLOATS, "fp8"), "storage", repr(storage), f"one of {(*FLOATS, 'fp8')}")
         _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         if storage == "bfloat16":
             import ml_dtypes  # gives NumPy the dtype of this name
-        self.dtype = np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else storage)
+        self.dtype = np.dtype(
+            ml_dtypes.bfloat16 if storage == "bfloat16" else storage.replace("fp8", "uint8")
+        )
         self.storage, self.grow, self.closed = storage, bool(grow), False
         for name, shape in streams.items():
             fits = isinstance(shape, tuple) and len(shape) > 0
             _expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
+        self._rope = {"k": _integer("qk_rope_head_dim", qk_rope_head_dim, 0)}  # what fp8 leaves in bfloat16
+        self._stored = self.streams if storage != "fp8" else dict(map(self._packed, self.streams))
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
         self._allocate(capacity)
@@ -1170,7 +1307,7 @@ class KVCache:
 
     @property
     def bytes_per_token(self):
-        return sum(map(math.prod, self.streams.values())) * self.dtype.itemsize
+        return sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
 
     @property
     def nbytes(self):
@@ -1198,14 +1335,14 @@ class KVCache:
             _expect(self.grow, "the cache", "full", f"at most capacity = {self.capacity} tokens, not {need}")
             self._allocate(max(need, 2 * self.capacity))
         for b, (start, more) in enumerate(zip(self._lengths.tolist(), new.tolist())):
-            self._write(b, start, {name: x[b, :more] for name, x in tokens.items()})
+            self._write(b, start, {name: self._encode(name, x[b, :more]) for name, x in tokens.items()})
         self._set_lengths(self._lengths + new)
 
     def read(self, name):
-        """A view [B, longest length, *shape] of a stream; beyond a sequence's own length it is undefined."""
+        """A view (a copy of fp8) [B, longest length, *shape] of a stream; undefined beyond its own length."""
         self._check_open()
         _expect(name in self.streams, "name", repr(name), f"one of {sorted(self.streams)}")
-        return self._stream(name)[:, : self._lengths.max()]
+        return self._decode(name, self._stream(name)[:, : self._lengths.max()])
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
@@ -1226,7 +1363,7 @@ class KVCache:
         for b, length in enumerate(self._lengths):
             used = np.unique(indices[b][indices[b] >= 0])
             _check_indices("indices", used[None], {"...": (), "T": 1, "S": length})
-            rows = self._rows(b, used)
+            rows = {name: self._decode(name, x) for name, x in self._rows(b, used).items()}
             own = np.where(indices[b] < 0, -1, np.searchsorted(used, indices[b]))
             k, v = rows["k"], rows.get("v")
             parts.append(sparse_attention(q[b], k, v, own, d_v=d_v, scale=scale, sink=sink))
@@ -1262,8 +1399,20 @@ class KVCache:
         self._lengths = lengths
 
     def _resident(self):
-        """The streams that are in memory as a whole."""
-        return self.streams
+        """The streams that are in memory as a whole, and the shapes in which they are stored."""
+        return self._stored
+
+    def _packed(self, name):
+        """A stream and the shape of a token's bytes in fp8."""
+        shape, rope = self.streams[name], self._rope.get(name, 0)
+        _expect(shape and shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
+        return name, (*shape[:-1], _packed_bytes(shape[-1], rope))
+
+    def _encode(self, name, x):
+        return _pack(x, self._rope.get(name, 0)) if self.storage == "fp8" else x
+
+    def _decode(self, name, x):
+        return x if self.storage != "fp8" else _unpack(x, self.streams[name][-1], self._rope.get(name, 0))
 
     def _allocate(self, capacity):
         grown = {}
@@ -1324,7 +1473,7 @@ class HybridKVCache(KVCache):
         self._file.close()  # removes it if it is temporary
 
     def _resident(self):
-        return {name: shape for name, shape in self.streams.items() if name.startswith("index_")}
+        return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
 
     def _allocate(self, capacity):
         first = self._slow is None
@@ -1351,7 +1500,7 @@ class HybridKVCache(KVCache):
     def _open_tiers(self):
         self._columns, width = {}, 0  # where each stream stands in a token's record
         for name in self.streams.keys() - self._resident().keys():
-            self._columns[name] = slice(width, width + math.prod(self.streams[name]))
+            self._columns[name] = slice(width, width + math.prod(self._stored[name]))
             width = self._columns[name].stop
         _expect("k" in self._columns, "streams", sorted(self.streams), "k among them")
         record = width * self.dtype.itemsize
@@ -1381,7 +1530,7 @@ class HybridKVCache(KVCache):
         if name in self._data:
             return self._data[name]
         whole = self._slow[:, :, self._columns[name]].swapaxes(0, 1)
-        return whole.reshape(self.batch, self.capacity, *self.streams[name])
+        return whole.reshape(self.batch, self.capacity, *self._stored[name])
 
     def _rows(self, b, used):
         slots = self._slot_of[b, used]
@@ -1395,7 +1544,7 @@ class HybridKVCache(KVCache):
         self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], self._clock)  # what is pinned stays so
         self._admit(b, used[~hit], rows[~hit], self._clock)
         split = {name: np.ascontiguousarray(rows[:, columns]) for name, columns in self._columns.items()}
-        return {name: x.reshape(-1, *self.streams[name]) for name, x in split.items()}
+        return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
 
     def _admit(self, b, tokens, rows, stamp):
         """Copy tokens into the slots unused for longest; where these are too few, only the latest tokens."""
@@ -1432,3 +1581,330 @@ def _reserve(file, nbytes):
     while (missing := nbytes - file.tell()) > 0:
         file.write(bytes(min(missing, 2**20)))
     file.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 9. One DeepSeek-V3.2 layer
+# ----------------------------------------------------------------------------------------------------------
+
+WEIGHTS = {  # the name in DeepSeek's code: the name in the checkpoint, axes
+    "wq_a": ("q_a_proj", "q_lora_rank dim"),
+    "q_norm": ("q_a_layernorm", "q_lora_rank"),
+    "wq_b": ("q_b_proj", "H*(nope+rope) q_lora_rank"),
+    "wkv_a": ("kv_a_proj_with_mqa", "kv_lora_rank+rope dim"),
+    "kv_norm": ("kv_a_layernorm", "kv_lora_rank"),
+    "wkv_b": ("kv_b_proj", "H*(nope+v) kv_lora_rank"),
+    "wo": ("o_proj", "dim H*v"),
+    "indexer.wq_b": ("indexer.wq_b", "J*E q_lora_rank"),
+    "indexer.wk": ("indexer.wk", "E dim"),
+    "indexer.k_norm": ("indexer.k_norm", "E"),
+    "indexer.k_norm.bias": ("indexer.k_norm.bias", "E"),
+    "indexer.weights_proj": ("indexer.weights_proj", "J dim"),
+}
+LAYER_PREFIX = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_attn|attn)\.")
+SCALES = "_scale_inv"  # what follows a weight's name in that of its scales, of blocks of 128 x 128
+SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
+
+
+@dataclass(frozen=True)
+class LayerDims:
+    """The sizes and switches of a DSALayer; the other sizes follow from its weights. Defaults: V3.2."""
+
+    n_heads: int = 128
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    index_topk: int = 2048
+    norm_eps: float = 1e-6  # of RMSNorm and LayerNorm
+    rope_theta: float = 10000.0
+    rope_factor: float = 40.0  # by how much YaRN extended original_seq_len; 1: no YaRN
+    original_seq_len: int = 4096
+    beta_fast: float = 32  # pairs that turn more often than this in original_seq_len keep their frequency
+    beta_slow: float = 1  # those that turn less often are slowed by rope_factor
+    mscale: float = 1.0
+    index_rope_interleaved: bool = False  # True: the indexer of the GLM-5 family
+    hadamard: bool = False  # spread outliers of the indexer's vectors, for fp8; no exact score changes
+    indexer_precision: str = "fp32"  # as in DSAConfig
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int":
+                _integer(field.name, value, 1)
+            elif field.type == "float":
+                _expect(0 < value < math.inf, field.name, value, "a positive, finite number")
+        rope, E, precision = self.qk_rope_head_dim, self.index_head_dim, self.indexer_precision
+        _expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
+        _expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
+        _expect(self.rope_theta > 1, "rope_theta", self.rope_theta, "above 1")
+        _expect(self.rope_factor >= 1, "rope_factor", self.rope_factor, "at least 1")
+        _expect(precision in PRECISIONS, "indexer_precision", repr(precision), f"one of {PRECISIONS}")
+
+    def softmax_scale(self):
+        """(nope + rope)^-0.5, with YaRN times the square of its factor.
+
+        >>> round(LayerDims().softmax_scale(), 8)
+        0.13523378
+        """
+        m = 0.1 * self.mscale * math.log(self.rope_factor) + 1
+        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * m * m
+
+    def frequencies(self):
+        """By how much each pair of RoPE turns from one position to the next, [qk_rope_head_dim / 2]."""
+        d, i, log_theta = (
+            self.qk_rope_head_dim,
+            np.arange(self.qk_rope_head_dim // 2),
+            math.log(self.rope_theta),
+        )
+        f = self.rope_theta ** (-2 * i / d)
+        # The (fractional) pairs that turn beta_fast and beta_slow times in original_seq_len positions.
+        turns = (
+            math.log(self.original_seq_len / (2 * math.pi * b)) for b in (self.beta_fast, self.beta_slow)
+        )
+        lo, hi = (d * x / (2 * log_theta) for x in turns)
+        lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(lo), math.ceil(hi)))
+        slowed = np.clip((i - lo) / max(hi - lo, 0.001), 0, 1)
+        return f * (1 - slowed * (1 - 1 / self.rope_factor))
+
+
+class DSALayer:
+    """DeepSeek-V3.2's attention layer: MLA over the keys that the lightning indexer selects.
+
+    weights: arrays [out, in] under the names of the checkpoint or of DeepSeek's code, see WEIGHTS, also
+    with model.layers.N.self_attn. before them; dims: the fields of LayerDims. ValueError for a weight that
+    is missing, superfluous or of a wrong shape. A layer without indexer.* weights takes its selection from
+    another layer: layer(x, indices=indices). streams: what a token leaves in a cache, see new_cache.
+    """
+
+    def __init__(self, weights, **dims):
+        self.dims = d = LayerDims(**dims)
+        self.weights, n = _named_weights(weights, d)
+        self.dim, self.kv_lora_rank = n["dim"], n["kv_lora_rank"]
+        self.has_indexer = "indexer.wk" in self.weights
+        self.streams: dict[str, Any] = {"k": (1, n["kv_lora_rank+rope"])}
+        if self.has_indexer:
+            self.streams["index_k"] = (d.index_head_dim,)
+        self._frequencies = d.frequencies()
+        self._hadamard: Any = np.ones((1, 1))
+        while len(self._hadamard) < d.index_head_dim and d.hadamard:
+            self._hadamard = np.kron([[1, 1], [1, -1]], self._hadamard)
+
+    @classmethod
+    def from_safetensors(cls, path, layer=0, **dims):
+        """A layer of a checkpoint: a .safetensors file, a model.safetensors.index.json, or the folder of one.
+
+        fp8 weights are multiplied by their weight_scale_inv, one for each block of 128 x 128.
+        """
+        path, files = os.fspath(path), {os.fspath(path)}
+        if os.path.isdir(path):
+            path = os.path.join(path, "model.safetensors.index.json")
+        if path.endswith(".json"):
+            with open(path, encoding="utf-8") as file:
+                shards = json.load(file)["weight_map"]
+            files = {os.path.join(os.path.dirname(path), shards[x]) for x in shards if _of_layer(x, layer)}
+        weights: dict[str, Any] = {}
+        for name in files:
+            weights |= _read_safetensors(name, layer)
+        _expect(weights, "path", repr(path), f"a checkpoint with attention weights of layer {layer}")
+        for name in [name for name in weights if name.endswith(SCALES)]:
+            scales, codes = weights.pop(name), weights[name.removesuffix(SCALES)]
+            scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
+            weights[name.removesuffix(SCALES)] = dequantize_fp8(codes, scales)
+        return cls(weights, **dims)
+
+    def new_cache(self, batch, capacity, storage="float32", grow=False):
+        """An empty KVCache for this layer: what a token leaves are its latent and k_pe, and its index key."""
+        kwargs = {"batch": batch, "storage": storage, "grow": grow}
+        return KVCache(capacity, qk_rope_head_dim=self.dims.qk_rope_head_dim, **kwargs, **self.streams)
+
+    def __call__(self, x, cache=None, *, lengths=None, indices=None, core="auto"):
+        """x [B, T, dim] -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
+
+        lengths [B]: how many of each sequence's T tokens are real; the rows of the others are 0, and -1.
+        cache: of this layer's streams; x continues its sequences, each from its own length on, and a call
+        that raises leaves it as it was. indices: attend to these instead of selecting.
+        core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
+        made from them; "auto" takes the cheaper one. They differ by rounding.
+        """
+        n, dtype = _dims(x=(x, "B T dim")), _accumulator(x, *self.weights.values())
+        _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
+        _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
+        able = indices is not None or self.has_indexer
+        _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
+        lengths = np.full(n["B"], n["T"]) if lengths is None else _lengths(lengths, n["B"], n["T"])
+        real = np.arange(n["T"]) < lengths[:, None]
+        _expect(np.isfinite(x[real]).all(), "x", "NaN or infinite in a real token", "finite numbers")
+        start = np.zeros(n["B"], np.int64)
+        if cache is not None:
+            _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
+            has, needs = ((x.streams, b) for x, b in ((cache, cache.batch), (self, n["B"])))
+            _expect(has == needs, "cache", f"of (streams, batch) = {has}", f"{needs}")
+            start = cache.lengths
+        w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
+        q, tokens, indexer = self._project(w, x.astype(dtype), start)
+        try:
+            if cache is None:
+                k_start, k_end = padded_window(lengths, n["T"])
+            else:
+                cache.append(lengths=lengths, **tokens)
+                k_start, k_end = cache.window(n["T"], lengths)
+                tokens = {name: cache.read(name) for name in tokens}
+            if indices is None:
+                indexer |= {"index_k": tokens["index_k"], "k_start": k_start, "k_end": k_end}
+                indices = lightning_select(**indexer, top_k=self.dims.index_topk)
+            else:
+                shape = {"...": real.shape[:1], "T": n["T"], "S": tokens["k"].shape[1]}
+                _check_indices("indices", indices, shape)
+                seen = (indices < k_end[..., None]).all()
+                _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
+            y = self._attend(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
+        except BaseException:
+            if cache is not None:
+                cache.truncate(start)
+            raise
+        return y.astype(x.dtype), indices
+
+    def _project(self, w, x, start):
+        """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
+        tokens leave (the streams: k is [c | k_pe]), and the queries and weights of the indexer.
+        """
+        d, batch = self.dims, x.shape[:2]
+        nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
+        angles = (start[:, None] + np.arange(batch[1]))[..., None] * self._frequencies  # [B, T, rope / 2]
+        qr = _rms_norm(_by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
+        q = (qr @ w["wq_b"].T).reshape(*batch, d.n_heads, nope + rope)
+        q[..., nope:] = _rotate(q[..., nope:], angles, interleaved=True)
+        k = (x @ w["wkv_a"].T)[:, :, None]  # [B, T, 1, R + rope]
+        k[..., :-rope] = _rms_norm(k[..., :-rope], w["kv_norm"], d.norm_eps)
+        k[..., -rope:] = _rotate(k[..., -rope:], angles, interleaved=True)
+        if not self.has_indexer:
+            return q, {"k": k}, {}
+        index_k = _by_rows(x, w["indexer.wk"])
+        index_k = index_k - index_k.mean(-1, keepdims=True)
+        index_k = _rms_norm(index_k, w["indexer.k_norm"], d.norm_eps) + w["indexer.k_norm.bias"]
+        index = [_by_rows(qr, w["indexer.wq_b"]).reshape(*batch, J, E), index_k[:, :, None]]
+        for i, u in enumerate(index):
+            u[..., :rope] = _rotate(u[..., :rope], angles, d.index_rope_interleaved)
+            if d.hadamard:
+                u = u @ (self._hadamard * E**-0.5).astype(u.dtype)
+            index[i] = _at_precision(u, d.indexer_precision)
+        weights = _by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
+        return q, {"k": k, "index_k": index[1][:, :, 0]}, {"index_q": index[0], "weights": weights}
+
+    def _attend(self, w, q, k, indices, cache, core):
+        """Equation (3) of q [B, T, H, nope + rope] over latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
+        d, R, T, S, K = self.dims, self.kv_lora_rank, q.shape[1], k.shape[1], indices.shape[-1]
+        nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
+        up, q = w["wkv_b"].reshape(d.n_heads, each, R), q.swapaxes(1, 2)  # [H, nope + v, R], [B, H, T, ...]
+        kwargs = {"scale": d.softmax_scale()}
+        if core == "auto":  # fewer multiplications a head, where all expanded keys are streamed under a mask
+            expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
+            core = "expanded" if expanded else "absorbed"
+        if core == "expanded":  # each head as a batch entry of its own, which makes for larger products
+            k = k[:, None, :, 0]
+            kv = k[..., :R] @ up.swapaxes(1, 2)  # [B, H, S, nope + v]
+            keys = np.concatenate([kv[..., :nope], np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))], -1)
+            indices = np.broadcast_to(indices[:, None], (*q.shape[:3], K))
+            out, _ = sparse_attention(
+                q[..., None, :], keys[..., None, :], kv[..., None, nope:], indices, **kwargs
+            )
+            return out.swapaxes(1, 2).reshape(*out.shape[:1], T, d.n_heads * d.v_head_dim)
+        q = np.concatenate([q[..., :nope] @ up[:, :nope], q[..., nope:]], -1).swapaxes(
+            1, 2
+        )  # q . Wc = qW . c
+        if cache is None:
+            out, _ = sparse_attention(q, k, None, indices, d_v=R, **kwargs)
+        else:
+            out, _ = cache.attend(q, indices, d_v=R, **kwargs)
+        out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)  # [B, H, T, v]
+        return out.swapaxes(1, 2).reshape(*out.shape[:1], T, d.n_heads * d.v_head_dim)
+
+
+def _by_rows(x, weight):
+    """x [B, T, in] @ weight [out, in].T with the same bits for a token in any batch, block or chunk.
+
+    As in _score_block, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
+    """
+    out = np.empty((*x.shape[:2], 1, len(weight)), x.dtype)
+    part = max(1, KEY_TILE**2 // weight.shape[1])
+
+    def work(b, t0, t1):
+        for i in range(0, len(weight), part):
+            np.matmul(x[b][t0:t1, None], weight[i : i + part].T, out=out[b][t0:t1, :, i : i + part])
+
+    _for_blocks(x.shape[:1], x.shape[1], 64, work)
+    return out[:, :, 0]
+
+
+def _rms_norm(x, weight, eps):
+    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+def _rotate(x, angles, interleaved):
+    """RoPE: turn each pair of x [B, T, H, d] by angles [B, T, d / 2].
+
+    The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
+    """
+    d = x.shape[-1]
+    halves = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
+    cos, sin = (f(angles)[:, :, None].astype(x.dtype) for f in (np.cos, np.sin))
+    out, (a, b) = np.empty_like(x), (x[..., half] for half in halves)
+    out[..., halves[0]], out[..., halves[1]] = a * cos - b * sin, a * sin + b * cos
+    return out
+
+
+def _weight_name(name):
+    """A weight's name in WEIGHTS, out of any of its names; of another name what follows the prefix."""
+    name = LAYER_PREFIX.sub("", name, count=1).removesuffix(".weight")
+    return {alias: ours for ours, (alias, _) in WEIGHTS.items()}.get(name, name)
+
+
+def _of_layer(name, layer):
+    prefix = LAYER_PREFIX.match(name)
+    return int(prefix[1]) == layer if prefix else _weight_name(name.removesuffix(SCALES)) in WEIGHTS
+
+
+def _named_weights(weights, d):
+    """The weights by their names in WEIGHTS, checked, in one dtype; and the sizes of their axes."""
+    found: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for key, x in weights.items():
+        name = _weight_name(key)
+        _expect(name in WEIGHTS, key, "no weight of this layer", f"one of {list(WEIGHTS)}")
+        _expect(name not in found, key, f"the same weight as {given.get(name)}", "each once")
+        found[name], given[name] = x, key
+    indexed = any(name.startswith("indexer.") for name in found)
+    for name, (alias, _) in WEIGHTS.items():
+        needed = indexed or not name.startswith("indexer.")
+        _expect(name in found or not needed, f"{name} ({alias})", "missing", "it among the weights")
+    n = _dims(**{given[name]: (x, WEIGHTS[name][1]) for name, x in found.items()})
+    nope, rope, v = d.qk_nope_head_dim, d.qk_rope_head_dim, d.v_head_dim
+    sizes = {"H*(nope+rope)": d.n_heads * (nope + rope), "H*(nope+v)": d.n_heads * (nope + v)}
+    sizes |= {"H*v": d.n_heads * v, "kv_lora_rank+rope": n["kv_lora_rank"] + rope}
+    sizes |= {"J": d.index_n_heads, "E": d.index_head_dim, "J*E": d.index_n_heads * d.index_head_dim}
+    for name, x in found.items():
+        for axis, size in zip(WEIGHTS[name][1].split(), x.shape):
+            expected = sizes.get(axis, size)
+            _expect(size == expected, given[name], f"of shape {x.shape}", f"{axis} = {expected}")
+    dtype = _accumulator(*found.values())
+    return {name: x.astype(dtype, copy=False) for name, x in found.items()}, n
+
+
+def _read_safetensors(path, layer):
+    """The tensors of a layer in a file, bfloat16 as float32 and fp8, which safetensors' own NumPy side lacks,
+    as its codes. A file is a length, a header in JSON, and the tensors.
+    """
+    found = {}
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    for name, entry in header.items():
+        if name != "__metadata__" and _of_layer(name, layer):
+            known = entry["dtype"] in SAFETENSORS
+            _expect(known, name, f"of dtype {entry['dtype']}", f"one of {[*SAFETENSORS]}", TypeError)
+            first, count = entry["data_offsets"][0], math.prod(entry["shape"])
+            x = np.fromfile(path, SAFETENSORS[entry["dtype"]], count, offset=8 + size + first)
+            found[name] = (_widened(x) if x.dtype == np.uint16 else x).reshape(entry["shape"])
+    return found

@@ -23,6 +23,7 @@ import contextlib
 import doctest
 import importlib
 import itertools
+import json
 import math
 import os
 import re
@@ -1897,6 +1898,504 @@ def test_the_examples_in_the_readme_run(dsa):
     test = doctest.DocTestParser().get_doctest(text, {}, "README.md", str(readme), 0)
     result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
     assert result.failed == 0 and result.attempted > 0, "".join(report)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 13. fp8 and the DeepSeek-V3.2 layer
+# ------------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "n_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "index_n_heads": 4,
+    "index_head_dim": 16, "index_topk": 6,
+}  # fmt: skip
+DIM, Q_RANK, R = 64, 24, 32
+CHECKPOINT = {
+    "wq_a": "q_a_proj", "q_norm": "q_a_layernorm", "wq_b": "q_b_proj", "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj",
+}  # fmt: skip
+E4M3 = ml_dtypes.float8_e4m3fn
+
+
+def layer_weights(seed=0, dtype=F64, indexer=True):
+    """Random weights under the names of DeepSeek's code; norms away from 1 and a bias away from 0."""
+    rng, d = np.random.default_rng(seed), types.SimpleNamespace(**SMALL)
+    shapes = {
+        "wq_a": (Q_RANK, DIM), "wq_b": (d.n_heads * 24, Q_RANK), "wkv_a": (R + 8, DIM),
+        "wkv_b": (d.n_heads * 28, R), "wo": (DIM, d.n_heads * 12), "indexer.wq_b": (64, Q_RANK),
+        "indexer.wk": (16, DIM), "indexer.weights_proj": (4, DIM),
+    }  # fmt: skip
+    w = {name: 2 * normal(rng, *shape) / shape[1] ** 0.5 for name, shape in shapes.items()}
+    w |= {name: 1 + 0.3 * normal(rng, n) for name, n in (("q_norm", Q_RANK), ("kv_norm", R))}
+    w |= {"indexer.k_norm": 1 + 0.3 * normal(rng, 16), "indexer.k_norm.bias": normal(rng, 16)}
+    return {name: x.astype(dtype) for name, x in w.items() if indexer or not name.startswith("indexer.")}
+
+
+def checkpoint_names(weights, layer=3):
+    prefix = f"model.layers.{layer}.self_attn."
+    names = {name: prefix + CHECKPOINT.get(name, name) for name in weights}
+    return {n if n.endswith("bias") else n + ".weight": weights[name] for name, n in names.items()}
+
+
+def yarn_by_loops(rope, theta=1e4, factor=40.0, length=4096, fast=32, slow=1):
+    def bound(r):
+        return rope * math.log(length / (2 * math.pi * r)) / (2 * math.log(theta))
+
+    lo, hi = max(math.floor(bound(fast)), 0), min(math.ceil(bound(slow)), rope - 1)
+    freqs = []
+    for i in range(rope // 2):
+        f = theta ** (-2 * i / rope)
+        s = 1 - min(max((i - lo) / max(hi - lo, 0.001), 0), 1)
+        freqs.append(f / factor * (1 - s) + f * s)
+    return freqs
+
+
+def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
+    """Section 3 of the specification for one sequence x [T, dim], in plain steps; `bug` plants one of BUGS.
+
+    -> y [T, dim], indices [T, K], index scores [T, T]
+    """
+    d = types.SimpleNamespace(**SMALL)
+    H, nope, rope, v, J, E = d.n_heads, 16, 8, d.v_head_dim, d.index_n_heads, d.index_head_dim
+    freqs, softmax = yarn_by_loops(rope), lambda z: np.exp(z - max(z)) / np.exp(z - max(z)).sum()
+    H16 = np.array([[(-1) ** (i & j).bit_count() for j in range(E)] for i in range(E)]) / 4
+
+    def rms(z, weight):
+        return weight * z / math.sqrt(dot(z, z) / len(z) + 1e-6)
+
+    def turn(u, t, interleaved):
+        u = np.array(u)
+        for i, f in enumerate(freqs):
+            a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + rope // 2)
+            z = complex(u[a], u[b]) * complex(math.cos(t * f), math.sin(t * f))
+            u[a], u[b] = z.real, z.imag
+        return u
+
+    def index_turn(u, t):
+        part = slice(E - rope, E) if bug == "index rope on the last dims" else slice(0, rope)
+        if bug != "no index rope":
+            u = u.copy()
+            u[part] = turn(u[part], t, interleaved != (bug == "index rope of the other layout"))
+        return u
+
+    q, k, values, iq, ik, iw = [], [], [], [], [], []
+    for t, row in enumerate(x):
+        raw, kv = w["wq_a"] @ row, w["wkv_a"] @ row
+        qr, c = rms(raw, w["q_norm"]), rms(kv[:R], w["kv_norm"])
+        k_pe = turn(kv[R:], t, bug != "main rope half-split")
+        heads, up = (w["wq_b"] @ qr).reshape(H, -1), (w["wkv_b"] @ c).reshape(H, -1)
+        q.append([[*u[:nope], *turn(u[nope:], t, bug != "main rope half-split")] for u in heads])
+        k.append([[*u[:nope], *k_pe] for u in up])
+        values.append(up[:, nope:])
+        query = w["indexer.wq_b"] @ (raw if bug == "index query from the un-normed latent" else qr)
+        iq.append([index_turn(u, t) for u in query.reshape(J, E)])
+        z = w["indexer.wk"] @ row
+        z = rms(z if bug == "rms norm for layer norm" else z - z.mean(), w["indexer.k_norm"])
+        ik.append(index_turn(z if bug == "no layer norm bias" else z + w["indexer.k_norm.bias"], t))
+        if hadamard or bug == "one-sided hadamard":
+            iq[-1] = iq[-1] @ H16
+            ik[-1] = ik[-1] if bug == "one-sided hadamard" else ik[-1] @ H16
+        z = w["indexer.weights_proj"] @ row
+        iw.append(softmax(z) if bug == "softmaxed head weights" else z * (J * E) ** -0.5)
+    relu = (lambda z: z) if bug == "no relu" else (lambda z: max(z, 0.0))
+    m = 1 if bug == "no yarn in the scale" else 0.1 * math.log(40) + 1
+    scale = (E if bug == "scale of the index width" else nope + rope) ** -0.5 * m * m
+    y, kept, scores = np.zeros(x.shape), [], np.full((len(x), len(x)), -INF)
+    for t in range(len(x)):
+        seen = t if bug == "mask off by one" else t + 1
+        for s in range(seen):
+            scores[t, s] = sum(iw[t][j] * relu(dot(iq[t][j], ik[s])) for j in range(J))
+        kept.append(select_by_sort(scores[t].tolist(), 0, seen, d.index_topk))
+        keys, out = [s for s in kept[t] if s >= 0], np.zeros((H, v))
+        for h in range(H) if keys else ():
+            p = softmax(np.array([scale * dot(q[t][h], k[s][h]) for s in keys]))
+            out[h] = sum(p_s * values[s][h] for p_s, s in zip(p, keys, strict=True))
+        y[t] = w["wo"] @ out.ravel()
+    return y, np.array(kept), scores
+
+
+INDEX_BUGS = ["index rope of the other layout", "index rope on the last dims", "no index rope", "no relu",
+              "softmaxed head weights", "rms norm for layer norm", "no layer norm bias",
+              "index query from the un-normed latent", "one-sided hadamard", "mask off by one"]  # fmt: skip
+BUGS = [*INDEX_BUGS, "main rope half-split", "scale of the index width", "no yarn in the scale"]
+
+
+def scores_of(dsa, layer, x):
+    """The index keys and the raw index scores, which selections hardly constrain."""
+    _, tokens, indexer = layer._project(layer.weights, x, np.zeros(len(x), int))
+    return tokens["index_k"], dsa.index_scores(**indexer, index_k=tokens["index_k"])
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    return normal(np.random.default_rng(7), 2, 50, DIM)
+
+
+@pytest.mark.parametrize("interleaved, hadamard", [(False, False), (True, False), (False, True)])
+def test_the_layer_is_section_3_by_loops(dsa, hidden, interleaved, hadamard):
+    """Outputs and raw index scores to 1e-12 and the same selections, with K = 6 of up to 50 keys (trap 1)."""
+    w = layer_weights()
+    layer = dsa.DSALayer(w, **SMALL, index_rope_interleaved=interleaved, hadamard=hadamard)
+    y, indices = layer(hidden)
+    scores = scores_of(dsa, layer, hidden)[1]
+    for b in range(2):
+        expected = layer_by_loops(w, hidden[b], interleaved=interleaved, hadamard=hadamard)
+        assert_close(y[b], expected[0], 1e-12)
+        np.testing.assert_array_equal(indices[b], expected[1])
+        assert_close(scores[b], expected[2], 1e-12)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_does_not_pass(dsa, hidden, bug):
+    """Each mistake in section 3 selects other tokens, or leaves the selection and moves outputs (trap 2)."""
+    y, indices = dsa.DSALayer(layer_weights(), **SMALL)(hidden[:1])
+    wrong_y, wrong_indices, _ = layer_by_loops(layer_weights(), hidden[0], bug)
+    assert (wrong_indices != indices[0]).any() == (bug in INDEX_BUGS)
+    assert np.abs(wrong_y - y[0]).max() > 1e-3
+
+
+def test_v32_constants(dsa):
+    """The softmax scale of V3.2, and its frequencies: fast pairs as they were, slow ones 40 times slower."""
+    d = dsa.LayerDims()
+    assert abs(d.softmax_scale() - 0.13523378) < 5e-9
+    assert_close(d.frequencies(), yarn_by_loops(64), 1e-15)
+    assert dsa.LayerDims(rope_factor=1).softmax_scale() == 192**-0.5
+    assert_close(dsa.LayerDims(rope_factor=1).frequencies(), yarn_by_loops(64, factor=1.0), 1e-15)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_depends_on_relative_position_only(dsa, interleaved):
+    """Moving a query and a key along together leaves their dot product; moving one of them does not."""
+    q, k = (normal(np.random.default_rng(i), 1, 1, 1, 8) for i in (1, 2))
+    at = [np.array([[t]])[..., None] * np.array(yarn_by_loops(8)) for t in (3, 10, 1003, 1010)]
+    near, far, other = (
+        (dsa._rotate(q, at[i], interleaved) * dsa._rotate(k, at[j], interleaved)).sum()
+        for i, j in ((0, 1), (2, 3), (0, 2))
+    )
+    assert abs(near - far) < 1e-12 and abs(near - other) > 1e-3
+
+
+@pytest.mark.parametrize("storage", [None, "float64", "fp8"])
+def test_absorbed_is_expanded(dsa, hidden, storage):
+    """Scores over latents equal scores over the keys made from them; with a cache too, at ragged lengths."""
+    layer, results = dsa.DSALayer(layer_weights(), **SMALL), []
+    for core in ("absorbed", "expanded", "auto"):
+        cache = layer.new_cache(2, 50, storage) if storage else None
+        results.append(layer(hidden, cache, lengths=np.array([50, 13]), core=core))
+    for y, indices in results[1:]:
+        assert_close(y, results[0][0], 1e-12)
+        assert_same(indices, results[0][1])
+
+
+@slow
+@given(
+    seed=seeds, lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    step=st.sampled_from([1, 4, 30]), dtype=st.sampled_from([F32, F64]),
+    mode=st.sampled_from([{"index_rope_interleaved": True}, {"hadamard": True, "indexer_precision": "fp8"}]),
+)  # fmt: skip
+def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths, step, mode, dtype):
+    """Prefill, chunks and single tokens, alone or in a ragged batch padded with NaN (trap 9)."""
+    assume(max(lengths) > 0)
+    rng, B, T = np.random.default_rng(seed), len(lengths), max(lengths)
+    layer, x = dsa.DSALayer(layer_weights(seed, dtype), **SMALL | mode), normal(rng, B, T, DIM).astype(dtype)
+    x[rng.random((B, T)) < 0.2] = x[0, 0]  # repeated tokens: near ties, which rounding would decide
+    whole, done = [layer(x[b : b + 1, :n]) for b, n in enumerate(lengths)], np.zeros(B, int)
+    cache = layer.new_cache(B, T, dtype.name)
+    while (done < lengths).any():
+        new = np.minimum(lengths - done, rng.integers(0, step + 1, B))
+        part = np.full((B, max(new), DIM), NAN, dtype)
+        for b, n in enumerate(new):
+            part[b, :n] = x[b, done[b] : done[b] + n]
+        y, indices = layer(part, cache, lengths=new)
+        for b, n in enumerate(new):
+            rows = slice(done[b], done[b] + n)
+            assert_close(y[b, :n], whole[b][0][0, rows], 1e-12 if dtype == F64 else 1e-4)
+            assert (padded(indices[b, :n], 9) == padded(whole[b][1][0, rows], 9)).all()
+            assert (y[b, n:] == 0).all() and (indices[b, n:] == -1).all()
+        done += new
+        assert cache.lengths.tolist() == done.tolist()
+
+
+def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
+    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone."""
+    rng = np.random.default_rng(0)
+    for shape in ((96, 1536), (128, 700)):
+        x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
+        whole = dsa._by_rows(x, weight)
+        assert_close(whole, x.astype(F64) @ weight.T.astype(F64), 1e-3)
+        for rows in (slice(0, 1), slice(3, 20), slice(36, 37)):
+            assert_same(dsa._by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
+
+
+def test_hadamard_on_both_sides_changes_no_score(dsa, hidden):
+    """H / sqrt(E) is orthogonal: dot products stay, up to rounding. (One side only: a planted bug above.)"""
+    layers = [dsa.DSALayer(layer_weights(), **SMALL, hadamard=h) for h in (False, True)]
+    plain, turned = (scores_of(dsa, layer, hidden) for layer in layers)
+    assert np.abs(plain[0] - turned[0]).max() > 0.1
+    assert_close(turned[1], plain[1], 1e-12)
+
+
+@pytest.mark.parametrize("dtype, error", [(F32, 1e-5), (BFLOAT16, 1e-2)])
+def test_the_layer_in_lower_precision(dsa, hidden, dtype, error):
+    """Weights and x of one dtype: accumulated in float32, and y has the dtype of x."""
+    w, x = layer_weights(dtype=dtype), hidden.astype(dtype)
+    exact = dsa.DSALayer({name: z.astype(F64) for name, z in w.items()}, **SMALL | {"index_topk": 50})
+    y, _ = dsa.DSALayer(w, **SMALL | {"index_topk": 50})(x)
+    assert y.dtype == dtype
+    expected = exact(x.astype(F64))[0]
+    assert np.abs(y.astype(F64) - expected).max() < error * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("storage, error", [("float32", 1e-6), ("bfloat16", 1e-2), ("fp8", 0.1)])
+def test_a_cache_of_less_precision_costs_as_much_as_its_rounding(dsa, hidden, storage, error):
+    """K covers all keys, so that only the stored numbers differ; a hybrid cache gives the same bits."""
+    layer = dsa.DSALayer(layer_weights(), **SMALL | {"index_topk": 50})
+    cache = layer.new_cache(2, 50, storage)
+    y, exact = layer(hidden, cache)[0], layer(hidden)[0]
+    assert 0 < np.abs(y - exact).max() < error * np.abs(exact).max()
+    with dsa.HybridKVCache(50, fast_bytes=10**3, batch=2, storage=storage, qk_rope_head_dim=8,
+                           **layer.streams) as hybrid:  # fmt: skip
+        layer(hidden[:, :49], hybrid, core="absorbed"), cache.truncate(np.array([49, 49]))
+        results = [layer(hidden[:, 49:], c, core="absorbed") for c in (hybrid, cache)]
+        assert_same(*results)
+        assert hybrid.bytes_per_token == cache.bytes_per_token and hybrid.misses > 0
+
+
+def test_both_name_sets_and_a_prefix_are_one_layer(dsa, hidden):
+    """Names are names."""
+    w = layer_weights()
+    expected = dsa.DSALayer(w, **SMALL)(hidden)
+    for named in (checkpoint_names(w), {n.split("self_attn.")[1]: x for n, x in checkpoint_names(w).items()}):
+        assert_same(dsa.DSALayer(named, **SMALL)(hidden), expected)
+
+
+@pytest.mark.parametrize("name", layer_weights())
+@pytest.mark.parametrize("named", [dict, checkpoint_names])
+def test_a_weight_missing_extra_or_misshapen_is_named(dsa, name, named):
+    """In the words of whoever gave it."""
+    w, key = named(layer_weights()), next(iter(named({name: 0})))
+    plain = re.escape(key.split("self_attn.")[-1].removesuffix(".weight"))
+    for wrong in [{n: x for n, x in w.items() if n != key}] + [
+        w | {key: x} for x in (w[key][..., :-1], w[key][:-1], w[key][None])
+    ]:
+        with pytest.raises(ValueError, match=plain):
+            dsa.DSALayer(wrong, **SMALL)
+    for extra in ("indexer.wv.weight", "model.layers.4.self_attn.q_b_proj.bias"):
+        with pytest.raises(ValueError, match=extra):
+            dsa.DSALayer(w | {extra: w[key]}, **SMALL)
+    with pytest.raises(ValueError, match=f"{plain}.*same"):
+        dsa.DSALayer(checkpoint_names({name: w[key]}, layer=5) | w, **SMALL)
+
+
+@pytest.mark.parametrize("bad", [
+    {"qk_rope_head_dim": 7}, {"qk_rope_head_dim": 18}, {"hadamard": True, "index_head_dim": 24},
+    {"n_heads": 0}, {"rope_factor": 0.5}, {"rope_theta": 1.0}, {"norm_eps": -1.0}, {"beta_fast": NAN},
+    {"indexer_precision": "int4"},
+], ids=str)  # fmt: skip
+def test_bad_dims_are_named(dsa, bad):
+    """An odd rope width, one beyond the index width, a Hadamard matrix that does not exist, ..."""
+    with pytest.raises(ValueError, match=list(bad)[-1]):
+        dsa.LayerDims(**SMALL | bad)
+
+
+def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
+    """NaN in x, no room, another layer's cache, lengths or indices that do not fit."""
+    layer = dsa.DSALayer(layer_weights(), **SMALL)
+    cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, hidden)
+    first = layer(hidden[:, :10], cache)[1]
+    before, rows, x = snapshot(cache), np.array([2, 0]), hidden[:, :2]
+    other = dsa.KVCache(12, batch=2, k=(1, 576), index_k=(16,))
+    for error, name, args, kwargs in (
+        (ValueError, "x", (nan[:, :2], cache), {}), (ValueError, "full", (hidden[:, :3], cache), {}),
+        (ValueError, "dim", (hidden[:, :2, :5], cache), {}), (ValueError, "cache", (x[:1], cache), {}),
+        (ValueError, "cache", (x, other), {}), (TypeError, "cache", (x, {}), {}),
+        (ValueError, "lengths", (x, cache), {"lengths": rows + 1}),
+        (ValueError, "core", (x, cache), {"core": "no"}),
+        (ValueError, "indices", (x, cache), {"indices": first[:, :1]}),
+        (ValueError, "indices", (x, cache), {"indices": np.full((2, 2, 1), 11)}),
+        (IndexError, "indices", (x, cache), {"indices": np.full((2, 2, 1), 12)}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=name):
+            layer(*args, **kwargs)
+        assert snapshot(cache) == before and other.lengths.tolist() == [0, 0]
+    layer(np.where([[[True]], [[False]]], x, nan[:, :2]), cache, lengths=rows)  # NaN in padding is not seen
+    assert cache.lengths.tolist() == [12, 10]
+    y, indices = layer(hidden[:, :0])
+    assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
+
+
+def test_a_layer_without_indexer_takes_the_indices_of_another(dsa, hidden):
+    """Index sharing: same weights and same indices, same output, also through a cache of latents only."""
+    layer, w = dsa.DSALayer(layer_weights(), **SMALL), layer_weights(indexer=False)
+    sharing, lengths = dsa.DSALayer(w, **SMALL), np.array([50, 9])
+    y, indices = layer(hidden, lengths=lengths)
+    assert_close(sharing(hidden, lengths=lengths, indices=indices)[0], y, 1e-12)
+    cache = sharing.new_cache(2, 50, "float64")
+    for rows in (slice(0, 9), slice(9, 50)):
+        new = np.clip(lengths - rows.start, 0, rows.stop - rows.start)
+        part, _ = sharing(hidden[:, rows], cache, lengths=new, indices=indices[:, rows])
+        assert_close(part, y[:, rows], 1e-12)
+    with pytest.raises(ValueError, match="indices"):
+        sharing(hidden)
+
+
+def write_safetensors(path, tensors):
+    """The format: 8 bytes of header length, a header in JSON, the bytes of the tensors."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (dtype, x) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": [at, at := at + x.nbytes]}
+    text = json.dumps(header).encode()
+    path.write_bytes(
+        len(text).to_bytes(8, "little") + text + b"".join(x.tobytes() for _, x in tensors.values())
+    )
+
+
+def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
+    """One file or shards with an index; float32, bfloat16 and block-scaled fp8, among other tensors."""
+    tensors, w = {"model.norm.weight": ("F32", np.ones(3, F32))}, layer_weights(dtype=F32)
+    for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
+        w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
+    for ours, (name, x) in zip(list(w), checkpoint_names(w).items(), strict=True):
+        if ours == "wq_a":
+            w[ours] = x.astype(BFLOAT16).astype(F32)
+            tensors[name] = ("BF16", x.astype(BFLOAT16))
+        elif x.ndim == 1:
+            tensors[name] = ("F32", x)
+        else:
+            scales = np.exp2(small(np.random.default_rng(0), *(-(-n // 128) for n in x.shape))).astype(F32)
+            spread = np.repeat(np.repeat(scales, 128, 0), 128, 1)[: len(x), : x.shape[1]]
+            codes = (x / spread).astype(E4M3)
+            w[ours] = codes.astype(F32) * spread
+            tensors |= {name: ("F8_E4M3", codes), name + "_scale_inv": ("F32", scales)}
+        tensors[name.replace("layers.3.", "layers.33.")] = ("F32", x * 2)
+    expected = dsa.DSALayer(w, **SMALL)(hidden)
+    write_safetensors(tmp_path / "all.safetensors", tensors)
+    shards = {f"part{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
+    for file, part in shards.items():
+        write_safetensors(tmp_path / file, part)
+    index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for path in ("all.safetensors", "model.safetensors.index.json", ""):
+        assert_same(dsa.DSALayer.from_safetensors(tmp_path / path, layer=3, **SMALL)(hidden), expected)
+    bare = {name.split("self_attn.")[-1]: x for name, x in tensors.items() if "layers.33." not in name}
+    write_safetensors(tmp_path / "bare.safetensors", bare)
+    assert_same(dsa.DSALayer.from_safetensors(str(tmp_path / "bare.safetensors"), **SMALL)(hidden), expected)
+    with pytest.raises(ValueError, match="layer 4"):
+        dsa.DSALayer.from_safetensors(tmp_path, layer=4, **SMALL)
+    write_safetensors(tmp_path / "bare.safetensors", {n: x for n, x in bare.items() if "scale_inv" not in n})
+    with pytest.raises(TypeError, match="weight is of dtype uint8"):
+        dsa.DSALayer.from_safetensors(tmp_path / "bare.safetensors", **SMALL)
+
+
+def test_all_e4m3_codes_round_trip(dsa):
+    """Their values are those of ml_dtypes, NaN and -0 included, and quantising these gives the codes back."""
+    codes = np.arange(256, dtype=np.uint8)
+    values = dsa.dequantize_fp8(codes, np.ones(2, F32))
+    assert values.dtype == F32
+    np.testing.assert_array_equal(values, codes.view(E4M3).astype(F32))
+    again, scales = dsa.quantize_fp8(values)
+    assert again.tolist() == codes.tolist() and scales.tolist() == [1, 1]
+
+
+@given(seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), scale=st.sampled_from(["ue8m0", "float"]),
+       dtype=st.sampled_from(DTYPES))  # fmt: skip
+def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, scale, dtype):
+    """Byte for byte as ml_dtypes rounds; a value that is no subnormal comes back within a sixteenth."""
+    rng = np.random.default_rng(seed)
+    x = (normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1)))).astype(dtype)
+    x[rng.random((3, N)) < 0.3] = 0
+    codes, scales = dsa.quantize_fp8(x, scale=scale)
+    assert codes.shape == x.shape and scales.shape == (3, -(-N // 128)) and scales.dtype == F32
+    for b, i in np.ndindex(*scales.shape):
+        block, s = x[b, 128 * i : 128 * (i + 1)].astype(accumulator(dtype)), scales[b, i]
+        amax = np.maximum(np.abs(block).max().astype(F32), F32.type(1e-4))
+        assert s == (2.0 ** math.ceil(math.log2(amax / 448)) if scale == "ue8m0" else amax / F32.type(448))
+        rounded = (block / s).clip(-448, 448).astype(E4M3)
+        assert codes[b, 128 * i : 128 * (i + 1)].tobytes() == rounded.tobytes()
+        back, large = rounded.astype(F64) * s, np.abs(block) >= s * 2.0**-6
+        assert (np.abs(back - block)[large] <= np.abs(block[large]) / 16 * (1 + 1e-6)).all()
+    back = dsa.dequantize_fp8(codes, scales)
+    assert_same(dsa.dequantize_fp8(*dsa.quantize_fp8(back, scale=scale)), back) if scale == "ue8m0" else None
+
+
+def test_fp8_scales_at_powers_of_two_zero_and_beyond_448(dsa):
+    """ue8m0 steps up one ulp above 448 * 2^k; zeros stay zeros; what lies beyond 448 saturates."""
+    for k in (-8, -1, 0, 5):
+        for amax, expected in (
+            (448 * 2.0**k, 2.0**k),
+            (np.nextafter(F32.type(448 * 2.0**k), F32.type(INF)), 2.0 ** (k + 1)),
+        ):
+            assert dsa.quantize_fp8(np.array([amax, 0.0], F32))[1].tolist() == [expected]
+    codes, scales = dsa.quantize_fp8(np.zeros((2, 128)))
+    assert not codes.any() and scales.ravel().tolist() == [2.0**-22] * 2
+    assert dsa.quantize_fp8(np.zeros(5), scale="float")[1] == F32.type(1e-4) / F32.type(448)
+    over = np.array([1e30, -1e30, 1.0])
+    assert (
+        dsa.dequantize_fp8(*dsa.quantize_fp8(over))[2] == 0
+        and dsa.quantize_fp8(over, scale="float")[0][0] == 126
+    )
+    for error, call in (
+        (ValueError, lambda: dsa.quantize_fp8(over, scale="e5m2")),
+        (ValueError, lambda: dsa.quantize_fp8(over, block=0)),
+        (TypeError, lambda: dsa.dequantize_fp8(over, over)),
+        (ValueError, lambda: dsa.dequantize_fp8(codes, over)),
+        (ValueError, lambda: dsa.pack_kv_fp8(over)), (ValueError, lambda: dsa.unpack_kv_fp8(codes)),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            call()
+
+
+def test_the_656_bytes_of_a_token(dsa):
+    """512 codes, 4 scales that are powers of two of at least 1e-4, 64 bfloat16 as ml_dtypes rounds them."""
+    kv = (
+        normal(np.random.default_rng(0), 3, 2, 576) * np.exp2(np.arange(6) * 4 - 16).reshape(3, 2, 1)
+    ).astype(F32)
+    kv[0, 0, :128], kv[..., -3:] = 0, [NAN, 1 + 2.0**-8, 1 + 3 * 2.0**-8]  # two ties
+    packed = dsa.pack_kv_fp8(kv)
+    assert packed.shape == (3, 2, 656) and packed.dtype == np.uint8
+    for i in np.ndindex(3, 2):
+        scales = [
+            2.0 ** math.ceil(math.log2(max(np.abs(part).max() / 448, 1e-4)))
+            for part in kv[i][:512].reshape(4, 128)
+        ]
+        codes = (kv[i][:512] / np.repeat(np.array(scales, F32), 128)).astype(E4M3)
+        rope = kv[i][512:].astype(BFLOAT16)
+        assert packed[i].tobytes() == codes.tobytes() + np.array(scales, "<f4").tobytes() + rope.tobytes()
+        expected = [*(codes.astype(F32) * np.repeat(scales, 128)), *rope.astype(F32)]
+        np.testing.assert_array_equal(dsa.unpack_kv_fp8(packed)[i], expected)
+    with dsa.KVCache(4, storage="fp8", k=(1, 576), index_k=(128,)) as cache:
+        assert cache.bytes_per_token == 656 + 132 and cache.nbytes == 4 * 788
+        cache.append(k=kv[None, 0, :, None], index_k=kv[None, 0, :, :128])
+        np.testing.assert_array_equal(cache.read("k")[0, :, 0], dsa.unpack_kv_fp8(packed[0]))
+        index = dsa.dequantize_fp8(*dsa.quantize_fp8(kv[0, :, :128]))
+        assert_same(cache.read("index_k")[0], index)
+
+
+@given(seed=seeds, E=st.sampled_from([8, 31, 128]))
+def test_the_fp8_indexer_is_its_formula_bit_for_bit(dsa, seed, E):
+    """Scores of dequantised vectors are relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
+    rng = np.random.default_rng(seed)
+    q, k, w = (rng.standard_normal(s, F32) for s in ((1, 9, 3, E), (1, 40, E), (1, 9, 3)))
+    (q8, s_q), (k8, s_k) = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
+    back = [dsa.dequantize_fp8(q8, s_q), dsa.dequantize_fp8(k8, s_k)]
+    scores = dsa.index_scores(q8.view(E4M3).astype(F32), k8.view(E4M3).astype(F32), w * s_q[..., 0])
+    assert_same(dsa.index_scores(*back, w), scores * s_k[..., 0][:, None])
+    main = q[:, :, :, :4], k[:, :, None, :4], k[:, :, None, :2]
+    config = dsa.DSAConfig(top_k=5, indexer_precision="fp8")
+    assert_same(dsa.dsa_attention(*main, q, k, w, config)[2], dsa.lightning_select(*back, w, 5))
+
+
+def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
+    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the selection is over these."""
+    parts = []
+    for precision in ("fp32", "fp8"):
+        layer = dsa.DSALayer(layer_weights(), **SMALL, hadamard=True, indexer_precision=precision)
+        _, tokens, indexer = layer._project(layer.weights, hidden, np.zeros(2, int))
+        parts.append((indexer["index_q"], tokens["index_k"], indexer["weights"]))
+    rounded = [dsa.dequantize_fp8(*dsa.quantize_fp8(x)) for x in parts[0][:2]]
+    assert_same(parts[1], (*rounded, parts[0][2]))
+    assert_same(layer(hidden)[1], dsa.lightning_select(*rounded, parts[0][2], 6))
+    assert (layer(hidden)[1] != dsa.lightning_select(*parts[0], 6)).any()
 
 
 if __name__ == "__main__":
