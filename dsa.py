@@ -35,10 +35,12 @@ import numbers
 import operator
 import os
 import re
+import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -53,7 +55,19 @@ __version__ = "0.1.0"
 KEY_TILE = 512  # keys that are multiplied at a time, by about as many rows: 1 MB of float32, an L2 cache
 ROW_BUFFER = 2**22  # scores of a block of queries that are held at a time
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-NUMPY = "a numpy.ndarray"
+
+
+def _library(name, x):
+    """numpy or cupy, whose array x is; CuPy is never imported to find out."""
+    cupy = sys.modules.get("cupy", np)
+    isarray = isinstance(x, (np.ndarray, cupy.ndarray))
+    _expect(isarray, name, f"a {type(x).__module__}.{type(x).__name__}", "a NumPy or CuPy array", TypeError)
+    return np if isinstance(x, np.ndarray) else cupy
+
+
+def _check_library(name, x, xp):
+    library = _library(name, x)
+    _expect(library is xp, name, f"a {library.__name__} array", f"one of {xp.__name__}, as others", TypeError)
 
 
 def _expect(ok, name, value, expected, error=ValueError):
@@ -62,12 +76,13 @@ def _expect(ok, name, value, expected, error=ValueError):
 
 
 def _dims(**arrays):
-    """Check q=(q, "... T H D"), ... against each other -> the size of each axis; "..." is the batch shape."""
+    """Check q=(q, "... T H D"), ... against each other -> the size of each axis; "..." is the batch shape,
+    "xp" the library of the arrays, numpy or cupy.
+    """
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for name, (x, axes) in arrays.items():
-        kind = f"a {type(x).__module__}.{type(x).__name__}"
-        _expect(isinstance(x, np.ndarray), name, kind, NUMPY, TypeError)
+        _check_library(name, x, n.setdefault("xp", _library(name, x)))
         _expect(x.dtype.name in FLOATS, name, f"of dtype {x.dtype}", f"one of {FLOATS}", TypeError)
         batch, last = axes.startswith("..."), axes.replace("...", "").split()
         lead = x.ndim - len(last)
@@ -86,16 +101,17 @@ def _accumulator(*arrays):
     return np.dtype(np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32)
 
 
-def _check_integers(name, x):
-    _expect(isinstance(x, np.ndarray), name, f"a {type(x).__name__}", f"{NUMPY} of integers", TypeError)
+def _check_integers(name, x, xp=np):
+    _check_library(name, x, xp)
     _expect(x.dtype.kind in "iu", name, f"of dtype {x.dtype}", "integers", TypeError)
 
 
 def _check_indices(name, indices, n):
-    _check_integers(name, indices)
+    _check_integers(name, indices, n.get("xp", np))
     shape = (*n["..."], n["T"])
     _expect(indices.shape[:-1] == shape, name, f"of shape {indices.shape}", f"{(*shape, 'K')}")
-    for key in (indices.min(), indices.max()) if indices.size else ():
+    looked_at = indices.size and isinstance(indices, np.ndarray)  # on a GPU that would wait for it
+    for key in (indices.min(), indices.max()) if looked_at else ():
         _expect(-1 <= key < n["S"], f"a key in {name}", key, f"-1 or a key in [0, {n['S']})", IndexError)
 
 
@@ -188,19 +204,25 @@ def _for_blocks(batch, num_queries, block, work):
 
 
 def _windows(n, k_start, k_end):
-    """k_start and k_end as int64 [..., T], clipped to the real keys, with the causal default filled in."""
-    shape = (*n["..."], n["T"])
+    """k_start and k_end as int64 [..., T], clipped to the real keys, with the causal default filled in.
+
+    On a GPU int32, and None for a default, which kernels know.
+    """
+    shape, xp = (*n["..."], n["T"]), n.get("xp", np)
     causal = np.arange(n["T"]) + (n["S"] - n["T"] + 1)
     windows = []
     for name, w, default in (("k_start", k_start, np.zeros_like(causal)), ("k_end", k_end, causal)):
-        w = default if w is None else w
-        _check_integers(name, w)
+        if w is None:
+            windows.append(np.broadcast_to(default.clip(0), shape) if xp is np else None)
+            continue
+        _check_integers(name, w, xp)
         lead = w.shape[:-1]
         fits = w.ndim and w.shape[-1] == n["T"] and len(lead) <= len(n["..."])
         fits = fits and all(a in (1, b) for a, b in zip(lead[::-1], n["..."][::-1]))
         _expect(fits, name, f"of shape {w.shape}", f"{shape}")
-        w = np.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max))).astype(np.int64)
-        windows.append(np.broadcast_to(np.maximum(w, 0), shape))
+        w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
+        w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
+        windows.append(w if xp is np else xp.ascontiguousarray(w, np.int32))
     return tuple(windows)
 
 
@@ -279,6 +301,8 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     array([[2. , 1.5]])
     """
     n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    if n["xp"] is not np:
+        return _gpu_index_scores(n, index_q, index_k, weights, windows)
     scores = np.full((*n["..."], n["T"], n["S"]), -np.inf, _accumulator(index_q, index_k, weights))
 
     def work(b, t0, t1):
@@ -374,7 +398,8 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     array([[0, 3]], dtype=int32)
     """
     n = _dims(scores=(scores, "... T S"))
-    if k_start is None and k_end is None:
+    causal = not (k_start is None and k_end is None)
+    if not causal and n["xp"] is np:
         k_end = np.full(n["T"], n["S"])
     windows = _windows(n, k_start, k_end)
 
@@ -382,6 +407,8 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         return scores[b][t0:t1, lo:hi].astype(_accumulator(scores), copy=False)
 
     quota = _quota(top_k, local_window, num_sink_tokens)
+    if n["xp"] is not np:
+        return _gpu_select_topk(n, scores, quota, windows, causal)
     return _select(n, quota, _scored_rows(windows, score), block=64)
 
 
@@ -394,6 +421,8 @@ def lightning_select(
     """
     n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
     quota = _quota(top_k, local_window, num_sink_tokens)
+    if n["xp"] is not np:
+        return _gpu_lightning_select(n, index_q, index_k, weights, quota, windows)
     return _select(n, quota, _lightning_rows(index_q, index_k, weights, windows), block=_score_rows(n))
 
 
@@ -752,6 +781,8 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     """
     n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
     windows = _windows(n, k_start, k_end)
+    if n["xp"] is not np:
+        return _gpu_attention(n, q, k, v, None, windows, scale, sink)
 
     def tiles(b, start, end):
         lo, hi = _span(start, end)
@@ -780,6 +811,8 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
     tied = v is None
     n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
     _check_indices("indices", indices, n)
+    if n["xp"] is not np:
+        return _gpu_attention(n, q, k, v, indices, None, scale, sink)
 
     width = max(1, min(KEY_TILE, indices.shape[-1]))
     own = threading.local()  # each thread gathers into its own buffers: fresh ones would cost as much again
@@ -941,16 +974,16 @@ def merge_attention(outs, lses):
         len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}"
     )
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
-    _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
+    xp = _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})["xp"]
     dtype = _accumulator(*outs, *lses)
     with np.errstate(all="ignore"):
-        top = np.max(lses, axis=0).astype(dtype)
+        top = xp.stack(lses).max(0).astype(dtype)
         top[top == -np.inf] = 0
-        shares = [np.exp(lse - top) for lse in lses]
-        total = np.sum(shares, axis=0)
-        whole = np.where(total == 0, 1, total)
+        shares = [xp.exp(lse - top) for lse in lses]
+        total = sum(shares)
+        whole = xp.where(total == 0, 1, total)
         merged = sum((share / whole)[..., None] * out for share, out in zip(shares, outs))
-        return merged.astype(outs[0].dtype), (top + np.log(total)).astype(dtype)
+        return merged.astype(outs[0].dtype), (top + xp.log(total)).astype(dtype)
 
 
 def apply_sink(out, lse, sink):
@@ -961,10 +994,10 @@ def apply_sink(out, lse, sink):
     >>> apply_sink(np.array([[[6.0]]]), np.log([[2.0]]), np.log([1.0])).round(6).item()
     4.0
     """
-    _dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
+    xp = _dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))["xp"]
     with np.errstate(all="ignore"):
-        share = 1 / (1 + np.exp(sink.astype(_accumulator(out, lse, sink)) - lse))
-        return (out * np.where(sink == -np.inf, 1, share)[..., None]).astype(out.dtype)
+        share = 1 / (1 + xp.exp(sink.astype(_accumulator(out, lse, sink)) - lse))
+        return (out * xp.where(sink == -np.inf, 1, share)[..., None]).astype(out.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1908,3 +1941,44 @@ def _read_safetensors(path, layer):
             x = np.fromfile(path, SAFETENSORS[entry["dtype"]], count, offset=8 + size + first)
             found[name] = (_widened(x) if x.dtype == np.uint16 else x).reshape(entry["shape"])
     return found
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10. On the GPU: how the kernels of dsa_kernels.cu are launched
+# ----------------------------------------------------------------------------------------------------------
+
+TYPES = {
+    "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
+    "float64": "double",
+}  # fmt: skip
+
+
+@functools.cache
+def _kernel(device, name, constants):
+    """Kernel `name` of dsa_kernels.cu, compiled for a device with these constants; CuPy keeps it on disk."""
+    cupy = sys.modules["cupy"]
+    file = Path(__file__).with_name("dsa_kernels.cu")
+    _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
+    options = ("-std=c++17", f"-D{name.upper()}", *(f"-D{key}={value}" for key, value in constants))
+    return cupy.RawModule(code=file.read_text(), options=options).get_function(name)
+
+
+def _launch(name, grid, block, *args, shared=0, **constants):
+    """Launch a kernel on the current stream of the device that its arrays are on.
+
+    Arrays have to be contiguous; an int arrives as long long, a float as float, None as a null pointer. A
+    constant may be a dtype. shared: bytes of dynamic shared memory.
+    """
+    cupy = sys.modules["cupy"]
+    arrays = [x for x in args if isinstance(x, cupy.ndarray)]
+    devices = {x.device.id for x in arrays}
+    _expect(len(devices) == 1, "the device of the arrays", sorted(devices), "one")
+    _expect(all(x.flags.c_contiguous for x in arrays), "an array", "not contiguous", "contiguous arrays")
+    named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in constants.items()}
+    args = [np.float32(x) if isinstance(x, float) else np.int64(0) if x is None else x for x in args]
+    if min(grid) > 0:
+        with arrays[0].device:
+            kernel = _kernel(arrays[0].device.id, name, tuple(sorted(named.items())))
+            if shared > kernel.max_dynamic_shared_size_bytes:
+                kernel.max_dynamic_shared_size_bytes = shared
+            kernel(grid, block, tuple(args), shared_mem=shared)

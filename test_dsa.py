@@ -542,7 +542,9 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, changes, error, fragment
         )
 
 
-@pytest.mark.parametrize("name", [name for name in TAKES if name not in ("merge_attention", "pad_batch")])
+@pytest.mark.parametrize(
+    "name", [name for name in TAKES if name not in ("merge_attention", "pad_batch", "select_topk")]
+)
 def test_arrays_of_two_libraries_do_not_mix(dsa, name, monkeypatch):
     """A CuPy array (here a stand-in) beside NumPy arrays is a TypeError that says so, never a copy."""
     fake: Any = types.ModuleType("cupy")
