@@ -1311,17 +1311,16 @@ class KVCache:
     ([3], 20)
     """
 
-    def __init__(
-        self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, **streams
-    ):  # fmt: skip
+    def __init__(self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, **streams):
         capacity, self.batch = _integer("capacity", capacity, 1), _integer("batch", batch, 1)
         _expect(storage in (*FLOATS, "fp8"), "storage", repr(storage), f"one of {(*FLOATS, 'fp8')}")
         _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         if storage == "bfloat16":
             import ml_dtypes  # gives NumPy the dtype of this name
-        self.dtype = np.dtype(
-            ml_dtypes.bfloat16 if storage == "bfloat16" else storage.replace("fp8", "uint8")
-        )
+
+            self.dtype = np.dtype(ml_dtypes.bfloat16)
+        else:
+            self.dtype = np.dtype(storage.replace("fp8", "uint8"))
         self.storage, self.grow, self.closed = storage, bool(grow), False
         for name, shape in streams.items():
             fits = isinstance(shape, tuple) and len(shape) > 0
@@ -1686,20 +1685,17 @@ class LayerDims:
 
     def frequencies(self):
         """By how much each pair of RoPE turns from one position to the next, [qk_rope_head_dim / 2]."""
-        d, i, log_theta = (
-            self.qk_rope_head_dim,
-            np.arange(self.qk_rope_head_dim // 2),
-            math.log(self.rope_theta),
-        )
-        f = self.rope_theta ** (-2 * i / d)
-        # The (fractional) pairs that turn beta_fast and beta_slow times in original_seq_len positions.
-        turns = (
-            math.log(self.original_seq_len / (2 * math.pi * b)) for b in (self.beta_fast, self.beta_slow)
-        )
-        lo, hi = (d * x / (2 * log_theta) for x in turns)
-        lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(lo), math.ceil(hi)))
+        d, i = self.qk_rope_head_dim, np.arange(self.qk_rope_head_dim // 2)
+
+        def pair(turns):  # the (fractional) pair that turns so often in original_seq_len positions
+            turned = math.log(self.original_seq_len / (2 * math.pi * turns))
+            return d * turned / (2 * math.log(self.rope_theta))
+
+        lo, hi = math.floor(pair(self.beta_fast)), math.ceil(pair(self.beta_slow))
+        lo, hi = (min(max(x, 0), d - 1) for x in (lo, hi))
         slowed = np.clip((i - lo) / max(hi - lo, 0.001), 0, 1)
-        return f * (1 - slowed * (1 - 1 / self.rope_factor))
+        f = self.rope_theta ** (-2 * i / d)
+        return f / self.rope_factor * slowed + f * (1 - slowed)
 
 
 class DSALayer:
@@ -1831,28 +1827,36 @@ class DSALayer:
         d, R, T, S, K = self.dims, self.kv_lora_rank, q.shape[1], k.shape[1], indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
         up, q = w["wkv_b"].reshape(d.n_heads, each, R), q.swapaxes(1, 2)  # [H, nope + v, R], [B, H, T, ...]
-        kwargs = {"scale": d.softmax_scale()}
         if core == "auto":  # fewer multiplications a head, where all expanded keys are streamed under a mask
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
             core = "expanded" if expanded else "absorbed"
-        if core == "expanded":  # each head as a batch entry of its own, which makes for larger products
-            k = k[:, None, :, 0]
-            kv = k[..., :R] @ up.swapaxes(1, 2)  # [B, H, S, nope + v]
-            keys = np.concatenate([kv[..., :nope], np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))], -1)
-            indices = np.broadcast_to(indices[:, None], (*q.shape[:3], K))
-            out, _ = sparse_attention(
-                q[..., None, :], keys[..., None, :], kv[..., None, nope:], indices, **kwargs
-            )
-            return out.swapaxes(1, 2).reshape(*out.shape[:1], T, d.n_heads * d.v_head_dim)
-        q = np.concatenate([q[..., :nope] @ up[:, :nope], q[..., nope:]], -1).swapaxes(
-            1, 2
-        )  # q . Wc = qW . c
-        if cache is None:
-            out, _ = sparse_attention(q, k, None, indices, d_v=R, **kwargs)
+        if core == "expanded":
+            out = self._attend_expanded(q, k[:, None, :, 0], up, indices[:, None])
         else:
-            out, _ = cache.attend(q, indices, d_v=R, **kwargs)
-        out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)  # [B, H, T, v]
-        return out.swapaxes(1, 2).reshape(*out.shape[:1], T, d.n_heads * d.v_head_dim)
+            q = np.concatenate([q[..., :nope] @ up[:, :nope], q[..., nope:]], -1).swapaxes(1, 2)
+            attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
+            out, _ = attend(q, indices=indices, d_v=R, scale=d.softmax_scale())  # [B, T, H, R]
+            out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)
+        return out.swapaxes(1, 2).reshape(*indices.shape[:2], d.n_heads * d.v_head_dim)
+
+    def _attend_expanded(self, q, k, up, indices):
+        """q [B, H, T, nope + rope], latents k [B, 1, S, R + rope], up [H, nope + v, R] -> [B, H, T, v].
+
+        A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
+        """
+        d, R, some = self.dims, self.kv_lora_rank, max(1, 2**25 // max(1, k.size))
+        out = np.empty((*q.shape[:3], d.v_head_dim), q.dtype)
+        for h in range(0, d.n_heads, some):
+            q_h, kv = q[:, h : h + some], k[..., :R] @ up[h : h + some].swapaxes(1, 2)  # [B, h, S, nope + v]
+            k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], d.qk_rope_head_dim))
+            keys, values = np.split(kv, [d.qk_nope_head_dim], axis=-1)
+            keys = np.concatenate([keys, k_pe], -1)[..., None, :]  # [B, h, S, 1, nope + rope]
+            same = np.broadcast_to(indices, (*q_h.shape[:3], indices.shape[-1]))
+            attended = sparse_attention(
+                q_h[..., None, :], keys, values[..., None, :], same, scale=d.softmax_scale()
+            )
+            out[:, h : h + some] = attended[0][..., 0, :]
+        return out
 
 
 def _by_rows(x, weight):

@@ -21,6 +21,7 @@ equally everywhere. "(trap n)" is number n of the specification's list of bugs s
 
 import contextlib
 import doctest
+import functools
 import importlib
 import itertools
 import json
@@ -2287,6 +2288,27 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
     write_safetensors(tmp_path / "bare.safetensors", {n: x for n, x in bare.items() if "scale_inv" not in n})
     with pytest.raises(TypeError, match="weight is of dtype uint8"):
         dsa.DSALayer.from_safetensors(tmp_path / "bare.safetensors", **SMALL)
+
+
+def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, capsys):
+    """The block of README.md, on a small checkpoint instead of V3.2's."""
+    readme = Path(__file__).with_name("README.md")
+    if not readme.exists():
+        pytest.skip("a copy of test_dsa.py without README.md beside it")
+    (block,) = re.findall(
+        r"```python\n(import[^`]*from_safetensors[^`]*)```", readme.read_text(encoding="utf-8")
+    )
+    weights = checkpoint_names(layer_weights(dtype=F32), layer=30)
+    folder = tmp_path / "DeepSeek-V3.2"
+    folder.mkdir()
+    write_safetensors(folder / "part.safetensors", {name: ("F32", x) for name, x in weights.items()})
+    index = {"weight_map": dict.fromkeys(weights, "part.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    small = functools.partial(dsa.DSALayer.from_safetensors, **SMALL)
+    monkeypatch.setattr(dsa.DSALayer, "from_safetensors", small)
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    assert capsys.readouterr().out == f"(1, 1, {DIM}) (1, 1, 6) [300] {32 + 4 + 2 * 8 + 16 + 4}\n"
 
 
 def test_all_e4m3_codes_round_trip(dsa):
