@@ -226,6 +226,14 @@ def _windows(n, k_start, k_end):
     return tuple(windows)
 
 
+def _explicit(n, windows):
+    """Windows that stand for a default on a GPU, as arrays."""
+    if n["xp"] is np:
+        return windows
+    defaults = _windows({**n, "xp": np}, None, None)
+    return tuple(n["xp"].asarray(default) if w is None else w for w, default in zip(windows, defaults))
+
+
 def _span(start, end):
     """The range of keys that a block of windows touches; (0, 0) if they are all empty."""
     seen = start < end
@@ -268,7 +276,7 @@ def pad_batch(sequences, multiple=64):
         _expect(like, f"sequences[{i}]", f"{x.dtype} of shape {x.shape}", f"[T_i, *{sequences[0].shape[1:]}]")
     lengths = np.array([len(x) for x in sequences])
     longest = -(-int(lengths.max()) // multiple) * multiple
-    padded = np.zeros((len(sequences), longest, *sequences[0].shape[1:]), sequences[0].dtype)
+    padded = np.zeros_like(sequences[0], shape=(len(sequences), longest, *sequences[0].shape[1:]))
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
     return padded, lengths
@@ -338,8 +346,8 @@ def _score_block(index_q, index_k, weights, lo, hi):
     first, last = lo - lo % KEY_TILE, -(-hi // KEY_TILE) * KEY_TILE
     q = index_q.astype(dtype, order="C")  # [T, J, E]
     w = weights.astype(dtype, order="C")[:, None, :]  # [T, 1, J]
-    keys, zero = np.zeros((E, KEY_TILE), dtype), np.zeros(KEY_TILE, dtype)
-    r, scores = np.empty((T, J, KEY_TILE), dtype), np.empty((T, 1, last - first), dtype)
+    keys, zero = np.zeros_like(q, shape=(E, KEY_TILE)), np.zeros_like(q, shape=KEY_TILE)
+    r, scores = np.empty_like(q, shape=(T, J, KEY_TILE)), np.empty_like(q, shape=(T, 1, last - first))
     for s in range(first, last, KEY_TILE):
         tile = index_k[s : s + KEY_TILE]
         keys[:, : len(tile)] = tile.T
@@ -439,7 +447,7 @@ def _scored_rows(windows, score):
     def rows(b, t0, t1):
         start, end = (w[b][t0:t1, None] for w in windows)
         lo, hi = _span(start, end)
-        keys = np.arange(lo, hi)
+        keys = _library("k_start", start).arange(lo, hi)
         yield t0, keys, np.where((keys >= start) & (keys < end), score(b, t0, t1, lo, hi), -np.inf)
 
     return rows
@@ -452,7 +460,9 @@ def _select(n, quota, rows, *, block):
     for keys that a query does not see.
     """
     top_k, local_window, num_sink_tokens = quota
-    indices = np.full((*n["..."], n["T"], min(top_k, n["S"])), -1, np.int32)
+    indices = n["xp"].full((*n["..."], n["T"], min(top_k, n["S"])), -1, np.int32)
+    if n["xp"] is not np:
+        return _gpu_select(n, quota, rows, indices, block)
 
     def work(b, t0, t1):
         for t, keys, x in rows(b, t0, t1):
@@ -479,6 +489,9 @@ def _select(n, quota, rows, *, block):
 
 def _top_k(x, top_k):
     """Equation (2): x [M, N] with at least top_k scores above -inf a row -> positions [M, top_k]."""
+    if _library("scores", x) is not np:
+        n = {"...": (), "T": len(x), "S": x.shape[1], "xp": _library("scores", x)}
+        return _gpu_select_topk(n, x, (top_k, 0, 0), (None, None), causal=False)
     columns = None
     if top_k == 0:
         return np.zeros((len(x), 0), np.intp)
@@ -520,23 +533,24 @@ def predictive_select(
     """
     n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
     _check_indices("candidates", candidates, n)
-    offsets = np.arange(-_integer("widen", widen, 0), widen + 1)
-    quota = _quota(top_k, local_window, num_sink_tokens)
+    offsets = n["xp"].arange(-_integer("widen", widen, 0), widen + 1)
+    quota, windows = _quota(top_k, local_window, num_sink_tokens), _explicit(n, windows)
 
     def near(b, t, start, end):
         keys = candidates[b][t].astype(np.int64)
-        return (keys[keys >= 0, None] + offsets).ravel()
+        return (keys[keys >= 0][:, None] + offsets).ravel()
 
     return _select(n, quota, _near_rows(index_q, index_k, weights, windows, quota, near), block=64)
 
 
 def _near_rows(index_q, index_k, weights, windows, quota, near):
     """rows for _select that score, by (1), only near(b, t, start, end) and the window and sink tokens."""
+    xp = _library("index_q", index_q)
 
     def rows(b, t0, t1):
         for t in range(t0, t1):
             start, end = int(windows[0][b][t]), int(windows[1][b][t])
-            last, first = np.arange(end - quota[1], end), np.arange(start, start + quota[2])
+            last, first = xp.arange(end - quota[1], end), xp.arange(start, start + quota[2])
             keys = np.unique(np.concatenate([near(b, t, start, end), last, first]))
             keys = keys[(keys >= start) & (keys < end)]
             row = slice(t, t + 1)
@@ -559,7 +573,8 @@ def _selector(kind):
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
         n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
-        windows, quota = _windows(n, k_start, k_end), _quota(top_k, local_window, num_sink_tokens)
+        quota = _quota(top_k, local_window, num_sink_tokens)
+        windows = _explicit(n, _windows(n, k_start, k_end))
         block = max(1, min(64, ROW_BUFFER // max(1, n["S"] * n["H"])))
         indexer = (index_q, index_k, weights)
         _expect(
@@ -615,19 +630,19 @@ def _hierarchical(args, block=64, oversample=4):
     n = _check_indexer(args.q, args.k, *args.indexer)
     index_q, index_k, weights = args.indexer
     block, keys = _integer("block", block, 1), _integer("oversample", oversample, 1) * args.quota[0]
-    firsts = np.arange(0, n["S"], block)
-    dtype = _accumulator(index_k)
-    sizes = np.diff(firsts, append=n["S"])[:, None].astype(dtype)
-    pooled = np.add.reduceat(index_k, firsts, axis=-2, dtype=dtype) / sizes  # [..., S/block, E]
+    sizes = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
+    pooled = np.pad(index_k, [(0, 0)] * (index_k.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
+    pooled = pooled.reshape(*n["..."], len(sizes), block, n["E"]).sum(-2, dtype=_accumulator(index_k))
+    pooled /= sizes.astype(pooled.dtype)  # [..., S/block, E]
 
     def near(b, t, start, end):
         lo, hi = start // block, -(-end // block)
-        blocks, most = np.arange(lo, hi), -(-keys // block) + 2
+        blocks, most = n["xp"].arange(lo, hi), -(-keys // block) + 2
         if len(blocks) > most:
             x = _score_block(index_q[b][t : t + 1], pooled[b], weights[b][t : t + 1], lo + 1, hi - 1)
             _expect(not np.isnan(x).any(), f"a score in the window of query {(*b, t)}", "NaN", "a number")
-            blocks = np.concatenate([[lo], lo + 1 + _top_k(x, most - 2)[0], [hi - 1]])
-        return (blocks[:, None] * block + np.arange(block)).ravel()
+            blocks = np.concatenate([blocks[:1], lo + 1 + _top_k(x, most - 2)[0], blocks[-1:]])
+        return (blocks[:, None] * block + n["xp"].arange(block)).ravel()
 
     return _near_rows(index_q, index_k, weights, args.windows, args.quota, near)
 
@@ -639,6 +654,7 @@ def _approximate(args, dim=64, seed=0, projection=None):
         projection = np.random.default_rng(_integer("seed", seed, 0)).standard_normal(
             (n["D"], _integer("dim", dim, 1))
         )
+        projection = n["xp"].asarray(projection)
     _dims(k=(args.k, "... S G D"), projection=(projection, "D R"))
     summed = _summed_heads(args)
     q, k = (_flat(x @ projection.astype(x.dtype)) for x in summed)  # [..., T, G*R], [..., S, G*R]
@@ -649,16 +665,17 @@ def _lsh(args, bits=64, oversample=4, seed=0):
     """Random hyperplanes: the oversample * top_k keys nearest in Hamming distance, then by their logits."""
     q, k = map(_flat, _summed_heads(args))  # [..., T, G*D], [..., S, G*D]
     rng, bits = np.random.default_rng(_integer("seed", seed, 0)), _integer("bits", bits, 1)
-    planes = rng.standard_normal((q.shape[-1], bits), np.float32)
+    planes = args.n["xp"].asarray(rng.standard_normal((q.shape[-1], bits), np.float32))
     sign_q, sign_k = (np.where(x @ planes >= 0, 1, -1).astype(np.float32) for x in (q, k))
     many = _integer("oversample", oversample, 1) * args.quota[0]
 
     def score(b, t0, t1, lo, hi):
         x = q[b][t0:t1] @ k[b][lo:hi].T
         agree = sign_q[b][t0:t1] @ sign_k[b][lo:hi].T  # bits - 2 * Hamming distance
-        for t, (start, end) in enumerate(zip(args.windows[0][b][t0:t1] - lo, args.windows[1][b][t0:t1] - lo)):
+        for t, window in enumerate(zip(*((w[b][t0:t1] - lo).tolist() for w in args.windows))):
+            start, end = window
             if end - start > many:
-                far = np.ones(end - start, bool)
+                far = np.ones_like(x[t, start:end], bool)
                 far[_top_k(agree[t : t + 1, start:end], many)] = False
                 far &= ~np.isnan(x[t, start:end])  # which is an error, and not to be hidden
                 x[t, start:end][far] = np.finfo(x.dtype).min  # seen, but behind every candidate
@@ -676,14 +693,14 @@ def _learned(args, mlp=None, hidden=16, seed=0):
     if mlp is None:
         rng, F = np.random.default_rng(_integer("seed", seed, 0)), _integer("hidden", hidden, 1)
         width = q.shape[-1]
-        mlp = [rng.standard_normal(shape) for shape in ((F, width), (F, width), F, F)]
+        mlp = [args.n["xp"].asarray(rng.standard_normal(shape)) for shape in ((F, width), (F, width), F, F)]
     w_q, w_k, bias, w_out = mlp
     _dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(bias, "F"), w_out=(w_out, "F"))
     hidden_q = q @ w_q.T.astype(q.dtype) + bias.astype(q.dtype)  # [..., T, F]
     hidden_k = k @ w_k.T.astype(k.dtype)  # [..., S, F]
 
     def score(b, t0, t1, lo, hi):
-        x = np.zeros((t1 - t0, hi - lo), q.dtype)
+        x = np.zeros_like(q, shape=(t1 - t0, hi - lo))
         for f, weight in enumerate(w_out.tolist()):
             x += weight * np.maximum(hidden_q[b][t0:t1, f, None] + hidden_k[b][lo:hi, f], 0)
         return x
@@ -696,7 +713,7 @@ def _pattern(args, order):
 
     def score(b, t0, t1, lo, hi):
         start, end = args.windows[0][b][t0:t1, None], args.windows[1][b][t0:t1, None]
-        x = order(start, end, np.arange(lo, hi)).astype(np.float64)
+        x = order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
         return np.broadcast_to(x, (t1 - t0, hi - lo))
 
     return _scored_rows(args.windows, score)
@@ -739,12 +756,13 @@ def _oracle(args, scale=None):
     scale = _scale(n, scale)
 
     def score(b, t0, t1, lo, hi):
-        s = np.arange(lo, hi)
+        s = n["xp"].arange(lo, hi)
         sees = (s >= args.windows[0][b][t0:t1, None]) & (s < args.windows[1][b][t0:t1, None])  # [T, S]
         keys = args.k[b][lo:hi].astype(dtype).transpose(1, 2, 0)  # [G, D, S]
         x = _group_rows(args.q[b][t0:t1], n["G"], scale, dtype) @ keys
         x = np.where(sees[:, None], x.reshape(n["G"], t1 - t0, n["H"] // n["G"], hi - lo), -np.inf)
-        p = np.exp(x - x.max(-1, keepdims=True, initial=np.finfo(dtype).min))
+        top = x.max(-1, keepdims=True) if hi > lo else 0
+        p = np.exp(x - np.maximum(top, np.finfo(dtype).min))
         return (p / np.maximum(p.sum(-1, keepdims=True), np.finfo(dtype).tiny)).sum((0, 2))
 
     return _scored_rows(args.windows, score)
@@ -974,16 +992,16 @@ def merge_attention(outs, lses):
         len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}"
     )
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
-    xp = _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})["xp"]
+    _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = _accumulator(*outs, *lses)
     with np.errstate(all="ignore"):
-        top = xp.stack(lses).max(0).astype(dtype)
+        top = np.stack(lses).max(0).astype(dtype)
         top[top == -np.inf] = 0
-        shares = [xp.exp(lse - top) for lse in lses]
+        shares = [np.exp(lse - top) for lse in lses]
         total = sum(shares)
-        whole = xp.where(total == 0, 1, total)
+        whole = np.where(total == 0, 1, total)
         merged = sum((share / whole)[..., None] * out for share, out in zip(shares, outs))
-        return merged.astype(outs[0].dtype), (top + xp.log(total)).astype(dtype)
+        return merged.astype(outs[0].dtype), (top + np.log(total)).astype(dtype)
 
 
 def apply_sink(out, lse, sink):
@@ -994,10 +1012,10 @@ def apply_sink(out, lse, sink):
     >>> apply_sink(np.array([[[6.0]]]), np.log([[2.0]]), np.log([1.0])).round(6).item()
     4.0
     """
-    xp = _dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))["xp"]
+    _dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     with np.errstate(all="ignore"):
-        share = 1 / (1 + xp.exp(sink.astype(_accumulator(out, lse, sink)) - lse))
-        return (out * xp.where(sink == -np.inf, 1, share)[..., None]).astype(out.dtype)
+        share = 1 / (1 + np.exp(sink.astype(_accumulator(out, lse, sink)) - lse))
+        return (out * np.where(sink == -np.inf, 1, share)[..., None]).astype(out.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1108,7 +1126,8 @@ def dsa_attention(
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     choose = functools.partial(_choose, config, (layer, n_layers), candidates, options)
     if cache is None:
-        windows = _windows(n, k_start, k_end) if lengths is None else padded_window(lengths, n["T"])
+        windows = (k_start, k_end) if lengths is None else padded_window(lengths, n["T"])
+        windows = _windows(n, *(w if lengths is None else n["xp"].asarray(w) for w in windows))
         indices = choose(q, k, index_q, index_k, weights, windows, lengths)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
     _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
@@ -1145,7 +1164,8 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
             near = None if candidates is None else candidates[b]
             own = (index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows], lengths[b : b + 1])
             parts.append(_choose(config, layer, near, options, q[b], k[b, :length], *own))
-        indices = np.full((*q.shape[:2], max(x.shape[-1] for x in parts)), -1, np.int32)
+        widest = max(x.shape[-1] for x in parts)
+        indices = np.full_like(parts[0], -1, shape=(*q.shape[:2], widest))
         for row, part in zip(indices, parts):
             row[:, : part.shape[-1]] = part
         return indices
@@ -1965,6 +1985,18 @@ def _kernel(device, name, constants):
     _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
     options = ("-std=c++17", f"-D{name.upper()}", *(f"-D{key}={value}" for key, value in constants))
     return cupy.RawModule(code=file.read_text(), options=options).get_function(name)
+
+
+def _gpu_select(n, quota, rows, indices, block):
+    """_select for selectors that are array code: kernel select_topk on what rows yield."""
+    for b in np.ndindex(*n["..."]):
+        for t0 in range(0, n["T"], block):
+            for t, keys, x in rows(b, t0, min(t0 + block, n["T"])):
+                shape = {"...": (), "T": len(x), "S": len(keys), "xp": n["xp"]}
+                found = _gpu_select_topk(shape, x, quota, (None, None), causal=False)
+                if len(keys):
+                    indices[b][t : t + len(x), : found.shape[1]] = np.where(found < 0, -1, keys[found])
+    return indices
 
 
 def _launch(name, grid, block, *args, shared=0, **constants):
