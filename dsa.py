@@ -531,13 +531,8 @@ def _selector(kind):
         windows, quota = _windows(n, k_start, k_end), _quota(top_k, local_window, num_sink_tokens)
         block = max(1, min(64, ROW_BUFFER // max(1, n["S"] * n["H"])))
         indexer = (index_q, index_k, weights)
-        _expect(
-            options.keys() <= known.keys(),
-            "the options",
-            sorted(options),
-            f"some of {list(known)}",
-            TypeError,
-        )
+        fits = options.keys() <= known.keys()
+        _expect(fits, "the options", sorted(options), f"some of {list(known)}", TypeError)
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
@@ -559,9 +554,8 @@ def _check_indexer(q, k, index_q, index_k, weights):
 def _summed_heads(args):
     """q [..., T, G, D] and k [..., S, G, D] in which a dot product is the sum of all heads' logits."""
     n = args.n
-    q = args.q.reshape(*n["..."], n["T"], n["G"], n["H"] // n["G"], n["D"]).sum(
-        -2, dtype=_accumulator(args.q, args.k)
-    )
+    q = args.q.reshape(*n["..."], n["T"], n["G"], n["H"] // n["G"], n["D"])
+    q = q.sum(-2, dtype=_accumulator(args.q, args.k))
     return q, args.k.astype(q.dtype)
 
 
@@ -605,9 +599,8 @@ def _approximate(args, dim=64, seed=0, projection=None):
     """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
     n = args.n
     if projection is None:
-        projection = np.random.default_rng(_integer("seed", seed, 0)).standard_normal(
-            (n["D"], _integer("dim", dim, 1))
-        )
+        rng, shape = np.random.default_rng(_integer("seed", seed, 0)), (n["D"], _integer("dim", dim, 1))
+        projection = rng.standard_normal(shape)
     _dims(k=(args.k, "... S G D"), projection=(projection, "D R"))
     summed = _summed_heads(args)
     q, k = (_flat(x @ projection.astype(x.dtype)) for x in summed)  # [..., T, G*R], [..., S, G*R]
@@ -678,9 +671,12 @@ def _window(args):
 
 def _strided(args):
     """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
-    return _pattern(
-        args, lambda start, end, s: -((end - 1 - s) % np.maximum(1, -(-(end - start) // args.quota[0])))
-    )
+
+    def order(start, end, s):
+        stride = np.maximum(1, -(-(end - start) // args.quota[0]))
+        return -((end - 1 - s) % stride)
+
+    return _pattern(args, order)
 
 
 def _global(args):
@@ -927,9 +923,8 @@ def merge_attention(outs, lses):
     (3.0, 3.0)
     """
     outs, lses = list(outs), list(lses)
-    _expect(
-        len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}"
-    )
+    fits = len(outs) == len(lses) > 0
+    _expect(fits, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = _accumulator(*outs, *lses)
@@ -1087,11 +1082,8 @@ def _pad_lists(arrays, multiple):
 
 def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
     """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
-    if (
-        lengths is not None
-        and (config.sparse_ratio or config.fallback_dense_threshold)
-        and len(set(lengths.tolist())) > 1
-    ):
+    by_length = config.sparse_ratio or config.fallback_dense_threshold
+    if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
         parts = []
         for b, length in enumerate(lengths):
             near = None if candidates is None else candidates[b]
@@ -1181,9 +1173,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
 
 def _check_bytes(name, x):
     fits = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim > 0
-    _expect(
-        fits, name, f"a {type(x).__name__} of {getattr(x, 'dtype', 'objects')}", "uint8 [..., N]", TypeError
-    )
+    kind = f"a {type(x).__name__} of {getattr(x, 'dtype', 'objects')}"
+    _expect(fits, name, kind, "uint8 [..., N]", TypeError)
 
 
 def pack_kv_fp8(kv):
@@ -1214,9 +1205,8 @@ def _pack(x, rope):
     tail = np.ascontiguousarray(x[..., x.shape[-1] - rope :], np.float32)
     bits = tail.view(np.uint32)
     bits = np.where(np.isnan(tail), 0x7FC0, (bits + (bits >> 16 & 1) + 0x7FFF) >> 16).astype("<u2")
-    return np.concatenate(
-        [codes, np.ascontiguousarray(scales, "<f4").view(np.uint8), bits.view(np.uint8)], -1
-    )
+    scales = np.ascontiguousarray(scales, "<f4").view(np.uint8)
+    return np.concatenate([codes, scales, bits.view(np.uint8)], -1)
 
 
 def _unpack(packed, width, rope):
@@ -1301,12 +1291,8 @@ class KVCache:
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        _expect(
-            tokens.keys() == self.streams.keys(),
-            "the streams given",
-            sorted(tokens),
-            f"the cache's {sorted(self.streams)}",
-        )
+        given, own = sorted(tokens), sorted(self.streams)
+        _expect(given == own, "the streams given", given, f"the cache's {own}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, shape in self.streams.items():
             _dims(**{name: (tokens[name], "...")})
@@ -1508,9 +1494,7 @@ class HybridKVCache(KVCache):
         _expect(fits, "fast_bytes", self.fast_bytes, f"at least {least}, for the local windows")
         self._fast = np.zeros((self.fast_bytes // record, width), self.dtype)
         slots = len(self._fast)
-        self._stamp = np.full(
-            slots, -1
-        )  # when each slot was last used; PINNED in a local window, -1 if empty
+        self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
         self._owner = np.zeros((slots, 2), np.int64)  # the (sequence, token) in each slot
         self._slot_of = np.full((self.batch, 0), -1)  # the slot of each token, -1 if it has none
         if self.path is None:
@@ -1707,20 +1691,18 @@ class DSALayer:
         if path.endswith(".json"):
             with open(path, encoding="utf-8") as file:
                 shards = json.load(file).get("weight_map", {})
-            files = sorted(
-                {os.path.join(os.path.dirname(path), shards[x]) for x in shards if _of_layer(x, layer)}
-            )
+            shards = {file for name, file in shards.items() if _of_layer(name, layer)}
+            files = [os.path.join(os.path.dirname(path), file) for file in sorted(shards)]
         weights: dict[str, Any] = {}
         for name in files:
             weights |= _read_safetensors(name, layer)
         _expect(weights, "path", repr(path), f"a checkpoint with attention weights of layer {layer}")
         for name in [name for name in weights if name.endswith(SCALES)]:
-            scales, codes = weights.pop(name), weights.get(name.removesuffix(SCALES))
-            _expect(codes is not None and codes.dtype == np.uint8, name, "given", "fp8 weights for it")
+            scales, codes = weights.pop(name), weights.get(name.removesuffix(SCALES), np.zeros(0))
+            _expect(codes.dtype == np.uint8, name, "given", "fp8 weights for it")
             shape = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
-            _expect(
-                scales.shape == shape, name, f"of shape {scales.shape}", f"{shape}, one for 128 x 128 weights"
-            )
+            fits = scales.shape == shape
+            _expect(fits, name, f"of shape {scales.shape}", f"{shape}, one for 128 x 128 weights")
             scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
             weights[name.removesuffix(SCALES)] = dequantize_fp8(codes, scales)
         for name, x in weights.items():
@@ -1752,9 +1734,8 @@ class DSALayer:
         start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
         k_end = np.where(real, start[:, None] + np.arange(n["T"]) + 1, 0)
         if indices is not None:
-            _check_indices(
-                "indices", indices, {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0)}
-            )
+            shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0)}
+            _check_indices("indices", indices, shape)
             seen = (indices < k_end[..., None]).all()
             _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
