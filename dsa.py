@@ -116,10 +116,9 @@ def _check_indices(name, indices, n):
 
 
 def _integer(name, value, least):
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}, expected an integer") from None
+    index = None if isinstance(value, bool) else getattr(value, "__index__", None)
+    _expect(index, name, repr(value), "an integer", TypeError)
+    number = operator.index(value)
     _expect(number >= least, name, number, f"at least {least}")
     return number
 
@@ -312,13 +311,12 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     if n["xp"] is not np:
         return _gpu_index_scores(n, index_q, index_k, weights, windows)
     scores = np.full((*n["..."], n["T"], n["S"]), -np.inf, _accumulator(index_q, index_k, weights))
+    rows = _lightning_rows(index_q, index_k, weights, windows)
 
     def work(b, t0, t1):
-        start, end = windows[0][b][t0:t1], windows[1][b][t0:t1]
-        lo, hi = _span(start, end)
-        found = _score_block(index_q[b][t0:t1], index_k[b], weights[b][t0:t1], lo, hi)
-        s = np.arange(lo, hi)
-        np.copyto(scores[b][t0:t1, lo:hi], found, where=(s >= start[:, None]) & (s < end[:, None]))
+        for t, keys, x in rows(b, t0, t1):
+            if len(keys):
+                scores[b][t : t + len(x), keys[0] : keys[-1] + 1] = x
 
     _for_blocks(n["..."], n["T"], _score_rows(n), work)
     return scores
@@ -577,13 +575,8 @@ def _selector(kind):
         windows = _explicit(n, _windows(n, k_start, k_end))
         block = max(1, min(64, ROW_BUFFER // max(1, n["S"] * n["H"])))
         indexer = (index_q, index_k, weights)
-        _expect(
-            options.keys() <= known.keys(),
-            "the options",
-            sorted(options),
-            f"some of {list(known)}",
-            TypeError,
-        )
+        fits = options.keys() <= known.keys()
+        _expect(fits, "the options", sorted(options), f"some of {list(known)}", TypeError)
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
@@ -605,9 +598,8 @@ def _check_indexer(q, k, index_q, index_k, weights):
 def _summed_heads(args):
     """q [..., T, G, D] and k [..., S, G, D] in which a dot product is the sum of all heads' logits."""
     n = args.n
-    q = args.q.reshape(*n["..."], n["T"], n["G"], n["H"] // n["G"], n["D"]).sum(
-        -2, dtype=_accumulator(args.q, args.k)
-    )
+    q = args.q.reshape(*n["..."], n["T"], n["G"], n["H"] // n["G"], n["D"])
+    q = q.sum(-2, dtype=_accumulator(args.q, args.k))
     return q, args.k.astype(q.dtype)
 
 
@@ -651,10 +643,8 @@ def _approximate(args, dim=64, seed=0, projection=None):
     """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
     n = args.n
     if projection is None:
-        projection = np.random.default_rng(_integer("seed", seed, 0)).standard_normal(
-            (n["D"], _integer("dim", dim, 1))
-        )
-        projection = n["xp"].asarray(projection)
+        rng, shape = np.random.default_rng(_integer("seed", seed, 0)), (n["D"], _integer("dim", dim, 1))
+        projection = n["xp"].asarray(rng.standard_normal(shape))
     _dims(k=(args.k, "... S G D"), projection=(projection, "D R"))
     summed = _summed_heads(args)
     q, k = (_flat(x @ projection.astype(x.dtype)) for x in summed)  # [..., T, G*R], [..., S, G*R]
@@ -726,9 +716,12 @@ def _window(args):
 
 def _strided(args):
     """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
-    return _pattern(
-        args, lambda start, end, s: -((end - 1 - s) % np.maximum(1, -(-(end - start) // args.quota[0])))
-    )
+
+    def order(start, end, s):
+        stride = np.maximum(1, -(-(end - start) // args.quota[0]))
+        return -((end - 1 - s) % stride)
+
+    return _pattern(args, order)
 
 
 def _global(args):
@@ -768,18 +761,10 @@ def _oracle(args, scale=None):
     return _scored_rows(args.windows, score)
 
 
-SELECTORS = {
-    "lightning": _selector(_lightning),
-    "approximate": _selector(_approximate),
-    "lsh": _selector(_lsh),
-    "learned": _selector(_learned),
-    "hierarchical": _selector(_hierarchical),
-    "window": _selector(_window),
-    "strided": _selector(_strided),
-    "global": _selector(_global),
-    "random": _selector(_random),
-    "oracle": _selector(_oracle),
-}
+KINDS = (
+    _lightning, _approximate, _lsh, _learned, _hierarchical, _window, _strided, _global, _random, _oracle,
+)  # fmt: skip
+SELECTORS = {kind.__name__[1:]: _selector(kind) for kind in KINDS}
 
 # ----------------------------------------------------------------------------------------------------------
 # 5. Attention, equation (3)
@@ -988,9 +973,8 @@ def merge_attention(outs, lses):
     (3.0, 3.0)
     """
     outs, lses = list(outs), list(lses)
-    _expect(
-        len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}"
-    )
+    fits = len(outs) == len(lses) > 0
+    _expect(fits, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     _dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = _accumulator(*outs, *lses)
@@ -1131,15 +1115,10 @@ def dsa_attention(
         indices = choose(q, k, index_q, index_k, weights, windows, lengths)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
     _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
-    before = cache.lengths
-    cache.append(lengths=lengths, k=k, index_k=index_k, **({} if v is None else {"v": v}))
-    try:
+    with cache.appended(lengths=lengths, k=k, index_k=index_k, **({} if v is None else {"v": v})):
         windows, keys, index_keys = cache.window(n["T"], lengths), cache.read("k"), cache.read("index_k")
         indices = choose(q, keys, index_q, index_keys, weights, windows, cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
-    except BaseException:
-        cache.truncate(before)
-        raise
 
 
 def _pad_lists(arrays, multiple):
@@ -1154,11 +1133,8 @@ def _pad_lists(arrays, multiple):
 
 def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
     """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
-    if (
-        lengths is not None
-        and (config.sparse_ratio or config.fallback_dense_threshold)
-        and len(set(lengths.tolist())) > 1
-    ):
+    by_length = config.sparse_ratio or config.fallback_dense_threshold
+    if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
         parts = []
         for b, length in enumerate(lengths):
             near = None if candidates is None else candidates[b]
@@ -1207,7 +1183,7 @@ def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
 
     amax is a block's largest magnitude, at least 1e-4. scale "float": amax / 448, of e4m3's largest number;
     "ue8m0": that rounded up to a power of two. Codes of x / scale, at most 448, are rounded half to even.
-    NaN stays NaN, infinity makes its block NaN.
+    NaN stays NaN.
 
     >>> quantize_fp8(np.array([448.0, -1.0, 1.0625, 1.1875, 0.0]))           # 1.0625 and 1.1875 are ties
     (array([126, 184,  56,  58,   0], dtype=uint8), array([1.], dtype=float32))
@@ -1221,11 +1197,11 @@ def _quantize(x, block, scale, least):
     x = x.astype(_accumulator(x), copy=False)
     with np.errstate(all="ignore"):
         amax = np.fmax.reduceat(np.abs(x), np.arange(0, x.shape[-1], block), axis=-1).astype(np.float32)
-        scales = np.fmax(amax, np.float32(least)) / np.float32(448)
+        scales = np.clip(amax, np.float32(least), np.finfo(np.float32).max) / np.float32(448)
         if scale == "ue8m0":  # on the bits: the exponent, one more if the mantissa is not 0
             scales = ((scales.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
         x = x / np.repeat(scales, block, axis=-1)[..., : x.shape[-1]]
-        size = np.abs(x)  # at most 448, but for a rounding
+        size = np.minimum(np.abs(x), 448)
         digits = np.minimum(4 - np.frexp(size)[1], 9)  # after the binary point; 9 for subnormals
         size = np.ldexp(np.rint(np.ldexp(size, digits)), -digits)
         # What is left is a float32 with a mantissa of 3 bits, whose exponent has the bias 127 in place of 7.
@@ -1249,9 +1225,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
 
 def _check_bytes(name, x):
     fits = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim > 0
-    _expect(
-        fits, name, f"a {type(x).__name__} of {getattr(x, 'dtype', 'objects')}", "uint8 [..., N]", TypeError
-    )
+    kind = f"a {type(x).__name__} of {getattr(x, 'dtype', 'objects')}"
+    _expect(fits, name, kind, "uint8 [..., N]", TypeError)
 
 
 def pack_kv_fp8(kv):
@@ -1282,9 +1257,8 @@ def _pack(x, rope):
     tail = np.ascontiguousarray(x[..., x.shape[-1] - rope :], np.float32)
     bits = tail.view(np.uint32)
     bits = np.where(np.isnan(tail), 0x7FC0, (bits + (bits >> 16 & 1) + 0x7FFF) >> 16).astype("<u2")
-    return np.concatenate(
-        [codes, np.ascontiguousarray(scales, "<f4").view(np.uint8), bits.view(np.uint8)], -1
-    )
+    scales = np.ascontiguousarray(scales, "<f4").view(np.uint8)
+    return np.concatenate([codes, scales, bits.view(np.uint8)], -1)
 
 
 def _unpack(packed, width, rope):
@@ -1346,7 +1320,7 @@ class KVCache:
             fits = isinstance(shape, tuple) and len(shape) > 0
             _expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
-        self._rope = {"k": _integer("qk_rope_head_dim", qk_rope_head_dim, 0)}  # what fp8 leaves in bfloat16
+        self.qk_rope_head_dim = _integer("qk_rope_head_dim", qk_rope_head_dim, 0)
         self._stored = self.streams if storage != "fp8" else dict(map(self._packed, self.streams))
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
@@ -1369,12 +1343,8 @@ class KVCache:
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        _expect(
-            tokens.keys() == self.streams.keys(),
-            "the streams given",
-            sorted(tokens),
-            f"the cache's {sorted(self.streams)}",
-        )
+        given, own = sorted(tokens), sorted(self.streams)
+        _expect(given == own, "the streams given", given, f"the cache's {own}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, shape in self.streams.items():
             _dims(**{name: (tokens[name], "...")})
@@ -1389,6 +1359,17 @@ class KVCache:
         for b, (start, more) in enumerate(zip(self._lengths.tolist(), new.tolist())):
             self._write(b, start, {name: self._encode(name, x[b, :more]) for name, x in tokens.items()})
         self._set_lengths(self._lengths + new)
+
+    @contextlib.contextmanager
+    def appended(self, *, lengths=None, **tokens):
+        """append, for a with block: if that raises, the cache forgets the tokens."""
+        before = self.lengths
+        self.append(lengths=lengths, **tokens)
+        try:
+            yield
+        except BaseException:
+            self.truncate(before)
+            raise
 
     def read(self, name):
         """A view (a copy of fp8) [B, longest length, *shape] of a stream; undefined beyond its own length."""
@@ -1456,15 +1437,19 @@ class KVCache:
 
     def _packed(self, name):
         """A stream and the shape of a token's bytes in fp8."""
-        shape, rope = self.streams[name], self._rope.get(name, 0)
+        shape, rope = self.streams[name], self._rope(name)
         _expect(shape and shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
         return name, (*shape[:-1], _packed_bytes(shape[-1], rope))
 
+    def _rope(self, name):
+        """How many of a stream's last values fp8 leaves in bfloat16."""
+        return self.qk_rope_head_dim if name == "k" else 0
+
     def _encode(self, name, x):
-        return _pack(x, self._rope.get(name, 0)) if self.storage == "fp8" else x
+        return _pack(x, self._rope(name)) if self.storage == "fp8" else x
 
     def _decode(self, name, x):
-        return x if self.storage != "fp8" else _unpack(x, self.streams[name][-1], self._rope.get(name, 0))
+        return x if self.storage != "fp8" else _unpack(x, self.streams[name][-1], self._rope(name))
 
     def _allocate(self, capacity):
         grown = {}
@@ -1561,9 +1546,7 @@ class HybridKVCache(KVCache):
         _expect(fits, "fast_bytes", self.fast_bytes, f"at least {least}, for the local windows")
         self._fast = np.zeros((self.fast_bytes // record, width), self.dtype)
         slots = len(self._fast)
-        self._stamp = np.full(
-            slots, -1
-        )  # when each slot was last used; PINNED in a local window, -1 if empty
+        self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
         self._owner = np.zeros((slots, 2), np.int64)  # the (sequence, token) in each slot
         self._slot_of = np.full((self.batch, 0), -1)  # the slot of each token, -1 if it has none
         if self.path is None:
@@ -1686,12 +1669,18 @@ class LayerDims:
             if field.type == "int":
                 _integer(field.name, value, 1)
             elif field.type == "float":
-                _expect(0 < value < math.inf, field.name, value, "a positive, finite number")
+                number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+                fits = number and math.isfinite(value) and (value > 0 or field.name == "mscale")
+                _expect(fits, field.name, repr(value), "a positive, finite number")
+            elif field.type == "bool":
+                _expect(isinstance(value, bool), field.name, repr(value), "True or False")
         rope, E, precision = self.qk_rope_head_dim, self.index_head_dim, self.indexer_precision
         _expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         _expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
         _expect(self.rope_theta > 1, "rope_theta", self.rope_theta, "above 1")
         _expect(self.rope_factor >= 1, "rope_factor", self.rope_factor, "at least 1")
+        ordered = self.beta_fast >= self.beta_slow
+        _expect(ordered, "beta_fast", self.beta_fast, f"at least beta_slow = {self.beta_slow}")
         _expect(precision in PRECISIONS, "indexer_precision", repr(precision), f"one of {PRECISIONS}")
 
     def softmax_scale(self):
@@ -1746,21 +1735,30 @@ class DSALayer:
 
         fp8 weights are multiplied by their weight_scale_inv, one for each block of 128 x 128.
         """
-        path, files = os.fspath(path), {os.fspath(path)}
+        path, layer = os.fspath(path), _integer("layer", layer, 0)
         if os.path.isdir(path):
-            path = os.path.join(path, "model.safetensors.index.json")
+            index = os.path.join(path, "model.safetensors.index.json")
+            path = index if os.path.exists(index) else os.path.join(path, "model.safetensors")
+        files = [path]
         if path.endswith(".json"):
             with open(path, encoding="utf-8") as file:
-                shards = json.load(file)["weight_map"]
-            files = {os.path.join(os.path.dirname(path), shards[x]) for x in shards if _of_layer(x, layer)}
+                shards = json.load(file).get("weight_map", {})
+            shards = {file for name, file in shards.items() if _of_layer(name, layer)}
+            files = [os.path.join(os.path.dirname(path), file) for file in sorted(shards)]
         weights: dict[str, Any] = {}
         for name in files:
             weights |= _read_safetensors(name, layer)
         _expect(weights, "path", repr(path), f"a checkpoint with attention weights of layer {layer}")
         for name in [name for name in weights if name.endswith(SCALES)]:
-            scales, codes = weights.pop(name), weights[name.removesuffix(SCALES)]
+            scales, codes = weights.pop(name), weights.get(name.removesuffix(SCALES), np.zeros(0))
+            _expect(codes.dtype == np.uint8, name, "given", "fp8 weights for it")
+            shape = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
+            fits = scales.shape == shape
+            _expect(fits, name, f"of shape {scales.shape}", f"{shape}, one for 128 x 128 weights")
             scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
             weights[name.removesuffix(SCALES)] = dequantize_fp8(codes, scales)
+        for name, x in weights.items():
+            _expect(x.dtype != np.uint8, name + SCALES, "missing", f"the scales of {name}, which is fp8")
         return cls(weights, **dims)
 
     def new_cache(self, batch, capacity, storage="float32", grow=False):
@@ -1782,42 +1780,37 @@ class DSALayer:
         _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
-        lengths = np.full(n["B"], n["T"]) if lengths is None else _lengths(lengths, n["B"], n["T"])
-        real = np.arange(n["T"]) < lengths[:, None]
+        new = np.full(n["B"], n["T"]) if lengths is None else _lengths(lengths, n["B"], n["T"])
+        real = np.arange(n["T"]) < new[:, None]
         _expect(np.isfinite(x[real]).all(), "x", "NaN or infinite in a real token", "finite numbers")
-        start = np.zeros(n["B"], np.int64)
-        if cache is not None:
-            _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
-            has, needs = ((x.streams, b) for x, b in ((cache, cache.batch), (self, n["B"])))
-            _expect(has == needs, "cache", f"of (streams, batch) = {has}", f"{needs}")
-            start = cache.lengths
+        start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
+        k_end = np.where(real, start[:, None] + np.arange(n["T"]) + 1, 0)
+        if indices is not None:
+            shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0)}
+            _check_indices("indices", indices, shape)
+            seen = (indices < k_end[..., None]).all()
+            _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
-        q, tokens, indexer = self._project(w, x.astype(dtype), start)
-        try:
-            if cache is None:
-                k_start, k_end = padded_window(lengths, n["T"])
-            else:
-                cache.append(lengths=lengths, **tokens)
-                k_start, k_end = cache.window(n["T"], lengths)
-                tokens = {name: cache.read(name) for name in tokens}
+        q, tokens, indexer = self._project(w, x.astype(dtype), start, selects=indices is None)
+        with contextlib.nullcontext() if cache is None else cache.appended(lengths=new, **tokens):
             if indices is None:
-                indexer |= {"index_k": tokens["index_k"], "k_start": k_start, "k_end": k_end}
-                indices = lightning_select(**indexer, top_k=self.dims.index_topk)
-            else:
-                shape = {"...": real.shape[:1], "T": n["T"], "S": tokens["k"].shape[1]}
-                _check_indices("indices", indices, shape)
-                seen = (indices < k_end[..., None]).all()
-                _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-            y = self._attend(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
-        except BaseException:
-            if cache is not None:
-                cache.truncate(start)
-            raise
+                index_k = tokens["index_k"] if cache is None else cache.read("index_k")
+                window = {"k_start": np.zeros_like(k_end), "k_end": k_end}
+                indices = lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, **window)
+            y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
         return y.astype(x.dtype), indices
 
-    def _project(self, w, x, start):
+    def _lengths_in(self, cache, batch):
+        """The lengths of a cache, which has to be one for this layer."""
+        _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
+        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+        needs = (self.streams, self.dims.qk_rope_head_dim, batch)
+        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", f"{needs}")
+        return cache.lengths
+
+    def _project(self, w, x, start, selects=True):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
-        tokens leave (the streams: k is [c | k_pe]), and the queries and weights of the indexer.
+        tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
         """
         d, batch = self.dims, x.shape[:2]
         nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
@@ -1830,33 +1823,45 @@ class DSALayer:
         k[..., -rope:] = _rotate(k[..., -rope:], angles, interleaved=True)
         if not self.has_indexer:
             return q, {"k": k}, {}
-        index_k = _by_rows(x, w["indexer.wk"])
-        index_k = index_k - index_k.mean(-1, keepdims=True)
-        index_k = _rms_norm(index_k, w["indexer.k_norm"], d.norm_eps) + w["indexer.k_norm.bias"]
-        index = [_by_rows(qr, w["indexer.wq_b"]).reshape(*batch, J, E), index_k[:, :, None]]
-        for i, u in enumerate(index):
-            u[..., :rope] = _rotate(u[..., :rope], angles, d.index_rope_interleaved)
-            if d.hadamard:
-                u = u @ (self._hadamard * E**-0.5).astype(u.dtype)
-            index[i] = _at_precision(u, d.indexer_precision)
-        weights = _by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
-        return q, {"k": k, "index_k": index[1][:, :, 0]}, {"index_q": index[0], "weights": weights}
 
-    def _attend(self, w, q, k, indices, cache, core):
-        """Equation (3) of q [B, T, H, nope + rope] over latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
-        d, R, T, S, K = self.dims, self.kv_lora_rank, q.shape[1], k.shape[1], indices.shape[-1]
+        def prepared(u):  # a vector of the indexer [B, T, J, E]
+            u[..., :rope] = _rotate(u[..., :rope], angles, d.index_rope_interleaved)
+            u = u @ (self._hadamard * E**-0.5).astype(u.dtype) if d.hadamard else u
+            return _at_precision(u, d.indexer_precision)
+
+        index_k = _by_rows(x, w["indexer.wk"])
+        index_k -= index_k.mean(-1, keepdims=True)  # LayerNorm
+        index_k = _rms_norm(index_k, w["indexer.k_norm"], d.norm_eps) + w["indexer.k_norm.bias"]
+        tokens = {"k": k, "index_k": prepared(index_k[:, :, None])[:, :, 0]}
+        if not selects:
+            return q, tokens, {}
+        index_q = prepared(_by_rows(qr, w["indexer.wq_b"]).reshape(*batch, J, E))
+        weights = _by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
+        return q, tokens, {"index_q": index_q, "weights": weights}
+
+    def _core(self, w, q, k, indices, cache, core):
+        """Equation (3) of q [B, T, H, nope + rope] over the cache or latents k [B, S, 1, R + rope], in one of
+        its two forms -> [B, T, H * v].
+        """
+        d, R, T, K = self.dims, self.kv_lora_rank, q.shape[1], indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
+        S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
         up, q = w["wkv_b"].reshape(d.n_heads, each, R), q.swapaxes(1, 2)  # [H, nope + v, R], [B, H, T, ...]
-        if core == "auto":  # fewer multiplications a head, where all expanded keys are streamed under a mask
+        if core == "auto":
+            # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
+            streamed = 2.5 * K >= S and not isinstance(cache, HybridKVCache)
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
-            core = "expanded" if expanded else "absorbed"
+            core = "expanded" if streamed and expanded else "absorbed"
         if core == "expanded":
+            k = k if cache is None else cache.read("k")
             out = self._attend_expanded(q, k[:, None, :, 0], up, indices[:, None])
-        else:
-            q = np.concatenate([q[..., :nope] @ up[:, :nope], q[..., nope:]], -1).swapaxes(1, 2)
+        else:  # q . W c = qW . c
+            latent_q = np.empty((*q.shape[:3], R + rope), q.dtype)
+            np.matmul(q[..., :nope], up[:, :nope], out=latent_q[..., :R])
+            latent_q[..., R:] = q[..., nope:]
             attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
-            out, _ = attend(q, indices=indices, d_v=R, scale=d.softmax_scale())  # [B, T, H, R]
-            out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)
+            out, _ = attend(latent_q.swapaxes(1, 2), indices=indices, d_v=R, scale=d.softmax_scale())
+            out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)  # [B, H, T, v]
         return out.swapaxes(1, 2).reshape(*indices.shape[:2], d.n_heads * d.v_head_dim)
 
     def _attend_expanded(self, q, k, up, indices):
@@ -1953,16 +1958,18 @@ def _read_safetensors(path, layer):
     """The tensors of a layer in a file, bfloat16 as float32 and fp8, which safetensors' own NumPy side lacks,
     as its codes. A file is a length, a header in JSON, and the tensors.
     """
-    found = {}
+    found, total = {}, os.path.getsize(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        _expect(0 < size <= total - 8, path, f"a file of {total} bytes", "a whole safetensors file")
         header = json.loads(file.read(size))
     for name, entry in header.items():
         if name != "__metadata__" and _of_layer(name, layer):
-            known = entry["dtype"] in SAFETENSORS
-            _expect(known, name, f"of dtype {entry['dtype']}", f"one of {[*SAFETENSORS]}", TypeError)
-            first, count = entry["data_offsets"][0], math.prod(entry["shape"])
-            x = np.fromfile(path, SAFETENSORS[entry["dtype"]], count, offset=8 + size + first)
+            dtype, count = SAFETENSORS.get(entry["dtype"]), math.prod(entry["shape"])
+            _expect(dtype, name, f"of dtype {entry['dtype']}", f"one of {[*SAFETENSORS]}", TypeError)
+            first = 8 + size + entry["data_offsets"][0]
+            _expect(first + count * np.dtype(dtype).itemsize <= total, path, "cut short", f"all of {name}")
+            x = np.fromfile(path, dtype, count, offset=first)
             found[name] = (_widened(x) if x.dtype == np.uint16 else x).reshape(entry["shape"])
     return found
 

@@ -2161,6 +2161,10 @@ def test_a_cache_of_less_precision_costs_as_much_as_its_rounding(dsa, hidden, st
         results = [layer(hidden[:, 49:], c, core="absorbed") for c in (hybrid, cache)]
         assert_same(*results)
         assert hybrid.bytes_per_token == cache.bytes_per_token and hybrid.misses > 0
+        seen = hybrid.hits + hybrid.misses
+        hybrid.truncate(np.array([3, 3]))
+        layer(hidden[:, :9], hybrid)  # few keys, for which "auto" would otherwise expand them
+        assert hybrid.hits + hybrid.misses > seen
 
 
 def test_both_name_sets_and_a_prefix_are_one_layer(dsa, hidden):
@@ -2192,7 +2196,8 @@ def test_a_weight_missing_extra_or_misshapen_is_named(dsa, name, named):
 @pytest.mark.parametrize("bad", [
     {"qk_rope_head_dim": 7}, {"qk_rope_head_dim": 18}, {"hadamard": True, "index_head_dim": 24},
     {"n_heads": 0}, {"rope_factor": 0.5}, {"rope_theta": 1.0}, {"norm_eps": -1.0}, {"beta_fast": NAN},
-    {"indexer_precision": "int4"},
+    {"indexer_precision": "int4"}, {"index_rope_interleaved": "False"}, {"hadamard": 1}, {"mscale": "a"},
+    {"beta_fast": 0.5},
 ], ids=str)  # fmt: skip
 def test_bad_dims_are_named(dsa, bad):
     """An odd rope width, one beyond the index width, a Hadamard matrix that does not exist, ..."""
@@ -2211,6 +2216,7 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
         (ValueError, "x", (nan[:, :2], cache), {}), (ValueError, "full", (hidden[:, :3], cache), {}),
         (ValueError, "dim", (hidden[:, :2, :5], cache), {}), (ValueError, "cache", (x[:1], cache), {}),
         (ValueError, "cache", (x, other), {}), (TypeError, "cache", (x, {}), {}),
+        (ValueError, "cache", (x, dsa.KVCache(12, batch=2, qk_rope_head_dim=4, **layer.streams)), {}),
         (ValueError, "lengths", (x, cache), {"lengths": rows + 1}),
         (ValueError, "core", (x, cache), {"core": "no"}),
         (ValueError, "indices", (x, cache), {"indices": first[:, :1]}),
@@ -2220,6 +2226,10 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
         with pytest.raises(error, match=name):
             layer(*args, **kwargs)
         assert snapshot(cache) == before and other.lengths.tolist() == [0, 0]
+    growing = layer.new_cache(2, 4, grow=True)
+    with pytest.raises(ValueError, match="indices"):
+        layer(hidden[:, :9], growing, indices=np.full((2, 9, 1), 8))
+    assert growing.capacity == 4
     layer(np.where([[[True]], [[False]]], x, nan[:, :2]), cache, lengths=rows)  # NaN in padding is not seen
     assert cache.lengths.tolist() == [12, 10]
     y, indices = layer(hidden[:, :0])
@@ -2286,8 +2296,24 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
     with pytest.raises(ValueError, match="layer 4"):
         dsa.DSALayer.from_safetensors(tmp_path, layer=4, **SMALL)
     write_safetensors(tmp_path / "bare.safetensors", {n: x for n, x in bare.items() if "scale_inv" not in n})
-    with pytest.raises(TypeError, match="weight is of dtype uint8"):
+    with pytest.raises(ValueError, match=r"q_b_proj.weight_scale_inv is missing"):
         dsa.DSALayer.from_safetensors(tmp_path / "bare.safetensors", **SMALL)
+    for wrong, error, match in (
+        ({"wq_b_scale_inv": ("F32", np.ones((1, 1), F32))}, ValueError, "wq_b_scale_inv is given"),
+        ({"q_b_proj.weight_scale_inv": ("F32", np.ones((9, 1), F32))}, ValueError, "scale_inv is of shape"),
+        ({"q_b_proj.weight": ("I64", np.ones(1, int))}, TypeError, "I64"),
+    ):
+        write_safetensors(tmp_path / "wrong.safetensors", bare | wrong)
+        with pytest.raises(error, match=match):
+            dsa.DSALayer.from_safetensors(tmp_path / "wrong.safetensors", **SMALL)
+    whole = (tmp_path / "all.safetensors").read_bytes()
+    for size in (0, 4, 100, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:size])
+        (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"model\.safetensors is"):
+            dsa.DSALayer.from_safetensors(tmp_path, layer=33, **SMALL)
+    with pytest.raises(TypeError, match="layer"):
+        dsa.DSALayer.from_safetensors(tmp_path, layer="3", **SMALL)
 
 
 def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, capsys):
@@ -2353,6 +2379,7 @@ def test_fp8_scales_at_powers_of_two_zero_and_beyond_448(dsa):
     codes, scales = dsa.quantize_fp8(np.zeros((2, 128)))
     assert not codes.any() and scales.ravel().tolist() == [2.0**-22] * 2
     assert dsa.quantize_fp8(np.zeros(5), scale="float")[1] == F32.type(1e-4) / F32.type(448)
+    assert dsa.quantize_fp8(np.array([INF, -1e300]))[0].tolist() == [126, 254]
     over = np.array([1e30, -1e30, 1.0])
     assert (
         dsa.dequantize_fp8(*dsa.quantize_fp8(over))[2] == 0
