@@ -1298,6 +1298,7 @@ class KVCache:
     storage: "float64", "float32", "float16", "bfloat16" or "fp8", which keeps the last qk_rope_head_dim
     values of "k" in bfloat16. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
+    xp: numpy, or cupy for a cache on the current GPU.
 
     >>> cache = KVCache(4, k=(1, 2), index_k=(3,))
     >>> cache.append(k=np.ones((1, 3, 1, 2)), index_k=np.ones((1, 3, 3)))
@@ -1305,7 +1306,11 @@ class KVCache:
     ([3], 20)
     """
 
-    def __init__(self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, **streams):
+    def __init__(
+        self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, xp=np, **streams
+    ):
+        self.xp, libraries = xp, (np, sys.modules.get("cupy", np))
+        _expect(xp in libraries, "xp", repr(xp), "numpy or cupy")
         capacity, self.batch = _integer("capacity", capacity, 1), _integer("batch", batch, 1)
         _expect(storage in (*FLOATS, "fp8"), "storage", repr(storage), f"one of {(*FLOATS, 'fp8')}")
         _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
@@ -1348,6 +1353,7 @@ class KVCache:
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, shape in self.streams.items():
             _dims(**{name: (tokens[name], "...")})
+            _check_library(name, tokens[name], self.xp)
             expected = (self.batch, *count, *shape)
             _expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
         (count,) = count
@@ -1383,7 +1389,7 @@ class KVCache:
         t, new = np.arange(_integer("num_tokens", num_tokens, 0)), self._new_lengths(num_tokens, lengths)
         most = self._lengths.tolist()
         _expect((new <= most).all(), "num_tokens", new.tolist(), f"at most the tokens held, {most}")
-        end = np.where(t < new[:, None], (self._lengths - new)[:, None] + t + 1, 0)
+        end = self.xp.asarray(np.where(t < new[:, None], (self._lengths - new)[:, None] + t + 1, 0))
         return np.zeros_like(end), end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None):
@@ -1391,16 +1397,34 @@ class KVCache:
         self._check_open()
         n = _dims(q=(q, "B T H D"))
         _expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
-        _check_indices("indices", indices, {"...": (self.batch,), "T": n["T"], "S": int(self._lengths.max())})
-        parts = []
+        shape = {"...": (self.batch,), "T": n["T"], "S": int(self._lengths.max()), "xp": self.xp}
+        _check_indices("indices", indices, shape)
+        if self.xp is not np and "k" in self._data:
+            return self._attend_resident(q, indices, d_v=d_v, scale=scale, sink=sink)
+        parts, indices = [], indices if self.xp is np else indices.get()
         for b, length in enumerate(self._lengths):
             used = np.unique(indices[b][indices[b] >= 0])
             _check_indices("indices", used[None], {"...": (), "T": 1, "S": length})
             rows = {name: self._decode(name, x) for name, x in self._rows(b, used).items()}
-            own = np.where(indices[b] < 0, -1, np.searchsorted(used, indices[b]))
+            own = self.xp.asarray(np.where(indices[b] < 0, -1, np.searchsorted(used, indices[b])))
             k, v = rows["k"], rows.get("v")
             parts.append(sparse_attention(q[b], k, v, own, d_v=d_v, scale=scale, sink=sink))
-        return np.stack([out for out, _ in parts]), np.stack([lse for _, lse in parts])
+        return tuple(np.stack(x) for x in zip(*parts))
+
+    def _attend_resident(self, q, indices, *, d_v, scale, sink):
+        """attend where kernels read the streams as they are stored."""
+        k, v = self._data["k"], self._data.get("v")
+        if self.storage != "fp8":
+            return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
+        D, rope = self.streams["k"][-1], self.qk_rope_head_dim
+        if v is not None or self.streams["k"][0] > 1:
+            k, v = self._decode("k", k), None if v is None else self._decode("v", v)
+            return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
+        # The sizes and the scale are those of the decoded keys, of which one sequence of no tokens stands in.
+        like = np.zeros_like(q, shape=(*k.shape[:-1], 1))
+        n, _, scale = _attention_dims(q[..., :1], like, None, 1, scale or D**-0.5, sink)
+        n |= {"D": D, "Dv": _integer("d_v", d_v, 1)}
+        return _gpu_attention(n, q, k, None, indices, None, scale, sink, packed=(D - rope, rope))
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
@@ -1454,7 +1478,7 @@ class KVCache:
     def _allocate(self, capacity):
         grown = {}
         for name, shape in self._resident().items():
-            grown[name] = np.zeros((self.batch, capacity, *shape), self.dtype)
+            grown[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
             grown[name][:, : self.capacity] = self._data.get(name, 0)
         self._data, self.capacity = grown, capacity
 
@@ -1478,6 +1502,7 @@ class HybridKVCache(KVCache):
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
     step, stay in memory besides. path: the file to make (it must not exist, and stays after close); None: a
     temporary one, which close removes. hits and misses count tokens, bytes_moved is what misses read.
+    With xp=cupy the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
 
@@ -1507,7 +1532,8 @@ class HybridKVCache(KVCache):
         super().close()
         self._slow = None  # views that were read keep the mapping, and only they
         self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
-        self._file.close()  # removes it if it is temporary
+        if self._file is not None:
+            self._file.close()  # removes it if it is temporary
 
     def _resident(self):
         return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
@@ -1516,7 +1542,16 @@ class HybridKVCache(KVCache):
         first = self._slow is None
         if first:
             self._open_tiers()
-        nbytes = capacity * self.batch * self._fast[0].nbytes
+        # The capacity is the first axis, so that a growing file keeps what it holds in place.
+        shape = (capacity, self.batch, self._fast.shape[1])
+        slow = (self._mapped if self.xp is np else self._pinned)(shape, first)
+        slot_of = np.full((self.batch, capacity), -1)
+        slot_of[:, : self.capacity] = self._slot_of
+        super()._allocate(capacity)  # the last that can fail
+        self._slow, self._slot_of = slow, slot_of
+
+    def _mapped(self, shape, first):
+        nbytes = math.prod(shape) * self.dtype.itemsize
         try:
             _reserve(self._file, nbytes)  # so that a full disk is an error here, not a crash at a later write
         except OSError as error:
@@ -1526,13 +1561,17 @@ class HybridKVCache(KVCache):
                     os.unlink(self.path)
             message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
             raise OSError(error.errno, message, str(self.path)) from error
-        # The capacity is the first axis, so that a growing file keeps what it holds in place.
-        shape = (capacity, self.batch, self._fast.shape[1])
-        slow = np.asarray(np.memmap(self._file, self.dtype, "r+", shape=shape))
-        slot_of = np.full((self.batch, capacity), -1)
-        slot_of[:, : self.capacity] = self._slot_of
-        super()._allocate(capacity)  # the last that can fail
-        self._slow, self._slot_of = slow, slot_of
+        return np.asarray(np.memmap(self._file, self.dtype, "r+", shape=shape))
+
+    def _pinned(self, shape, first):
+        """An array of CuPy's in memory of the host, where its kernels reach it."""
+        cuda, nbytes = self.xp.cuda, math.prod(shape) * self.dtype.itemsize
+        memory = cuda.alloc_pinned_memory(nbytes)
+        pointer = cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, memory), 0)
+        slow = self.xp.ndarray(shape, self.dtype, pointer)
+        if not first:
+            slow[: self.capacity] = self._slow
+        return slow
 
     def _open_tiers(self):
         self._columns, width = {}, 0  # where each stream stands in a token's record
@@ -1544,11 +1583,14 @@ class HybridKVCache(KVCache):
         least = max(1, self.batch * self.local_window) * record
         fits = self.fast_bytes >= least
         _expect(fits, "fast_bytes", self.fast_bytes, f"at least {least}, for the local windows")
-        self._fast = np.zeros((self.fast_bytes // record, width), self.dtype)
+        self._fast = self.xp.zeros((self.fast_bytes // record, width), self.dtype)
         slots = len(self._fast)
         self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
         self._owner = np.zeros((slots, 2), np.int64)  # the (sequence, token) in each slot
         self._slot_of = np.full((self.batch, 0), -1)  # the slot of each token, -1 if it has none
+        if self.xp is not np:
+            _expect(self.path is None, "path", repr(self.path), "None where the slow tier is pinned memory")
+            return
         if self.path is None:
             self._file = tempfile.NamedTemporaryFile(prefix="dsa-")  # noqa: SIM115
         else:
@@ -1570,14 +1612,16 @@ class HybridKVCache(KVCache):
     def _rows(self, b, used):
         slots = self._slot_of[b, used]
         hit = slots >= 0
-        rows = np.empty((len(used), self._fast.shape[1]), self.dtype)
-        rows[hit], rows[~hit] = self._fast[slots[hit]], self._slow[used[~hit], b]
+        at = self.xp.asarray
+        rows = self.xp.empty((len(used), self._fast.shape[1]), self.dtype)
+        rows[at(hit)] = self._fast[at(slots[hit])]
+        rows[at(~hit)] = missed = self._slow[at(used[~hit]), b]
         self.hits += int(hit.sum())
         self.misses += int((~hit).sum())
-        self.bytes_moved += rows[~hit].nbytes
+        self.bytes_moved += missed.nbytes
         self._clock += 1
         self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], self._clock)  # what is pinned stays so
-        self._admit(b, used[~hit], rows[~hit], self._clock)
+        self._admit(b, used[~hit], missed, self._clock)
         split = {name: np.ascontiguousarray(rows[:, columns]) for name, columns in self._columns.items()}
         return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
 
@@ -1588,7 +1632,7 @@ class HybridKVCache(KVCache):
         evicted = self._owner[free[self._stamp[free] >= 0]]
         self._slot_of[evicted[:, 0], evicted[:, 1]] = -1
         tokens, rows = tokens[len(tokens) - len(free) :], rows[len(rows) - len(free) :]
-        self._fast[free], self._stamp[free] = rows, stamp
+        self._fast[self.xp.asarray(free)], self._stamp[free] = rows, stamp
         self._owner[free, 0], self._owner[free, 1], self._slot_of[b, tokens] = b, tokens, free
 
     def _set_lengths(self, lengths):
@@ -1603,7 +1647,8 @@ class HybridKVCache(KVCache):
             window = np.arange(max(0, new - self.local_window), new)
             slots = self._slot_of[b, window]
             self._stamp[slots[slots >= 0]] = self.PINNED
-            self._admit(b, window[slots < 0], self._slow[window[slots < 0], b], self.PINNED)
+            rows = self._slow[self.xp.asarray(window[slots < 0]), b]
+            self._admit(b, window[slots < 0], rows, self.PINNED)
         self._lengths = lengths
 
 
@@ -1728,6 +1773,8 @@ class DSALayer:
         self._hadamard: Any = np.ones((1, 1))
         while len(self._hadamard) < d.index_head_dim and d.hadamard:
             self._hadamard = np.kron([[1, 1], [1, -1]], self._hadamard)
+        self.xp = n["xp"]
+        self._hadamard = self.xp.asarray(self._hadamard)
 
     @classmethod
     def from_safetensors(cls, path, layer=0, **dims):
@@ -1763,7 +1810,7 @@ class DSALayer:
 
     def new_cache(self, batch, capacity, storage="float32", grow=False):
         """An empty KVCache for this layer: what a token leaves are its latent and k_pe, and its index key."""
-        kwargs = {"batch": batch, "storage": storage, "grow": grow}
+        kwargs = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp}
         return KVCache(capacity, qk_rope_head_dim=self.dims.qk_rope_head_dim, **kwargs, **self.streams)
 
     def __call__(self, x, cache=None, *, lengths=None, indices=None, core="auto"):
@@ -1782,19 +1829,21 @@ class DSALayer:
         _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
         new = np.full(n["B"], n["T"]) if lengths is None else _lengths(lengths, n["B"], n["T"])
         real = np.arange(n["T"]) < new[:, None]
-        _expect(np.isfinite(x[real]).all(), "x", "NaN or infinite in a real token", "finite numbers")
+        finite = self.xp is not np or np.isfinite(x[real]).all()  # on a GPU that would wait for it
+        _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
         start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
         k_end = np.where(real, start[:, None] + np.arange(n["T"]) + 1, 0)
         if indices is not None:
-            shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0)}
+            shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
             _check_indices("indices", indices, shape)
-            seen = (indices < k_end[..., None]).all()
+            seen = self.xp is not np or (indices < k_end[..., None]).all()
             _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
         q, tokens, indexer = self._project(w, x.astype(dtype), start, selects=indices is None)
         with contextlib.nullcontext() if cache is None else cache.appended(lengths=new, **tokens):
             if indices is None:
                 index_k = tokens["index_k"] if cache is None else cache.read("index_k")
+                k_end = self.xp.asarray(k_end)
                 window = {"k_start": np.zeros_like(k_end), "k_end": k_end}
                 indices = lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, **window)
             y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
@@ -1849,14 +1898,14 @@ class DSALayer:
         up, q = w["wkv_b"].reshape(d.n_heads, each, R), q.swapaxes(1, 2)  # [H, nope + v, R], [B, H, T, ...]
         if core == "auto":
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
-            streamed = 2.5 * K >= S and not isinstance(cache, HybridKVCache)
+            streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
             core = "expanded" if streamed and expanded else "absorbed"
         if core == "expanded":
             k = k if cache is None else cache.read("k")
             out = self._attend_expanded(q, k[:, None, :, 0], up, indices[:, None])
         else:  # q . W c = qW . c
-            latent_q = np.empty((*q.shape[:3], R + rope), q.dtype)
+            latent_q = np.empty_like(q, shape=(*q.shape[:3], R + rope), order="C")
             np.matmul(q[..., :nope], up[:, :nope], out=latent_q[..., :R])
             latent_q[..., R:] = q[..., nope:]
             attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
@@ -1870,7 +1919,7 @@ class DSALayer:
         A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
         """
         d, R, some = self.dims, self.kv_lora_rank, max(1, 2**25 // max(1, k.size))
-        out = np.empty((*q.shape[:3], d.v_head_dim), q.dtype)
+        out = np.empty_like(q, shape=(*q.shape[:3], d.v_head_dim))
         for h in range(0, d.n_heads, some):
             q_h, kv = q[:, h : h + some], k[..., :R] @ up[h : h + some].swapaxes(1, 2)  # [B, h, S, nope + v]
             k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], d.qk_rope_head_dim))
@@ -1889,6 +1938,8 @@ def _by_rows(x, weight):
 
     As in _score_block, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
     """
+    if _library("x", x) is not np:
+        return x @ weight.T
     out = np.empty((*x.shape[:2], 1, len(weight)), x.dtype)
     part = max(1, KEY_TILE**2 // weight.shape[1])
 
@@ -1911,7 +1962,8 @@ def _rotate(x, angles, interleaved):
     """
     d = x.shape[-1]
     halves = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    cos, sin = (f(angles)[:, :, None].astype(x.dtype) for f in (np.cos, np.sin))
+    xp = _library("x", x)
+    cos, sin = (xp.asarray(f(angles)[:, :, None], x.dtype) for f in (np.cos, np.sin))
     out, (a, b) = np.empty_like(x), (x[..., half] for half in halves)
     out[..., halves[0]], out[..., halves[1]] = a * cos - b * sin, a * sin + b * cos
     return out
