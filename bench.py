@@ -1112,14 +1112,14 @@ class StagedLayer(dsa.DSALayer):
         self.marks.append((time.perf_counter(), *tracemalloc.get_traced_memory()))
         tracemalloc.reset_peak()
 
-    def _project(self, *args):
-        result = super()._project(*args)
+    def _project(self, *args, **kwargs):
+        result = super()._project(*args, **kwargs)
         self.note()
         return result
 
-    def _attend(self, *args):
+    def _core(self, *args):
         self.note()
-        result = super()._attend(*args)
+        result = super()._core(*args)
         self.note()
         return result
 
@@ -1154,16 +1154,13 @@ class LayerRun:
         self.chunk, ranks, dims = (64, QUICK, QUICK_DIMS) if quick else (512, WIDE, dict[str, Any]())
         self.dim, d, one = ranks["dim"], dsa.LayerDims(**dims), dims | {"n_heads": 1, "index_n_heads": 1}
         shapes, self.top_k = layer_shapes(d, **ranks), d.index_topk
-        info = (
-            Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else "MemAvailable: 8000000"
-        )
-        free, held = (
-            1024 * int(info.split("MemAvailable:")[1].split()[0]),
-            4 * sum(map(math.prod, shapes.values())),
-        )
-        # The expanded core makes keys and values for every head; auto takes it up to about 2 top_k tokens.
-        width = 2 * d.qk_nope_head_dim + d.qk_rope_head_dim + d.v_head_dim
-        self.held = held + 4 * d.n_heads * width * (2 * self.top_k + self.chunk)
+        meminfo = Path("/proc/meminfo")
+        text = meminfo.read_text() if meminfo.exists() else "MemAvailable: 8000000"
+        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+        held = 4 * sum(map(math.prod, shapes.values()))
+        # Beside the weights: what the core holds of a chunk's queries, and of a few heads' expanded keys.
+        core = 3 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**26
+        self.held = held + 4 * core
         self.left = free - self.held
         self.say(f"{size(held)} of weights, {size(self.held)} with what they need to work, {size(free)} free")
         if self.left < 0:
