@@ -1823,6 +1823,7 @@ class DSALayer:
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
         n, dtype = _dims(x=(x, "B T dim")), _accumulator(x, *self.weights.values())
+        _check_library("x", x, self.xp)
         _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
         _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
