@@ -2022,13 +2022,15 @@ def _gpu_indices(indices, num_keys):
     return xp.ascontiguousarray(indices)
 
 
+@functools.cache
 def _mma_tiles(device, heads, d, d_v, tied, packed):
     """HEADS, KEYS and the shared memory of attend_mma; None where tensor cores do not pay or do not fit.
 
     The first that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads by 16
     values take 8 of a thread's 255 registers, of which it can spare 128.
     """
-    if int(device.compute_capability) < 80 or heads < 8:
+    device = sys.modules["cupy"].cuda.Device(device)
+    if int(device.compute_capability) < 80 or heads < 8 or not d or not d_v:
         return None
     row, v_row = (-(-x // 64) * 64 for x in (d, d_v))
     pairs = -(-(-(-d_v // 16)) // 8)
@@ -2064,27 +2066,27 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     if q.dtype.itemsize == 2 and (packed or q.dtype == k.dtype == v.dtype):
         whole = rank % 8 == rope % 8 == 0 and align[0] >= 4 and q.dtype.name == "bfloat16"
         if not packed or whole:
-            tiles = _mma_tiles(q.device, H // G, D, Dv, tied, packed and width)
+            tiles = _mma_tiles(q.device.id, H // G, D, Dv, tied, packed and width)
     most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * dtype.itemsize <= 40960)
     heads, keys, shared = tiles or (min(most, 1 << max(0, H // G - 1).bit_length()), 32, 0)
 
     q = xp.ascontiguousarray(q)
+    q = q if q.data.ptr % 16 == 0 else q.copy()
     slots = S if indices is None else indices.shape[-1]
     blocks = rows * G * -(-(H // G) // heads)
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
     out, lse = xp.empty((*n["..."], T, H, Dv), q.dtype), xp.empty((*n["..."], T, H), dtype)
-    if out.size == 0:
-        lse = xp.full(lse.shape, -np.inf, dtype) if lse.size == 0 else lse
-        heads = heads if lse.size else 0
     sink = None if sink is None else xp.ascontiguousarray(sink, dtype)
-    parts = (xp.empty((splits, rows, H, Dv), dtype), xp.empty((splits, rows, H), dtype)) if splits > 1 else None
+    parts = None
+    if splits > 1:
+        parts = xp.empty((splits, rows, H, Dv), dtype), xp.empty((splits, rows, H), dtype)
     arrays = (
         q, k, v, None if indices is None else _gpu_indices(indices, S), *(windows or (None, None)),
         sink if parts is None else None, *(parts or (out, lse)),
     )  # fmt: skip
-    scalars = (T, S, H, G, slots, chunk, *k_strides, *v_strides, np.float64(scale).view(np.int64))
+    scalars = (T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, np.float64(scale).view(np.int64))
     macros = {"HEADS": heads, "D": D, "DV": Dv, "TIED": int(tied), "R8": rank, "ROPE": rope}
     macros["OUT"] = dtype if parts else q.dtype
     if tiles:
@@ -2096,7 +2098,7 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         _launch("attend", (blocks, splits), (128,), *arrays, *scalars, shared=shared, **macros)
     if parts:
         macros = {"DV": Dv, "ACC": dtype, "OUT": q.dtype}
-        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, splits, rows, H, **macros)
+        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, splits, rows * H, H, **macros)
     return out, lse
 
 

@@ -101,7 +101,7 @@ template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
 // ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_MMA)
 struct Shape {
-    i64 T, S, H, G, slots, chunk;                            // slots: of indices
+    i64 T, S, H, G, slots, chunk;                            // slots: of indices, -1: windows
     i64 k_batch, k_key, k_group, v_batch, v_key, v_group;    // strides, in elements
 };
 
@@ -118,8 +118,8 @@ struct Job {
         row = x / tiles / n.G, b = row / n.T, group = x / tiles % n.G;
         head = x % tiles * HEADS, heads = min(HEADS, per_group - head), head += group * per_group;
         i64 count = n.slots;
-        start = 0, keys = indices ? indices + row * n.slots : nullptr;
-        if (!indices) {
+        start = 0, keys = n.slots < 0 ? nullptr : indices + row * n.slots;
+        if (n.slots < 0) {
             const i64 end = k_end ? k_end[row] : n.S - n.T + row % n.T + 1;
             start = k_start ? k_start[row] : 0;
             count = end - start;
@@ -134,7 +134,7 @@ struct Job {
 #endif
 
 #ifdef ATTEND
-constexpr int ATTEND_KEYS = 32, COLUMNS = (DV + 127) / 128;
+constexpr int ATTEND_KEYS = 32, COLUMNS = DV ? (DV + 127) / 128 : 1;
 constexpr int SCALES = (R8 + 127) / 128;
 
 __device__ __forceinline__ ACC key_value(const KT* row, int d) {
