@@ -77,9 +77,10 @@ __device__ __forceinline__ unsigned swizzled(int row, int chunk) {
     return ((chunk >> 3) << 7) | (((chunk ^ row) & 7) << 4);
 }
 
-// e4m3 of a code, exact. The bits << 4 are a bfloat16 whose exponent has the bias 7 in place of 127.
+// e4m3 of a code, exact. The bits << 7 are a float16 whose exponent has the bias 7 in place of 15. Not by way of a
+// subnormal float32: CuPy compiles with -ftz=true, which makes those 0.
 __device__ __forceinline__ float e4m3(u8 code) {
-    float x = __uint_as_float((code & 127) << 20 | (code >> 7) << 31) * 0x1p120f;
+    const float x = __half2float(__ushort_as_half((code & 127) << 7 | (code & 128) << 8)) * 256;
     return (code & 127) == 127 ? __uint_as_float(0x7FC00000 | (code >> 7) << 31) : x;
 }
 
@@ -576,6 +577,14 @@ __device__ __forceinline__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x
 __device__ __forceinline__ bool sign_bit(float x) { return __float_as_uint(x) >> 31; }
 __device__ __forceinline__ bool sign_bit(double x) { return __double_as_longlong(x) < 0; }
 
+// With -ftz=true a cast would make subnormal results 0.
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(double x) {
+    float y;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(y) : "d"(x));
+    return y;
+}
+
 __device__ __forceinline__ u8 e4m3_code(XT raw, float scale) {
     const ACC x = widen(raw), y = x / ACC(scale), size = fabs(y);
     if (isnan(y)) return 127 | (isnan(x) ? sign_bit(raw) : 1) << 7;  // inf / inf is x86's NaN, which has a sign
@@ -597,7 +606,7 @@ quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i6
     x += row * x_stride;
     if (part == blocks) {
         for (i64 i = lane; i < rope; i += 32) {
-            const float y = float(widen(x[width + i]));
+            const float y = to_float(widen(x[width + i]));
             unsigned bits = __float_as_uint(y);
             bits = isnan(y) ? 0x7FC0 : (bits + (bits >> 16 & 1) + 0x7FFF) >> 16;
             u8* at = out + row * out_stride + tail_offset + 2 * i;
