@@ -984,7 +984,7 @@ def merge_attention(outs, lses):
         shares = [np.exp(lse - top) for lse in lses]
         total = sum(shares)
         whole = np.where(total == 0, 1, total)
-        merged = sum((share / whole)[..., None] * out for share, out in zip(shares, outs))
+        merged = sum((share / whole)[..., None] * out.astype(dtype) for share, out in zip(shares, outs))
         return merged.astype(outs[0].dtype), (top + np.log(total)).astype(dtype)
 
 
@@ -998,8 +998,10 @@ def apply_sink(out, lse, sink):
     """
     _dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     with np.errstate(all="ignore"):
-        share = 1 / (1 + np.exp(sink.astype(_accumulator(out, lse, sink)) - lse))
-        return (out * np.where(sink == -np.inf, 1, share)[..., None]).astype(out.dtype)
+        dtype = _accumulator(out, lse, sink)
+        z = sink.astype(dtype)
+        share = np.where(z == -np.inf, dtype.type(1), 1 / (1 + np.exp(z - lse)))
+        return (out.astype(dtype) * share[..., None]).astype(out.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1194,6 +1196,8 @@ def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
 
 
 def _quantize(x, block, scale, least):
+    if _library("x", x) is not np:
+        return _gpu_quantize(x, block, scale, least)
     x = x.astype(_accumulator(x), copy=False)
     with np.errstate(all="ignore"):
         amax = np.fmax.reduceat(np.abs(x), np.arange(0, x.shape[-1], block), axis=-1).astype(np.float32)
@@ -1216,17 +1220,20 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     >>> dequantize_fp8(np.array([126, 184], np.uint8), np.array([0.5], np.float32)).tolist()
     [224.0, -0.5]
     """
-    _check_bytes("codes", codes)
+    xp = _check_bytes("codes", codes)
     _dims(scales=(scales, "... N"))
+    _check_library("scales", scales, xp)
     shape = (*codes.shape[:-1], -(-codes.shape[-1] // _integer("block", block, 1)))
     _expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
-    return E4M3[codes] * np.repeat(scales.astype(np.float32), block, axis=-1)[..., : codes.shape[-1]]
+    scales = xp.repeat(scales.astype(np.float32), block, axis=-1)[..., : codes.shape[-1]]
+    return xp.asarray(E4M3)[codes] * scales
 
 
 def _check_bytes(name, x):
-    fits = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim > 0
-    kind = f"a {type(x).__name__} of {getattr(x, 'dtype', 'objects')}"
-    _expect(fits, name, kind, "uint8 [..., N]", TypeError)
+    xp = _library(name, x)
+    fits = x.dtype == np.uint8 and x.ndim > 0
+    _expect(fits, name, f"of {x.ndim} axes and dtype {x.dtype}", "uint8 [..., N]", TypeError)
+    return xp
 
 
 def pack_kv_fp8(kv):
@@ -1252,6 +1259,8 @@ def _packed_bytes(width, rope):
 
 def _pack(x, rope):
     """x [..., D], the last `rope` values in bfloat16, the others in e4m3 -> uint8 [..., _packed_bytes]."""
+    if _library("x", x) is not np:
+        return _gpu_pack(x, rope)
     # With rope a scale is max(amax / 448, 1e-4) rounded up; without, for index keys, that of quantize_fp8.
     codes, scales = _quantize(x[..., : x.shape[-1] - rope], FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
     tail = np.ascontiguousarray(x[..., x.shape[-1] - rope :], np.float32)
@@ -1262,11 +1271,11 @@ def _pack(x, rope):
 
 
 def _unpack(packed, width, rope):
-    scales, tail = width - rope, packed.shape[-1] - 2 * rope
-    x = np.empty((*packed.shape[:-1], width), np.float32)
-    scale = np.ascontiguousarray(packed[..., scales:tail]).view("<f4")
+    xp, scales, tail = _library("packed", packed), width - rope, packed.shape[-1] - 2 * rope
+    x = xp.empty((*packed.shape[:-1], width), np.float32)
+    scale = xp.ascontiguousarray(packed[..., scales:tail]).view("<f4")
     x[..., :scales] = dequantize_fp8(packed[..., :scales], scale)
-    x[..., scales:] = _widened(np.ascontiguousarray(packed[..., tail:]).view("<u2"))
+    x[..., scales:] = _widened(xp.ascontiguousarray(packed[..., tail:]).view("<u2"))
     return x
 
 
@@ -2078,3 +2087,151 @@ def _launch(name, grid, block, *args, shared=0, **constants):
             if shared > kernel.max_dynamic_shared_size_bytes:
                 kernel.max_dynamic_shared_size_bytes = shared
             kernel(grid, block, tuple(args), shared_mem=shared)
+
+
+# What attention launches, and what fp8 does
+
+
+def _strides(x):
+    """x [..., N, G, D] as what a kernel takes: a pointer (one value), and the strides of batch, N and G.
+
+    A view is read where it stands, if its last axis is contiguous and its batch axes are one; else copied.
+    """
+    xp = sys.modules["cupy"]
+    x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    if x.size == 0:
+        return xp.zeros(1, x.dtype), (0, 0, 0)
+    if x.strides[-1] != x.itemsize and x.shape[-1] > 1:
+        x = xp.ascontiguousarray(x)
+    return xp.ndarray((1,), x.dtype, x.data), tuple(stride // x.itemsize for stride in x.strides[:3])
+
+
+def _alignment(x, strides, width):
+    """The largest copy in bytes, up to 16, to which every row of x is aligned."""
+    return math.gcd(16, x.data.ptr, *(stride * x.itemsize for stride in (*strides, width)))
+
+
+def _gpu_indices(indices, num_keys):
+    """indices as int32, contiguous; what stands outside [0, num_keys) stays so."""
+    xp = sys.modules["cupy"]
+    if indices.dtype != np.int32:
+        indices = xp.where((indices >= 0) & (indices < num_keys), indices.astype(np.int32), np.int32(-1))
+    return xp.ascontiguousarray(indices)
+
+
+@functools.cache
+def _mma_tiles(device, heads, d, d_v, tied, packed):
+    """HEADS, KEYS and the shared memory of attend_mma; None where tensor cores do not pay or do not fit.
+
+    The first that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads by 16
+    values take 8 of a thread's 255 registers, of which it can spare 128.
+    """
+    device = sys.modules["cupy"].cuda.Device(device)
+    if int(device.compute_capability) < 80 or heads < 8 or not d or not d_v:
+        return None
+    row, v_row = (-(-x // 64) * 64 for x in (d, d_v))
+    pairs = -(-(-(-d_v // 16)) // 8)
+    most = device.attributes["MaxSharedMemoryPerBlockOptin"]
+    for block in (64, 32, 16):
+        for keys in (64, 32):
+            per_key = 2 * row + (-(-packed // 16) * 16 if packed else 2 * row + (0 if tied else 4 * v_row))
+            columns = min(8 // min(2, block // 16), keys // 8)
+            shared = block * (2 * row + 128) + keys * (per_key + 8) + 4 * block * (columns + 1)
+            fits = shared <= most and block // 16 * pairs * 8 <= 128
+            if fits and (block == 16 or heads > block // 2):
+                return block, keys, shared
+    return None
+
+
+def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
+    """Equation (3) by the kernels attend or, for 8 and more heads of a group in 16 bits, attend_mma.
+
+    indices [..., T, K], or windows as _windows makes them. Values that are k[..., :Dv] are read once.
+    packed=(R, rope): k is uint8 [..., S, 1, _packed_bytes(R + rope, rope)], as _pack makes it, D is R + rope
+    and v is not looked at: the values are the first Dv. q in bfloat16 then takes tensor cores.
+    Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
+    """
+    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in "T S H G D Dv".split())
+    dtype = _accumulator(*((q,) if packed else (q, k, v)))
+    rows, rank, rope = math.prod(n["..."]) * T, *(packed or (0, 0))
+    tied = bool(packed) or (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype) and Dv <= D
+    width = _packed_bytes(D, rope) if packed else D
+    k, k_strides = _strides(k)
+    v, v_strides = (k, k_strides) if tied else _strides(v)
+    align = _alignment(k, k_strides, width), _alignment(v, v_strides, Dv)
+    tiles = None
+    if q.dtype.itemsize == 2 and (packed or q.dtype == k.dtype == v.dtype):
+        whole = rank % 8 == rope % 8 == 0 and align[0] >= 4 and q.dtype.name == "bfloat16"
+        if not packed or whole:
+            tiles = _mma_tiles(q.device.id, H // G, D, Dv, tied, packed and width)
+    most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * dtype.itemsize <= 40960)
+    heads, keys, shared = tiles or (min(most, 1 << max(0, H // G - 1).bit_length()), 32, 0)
+
+    q = xp.ascontiguousarray(q)
+    q = q if q.data.ptr % 16 == 0 else q.copy()
+    slots = S if indices is None else indices.shape[-1]
+    blocks = rows * G * -(-(H // G) // heads)
+    splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
+    chunk = max(1, -(-slots // (splits * keys)) * keys)
+    splits = max(1, -(-slots // chunk))
+    out, lse = xp.empty((*n["..."], T, H, Dv), q.dtype), xp.empty((*n["..."], T, H), dtype)
+    sink = None if sink is None else xp.ascontiguousarray(sink, dtype)
+    parts = None
+    if splits > 1:
+        parts = xp.empty((splits, rows, H, Dv), dtype), xp.empty((splits, rows, H), dtype)
+    arrays = (
+        q, k, v, None if indices is None else _gpu_indices(indices, S), *(windows or (None, None)),
+        sink if parts is None else None, *(parts or (out, lse)),
+    )  # fmt: skip
+    scalars = (
+        T,
+        S,
+        H,
+        G,
+        -1 if indices is None else slots,
+        chunk,
+        *k_strides,
+        *v_strides,
+        np.float64(scale).view(np.int64),
+    )
+    macros = {"HEADS": heads, "D": D, "DV": Dv, "TIED": int(tied), "R8": rank, "ROPE": rope}
+    macros["OUT"] = dtype if parts else q.dtype
+    if tiles:
+        macros |= {"KEYS": keys, "TYPE": q.dtype, "VEC": align[0], "VVEC": align[1]}
+        _launch("attend_mma", (blocks, splits), (256,), *arrays, *scalars, shared=shared, **macros)
+    else:
+        macros |= {"QT": q.dtype, "KT": k.dtype, "VT": v.dtype, "ACC": dtype}
+        shared = heads * D * dtype.itemsize
+        _launch("attend", (blocks, splits), (128,), *arrays, *scalars, shared=shared, **macros)
+    if parts:
+        macros = {"DV": Dv, "ACC": dtype, "OUT": q.dtype}
+        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, splits, rows * H, H, **macros)
+    return out, lse
+
+
+def _gpu_quantize(x, block, scale, least):
+    """_quantize on the GPU, byte for byte."""
+    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
+    codes = xp.empty(x.shape, np.uint8)
+    scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
+    _gpu_codes(x, codes, scales, (0, 0), x.shape[-1], block, scale, least)
+    return codes, scales
+
+
+def _gpu_pack(x, rope):
+    """_pack on the GPU, byte for byte."""
+    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
+    packed, codes = xp.empty((*x.shape[:-1], _packed_bytes(x.shape[-1], rope)), np.uint8), x.shape[-1] - rope
+    offsets = codes, packed.shape[-1] - 2 * rope
+    _gpu_codes(x, packed, packed, offsets, codes, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
+    return packed
+
+
+def _gpu_codes(x, out, scales, offsets, width, block, scale, least):
+    """quantize_fp8: the first `width` values of each row of x to out, their scales at an offset in scales."""
+    rows, rope = math.prod(x.shape[:-1]), x.shape[-1] - width
+    warps = rows * (-(-width // block) + (rope > 0))
+    strides = x.shape[-1], out.shape[-1], scales.shape[-1] * scales.itemsize
+    macros = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": _accumulator(x)}
+    scalars = (rows, width, rope, *strides, *offsets, float(least))
+    _launch("quantize_fp8", (-(-warps // 8),), (256,), x, out, scales, *scalars, **macros)

@@ -1,0 +1,626 @@
+// SPDX-License-Identifier: MIT
+// The kernels of dsa.py, compiled one at a time by CuPy: -D<KERNEL> picks one, further macros are its constants.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+
+// ---------------------------------------------------------------------------------------------------------
+// Shared: conversions, and one PTX instruction per wrapper, named as the ISA names it
+// ---------------------------------------------------------------------------------------------------------
+
+typedef long long i64;
+typedef unsigned char u8;
+typedef __nv_bfloat16 bf16;
+
+template <class A, class B> struct same { static constexpr bool value = false; };
+template <class A> struct same<A, A> { static constexpr bool value = true; };
+
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(u8 x) { return x; }
+
+template <class T, class A> __device__ __forceinline__ T narrow(A x) {
+    if constexpr (same<T, __half>::value) return __float2half_rn(float(x));
+    else if constexpr (same<T, bf16>::value) return __float2bfloat16_rn(float(x));
+    else return T(x);
+}
+
+template <class T> __device__ __forceinline__ unsigned pack2(float lo, float hi) {
+    unsigned r;
+    if constexpr (same<T, __half>::value) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+// Copies N bytes, or writes N zeros where !there (then src is not read).
+template <int N> __device__ __forceinline__ void cp_async(unsigned dst, const void* src, bool there) {
+    if constexpr (N == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(N),
+                     "r"(there ? N : 0));
+}
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned a) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x2(unsigned& r0, unsigned& r1, unsigned a) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r0), "=r"(r1) : "r"(a) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned a) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+}
+
+// c [16, 8] += a [16, 16] b [16, 8]
+template <class T> __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if constexpr (same<T, __half>::value)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A tile of rows of 2-byte values in shared memory. Its 16-byte chunks are stored at chunk ^ (row % 8), so that
+// ldmatrix, which reads one chunk of 8 rows, touches all banks. A row is a multiple of 8 chunks.
+__device__ __forceinline__ unsigned swizzled(int row, int chunk) {
+    return ((chunk >> 3) << 7) | (((chunk ^ row) & 7) << 4);
+}
+
+// e4m3 of a code, exact. The bits << 7 are a float16 whose exponent has the bias 7 in place of 15. Not by way of a
+// subnormal float32: CuPy compiles with -ftz=true, which makes those 0.
+__device__ __forceinline__ float e4m3(u8 code) {
+    const float x = __half2float(__ushort_as_half((code & 127) << 7 | (code & 128) << 8)) * 256;
+    return (code & 127) == 127 ? __uint_as_float(0x7FC00000 | (code >> 7) << 31) : x;
+}
+
+// softmax(z, lse): the share of its out that a row with sink z keeps
+template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
+    return z == -A(CUDART_INF_F) ? A(1) : A(1) / (A(1) + exp(z - lse));
+}
+
+// ---------------------------------------------------------------------------------------------------------
+// attend                                                              eq. (3) of dsa.py
+//     out[t,h] = sum_i softmax_i(scale * q[t,h] . k[key_i, g]) v[key_i, g],   g = h / R;   lse[t,h]
+// in    q [B, T, H, D], k and v with strides (v = k where TIED), or k packed (R8 e4m3 | scales | ROPE bf16)
+//       key_i = indices[b, t, i] int32 (outside [0, S): absent), or the window [k_start[b, t], k_end[b, t])
+// out   out [Z, B, T, H, DV], lse [Z, B, T, H], every element written; Z splits of `chunk` slots each
+// grid  (B * T * G * head tiles, Z)  block 128
+// smem  HEADS * D values of Q, dynamic
+// cost  2 * (D + DV) FLOP for each head and key; a block reads its keys once for HEADS heads
+// macros  HEADS (of one group), D, DV, TIED, QT, KT, VT, OUT, ACC, R8, ROPE (R8 = 0: not packed)
+// ---------------------------------------------------------------------------------------------------------
+#if defined(ATTEND) || defined(ATTEND_MMA)
+struct Shape {
+    i64 T, S, H, G, slots, chunk;                            // slots: of indices, -1: windows
+    i64 k_batch, k_key, k_group, v_batch, v_key, v_group;    // strides, in elements
+};
+
+// What a block works on: one query, heads `head`.. of a group, and some of its slots.
+struct Job {
+    i64 row, b;
+    int group, head, heads;  // heads: how many of its HEADS there are
+    int start, lo, hi;
+    const int* keys;
+
+    __device__ Job(const Shape& n, const int* indices, const int* k_start, const int* k_end) {
+        const int per_group = n.H / n.G, tiles = (per_group + HEADS - 1) / HEADS;
+        const i64 x = blockIdx.x;
+        row = x / tiles / n.G, b = row / n.T, group = x / tiles % n.G;
+        head = x % tiles * HEADS, heads = min(HEADS, per_group - head), head += group * per_group;
+        i64 count = n.slots;
+        start = 0, keys = n.slots < 0 ? nullptr : indices + row * n.slots;
+        if (n.slots < 0) {
+            const i64 end = k_end ? k_end[row] : n.S - n.T + row % n.T + 1;
+            start = k_start ? k_start[row] : 0;
+            count = end - start;
+        }
+        lo = (int)max(0ll, min(blockIdx.y * n.chunk, count)), hi = (int)max(0ll, min(lo + n.chunk, count));
+    }
+    __device__ int key(int i, i64 S) const {  // -1: absent
+        const int key = i >= hi ? -1 : keys ? keys[i] : start + i;
+        return key >= 0 && key < S ? key : -1;
+    }
+};
+#endif
+
+#ifdef ATTEND
+constexpr int ATTEND_KEYS = 32, COLUMNS = DV ? (DV + 127) / 128 : 1;
+constexpr int SCALES = (R8 + 127) / 128;
+
+__device__ __forceinline__ ACC key_value(const KT* row, int d) {
+    if constexpr (R8 == 0) {
+        return widen(row[d]);
+    } else {
+        const u8* at = (const u8*)row;
+        const u8* s = d < R8 ? at + R8 + d / 128 * 4 : at + R8 + SCALES * 4 + (d - R8) * 2;
+        if (d >= R8) return __uint_as_float((unsigned)s[0] << 16 | (unsigned)s[1] << 24);
+        return e4m3(at[d]) * __uint_as_float(s[0] | s[1] << 8 | s[2] << 16 | (unsigned)s[3] << 24);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_start, const int* k_end,
+       const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
+       i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale) {
+    const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
+    extern __shared__ __align__(16) char shared[];
+    ACC* q_s = (ACC*)shared;  // [HEADS][D]
+    __shared__ ACC p[HEADS][ATTEND_KEYS], m[HEADS], total[HEADS], rescale[HEADS];
+    __shared__ int ids[ATTEND_KEYS];
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const Job job(n, indices, k_start, k_end);
+    const ACC log2e = ACC(1.4426950408889634), c = ACC(scale * 1.4426950408889634), inf = ACC(CUDART_INF_F);
+
+    for (int i = tid; i < HEADS * D; i += 128)
+        q_s[i] = i / D < job.heads ? ACC(widen(q[(job.row * n.H + job.head) * D + i])) : ACC(0);
+    if (tid < HEADS) m[tid] = -inf, total[tid] = 0;
+    ACC o[HEADS][COLUMNS] = {};
+    k += job.b * n.k_batch + job.group * n.k_group;
+    if constexpr (!TIED) v += job.b * n.v_batch + job.group * n.v_group;
+
+    for (int i = job.lo; i < job.hi; i += ATTEND_KEYS) {
+        __syncthreads();
+        if (tid < ATTEND_KEYS) ids[tid] = job.key(i + tid, n.S);
+        __syncthreads();
+        for (int j = warp; j < ATTEND_KEYS; j += 4) {  // scores: a warp takes a key, its lanes the values
+            ACC dot[HEADS] = {};
+            if (ids[j] >= 0)
+                for (int d = lane; d < D; d += 32) {
+                    const ACC x = key_value(k + ids[j] * n.k_key, d);
+#pragma unroll
+                    for (int h = 0; h < HEADS; h++) dot[h] += q_s[h * D + d] * x;
+                }
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                for (int w = 16; w; w /= 2) dot[h] += __shfl_xor_sync(~0u, dot[h], w);
+                if (lane == 0) p[h][j] = ids[j] < 0 ? -inf : dot[h] * c;
+            }
+        }
+        __syncthreads();
+        for (int h = warp; h < HEADS; h += 4) {  // online softmax: a warp takes a head, its lanes the keys
+            const ACC x = p[h][lane], before = m[h];
+            ACC top = x;
+            for (int w = 16; w; w /= 2) top = fmax(top, __shfl_xor_sync(~0u, top, w));
+            top = fmax(top, before);
+            const ACC safe = top == -inf ? ACC(0) : top, share = exp2(x - safe), factor = exp2(before - safe);
+            ACC sum = share;
+            for (int w = 16; w; w /= 2) sum += __shfl_xor_sync(~0u, sum, w);
+            __syncwarp();
+            p[h][lane] = share;
+            if (lane == 0) m[h] = top, rescale[h] = factor, total[h] = total[h] * factor + sum;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) o[h][j] *= rescale[h];
+#pragma unroll 4
+        for (int s = 0; s < ATTEND_KEYS; s++) {
+            if (ids[s] < 0) continue;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+                const int d = tid + 128 * j;
+                if (d >= DV) continue;
+                ACC x;
+                if constexpr (TIED) x = key_value(k + ids[s] * n.k_key, d);
+                else x = widen(v[ids[s] * n.v_key + d]);
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) o[h][j] += p[h][s] * x;
+            }
+        }
+    }
+    __syncthreads();
+    const i64 rows = (i64)gridDim.x / ((n.H / n.G + HEADS - 1) / HEADS) / n.G, first = blockIdx.y * rows;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        if (h >= job.heads) continue;
+        const i64 at = (first + job.row) * n.H + job.head + h;
+        const ACC log_sum = total[h] == 0 ? -inf : (m[h] + log2(total[h])) / log2e;
+        const ACC share = (total[h] == 0 ? ACC(0) : 1 / total[h])
+                          * (sink ? kept_share(sink[job.head + h], log_sum) : ACC(1));
+        if (tid == 0) lse[at] = log_sum;
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++)
+            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = narrow<OUT>(o[h][j] * share);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_mma                                                          eq. (3), as attend, on tensor cores
+// in    q, k, v of TYPE, float16 or bfloat16; packed keys are decoded to bfloat16, exactly
+// grid  (B * T * G * head tiles, Z)  block 256: 8 warps
+// smem  Q | two tiles of K (packed: one, and one of bytes) | two of V unless TIED | P | row maxima | rescale
+//       HEADS = KEYS = 64, D = 576, tied: 72 + 144 + 8 + 1.8 KB
+// S = Q K^T: WM x WN warps, each MT * 16 heads by NT * 8 keys.   O += P V: each warp all heads by PAIRS * 16 of DV,
+// so that a value is read from shared memory once. While a tile is multiplied the next one is copied.
+// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes that rows of k and v are aligned to)
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_MMA
+constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;  // values of a row in shared memory
+constexpr int STEPS = (D + 15) / 16;                                 // of 16 values of q . k
+constexpr int BYTES = R8 + (R8 + 127) / 128 * 4 + 2 * ROPE, BYTE_ROW = (BYTES + 15) / 16 * 16;
+constexpr bool PACKED = R8 > 0;
+constexpr int WM = HEADS >= 32 ? 2 : 1, MT = HEADS / 16 / WM;
+constexpr int WN = 8 / WM < KEYS / 8 ? 8 / WM : KEYS / 8, NT = KEYS / 8 / WN;
+constexpr int OM = HEADS / 16, OCTETS = (DV + 15) / 16, PAIRS = (OCTETS + 7) / 8;
+constexpr int PASSES = KEYS / 32;
+static_assert(KEYS == 32 || KEYS == 64, "a copy takes 32 keys at a time, a row of P is 128 bytes");
+static_assert(NT == 1 || NT == 2, "a warp reads keys with one ldmatrix");
+static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys are decoded 8 at a time");
+
+// N bytes from src, or zeros, by the 8 threads of a row.
+template <int N, int ALIGN, bool SWIZZLE>
+__device__ __forceinline__ void copy_row(char* tile, int row, int stride, const void* src, bool there, int part) {
+    char* base = tile + row * stride;
+    constexpr int STEP = ALIGN;
+#pragma unroll
+    for (int o = part * STEP; o < N; o += 8 * STEP) {
+        char* dst = base + (SWIZZLE ? swizzled(row, o / 16) + o % 16 : o);
+        if constexpr (ALIGN >= 4) cp_async<STEP>(shared_address(dst), (const char*)src + (there ? o : 0), there);
+        else if constexpr (ALIGN == 2) *(unsigned short*)dst = there ? *(const unsigned short*)((const char*)src + o) : 0;
+    }
+}
+
+// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits.
+__device__ __forceinline__ uint4 decode8(uint2 codes, float scale) {
+    const bf16 s = __float2bfloat16_rn(scale), unbias = __float2bfloat16_rn(0x1p120f);
+    unsigned r[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned two = __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // a byte in each half
+        const unsigned bits = (two & 0x007F007F) << 4 | (two & 0x00800080) << 8;
+        __nv_bfloat162 x = *(const __nv_bfloat162*)&bits;
+        x = __hmul2(__hmul2(x, __nv_bfloat162(unbias, unbias)), __nv_bfloat162(s, s));
+        r[i] = *(unsigned*)&x;
+        if ((two & 0x7F) == 0x7F) r[i] |= 0x7FC0;
+        if ((two & 0x7F0000) == 0x7F0000) r[i] |= 0x7FC00000;
+    }
+    return make_uint4(r[0], r[1], r[2], r[3]);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 1)
+attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start, const int* k_end,
+           const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
+           i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale) {
+    const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
+    extern __shared__ __align__(128) char shared[];
+    char* q_s = shared;                                           // [HEADS][ROW]
+    char* k_s = q_s + HEADS * ROW * 2;                            // [1 or 2][KEYS][ROW]
+    char* v_s = TIED ? k_s : k_s + 2 * KEYS * ROW * 2;            // [2][KEYS][VROW]
+    char* byte_s = k_s + KEYS * ROW * 2;                          // [KEYS][BYTE_ROW] if PACKED
+    char* p_s = PACKED ? byte_s + KEYS * BYTE_ROW : TIED ? k_s + 2 * KEYS * ROW * 2 : v_s + 2 * KEYS * VROW * 2;
+    float* max_s = (float*)(p_s + HEADS * 128);                   // [WN][HEADS]
+    float* rescale_s = max_s + WN * HEADS;                        // [HEADS]
+    int* there_s = (int*)(rescale_s + HEADS);                     // [2][KEYS]
+
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const int wm = warp % WM, wn = warp / WM;
+    const bool scores = warp < WM * WN;
+    const Job job(n, indices, k_start, k_end);
+    const float c = float(scale * 1.4426950408889634);
+    const i64 k_at = job.b * n.k_batch + job.group * n.k_group, v_at = job.b * n.v_batch + job.group * n.v_group;
+
+    if constexpr (D % 16 != 0 || (!TIED && DV % 16 != 0)) {  // padding takes part in the products
+        for (char* at = shared + tid * 16; at < p_s; at += 256 * 16) *(uint4*)at = make_uint4(0, 0, 0, 0);
+        __syncthreads();
+    }
+    for (int h = tid / 8; h < HEADS; h += 32)
+        copy_row<D * 2, D % 8 == 0 ? 16 : 2, true>(q_s, h, ROW * 2, q + (job.row * n.H + job.head + (h < job.heads ? h : 0)) * D,
+                                                   h < job.heads, tid % 8);
+
+    int ids[PASSES];
+    const auto look_up = [&](int i) {
+#pragma unroll
+        for (int p = 0; p < PASSES; p++) ids[p] = job.key(job.lo + i * KEYS + p * 32 + tid / 8, n.S);
+    };
+    const auto copy = [&](int i) {  // starts the copy of tile i; says whether any key of this thread is there
+        bool any = false;
+#pragma unroll
+        for (int p = 0; p < PASSES; p++) {
+            const int row = p * 32 + tid / 8;
+            const bool there = ids[p] >= 0;
+            const i64 id = there ? ids[p] : 0;
+            if (tid % 8 == 0) there_s[i % 2 * KEYS + row] = there;
+            any |= there;
+            if constexpr (PACKED) {
+                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_at + id * n.k_key, there, tid % 8);
+            } else {
+                copy_row<D * 2, VEC, true>(k_s + i % 2 * KEYS * ROW * 2, row, ROW * 2,
+                                           (const TYPE*)k + k_at + id * n.k_key, there, tid % 8);
+                if constexpr (!TIED)
+                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2, v + v_at + id * n.v_key,
+                                                 there, tid % 8);
+            }
+        }
+        return any;
+    };
+    const auto decode = [&]() {
+        if constexpr (PACKED) {
+            constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8 + !PACKED;
+            for (int u = tid; u < KEYS * UNITS; u += 256) {
+                const int row = u / UNITS, at = u % UNITS;
+                const char* entry = byte_s + row * BYTE_ROW;
+                uint4 x;
+                if (at < CODES) {
+                    const float s = *(const float*)(entry + R8 + at * 8 / 128 * 4);
+                    x = decode8(make_uint2(*(const unsigned*)(entry + at * 8), *(const unsigned*)(entry + at * 8 + 4)), s);
+                } else {
+                    const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
+                    x = make_uint4(e[0], e[1], e[2], e[3]);
+                }
+                *(uint4*)(k_s + row * ROW * 2 + swizzled(row, at)) = x;
+            }
+        }
+    };
+
+    float o[OM][2 * PAIRS][4] = {}, m[MT][2], total[MT][2] = {};
+#pragma unroll
+    for (int i = 0; i < MT; i++) m[i][0] = m[i][1] = -CUDART_INF_F;
+    const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
+    bool any = false;
+    if (tiles > 0) look_up(0), any = copy(0), look_up(1);
+
+    for (int i = 0; i < tiles; i++) {
+        cp_async_wait_all();
+        const bool some = __syncthreads_or(any);  // tile i is here, and nobody reads tile i - 1 any more
+        if constexpr (PACKED) {
+            if (some) decode();
+            __syncthreads();
+        }
+        if (i + 1 < tiles) any = copy(i + 1), look_up(i + 2);
+        if (!some) continue;
+        const unsigned k_tile = shared_address(k_s + (PACKED ? 0 : i % 2) * KEYS * ROW * 2);
+        const unsigned v_tile = TIED ? k_tile : shared_address(v_s + i % 2 * KEYS * VROW * 2);
+        constexpr int V_ROW = TIED ? ROW : VROW;
+
+        float s[MT][NT][4] = {};
+        if (scores) {
+            // 1. s = q . k, in base 2, absent keys -inf
+            const int q_row = wm * MT * 16 + lane % 16, k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
+            const unsigned q_base = shared_address(q_s) + q_row * ROW * 2, k_base = k_tile + k_row * ROW * 2;
+#pragma unroll 4
+            for (int step = 0; step < STEPS; step++) {
+                unsigned a[MT][4], b[4];
+#pragma unroll
+                for (int x = 0; x < MT; x++)
+                    ldmatrix_x4(a[x], q_base + x * 16 * ROW * 2 + swizzled(q_row, step * 2 + lane / 16));
+                const unsigned at = k_base + swizzled(k_row, step * 2 + lane / 8 % 2);
+                if constexpr (NT == 2) ldmatrix_x4(b, at);
+                else ldmatrix_x2(b[0], b[1], at);
+#pragma unroll
+                for (int x = 0; x < MT; x++)
+#pragma unroll
+                    for (int y = 0; y < NT; y++) mma<TYPE>(s[x][y], a[x], b[2 * y], b[2 * y + 1]);
+            }
+            // 2. row maxima of this warp's keys
+#pragma unroll
+            for (int y = 0; y < NT; y++)
+#pragma unroll
+                for (int z = 0; z < 2; z++) {
+                    const bool there = there_s[i % 2 * KEYS + wn * NT * 8 + y * 8 + lane % 4 * 2 + z];
+#pragma unroll
+                    for (int x = 0; x < MT; x++) {
+                        s[x][y][z] = there ? s[x][y][z] * c : -CUDART_INF_F;
+                        s[x][y][z + 2] = there ? s[x][y][z + 2] * c : -CUDART_INF_F;
+                    }
+                }
+#pragma unroll
+            for (int x = 0; x < MT; x++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float top = -CUDART_INF_F;
+#pragma unroll
+                    for (int y = 0; y < NT; y++) top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+                    if (lane % 4 == 0) max_s[wn * HEADS + (wm * MT + x) * 16 + half * 8 + lane / 4] = top;
+                }
+        }
+        __syncthreads();
+        if (scores) {
+            // 3. p = exp2(s - max), the sum, and how much o shrinks
+#pragma unroll
+            for (int x = 0; x < MT; x++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
+                    float top = m[x][half];
+#pragma unroll
+                    for (int w = 0; w < WN; w++) top = fmaxf(top, max_s[w * HEADS + row]);
+                    const float safe = top == -CUDART_INF_F ? 0 : top, factor = exp2f(m[x][half] - safe);
+                    float sum = 0;
+#pragma unroll
+                    for (int y = 0; y < NT; y++) {
+                        const float p0 = exp2f(s[x][y][2 * half] - safe), p1 = exp2f(s[x][y][2 * half + 1] - safe);
+                        sum += p0 + p1;
+                        *(unsigned*)(p_s + row * 128 + swizzled(row, wn * NT + y) + lane % 4 * 4) = pack2<TYPE>(p0, p1);
+                    }
+                    total[x][half] = total[x][half] * factor + sum;
+                    m[x][half] = top;
+                    if (wn == 0 && lane % 4 == 0) rescale_s[row] = factor;
+                }
+        }
+        __syncthreads();
+        // 4. o = o * factor + p v
+#pragma unroll
+        for (int x = 0; x < OM; x++) {
+            const float f0 = rescale_s[x * 16 + lane / 4], f1 = rescale_s[x * 16 + 8 + lane / 4];
+            if (__any_sync(~0u, f0 != 1 || f1 != 1))
+#pragma unroll
+                for (int y = 0; y < 2 * PAIRS; y++) o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
+        }
+#pragma unroll
+        for (int step = 0; step < KEYS / 16; step++) {
+            unsigned a[OM][4];
+            const int v_row = step * 16 + lane % 16;
+#pragma unroll
+            for (int x = 0; x < OM; x++)
+                ldmatrix_x4(a[x], shared_address(p_s) + (x * 16 + lane % 16) * 128 + swizzled(lane % 16, step * 2 + lane / 16));
+#pragma unroll
+            for (int y = 0; y < PAIRS; y++) {
+                if (warp * PAIRS + y >= OCTETS) continue;
+                unsigned b[4];
+                ldmatrix_x4_trans(b, v_tile + v_row * V_ROW * 2 + swizzled(v_row, (warp * PAIRS + y) * 2 + lane / 16));
+#pragma unroll
+                for (int x = 0; x < OM; x++) {
+                    mma<TYPE>(o[x][2 * y], a[x], b[0], b[1]);
+                    mma<TYPE>(o[x][2 * y + 1], a[x], b[2], b[3]);
+                }
+            }
+        }
+    }
+    // 5. Each row's sum, from the threads that hold parts of it; then the division, the sink and the cast
+    cp_async_wait_all();
+    __syncthreads();
+    if (scores)
+#pragma unroll
+        for (int x = 0; x < MT; x++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
+                float sum = total[x][half];
+                sum += __shfl_xor_sync(~0u, sum, 1);
+                sum += __shfl_xor_sync(~0u, sum, 2);
+                if (lane % 4 == 0) max_s[wn * HEADS + row] = sum;
+                if (lane % 4 == 0 && wn == 0) rescale_s[row] = m[x][half];
+            }
+    __syncthreads();
+    const i64 rows = (i64)gridDim.x / ((n.H / n.G + HEADS - 1) / HEADS) / n.G;
+    const i64 first = (blockIdx.y * rows + job.row) * n.H + job.head;
+    if (tid < HEADS) {
+        float sum = 0;
+        for (int w = 0; w < WN; w++) sum += max_s[w * HEADS + tid];
+        const float log_sum = sum == 0 ? -CUDART_INF_F : (rescale_s[tid] + log2f(sum)) * 0.6931471805599453f;
+        float share = sum == 0 ? 0 : 1 / sum;
+        if (tid < job.heads) {
+            lse[first + tid] = log_sum;
+            if (sink) share *= kept_share(sink[job.head + tid], log_sum);
+        }
+        rescale_s[tid] = share;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int x = 0; x < OM; x++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = x * 16 + half * 8 + lane / 4;
+            const float share = rescale_s[row];
+            if (row >= job.heads) continue;
+#pragma unroll
+            for (int y = 0; y < 2 * PAIRS; y++) {
+                const int d = warp * PAIRS * 16 + y * 8 + lane % 4 * 2;
+                const float x0 = o[x][y][2 * half] * share, x1 = o[x][y][2 * half + 1] * share;
+                OUT* at = out + (first + row) * DV + d;
+                if constexpr (DV % 2 == 0) {
+                    if (d >= DV) continue;
+                    if constexpr (same<OUT, float>::value) *(float2*)at = make_float2(x0, x1);
+                    else *(unsigned*)at = pack2<OUT>(x0, x1);
+                } else {
+                    if (d < DV) at[0] = narrow<OUT>(x0);
+                    if (d + 1 < DV) at[1] = narrow<OUT>(x1);
+                }
+            }
+        }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// merge_attention                                                     what `splits` blocks found, together
+//     L = logsumexp_i(lses[i]);   out = sum_i exp(lses[i] - L) outs[i],  the sink's share taken off;   lse = L
+// in    outs [splits, rows, DV], lses [splits, rows] of ACC; rows = B * T * H;  sink [H] ACC or null
+// out   out [rows, DV] OUT, lse [rows] ACC
+// grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
+// ---------------------------------------------------------------------------------------------------------
+#ifdef MERGE_ATTENTION
+extern "C" __global__ void __launch_bounds__(128)
+merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows, i64 H) {
+    const i64 row = blockIdx.x;
+    const ACC inf = ACC(CUDART_INF_F);
+    ACC top = -inf, total = 0;
+    for (i64 i = 0; i < splits; i++) top = fmax(top, lses[i * rows + row]);
+    if (top == -inf) top = 0;
+    for (i64 i = 0; i < splits; i++) total += exp(lses[i * rows + row] - top);
+    const ACC log_sum = total == 0 ? -inf : top + log(total);
+    const ACC share = (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
+    if (threadIdx.x == 0) lse[row] = log_sum;
+    for (int d = threadIdx.x; d < DV; d += 128) {
+        ACC sum = 0;
+        for (i64 i = 0; i < splits; i++) sum += exp(lses[i * rows + row] - top) * outs[(i * rows + row) * DV + d];
+        out[row * DV + d] = narrow<OUT>(sum * share);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// quantize_fp8                                                        dsa._quantize and dsa._pack, byte for byte
+// in    x [rows, x_stride] of XT, whose first `width` values become codes and the `rope` after them bfloat16
+// out   of each row the codes at out + row * out_stride, the bfloat16 tail_offset after them, the float32 scales at
+//       scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
+// grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes one block, or the tail, of a row
+// macros  BLOCK, UE8M0, XT, ACC (double for float64)
+// ---------------------------------------------------------------------------------------------------------
+#ifdef QUANTIZE_FP8
+__device__ __forceinline__ bool sign_bit(__half x) { return __half_as_ushort(x) >> 15; }
+__device__ __forceinline__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x) >> 15; }
+__device__ __forceinline__ bool sign_bit(float x) { return __float_as_uint(x) >> 31; }
+__device__ __forceinline__ bool sign_bit(double x) { return __double_as_longlong(x) < 0; }
+
+// With -ftz=true a cast would make subnormal results 0.
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(double x) {
+    float y;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(y) : "d"(x));
+    return y;
+}
+
+__device__ __forceinline__ u8 e4m3_code(XT raw, float scale) {
+    const ACC x = widen(raw), size = fmin(fabs(x / ACC(scale)), ACC(448));
+    if (isnan(x)) return 127 | sign_bit(raw) << 7;
+    int exponent;
+    frexp(size, &exponent);
+    const int digits = min(4 - exponent, 9);  // after the binary point; 9 for subnormals
+    const float rounded = float(ldexp(rint(ldexp(size, digits)), -digits));
+    const int code = rounded < 0x1p-6f ? int(rounded * 512) : int((__float_as_uint(rounded) >> 20) - (120 << 3));
+    return u8(code) | sign_bit(raw) << 7;
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride, i64 out_stride,
+             i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
+    const i64 blocks = (width + BLOCK - 1) / BLOCK, parts = blocks + (rope > 0);
+    const i64 job = blockIdx.x * 8ll + threadIdx.x / 32, row = job / parts, part = job % parts;
+    const int lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    x += row * x_stride;
+    if (part == blocks) {
+        for (i64 i = lane; i < rope; i += 32) {
+            const float y = to_float(widen(x[width + i]));
+            unsigned bits = __float_as_uint(y);
+            bits = isnan(y) ? 0x7FC0 : (bits + (bits >> 16 & 1) + 0x7FFF) >> 16;
+            u8* at = out + row * out_stride + tail_offset + 2 * i;
+            at[0] = bits, at[1] = bits >> 8;
+        }
+        return;
+    }
+    const i64 first = part * BLOCK, end = min(first + BLOCK, width);
+    ACC most = 0;
+    for (i64 i = first + lane; i < end; i += 32) most = fmax(most, fabs(ACC(widen(x[i]))));  // passes over NaN
+    for (int w = 16; w; w /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, w));
+    float scale = fminf(fmaxf(float(most), least), 0x1.fffffep127f) / 448.0f;
+    if (UE8M0) scale = __uint_as_float((__float_as_uint(scale) + 0x7FFFFF) & 0xFF800000);  // up to a power of two
+    if (lane < 4) scales[row * scale_stride + scale_offset + part * 4 + lane] = __float_as_uint(scale) >> 8 * lane;
+    for (i64 i = first + lane; i < end; i += 32) out[row * out_stride + i] = e4m3_code(x[i], scale);
+}
+#endif
