@@ -2071,8 +2071,8 @@ def _gpu_select(n, quota, rows, indices, block):
 def _launch(name, grid, block, *args, shared=0, **constants):
     """Launch a kernel on the current stream of the device that its arrays are on.
 
-    Arrays have to be contiguous; an int arrives as long long, a float as float, None as a null pointer. A
-    constant may be a dtype. shared: bytes of dynamic shared memory.
+    Arrays have to be contiguous; an int arrives as long long, a float as float, a NumPy number as what it is,
+    None as a null pointer. A    constant may be a dtype. shared: bytes of dynamic shared memory.
     """
     cupy = sys.modules["cupy"]
     arrays = [x for x in args if isinstance(x, cupy.ndarray)]
@@ -2080,7 +2080,7 @@ def _launch(name, grid, block, *args, shared=0, **constants):
     _expect(len(devices) == 1, "the device of the arrays", sorted(devices), "one")
     _expect(all(x.flags.c_contiguous for x in arrays), "an array", "not contiguous", "contiguous arrays")
     named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in constants.items()}
-    args = [np.float32(x) if isinstance(x, float) else np.int64(0) if x is None else x for x in args]
+    args = [np.float32(x) if type(x) is float else np.int64(0) if x is None else x for x in args]
     if min(grid) > 0:
         with arrays[0].device:
             kernel = _kernel(arrays[0].device.id, name, tuple(sorted(named.items())))
@@ -2183,29 +2183,21 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         q, k, v, None if indices is None else _gpu_indices(indices, S), *(windows or (None, None)),
         sink if parts is None else None, *(parts or (out, lse)),
     )  # fmt: skip
-    scalars = (
-        T,
-        S,
-        H,
-        G,
-        -1 if indices is None else slots,
-        chunk,
-        *k_strides,
-        *v_strides,
-        np.float64(scale).view(np.int64),
-    )
-    macros = {"HEADS": heads, "D": D, "DV": Dv, "TIED": int(tied), "R8": rank, "ROPE": rope}
-    macros["OUT"] = dtype if parts else q.dtype
+    counts = T, S, H, G, -1 if indices is None else slots, chunk
+    scalars = (*counts, *k_strides, *v_strides, np.float64(scale))
+    macros = {"HEADS": heads, "TIED": int(tied), "R8": rank, "ROPE": rope, "OUT": dtype if parts else q.dtype}
     if tiles:
-        macros |= {"KEYS": keys, "TYPE": q.dtype, "VEC": align[0], "VVEC": align[1]}
+        macros |= {"D": D, "DV": Dv, "KEYS": keys, "TYPE": q.dtype, "VEC": align[0], "VVEC": align[1]}
         _launch("attend_mma", (blocks, splits), (256,), *arrays, *scalars, shared=shared, **macros)
     else:
-        macros |= {"QT": q.dtype, "KT": k.dtype, "VT": v.dtype, "ACC": dtype}
+        macros |= {"QT": q.dtype, "KT": k.dtype, "VT": v.dtype, "ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
         shared = heads * D * dtype.itemsize
-        _launch("attend", (blocks, splits), (128,), *arrays, *scalars, shared=shared, **macros)
+        _launch("attend", (blocks, splits), (128,), *arrays, *scalars, D, Dv, shared=shared, **macros)
     if parts:
-        macros = {"DV": Dv, "ACC": dtype, "OUT": q.dtype}
-        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, splits, rows * H, H, **macros)
+        types = {"ACC": dtype, "OUT": q.dtype}
+        _launch(
+            "merge_attention", (rows * H,), (128,), *parts, sink, out, lse, splits, rows * H, H, Dv, **types
+        )
     return out, lse
 
 

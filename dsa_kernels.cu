@@ -98,7 +98,7 @@ template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
 // grid  (B * T * G * head tiles, Z)  block 128
 // smem  HEADS * D values of Q, dynamic
 // cost  2 * (D + DV) FLOP for each head and key; a block reads its keys once for HEADS heads
-// macros  HEADS (of one group), D, DV, TIED, QT, KT, VT, OUT, ACC, R8, ROPE (R8 = 0: not packed)
+// macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8, ROPE (R8 = 0: not packed)
 // ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_MMA)
 struct Shape {
@@ -135,7 +135,7 @@ struct Job {
 #endif
 
 #ifdef ATTEND
-constexpr int ATTEND_KEYS = 32, COLUMNS = DV ? (DV + 127) / 128 : 1;
+constexpr int ATTEND_KEYS = 32;
 constexpr int SCALES = (R8 + 127) / 128;
 
 __device__ __forceinline__ ACC key_value(const KT* row, int d) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ ACC key_value(const KT* row, int d) {
 extern "C" __global__ void __launch_bounds__(128)
 attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_start, const int* k_end,
        const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
-       i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale) {
+       i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale, i64 D, i64 DV) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(16) char shared[];
     ACC* q_s = (ACC*)shared;  // [HEADS][D]
@@ -545,7 +545,8 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
 // ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
 extern "C" __global__ void __launch_bounds__(128)
-merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows, i64 H) {
+merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows, i64 H,
+                i64 DV) {
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
     ACC top = -inf, total = 0;
