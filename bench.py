@@ -1126,11 +1126,8 @@ class StagedLayer(dsa.DSALayer):
 
 def layer_shapes(d: dsa.LayerDims, **n: int) -> dict[str, list[int]]:
     """The weights' shapes, given dim and the ranks."""
-    n |= {"kv_lora_rank+rope": n["kv_lora_rank"] + d.qk_rope_head_dim, "H*v": d.n_heads * d.v_head_dim}
-    n["H*(nope+rope)"] = d.n_heads * (d.qk_nope_head_dim + d.qk_rope_head_dim)
-    n["H*(nope+v)"] = d.n_heads * (d.qk_nope_head_dim + d.v_head_dim)
-    n |= {"J": d.index_n_heads, "E": d.index_head_dim, "J*E": d.index_n_heads * d.index_head_dim}
-    return {name: [n[axis] for axis in axes.split()] for name, (_, axes) in dsa.WEIGHTS.items()}
+    n |= vars(d)
+    return {name: [eval(x, {}, n) for x in axes.split()] for name, (_, axes) in dsa.WEIGHTS.items()}
 
 
 def random_weights(shapes) -> dict[str, np.ndarray]:

@@ -1324,8 +1324,10 @@ class KVCache:
         _expect(storage in (*FLOATS, "fp8"), "storage", repr(storage), f"one of {(*FLOATS, 'fp8')}")
         _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         if storage == "bfloat16":
-            import ml_dtypes  # gives NumPy the dtype of this name
-
+            try:
+                import ml_dtypes  # gives NumPy the dtype of this name
+            except ImportError:
+                raise ImportError("storage 'bfloat16' needs ml_dtypes: pip install ml_dtypes") from None
             self.dtype = np.dtype(ml_dtypes.bfloat16)
         else:
             self.dtype = np.dtype(storage.replace("fp8", "uint8"))
@@ -1369,7 +1371,8 @@ class KVCache:
         new = self._new_lengths(count, lengths)
         need = int((self._lengths + new).max())
         if need > self.capacity:
-            _expect(self.grow, "the cache", "full", f"at most capacity = {self.capacity} tokens, not {need}")
+            most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
+            _expect(self.grow, "the cache", "full", most)
             self._allocate(max(need, 2 * self.capacity))
         for b, (start, more) in enumerate(zip(self._lengths.tolist(), new.tolist())):
             self._write(b, start, {name: self._encode(name, x[b, :more]) for name, x in tokens.items()})
@@ -1676,22 +1679,22 @@ def _reserve(file, nbytes):
 # 9. One DeepSeek-V3.2 layer
 # ----------------------------------------------------------------------------------------------------------
 
-WEIGHTS = {  # the name in DeepSeek's code: the name in the checkpoint, axes
+WEIGHTS = {  # the name in DeepSeek's code: the name in the checkpoint, axes: fields of LayerDims, or free
     "wq_a": ("q_a_proj", "q_lora_rank dim"),
     "q_norm": ("q_a_layernorm", "q_lora_rank"),
-    "wq_b": ("q_b_proj", "H*(nope+rope) q_lora_rank"),
-    "wkv_a": ("kv_a_proj_with_mqa", "kv_lora_rank+rope dim"),
+    "wq_b": ("q_b_proj", "n_heads*(qk_nope_head_dim+qk_rope_head_dim) q_lora_rank"),
+    "wkv_a": ("kv_a_proj_with_mqa", "kv_lora_rank+qk_rope_head_dim dim"),
     "kv_norm": ("kv_a_layernorm", "kv_lora_rank"),
-    "wkv_b": ("kv_b_proj", "H*(nope+v) kv_lora_rank"),
-    "wo": ("o_proj", "dim H*v"),
-    "indexer.wq_b": ("indexer.wq_b", "J*E q_lora_rank"),
-    "indexer.wk": ("indexer.wk", "E dim"),
-    "indexer.k_norm": ("indexer.k_norm", "E"),
-    "indexer.k_norm.bias": ("indexer.k_norm.bias", "E"),
-    "indexer.weights_proj": ("indexer.weights_proj", "J dim"),
+    "wkv_b": ("kv_b_proj", "n_heads*(qk_nope_head_dim+v_head_dim) kv_lora_rank"),
+    "wo": ("o_proj", "dim n_heads*v_head_dim"),
+    "indexer.wq_b": ("indexer.wq_b", "index_n_heads*index_head_dim q_lora_rank"),
+    "indexer.wk": ("indexer.wk", "index_head_dim dim"),
+    "indexer.k_norm": ("indexer.k_norm", "index_head_dim"),
+    "indexer.k_norm.bias": ("indexer.k_norm.bias", "index_head_dim"),
+    "indexer.weights_proj": ("indexer.weights_proj", "index_n_heads dim"),
 }
 LAYER_PREFIX = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_attn|attn)\.")
-SCALES = "_scale_inv"  # what follows a weight's name in that of its scales, of blocks of 128 x 128
+SCALES = ".weight_scale_inv"  # ends the name of the scales, of 128 x 128 blocks, of an fp8 weight
 SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
 
 
@@ -1767,7 +1770,10 @@ class DSALayer:
     weights: arrays [out, in] under the names of the checkpoint or of DeepSeek's code, see WEIGHTS, also
     with model.layers.N.self_attn. before them; dims: the fields of LayerDims. ValueError for a weight that
     is missing, superfluous or of a wrong shape. A layer without indexer.* weights takes its selection from
-    another layer: layer(x, indices=indices). streams: what a token leaves in a cache, see new_cache.
+    another layer: layer(x, indices=indices).
+
+    Attributes: dim and kv_lora_rank, which follow from the weights, dims, has_indexer, and streams, what a
+    token leaves in a cache.
     """
 
     def __init__(self, weights, **dims):
@@ -1775,7 +1781,7 @@ class DSALayer:
         self.weights, n = _named_weights(weights, d)
         self.dim, self.kv_lora_rank = n["dim"], n["kv_lora_rank"]
         self.has_indexer = "indexer.wk" in self.weights
-        self.streams: dict[str, Any] = {"k": (1, n["kv_lora_rank+rope"])}
+        self.streams: dict[str, Any] = {"k": (1, n["kv_lora_rank+qk_rope_head_dim"])}
         if self.has_indexer:
             self.streams["index_k"] = (d.index_head_dim,)
         self._frequencies = d.frequencies()
@@ -1787,44 +1793,56 @@ class DSALayer:
 
     @classmethod
     def from_safetensors(cls, path, layer=0, **dims):
-        """A layer of a checkpoint: a .safetensors file, a model.safetensors.index.json, or the folder of one.
+        """A layer of a checkpoint: its folder, its model.safetensors.index.json, or a .safetensors file.
 
-        fp8 weights are multiplied by their weight_scale_inv, one for each block of 128 x 128.
+        fp8 weights are multiplied by their scales, one for each block of 128 x 128. What DeepSeek's script
+        converted works too, if it is in one part (model0-mp1). dims: where config.json differs from V3.2.
+        ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, layer = os.fspath(path), _integer("layer", layer, 0)
+        path, layer = os.path.expanduser(os.fspath(path)), _integer("layer", layer, 0)
+        files = [path]
         if os.path.isdir(path):
             index = os.path.join(path, "model.safetensors.index.json")
-            path = index if os.path.exists(index) else os.path.join(path, "model.safetensors")
-        files = [path]
-        if path.endswith(".json"):
-            with open(path, encoding="utf-8") as file:
+            whole = [os.path.join(path, x) for x in sorted(os.listdir(path)) if x.endswith(".safetensors")]
+            files = [index] if os.path.exists(index) else whole
+        if len(files) == 1 and files[0].endswith(".json"):
+            with open(files[0], encoding="utf-8") as file:
                 shards = json.load(file).get("weight_map", {})
             shards = {file for name, file in shards.items() if _of_layer(name, layer)}
-            files = [os.path.join(os.path.dirname(path), file) for file in sorted(shards)]
+            files = [os.path.join(os.path.dirname(files[0]), file) for file in sorted(shards)]
         weights: dict[str, Any] = {}
         for name in files:
             weights |= _read_safetensors(name, layer)
         _expect(weights, "path", repr(path), f"a checkpoint with attention weights of layer {layer}")
         for name in [name for name in weights if name.endswith(SCALES)]:
-            scales, codes = weights.pop(name), weights.get(name.removesuffix(SCALES), np.zeros(0))
-            _expect(codes.dtype == np.uint8, name, "given", "fp8 weights for it")
+            own = name.removesuffix(SCALES) + ".weight"
+            scales, codes = weights.pop(name), weights.get(own, np.zeros(0))
+            _expect(codes.dtype == np.uint8, name, "given", f"fp8 weights for it, {own}")
             shape = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
             fits = scales.shape == shape
             _expect(fits, name, f"of shape {scales.shape}", f"{shape}, one for 128 x 128 weights")
             scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
-            weights[name.removesuffix(SCALES)] = dequantize_fp8(codes, scales)
+            weights[own] = dequantize_fp8(codes, scales)
         for name, x in weights.items():
-            _expect(x.dtype != np.uint8, name + SCALES, "missing", f"the scales of {name}, which is fp8")
+            scales = name.removesuffix(".weight") + SCALES
+            _expect(x.dtype != np.uint8, scales, "missing", f"the scales of {name}, which is fp8")
         return cls(weights, **dims)
 
-    def new_cache(self, batch, capacity, storage="float32", grow=False):
-        """An empty KVCache for this layer: what a token leaves are its latent and k_pe, and its index key."""
-        kwargs = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp}
-        return KVCache(capacity, qk_rope_head_dim=self.dims.qk_rope_head_dim, **kwargs, **self.streams)
+    def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
+        """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
+
+        The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
+        """
+        kind = HybridKVCache if tiers else KVCache
+        kwargs = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp, **tiers}
+        return kind(capacity, qk_rope_head_dim=self.dims.qk_rope_head_dim, **kwargs, **self.streams)
 
     def __call__(self, x, cache=None, *, lengths=None, indices=None, core="auto"):
-        """x [B, T, dim] -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
+        """x [B, T, dim], normed -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
 
+        x has gone through the norm before the attention, which is no part of this layer. All is computed in
+        float32, or float64 if x or a weight is; if x alone is, that converts the weights at every call.
+        indices are int32, ascending, then -1; K = min(index_topk, keys so far).
         lengths [B]: how many of each sequence's T tokens are real; the rows of the others are 0, and -1.
         cache: of this layer's streams; x continues its sequences, each from its own length on, and a call
         that raises leaves it as it was. indices: attend to these instead of selecting.
@@ -1864,7 +1882,8 @@ class DSALayer:
         _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
         has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
         needs = (self.streams, self.dims.qk_rope_head_dim, batch)
-        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", f"{needs}")
+        own = f"{needs}, as new_cache makes it"
+        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
         return cache.lengths
 
     def _project(self, w, x, start, selects=True):
@@ -1987,7 +2006,7 @@ def _weight_name(name):
 
 def _of_layer(name, layer):
     prefix = LAYER_PREFIX.match(name)
-    return int(prefix[1]) == layer if prefix else _weight_name(name.removesuffix(SCALES)) in WEIGHTS
+    return int(prefix[1]) == layer if prefix else _weight_name(name.replace(SCALES, ".weight")) in WEIGHTS
 
 
 def _named_weights(weights, d):
@@ -2004,14 +2023,12 @@ def _named_weights(weights, d):
         needed = indexed or not name.startswith("indexer.")
         _expect(name in found or not needed, f"{name} ({alias})", "missing", "it among the weights")
     n = _dims(**{given[name]: (x, WEIGHTS[name][1]) for name, x in found.items()})
-    nope, rope, v = d.qk_nope_head_dim, d.qk_rope_head_dim, d.v_head_dim
-    sizes = {"H*(nope+rope)": d.n_heads * (nope + rope), "H*(nope+v)": d.n_heads * (nope + v)}
-    sizes |= {"H*v": d.n_heads * v, "kv_lora_rank+rope": n["kv_lora_rank"] + rope}
-    sizes |= {"J": d.index_n_heads, "E": d.index_head_dim, "J*E": d.index_n_heads * d.index_head_dim}
+    known = vars(d) | {"kv_lora_rank": n["kv_lora_rank"]}
     for name, x in found.items():
         for axis, size in zip(WEIGHTS[name][1].split(), x.shape):
-            expected = sizes.get(axis, size)
-            _expect(size == expected, given[name], f"of shape {x.shape}", f"{axis} = {expected}")
+            if all(word in known for word in re.findall(r"\w+", axis)):
+                expected = eval(axis, {}, known)  # a product in WEIGHTS
+                _expect(size == expected, given[name], f"of shape {x.shape}", f"{axis} = {expected}")
     dtype = _accumulator(*found.values())
     return {name: x.astype(dtype, copy=False) for name, x in found.items()}, n
 
@@ -2023,9 +2040,14 @@ def _read_safetensors(path, layer):
     found, total = {}, os.path.getsize(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        _expect(0 < size <= total - 8, path, f"a file of {total} bytes", "a whole safetensors file")
-        header = json.loads(file.read(size))
-    for name, entry in header.items():
+        whole = "a whole safetensors file (is it a Git LFS pointer?)"
+        _expect(0 < size <= total - 8, path, f"a file of {total} bytes", whole)
+        try:
+            header = json.loads(file.read(size))
+        except ValueError:
+            raise ValueError(f"{path} is without a readable header, expected {whole}") from None
+    for raw, entry in header.items():
+        name = re.sub(r"\.scale$", SCALES, raw)  # so DeepSeek's conversion script calls it
         if name != "__metadata__" and _of_layer(name, layer):
             dtype, count = SAFETENSORS.get(entry["dtype"]), math.prod(entry["shape"])
             _expect(dtype, name, f"of dtype {entry['dtype']}", f"one of {[*SAFETENSORS]}", TypeError)

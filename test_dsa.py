@@ -2155,8 +2155,7 @@ def test_a_cache_of_less_precision_costs_as_much_as_its_rounding(dsa, hidden, st
     cache = layer.new_cache(2, 50, storage)
     y, exact = layer(hidden, cache)[0], layer(hidden)[0]
     assert 0 < np.abs(y - exact).max() < error * np.abs(exact).max()
-    with dsa.HybridKVCache(50, fast_bytes=10**3, batch=2, storage=storage, qk_rope_head_dim=8,
-                           **layer.streams) as hybrid:  # fmt: skip
+    with layer.new_cache(2, 50, storage, fast_bytes=10**3) as hybrid:
         layer(hidden[:, :49], hybrid, core="absorbed"), cache.truncate(np.array([49, 49]))
         results = [layer(hidden[:, 49:], c, core="absorbed") for c in (hybrid, cache)]
         assert_same(*results)
@@ -2299,7 +2298,7 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
     with pytest.raises(ValueError, match=r"q_b_proj.weight_scale_inv is missing"):
         dsa.DSALayer.from_safetensors(tmp_path / "bare.safetensors", **SMALL)
     for wrong, error, match in (
-        ({"wq_b_scale_inv": ("F32", np.ones((1, 1), F32))}, ValueError, "wq_b_scale_inv is given"),
+        ({"wq_b.weight_scale_inv": ("F32", np.ones((1, 1), F32))}, ValueError, "wq_b.* is given"),
         ({"q_b_proj.weight_scale_inv": ("F32", np.ones((9, 1), F32))}, ValueError, "scale_inv is of shape"),
         ({"q_b_proj.weight": ("I64", np.ones(1, int))}, TypeError, "I64"),
     ):
@@ -2311,9 +2310,21 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
         (tmp_path / "model.safetensors").write_bytes(whole[:size])
         (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
         with pytest.raises(ValueError, match=r"model\.safetensors is"):
-            dsa.DSALayer.from_safetensors(tmp_path, layer=33, **SMALL)
+            dsa.DSALayer.from_safetensors(tmp_path / "model.safetensors", layer=33, **SMALL)
+    (tmp_path / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b"no header" + bytes(9))
+    with pytest.raises(ValueError, match=r"model\.safetensors is without"):
+        dsa.DSALayer.from_safetensors(tmp_path / "model.safetensors", **SMALL)
     with pytest.raises(TypeError, match="layer"):
         dsa.DSALayer.from_safetensors(tmp_path, layer="3", **SMALL)
+    (tmp_path / "converted").mkdir()  # by DeepSeek's script: other names, no index
+    named = {alias: ours for ours, alias in CHECKPOINT.items()}
+    convert = lambda n: ".".join(named.get(x, x) for x in n.split(".")).replace("weight_scale_inv", "scale")  # noqa: E731
+    converted = {
+        "layers.3.attn." + convert(name): x for name, x in bare.items() if "norm" not in name or "_" in name
+    }
+    write_safetensors(tmp_path / "converted" / "model0-mp1.safetensors", converted)
+    assert any(name.endswith("wq_b.scale") for name in converted)
+    assert_same(dsa.DSALayer.from_safetensors(tmp_path / "converted", layer=3, **SMALL)(hidden), expected)
 
 
 def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, capsys):
@@ -2330,11 +2341,13 @@ def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, c
     write_safetensors(folder / "part.safetensors", {name: ("F32", x) for name, x in weights.items()})
     index = {"weight_map": dict.fromkeys(weights, "part.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    small = functools.partial(dsa.DSALayer.from_safetensors, **SMALL)
+    small = functools.partial(
+        dsa.DSALayer.from_safetensors, **{k: n for k, n in SMALL.items() if k != "index_topk"}
+    )
     monkeypatch.setattr(dsa.DSALayer, "from_safetensors", small)
     monkeypatch.chdir(tmp_path)
     exec(block, {})
-    assert capsys.readouterr().out == f"(1, 1, {DIM}) (1, 1, 6) [300] {32 + 4 + 2 * 8 + 16 + 4}\n"
+    assert capsys.readouterr().out == f"(1, 1, {DIM}) (1, 1, 64) [300] {32 + 4 + 2 * 8 + 16 + 4}\n"
 
 
 def test_all_e4m3_codes_round_trip(dsa):
