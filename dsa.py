@@ -1985,7 +1985,7 @@ def _launch(name, grid, block, *args, shared=0, **constants):
 
 
 SCORE_BYTES = 2**28  # scores that lightning_select holds at a time on a GPU
-TILES = {128: 4, 256: 2, 512: 1}  # index_scores_mma: tiles of 16 keys that fit a warp's registers, by their width
+TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
 def _aligned(x, multiple=1):
@@ -1999,25 +1999,29 @@ def _aligned(x, multiple=1):
     return padded
 
 
+def _score_dtype(index_q, index_k, weights):
+    return np.dtype(np.float32) if index_q.dtype == np.uint8 else _accumulator(index_q, index_k, weights)
+
+
 def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
     """index_q may be e4m3 codes, uint8 [..., T, J, E], their scales in the weights; index_k is then
     uint8 [..., S, E + 4], codes and a float32 scale. n["offset"]: S - T, unless T are some of the queries.
     """
     T, S, J, E = n["T"], n["S"], n["J"], index_q.shape[-1]
     dtype, alike = index_q.dtype, index_q.dtype == index_k.dtype
-    real = np.dtype(np.float32) if dtype == np.uint8 else _accumulator(index_q, index_k, weights)
+    real = _score_dtype(index_q, index_k, weights)
     scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
-    weights, offset, batch = _aligned(weights.astype(real, copy=False)), n.get("offset", S - T), math.prod(n["..."])
-    tiles = next((m for width, m in TILES.items() if E <= width), 0)
+    weights = _aligned(weights.astype(real, copy=False))
+    offset, batch = n.get("offset", S - T), math.prod(n["..."])
+    tiles = next((m for width, m in TILES.items() if width >= E), 0)
     if alike and dtype.itemsize <= 2 and real == np.float32 and tiles and J * E:
-        keys, span = 64 * tiles, 64 // dtype.itemsize
         index_q = _aligned(index_q, 16 // dtype.itemsize)
-        heads = 8 if J <= 8 else 16 if J <= 16 else 32
-        _launch(
-            "index_scores_mma", (batch * -(-T // 64) * -(-S // keys),), (128,), index_q, _aligned(index_k), weights,
-            *windows, scores, T, S, offset, shared=4 * heads * (-(-E // span) * 64 + 20), ELEMENT=dtype, J=J, E=E,
-            PITCH=index_q.shape[-1], TILES=tiles,
-        )  # fmt: skip
+        heads, span = 8 if J <= 8 else 16 if J <= 16 else 32, 64 // dtype.itemsize
+        blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
+        args = (index_q, _aligned(index_k), weights, *windows, scores, T, S, offset)
+        shared = 4 * heads * (-(-E // span) * 64 + 20)  # 4 of the kernel's struct Stage
+        sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "TILES": tiles}
+        _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, ELEMENT=dtype, **sizes)
     else:
         index_q, index_k = (_aligned(x.astype(real, copy=False)) for x in (index_q, index_k))
         blocks = batch * -(-T // 8) * -(-S // (512 // real.itemsize))
@@ -2032,7 +2036,7 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
     indices = n["xp"].empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
     offset = n.get("offset", S - T) if causal else S  # S: up to the end
     args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
-    shared = 8320 + 64 + 8192 * (scores.itemsize + 4)  # struct Shared of the kernel
+    shared = 8400 + 2**15 // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
     _launch("select_topk", (math.prod(n["..."]) * T,), (512,), *args, shared=shared, REAL=scores.dtype)
     return indices
 
@@ -2040,7 +2044,7 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
 def _gpu_lightning_select(n, index_q, index_k, weights, quota, windows):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
     xp, T, S = n["xp"], n["T"], n["S"]
-    real = _accumulator(*(x for x in (index_q, index_k, weights) if x.dtype != np.uint8))
+    real = _score_dtype(index_q, index_k, weights)
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if math.prod(n["..."]) * T <= most:
         scores = _gpu_index_scores(n, index_q, index_k, weights, windows)
