@@ -326,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 // in    scores [B, T, S] REAL = float or double; windows [B, T]
 // out   indices [B, T, K] i32, every element written
 // grid  B * T    block 512: one row
-// smem  8 KB of counts and CAPACITY candidates: 72 KB in float32, 56 in float64: three blocks on a multiprocessor
+// smem  8 KB of counts and CAPACITY candidates: 72 KB in float32, 56 in float64: two or three blocks a multiprocessor
 // cost  one read of the row and a sixteenth. A sample gives a score that somewhat more than top_k keys should
 //       reach, and those that do are held in shared memory. Where they are too few or too many, the row itself
 //       takes their place: it is exact either way.
@@ -469,7 +469,7 @@ __device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, l
     return behind ? begin : end;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, 3) select_topk(
+extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(REAL) == 8 ? 2 : 3) select_topk(
         const REAL* scores, const int* k_start, const int* k_end, int* indices, long long T, long long S, long long K,
         long long offset, long long top_k, long long local_window, long long num_sinks) {
     extern __shared__ __align__(16) unsigned char bytes[];
