@@ -43,6 +43,8 @@ __device__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+__device__ void prefetch_global_L2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -50,12 +52,12 @@ __device__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
 }
 
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __nv_bfloat16) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __half) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -332,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 //       takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef SELECT_TOPK
-constexpr int BLOCK = 512, WARPS = BLOCK / 32, VEC = 4, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
+constexpr int BLOCK = 512, WARPS = BLOCK / 32, VEC = 4, AHEAD = 4, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
 using Rank = Bits<sizeof(REAL)>::type;  // grows with the score, equal for equal scores; 0: not visible
@@ -349,11 +351,11 @@ struct Shared {
 
 __device__ Rank rank_of(REAL x) {
     if (!(x > -(REAL)CUDART_INF)) return 0;
-    x += 0;  // -0.0 is +0.0
     Rank bits;
     if constexpr (sizeof(REAL) == 8) bits = __double_as_longlong(x);
     else bits = __float_as_uint(x);
     constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1);
+    if (bits == SIGN) bits = 0;  // -0.0 is +0.0. Not by x + 0, which may flush denormals
     return bits & SIGN ? ~bits : bits | SIGN;
 }
 
@@ -385,17 +387,22 @@ __device__ Cut<Word> nth_largest(Shared& sh, long long n, int need, int leading,
         for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
         if (threadIdx.x == 0) sh.bin = -1;
         __syncthreads();
-        for (long long x = threadIdx.x; x - threadIdx.x % 32 < n; x += BLOCK) {
-            const Word w = x < n ? word(x) : 0;
-            const bool counts = w != 0 && (w & known) == prefix;
-            const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
-            const unsigned who = __ballot_sync(ALL, counts), leader = __ffs(who) - 1;
-            if (who == 0) continue;
-            const bool alike = digit == __shfl_sync(ALL, digit, leader);  // then one lane counts for all
-            if (!__all_sync(ALL, alike || !counts)) {
-                if (counts) atomicAdd(&sh.bins[digit], 1);
-            } else if (threadIdx.x % 32 == leader)
-                atomicAdd(&sh.bins[digit], __popc(who));
+        for (long long x = threadIdx.x; x - threadIdx.x % 32 < n; x += AHEAD * BLOCK) {
+            Word w[AHEAD];
+#pragma unroll
+            for (int v = 0; v < AHEAD; v++) w[v] = x + v * BLOCK < n ? word(x + v * BLOCK) : 0;
+#pragma unroll
+            for (int v = 0; v < AHEAD; v++) {
+                const bool counts = w[v] != 0 && (w[v] & known) == prefix;
+                const unsigned digit = (unsigned)(w[v] >> shift) & ((1u << (bits - shift)) - 1);
+                const unsigned who = __ballot_sync(ALL, counts), leader = __ffs(who) - 1;
+                if (who == 0) continue;
+                const bool alike = digit == __shfl_sync(ALL, digit, leader);  // then one lane counts for all
+                if (!__all_sync(ALL, alike || !counts)) {
+                    if (counts) atomicAdd(&sh.bins[digit], 1);
+                } else if (threadIdx.x % 32 == leader)
+                    atomicAdd(&sh.bins[digit], __popc(who));
+            }
         }
         __syncthreads();
         constexpr int OWN = BINS / BLOCK;
@@ -486,7 +493,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(REAL) == 8 ? 2 : 3) s
 
     const auto load_row = [&](long long lo, long long hi) {
         return [=](long long x, Rank* ranks) {
-            constexpr int WIDTH = 16 / sizeof(REAL);
+            constexpr int WIDTH = 16 / sizeof(REAL), FAR = 8 * BLOCK * VEC;
+            if (threadIdx.x % 8 == 0 && x + FAR < hi) prefetch_global_L2(row + x + FAR);
             if (lo <= x && x + VEC <= hi && (size_t)(row + x) % 16 == 0) {
                 for (int v = 0; v < VEC; v += WIDTH) {
                     const Vec vec = *(const Vec*)(row + x + v);
@@ -508,7 +516,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(REAL) == 8 ? 2 : 3) s
         // The least rank of a candidate, from runs of 8 keys in every 128.
         const int sampled = need / 16 + 4 * (int)sqrtf(need / 16) + 4;
         Rank floor = 1;
-        if (middle > CAPACITY) {
+        if (middle > CAPACITY || middle > 32 * sampled) {
             const auto sample = [&](long long x) { return rank_of(row[head + x / 8 * 128 + x % 8]); };
             if (sampled * 16 < CAPACITY) floor = nth_largest<Rank>(sh, middle / 128 * 8, sampled, 22, sample).at;
         }
