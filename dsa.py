@@ -2016,11 +2016,11 @@ def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
     tiles = next((m for width, m in TILES.items() if width >= E), 0)
     if alike and dtype.itemsize <= 2 and real == np.float32 and tiles and J * E:
         index_q = _aligned(index_q, 16 // dtype.itemsize)
-        heads, span = 8 if J <= 8 else 16 if J <= 16 else 32, 64 // dtype.itemsize
+        heads, row = min(-(-J // 8) * 8, 64 if E <= 256 else 32), -(-E * dtype.itemsize // 64) * 64
         blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
         args = (index_q, _aligned(index_k), weights, *windows, scores, T, S, offset)
-        shared = 4 * heads * (-(-E // span) * 64 + 20)  # 4 of the kernel's struct Stage
-        sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "TILES": tiles}
+        shared = 2 * heads * (row + 20)  # 2 of the kernel's struct Stage
+        sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
         _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, ELEMENT=dtype, **sizes)
     else:
         index_q, index_k = (_aligned(x.astype(real, copy=False)) for x in (index_q, index_k))
@@ -2037,7 +2037,9 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
     offset = n.get("offset", S - T) if causal else S  # S: up to the end
     args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
     shared = 8400 + 2**15 // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
-    _launch("select_topk", (math.prod(n["..."]) * T,), (512,), *args, shared=shared, REAL=scores.dtype)
+    rows = math.prod(n["..."]) * T
+    block = 512 if rows > 128 else 1024
+    _launch("select_topk", (rows,), (block,), *args, shared=shared, REAL=scores.dtype, BLOCK=block)
     return indices
 
 

@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_fma(
 // out   scores [B, T, S] f32, every element written
 // grid  B * ceil(T / 64) * ceil(S / KEYS), key tiles fastest: they share the queries in L2
 // block 128: each warp keeps TILES * 16 keys in registers, fragments of A, while heads of B stream past
-// smem  STAGES stages of up to 32 heads: 35 KB at J=64, E=128 in bf16
+// smem  2 stages of HEADS heads, a multiple of 8: 35 KB at J=64, E=128 in bf16
 // cost  2*J*E FLOP a (t,s). A warp reads a head once for its 64 keys: 2*E bytes for 128*E FLOP.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_MMA
@@ -157,13 +157,14 @@ template <class T> struct Operand { using type = T; };
 template <> struct Operand<unsigned char> { using type = __half; };  // which holds every code
 using Multiplied = Operand<ELEMENT>::type;
 constexpr bool FP8 = sizeof(ELEMENT) == 1;
-constexpr int QUERIES = 64, STAGES = 4, HEADS = J <= 8 ? 8 : J <= 16 ? 16 : 32;
+constexpr int QUERIES = 64, STAGES = 2;
 constexpr int KEYS = 4 * TILES * 16, GROUPS = (J + HEADS - 1) / HEADS;
 constexpr int SPAN = 64 / sizeof(ELEMENT);        // values of a head that one ldmatrix_x4 brings
 constexpr int LOADS = (E + SPAN - 1) / SPAN, STEPS = SPAN / 16, DEPTH = LOADS * STEPS;
 constexpr int ROW = LOADS * 64 + 16;              // bytes of a head in shared memory; 16 more shift the banks
 constexpr int ENTRY = FP8 ? E + 4 : E;            // of ELEMENT, of a key
 static_assert(PITCH * sizeof(ELEMENT) % 16 == 0 && PITCH >= E, "cp.async moves 16 bytes of index_q");
+static_assert(HEADS % 8 == 0, "a fragment of B is 8 heads");
 static_assert(TILES <= 4, "each of a quad's four lanes stores one tile");
 
 struct Stage {
@@ -271,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
             __syncthreads();
             fetch(job + STAGES - 1);
             const Stage& stage = stages[job % STAGES];
-#pragma unroll 1
+#pragma unroll 2
             for (int j = 0; j < HEADS && group * HEADS + j < J; j += 8) {
                 float product[TILES][4] = {};
 #pragma unroll
@@ -327,14 +328,14 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 //     num_sinks and the last local_window of them whatever they score. NaN and -inf are not visible.
 // in    scores [B, T, S] REAL = float or double; windows [B, T]
 // out   indices [B, T, K] i32, every element written
-// grid  B * T    block 512: one row
+// grid  B * T    block BLOCK: one row; 512 threads, or, where rows are too few to fill the chip, 1024
 // smem  8 KB of counts and CAPACITY candidates: 72 KB in float32, 56 in float64: two or three blocks a multiprocessor
 // cost  one read of the row and a sixteenth. A sample gives a score that somewhat more than top_k keys should
 //       reach, and those that do are held in shared memory. Where they are too few or too many, the row itself
 //       takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef SELECT_TOPK
-constexpr int BLOCK = 512, WARPS = BLOCK / 32, VEC = 4, AHEAD = 4, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
+constexpr int WARPS = BLOCK / 32, VEC = BLOCK == 1024 ? 32 / sizeof(REAL) : 4, AHEAD = BLOCK == 1024 ? 4 : 1, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
 using Rank = Bits<sizeof(REAL)>::type;  // grows with the score, equal for equal scores; 0: not visible
@@ -476,7 +477,7 @@ __device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, l
     return behind ? begin : end;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(REAL) == 8 ? 2 : 3) select_topk(
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 1024 ? 1 : sizeof(REAL) == 8 ? 2 : 3) select_topk(
         const REAL* scores, const int* k_start, const int* k_end, int* indices, long long T, long long S, long long K,
         long long offset, long long top_k, long long local_window, long long num_sinks) {
     extern __shared__ __align__(16) unsigned char bytes[];
@@ -493,7 +494,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, sizeof(REAL) == 8 ? 2 : 3) s
 
     const auto load_row = [&](long long lo, long long hi) {
         return [=](long long x, Rank* ranks) {
-            constexpr int WIDTH = 16 / sizeof(REAL), FAR = 8 * BLOCK * VEC;
+            constexpr int WIDTH = 16 / sizeof(REAL), FAR = 4 * BLOCK * VEC;
             if (threadIdx.x % 8 == 0 && x + FAR < hi) prefetch_global_L2(row + x + FAR);
             if (lo <= x && x + VEC <= hi && (size_t)(row + x) % 16 == 0) {
                 for (int v = 0; v < VEC; v += WIDTH) {
