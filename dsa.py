@@ -2036,7 +2036,7 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
     indices = n["xp"].empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
     offset = n.get("offset", S - T) if causal else S  # S: up to the end
     args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
-    shared = 8400 + 2**15 // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
+    shared = 8472 + 2**15 // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
     rows = math.prod(n["..."]) * T
     block = 512 if rows > 128 else 1024
     _launch("select_topk", (rows,), (block,), *args, shared=shared, REAL=scores.dtype, BLOCK=block)

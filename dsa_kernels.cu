@@ -171,6 +171,7 @@ struct Stage {
     alignas(16) unsigned char heads[HEADS][ROW];
     float weights[HEADS];
 };
+static_assert(sizeof(Stage) == HEADS * (ROW + 4), "dsa.py asks for two of these");
 
 // The pair of values e, e + 1 of a key as two of the 16 bit type that is multiplied; zero beyond E.
 __device__ unsigned key_pair(const ELEMENT* key, int e) {
@@ -343,12 +344,13 @@ static_assert(BINS % BLOCK == 0, "each thread looks through as many bins");
 struct alignas(16) Vec { REAL x[16 / sizeof(REAL)]; };
 
 struct Shared {
-    int bins[BINS], sums[2][WARPS];
-    int bin, above, equal;
+    int bins[BINS], sums[2][32];
+    int bin, above, equal, unused;
     long long place;
     Rank rank[CAPACITY];
     int key[CAPACITY];
 };
+static_assert(sizeof(Shared) == 8472 + CAPACITY * (sizeof(REAL) + 4), "dsa.py asks for as much");
 
 __device__ Rank rank_of(REAL x) {
     if (!(x > -(REAL)CUDART_INF)) return 0;
