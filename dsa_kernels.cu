@@ -35,7 +35,8 @@ __device__ unsigned cvta_shared(const void* p) { return (unsigned)__cvta_generic
 
 template <int BYTES>  // 4, 8 or 16, to which both addresses are aligned
 __device__ void cp_async(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES) : "memory");
 }
 __device__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;"); }
 template <int PENDING>
@@ -43,23 +44,23 @@ __device__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ void prefetch_global_L2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(cvta_shared(row)));
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(cvta_shared(row)) : "memory");
 }
 
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __nv_bfloat16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-                 "{%0, %1, %2, %3};" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // relu as NumPy has it: NaN stays NaN, which fmaxf would make 0.
@@ -80,18 +81,20 @@ __device__ unsigned e4m3x2_to_half2(unsigned codes) {
 //     scores[t,s] = sum_j weights[t,j] * relu(index_q[t,j,:] . index_k[s,:]),  -inf outside t's window
 // in    index_q [B, T, J, E], index_k [B, S, E], weights [B, T, J] of REAL = float or double; windows [B, T]
 // out   scores [B, T, S] REAL, every element written
-// grid  B * ceil(T / 8) * ceil(S / KEYS), key tiles fastest    block 256: a warp a query, a lane 16 bytes of keys
+// grid  B * ceil(T / 8) * ceil(S / KEYS), key tiles fastest
+// block 256: a warp a query, a lane OWN keys
 // smem  24 KB: 32 values of a tile of keys, and of 8 heads of each warp's query
 // cost  2*J*E FLOP a (t,s); bound by FMA, shared memory close behind
 // ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FMA
 constexpr int OWN = 16 / sizeof(REAL), KEYS = 32 * OWN, HEADS = 8, DEPTH = 32;
+static_assert(DEPTH == 32, "a lane, and 8 times 4 warps, each load one value of a key");
 struct alignas(16) Vec { REAL x[OWN]; };
 
-extern "C" __global__ void __launch_bounds__(256) index_scores_fma(
+extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
         const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
         REAL* scores, long long T, long long S, long long J, long long E, long long offset) {
-    __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed; padded, so that 8 e by 4 keys miss each other
+    __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + 7) / 8;
@@ -101,31 +104,33 @@ extern "C" __global__ void __launch_bounds__(256) index_scores_fma(
     const bool live = __syncthreads_or(window.meets(s0, s0 + KEYS));
 
     const REAL* q = index_q + (b * T + t) * J * E;
-    const REAL* k = index_k + b * S * E;
+    const REAL* k = index_k + (b * S + s0) * E;
+    const int num_keys = min((long long)KEYS, S - s0);
+    const int e = lane % 8 + warp % 4 * 8, key = lane / 8 + warp / 4 * 4;  // a warp loads 8 values of 4 keys
     REAL sum[OWN] = {};
     for (long long j0 = 0; j0 < J && live; j0 += HEADS) {
         REAL product[HEADS][OWN] = {};
         for (long long e0 = 0; e0 < E; e0 += DEPTH) {
             __syncthreads();
-            for (int i = threadIdx.x; i < KEYS * DEPTH; i += 256) {  // a warp: 8 values of 4 keys
-                const int e = i % 8 + i / 32 % (DEPTH / 8) * 8, key = i / 8 % 4 + i / (4 * DEPTH) * 4;
-                const bool real = s0 + key < S && e0 + e < E;
-                keys[e][key / OWN].x[key % OWN] = real ? k[(s0 + key) * E + e0 + e] : 0;
+#pragma unroll 4
+            for (int i = 0; i < KEYS / 8; i++) {
+                const int s = key + 8 * i;
+                keys[e][s / OWN].x[s % OWN] = s < num_keys && e0 + e < E ? k[s * E + e0 + e] : 0;
             }
-            for (int i = lane; i < HEADS * DEPTH; i += 32) {
-                const int e = i % DEPTH, j = i / DEPTH;
-                const bool real = t < T && j0 + j < J && e0 + e < E;
-                heads[warp][j][e / OWN].x[e % OWN] = real ? q[(j0 + j) * E + e0 + e] : 0;
+#pragma unroll
+            for (int j = 0; j < HEADS; j++) {
+                const bool real = t < T && j0 + j < J && e0 + lane < E;
+                heads[warp][j][lane / OWN].x[lane % OWN] = real ? q[(j0 + j) * E + e0 + lane] : 0;
             }
             __syncthreads();
 #pragma unroll 4
-            for (int e = 0; e < DEPTH / OWN; e++) {
-                Vec key[OWN];
-                for (int i = 0; i < OWN; i++) key[i] = keys[e * OWN + i][lane];
+            for (int v = 0; v < DEPTH / OWN; v++) {
+                Vec own[OWN];
+                for (int i = 0; i < OWN; i++) own[i] = keys[v * OWN + i][lane];
                 for (int j = 0; j < HEADS; j++) {
-                    const Vec head = heads[warp][j][e];
+                    const Vec head = heads[warp][j][v];
                     for (int i = 0; i < OWN; i++)
-                        for (int o = 0; o < OWN; o++) product[j][o] += head.x[i] * key[i].x[o];
+                        for (int o = 0; o < OWN; o++) product[j][o] += head.x[i] * own[i].x[o];
                 }
             }
         }
@@ -195,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     Stage* stages = (Stage*)shared;
     __shared__ Window windows[QUERIES];
     __shared__ int live[QUERIES], num_live;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // PTX's group and place
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
     const long long tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + QUERIES - 1) / QUERIES;
     const long long tile = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
     const long long t0 = blockIdx.x / tiles % blocks_t * QUERIES, s0 = tile + warp * TILES * 16;
@@ -205,11 +210,13 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     // List the queries whose windows meet this tile; the others see nothing of it.
     if (threadIdx.x < QUERIES) {
         const bool real = threadIdx.x < queries;
-        windows[threadIdx.x] = real ? window_of(k_start, k_end, b, t0 + threadIdx.x, T, S, offset) : Window{0, 0};
+        windows[threadIdx.x] = {0, 0};
+        if (real) windows[threadIdx.x] = window_of(k_start, k_end, b, t0 + threadIdx.x, T, S, offset);
     }
     if constexpr (LOADS * SPAN > PITCH)  // cp.async never writes there
         for (int x = threadIdx.x; x < STAGES * HEADS; x += 128)
-            for (int e = PITCH * sizeof(ELEMENT); e < LOADS * 64; e++) stages[x / HEADS].heads[x % HEADS][e] = 0;
+            for (int y = PITCH * sizeof(ELEMENT); y < LOADS * 64; y++)
+                stages[x / HEADS].heads[x % HEADS][y] = 0;
     __syncthreads();
     if (warp == 0) {
         int before = 0;
@@ -263,7 +270,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         for (int half = 0; half < 2; half++) {
             const long long s = min(s0 + 16 * i + 8 * half + g, S - 1);
             const unsigned char* bytes = (const unsigned char*)(index_k + (b * S + s) * ENTRY + E);
-            scale[half] = __uint_as_float(bytes[0] | bytes[1] << 8 | bytes[2] << 16 | (unsigned)bytes[3] << 24);
+            const unsigned low = bytes[0] | bytes[1] << 8, high = bytes[2] | bytes[3] << 8;
+            scale[half] = __uint_as_float(low | high << 16);
         }
 
     for (int query = 0, job = 0; query < num_live; query++) {
@@ -329,14 +337,15 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 //     num_sinks and the last local_window of them whatever they score. NaN and -inf are not visible.
 // in    scores [B, T, S] REAL = float or double; windows [B, T]
 // out   indices [B, T, K] i32, every element written
-// grid  B * T    block BLOCK: one row; 512 threads, or, where rows are too few to fill the chip, 1024
-// smem  8 KB of counts and CAPACITY candidates: 72 KB in float32, 56 in float64: two or three blocks a multiprocessor
+// grid  B * T    block 512, or, where rows are too few to fill the chip, 1024: one row
+// smem  8 KB of counts and CAPACITY candidates: 72 KB in float32, 56 KB in float64
 // cost  one read of the row and a sixteenth. A sample gives a score that somewhat more than top_k keys should
-//       reach, and those that do are held in shared memory. Where they are too few or too many, the row itself
-//       takes their place: it is exact either way.
+//       reach, and those that do are held in shared memory. Where they are too few or too many, the row
+//       itself takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef SELECT_TOPK
-constexpr int WARPS = BLOCK / 32, VEC = BLOCK == 1024 ? 32 / sizeof(REAL) : 4, AHEAD = BLOCK == 1024 ? 4 : 1, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
+constexpr int WARPS = BLOCK / 32, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
+constexpr int VEC = BLOCK == 1024 ? 32 / sizeof(REAL) : 4;  // scores that a thread loads at a time
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
 using Rank = Bits<sizeof(REAL)>::type;  // grows with the score, equal for equal scores; 0: not visible
@@ -344,9 +353,9 @@ static_assert(BINS % BLOCK == 0, "each thread looks through as many bins");
 struct alignas(16) Vec { REAL x[16 / sizeof(REAL)]; };
 
 struct Shared {
-    int bins[BINS], sums[2][32];
-    int bin, above, equal, unused;
     long long place;
+    int bins[BINS], sums[2][32];
+    int bin, above, equal;
     Rank rank[CAPACITY];
     int key[CAPACITY];
 };
@@ -390,22 +399,17 @@ __device__ Cut<Word> nth_largest(Shared& sh, long long n, int need, int leading,
         for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
         if (threadIdx.x == 0) sh.bin = -1;
         __syncthreads();
-        for (long long x = threadIdx.x; x - threadIdx.x % 32 < n; x += AHEAD * BLOCK) {
-            Word w[AHEAD];
-#pragma unroll
-            for (int v = 0; v < AHEAD; v++) w[v] = x + v * BLOCK < n ? word(x + v * BLOCK) : 0;
-#pragma unroll
-            for (int v = 0; v < AHEAD; v++) {
-                const bool counts = w[v] != 0 && (w[v] & known) == prefix;
-                const unsigned digit = (unsigned)(w[v] >> shift) & ((1u << (bits - shift)) - 1);
-                const unsigned who = __ballot_sync(ALL, counts), leader = __ffs(who) - 1;
-                if (who == 0) continue;
-                const bool alike = digit == __shfl_sync(ALL, digit, leader);  // then one lane counts for all
-                if (!__all_sync(ALL, alike || !counts)) {
-                    if (counts) atomicAdd(&sh.bins[digit], 1);
-                } else if (threadIdx.x % 32 == leader)
-                    atomicAdd(&sh.bins[digit], __popc(who));
-            }
+        for (long long x = threadIdx.x; x - threadIdx.x % 32 < n; x += BLOCK) {
+            const Word w = x < n ? word(x) : 0;
+            const bool counts = w != 0 && (w & known) == prefix;
+            const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
+            const unsigned who = __ballot_sync(ALL, counts), leader = __ffs(who) - 1;
+            if (who == 0) continue;
+            const bool alike = digit == __shfl_sync(ALL, digit, leader);  // then one lane counts for all
+            if (!__all_sync(ALL, alike || !counts)) {
+                if (counts) atomicAdd(&sh.bins[digit], 1);
+            } else if (threadIdx.x % 32 == leader)
+                atomicAdd(&sh.bins[digit], __popc(who));
         }
         __syncthreads();
         constexpr int OWN = BINS / BLOCK;
@@ -437,7 +441,8 @@ __device__ Cut<Word> nth_largest(Shared& sh, long long n, int need, int leading,
 
 // Put what keep(rank, x) accepts of the positions begin <= x < end behind the `placed` that are, in order.
 template <class Load, class Keep, class Put>
-__device__ int compact(Shared& sh, long long begin, long long end, int placed, Load load, Keep keep, Put put) {
+__device__ int compact(Shared& sh, long long begin, long long end, int placed, Load load, Keep keep,
+                       Put put) {
     int turn = 0, total;
     __syncthreads();
     Rank next[VEC];
@@ -459,7 +464,8 @@ __device__ int compact(Shared& sh, long long begin, long long end, int placed, L
 }
 
 // Where the first `need` visible keys of begin..end end, or, from behind, where the last `need` begin.
-__device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, long long end, int need, bool behind) {
+__device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, long long end, int need,
+                                 bool behind) {
     int turn = 0, seen = 0, total;
     if (need == 0) return behind ? end : begin;
     for (long long x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
@@ -479,9 +485,11 @@ __device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, l
     return behind ? begin : end;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 1024 ? 1 : sizeof(REAL) == 8 ? 2 : 3) select_topk(
-        const REAL* scores, const int* k_start, const int* k_end, int* indices, long long T, long long S, long long K,
-        long long offset, long long top_k, long long local_window, long long num_sinks) {
+constexpr int RESIDENT = BLOCK == 1024 ? 1 : sizeof(REAL) == 8 ? 2 : 3;  // blocks on a multiprocessor
+
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
+        const REAL* scores, const int* k_start, const int* k_end, int* indices, long long T, long long S,
+        long long K, long long offset, long long top_k, long long local_window, long long num_sinks) {
     extern __shared__ __align__(16) unsigned char bytes[];
     Shared& sh = *(Shared*)bytes;
     const REAL* row = scores + (long long)blockIdx.x * S;
@@ -496,8 +504,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 1024 ? 1 : sizeof(R
 
     const auto load_row = [&](long long lo, long long hi) {
         return [=](long long x, Rank* ranks) {
-            constexpr int WIDTH = 16 / sizeof(REAL), FAR = 4 * BLOCK * VEC;
-            if (threadIdx.x % 8 == 0 && x + FAR < hi) prefetch_global_L2(row + x + FAR);
+            constexpr int WIDTH = 16 / sizeof(REAL);
             if (lo <= x && x + VEC <= hi && (size_t)(row + x) % 16 == 0) {
                 for (int v = 0; v < VEC; v += WIDTH) {
                     const Vec vec = *(const Vec*)(row + x + v);
@@ -521,7 +528,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 1024 ? 1 : sizeof(R
         Rank floor = 1;
         if (middle > CAPACITY || middle > 32 * sampled) {
             const auto sample = [&](long long x) { return rank_of(row[head + x / 8 * 128 + x % 8]); };
-            if (sampled * 16 < CAPACITY) floor = nth_largest<Rank>(sh, middle / 128 * 8, sampled, 22, sample).at;
+            if (sampled * 16 < CAPACITY)
+                floor = nth_largest<Rank>(sh, middle / 128 * 8, sampled, 22, sample).at;
         }
         if (middle <= CAPACITY || sampled * 16 < CAPACITY) {
             held = compact(sh, aligned(head), tail, 0, load_row(head, tail),
@@ -541,8 +549,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK == 1024 ? 1 : sizeof(R
             const auto tied = [&](long long x) { return rank(x) == at ? ~(unsigned)key(x) : 0; };
             last = nth_largest<unsigned>(sh, n, cut.need, 32, tied).at;
         };
-        if (held >= 0) cut_at(held, [&](long long x) { return sh.rank[x]; }, [&](long long x) { return sh.key[x]; });
-        else cut_at(middle, [&](long long x) { return rank_of(row[head + x]); }, [&](long long x) { return head + x; });
+        if (held >= 0)
+            cut_at(held, [&](long long x) { return sh.rank[x]; }, [&](long long x) { return sh.key[x]; });
+        else
+            cut_at(middle, [&](long long x) { return rank_of(row[head + x]); },
+                   [&](long long x) { return head + x; });
     }
     const auto best = [&](Rank rank, long long s) {
         return rank > at || (rank > 0 && rank == at && ~(unsigned)s >= last);
