@@ -2111,6 +2111,88 @@ def _launch(name, grid, block, *args, shared=0, **constants):
             kernel(grid, block, tuple(args), shared_mem=shared)
 
 
+SCORE_BYTES = 2**28  # scores that lightning_select holds at a time on a GPU
+TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
+
+
+def _aligned(x, multiple=1):
+    """x contiguous and at a multiple of 16 bytes, as kernels read it; its last axis padded to a multiple."""
+    more = -x.shape[-1] % multiple
+    if x.flags.c_contiguous and x.data.ptr % 16 == 0 and not more:
+        return x
+    cupy = sys.modules["cupy"]
+    padded = cupy.zeros((*x.shape[:-1], x.shape[-1] + more), x.dtype)
+    padded[..., : x.shape[-1]] = x
+    return padded
+
+
+def _score_dtype(index_q, index_k, weights):
+    return np.dtype(np.float32) if index_q.dtype == np.uint8 else _accumulator(index_q, index_k, weights)
+
+
+def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
+    """index_q may be e4m3 codes, uint8 [..., T, J, E], their scales in the weights; index_k is then
+    uint8 [..., S, E + 4], codes and a float32 scale. n["offset"]: S - T, unless T are some of the queries.
+    """
+    T, S, J, E = n["T"], n["S"], n["J"], index_q.shape[-1]
+    dtype, alike = index_q.dtype, index_q.dtype == index_k.dtype
+    real = _score_dtype(index_q, index_k, weights)
+    scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
+    weights = _aligned(weights.astype(real, copy=False))
+    offset, batch = n.get("offset", S - T), math.prod(n["..."])
+    tiles = next((m for width, m in TILES.items() if width >= E), 0)
+    if alike and dtype.itemsize <= 2 and real == np.float32 and tiles and J * E:
+        index_q = _aligned(index_q, 16 // dtype.itemsize)
+        heads, row = min(-(-J // 8) * 8, 64 if E <= 256 else 32), -(-E * dtype.itemsize // 64) * 64
+        blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
+        args = (index_q, _aligned(index_k), weights, *windows, scores, T, S, offset)
+        shared = 2 * heads * (row + 20)  # 2 of the kernel's struct Stage
+        sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
+        _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, ELEMENT=dtype, **sizes)
+    else:
+        index_q, index_k = (_aligned(x.astype(real, copy=False)) for x in (index_q, index_k))
+        blocks = batch * -(-T // 8) * -(-S // (512 // real.itemsize))
+        args = (index_q, index_k, weights, *windows, scores, T, S, J, E, offset)
+        _launch("index_scores_fma", (blocks,), (256,), *args, REAL=real)
+    return scores
+
+
+def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
+    T, S, top_k = n["T"], n["S"], quota[0]
+    scores = _aligned(scores.astype(_accumulator(scores), copy=False))
+    indices = n["xp"].empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
+    offset = n.get("offset", S - T) if causal else S  # S: up to the end
+    args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
+    shared = 8472 + 2**15 // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
+    rows = math.prod(n["..."]) * T
+    block = 512 if rows > 128 else 1024
+    _launch("select_topk", (rows,), (block,), *args, shared=shared, REAL=scores.dtype, BLOCK=block)
+    return indices
+
+
+def _gpu_lightning_select(n, index_q, index_k, weights, quota, windows):
+    """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
+    xp, T, S = n["xp"], n["T"], n["S"]
+    real = _score_dtype(index_q, index_k, weights)
+    most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
+    if math.prod(n["..."]) * T <= most:
+        scores = _gpu_index_scores(n, index_q, index_k, weights, windows)
+        return _gpu_select_topk(n, scores, quota, windows, True)
+    index_k = _aligned(index_k)
+    indices = xp.empty((*n["..."], T, min(quota[0], S)), np.int32)
+    most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
+    scores = xp.empty((min(most, T), S), real)
+    for b in np.ndindex(*n["..."]):
+        for t in range(0, T, most):
+            part = slice(t, min(t + most, T))
+            rows = part.stop - t
+            some = {**n, "...": (), "T": rows, "offset": S - T + t}
+            w = [None if x is None else x[b][part] for x in windows]
+            x = _gpu_index_scores(some, index_q[b][part], index_k[b], weights[b][part], w, scores[:rows])
+            _gpu_select_topk(some, x, quota, w, True, indices[b][part])
+    return indices
+
+
 # What attention launches, and what fp8 does
 
 

@@ -794,6 +794,9 @@ def test_a_nan_is_an_error_where_it_is_seen_and_nothing_elsewhere(impl, p, data)
     bad = overwritten(p, [s], NAN)
     around = {"k_start": np.full(p.T, s + 1), "k_end": np.full(p.T, p.S)}
     assert_same(select(impl, bad, **around), select(impl, p, **around))
+    if impl.xp is not np:  # kernels do not check: it is never selected
+        assert (select(impl, bad, k_end=np.full(p.T, p.S)) != s).all()
+        return
     with pytest.raises(ValueError, match=r"(?i)nan"):
         select(impl, bad, k_end=np.full(p.T, p.S))
     scores = np.zeros((*p.batch, p.T, p.S), np.float32)
@@ -1034,8 +1037,9 @@ def test_an_index_that_is_no_key_is_an_error(impl, p, wrong):
     """Not clipped, not wrapped, not Python's -2: IndexError in any row, also where int32 would wrap to 0."""
     indices = np.full((*p.batch, p.T, 3), -1, np.int64)
     indices[..., -1, 1] = p.S + wrong if wrong in (0, 1) else wrong
-    if impl.xp is not np:
-        pytest.skip("kernels do not check")
+    if impl.xp is not np:  # kernels do not check: it is absent, and no key is read for it
+        assert_same(sparse(impl, p, indices), sparse(impl, p, np.full_like(indices, -1)))
+        return
     with pytest.raises(IndexError):
         sparse(impl, p, indices)
 
@@ -2460,6 +2464,212 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
     assert_same(parts[1], (*rounded, parts[0][2]))
     assert_same(layer(hidden)[1], dsa.lightning_select(*rounded, parts[0][2], 6))
     assert (layer(hidden)[1] != dsa.lightning_select(*parts[0], 6)).any()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 14. On the GPU (the stages above were tested on both; what follows needs one, but for the compiler)
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cupy(dsa):
+    if "cupy" not in array_libraries():
+        pytest.skip("needs CuPy and a GPU")
+    return importlib.import_module("cupy")
+
+
+def to(cupy, x):
+    """x, and the arrays in it, on the GPU."""
+    if isinstance(x, dict):
+        return {name: to(cupy, y) for name, y in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [to(cupy, y) for y in x]
+    return cupy.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def back(x):
+    return tuple(map(back, x)) if isinstance(x, tuple) else x.get()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fp8_on_the_gpu_is_byte_for_byte(dsa, cupy, dtype):
+    """Codes, scales and cache entries, for every binary order of magnitude, ties, zeros, NaN and infinity."""
+    rng = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        x = (normal(rng, 400, 576) * np.exp2(rng.integers(-60, 60, (400, 1)))).astype(dtype)
+    x[:3], x[3, ::7], x[4, 5], x[5, 6] = 0, -0.0, NAN, -INF
+    x[6:9] = np.resize(dsa.E4M3[:126] * 1.0625, (3, 576)).astype(dtype)
+    for scale, block in itertools.product(("ue8m0", "float"), (128, 31)):
+        codes, scales = back(dsa.quantize_fp8(cupy.asarray(x), scale=scale, block=block))
+        expected = dsa.quantize_fp8(x, scale=scale, block=block)
+        np.testing.assert_array_equal(codes, expected[0])
+        np.testing.assert_array_equal(scales, expected[1])
+        values = dsa.dequantize_fp8(*to(cupy, expected), block=block).get()
+        np.testing.assert_array_equal(values, dsa.dequantize_fp8(*expected, block=block))
+    packed = dsa.pack_kv_fp8(x)
+    np.testing.assert_array_equal(dsa.pack_kv_fp8(cupy.asarray(x)).get(), packed)
+    np.testing.assert_array_equal(dsa.unpack_kv_fp8(cupy.asarray(packed)).get(), dsa.unpack_kv_fp8(packed))
+
+
+@pytest.mark.parametrize("name", ["lightning", "approximate", "lsh", "learned", "hierarchical", "window", "strided",
+                                  "global", "random", "oracle"])  # fmt: skip
+def test_selectors_on_the_gpu_are_numpys(dsa, cupy, name):
+    """Small integers make all but logits and projections exact; those may swap a key at the boundary."""
+    rng = np.random.default_rng(1)
+    shapes = {"q": (2, 20, 4, 8), "k": (2, 300, 2, 8), "index_q": (2, 20, 3, 8), "index_k": (2, 300, 8)}
+    arrays = {key: small(rng, *shape) for key, shape in (shapes | {"weights": (2, 20, 3)}).items()}
+    for kwargs in ({}, {"local_window": 5, "num_sink_tokens": 2, "k_start": rng.integers(0, 30, (2, 20))}):
+        expected = dsa.SELECTORS[name](**arrays, top_k=24, **kwargs)
+        found = dsa.SELECTORS[name](**to(cupy, arrays), top_k=24, **to(cupy, kwargs)).get()
+        same = np.mean([np.isin(a, b).mean() for a, b in zip(found, expected, strict=True)])
+        assert same == 1 if name not in ("approximate", "lsh", "learned", "oracle") else same > 0.98
+        assert found.dtype == np.int32 and found.shape == expected.shape
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_caches_on_the_gpu_are_numpys(dsa, cupy, storage, hybrid):
+    """Prefill, then tokens one by one, ragged, with growth and a rejected draft: the same selections."""
+    rng, config, tiers = (
+        np.random.default_rng(2),
+        dsa.DSAConfig(top_k=7),
+        {"fast_bytes": 6000, "local_window": 2},
+    )
+    streams = {"k": (1, 72), "index_k": (8,)}
+    caches = [(dsa.HybridKVCache if hybrid else dsa.KVCache)(
+        16, batch=2, storage=storage, grow=True, xp=xp, **(tiers if hybrid else {}), **streams) for xp in (np, cupy)
+    ]  # fmt: skip
+    for step, lengths in enumerate([[12, 9], [1, 0], [5, 6], [1, 1], [0, 3]]):
+        T = max(lengths)
+        shapes = {"q": (2, T, 8, 72), "k": (2, T, 1, 72), "index_q": (2, T, 2, 8), "index_k": (2, T, 8)}
+        new = {
+            key: small(rng, *shape).astype(F32) for key, shape in (shapes | {"weights": (2, T, 2)}).items()
+        }
+        kwargs = {"v": None, "d_v": 64, "config": config, "lengths": np.array(lengths)}
+        out, lse, indices = dsa.dsa_attention(**new, cache=caches[0], **kwargs)
+        found = back(dsa.dsa_attention(**to(cupy, new), cache=caches[1], **kwargs))
+        np.testing.assert_array_equal(found[2], indices)
+        assert_close(found[0], out, 1e-5)
+        assert_close(found[1], lse, 1e-5)
+        if step == 2:
+            for cache in caches:
+                cache.truncate(np.array([15, 15]))
+    assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
+    if hybrid:
+        counts = [(cache.hits, cache.misses, cache.bytes_moved) for cache in caches]
+        assert counts[0] == counts[1] and counts[0][1] > 0
+        caches[0].close(), caches[1].close()
+
+
+@pytest.mark.parametrize("storage", [None, "float64", "fp8"])
+def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, storage):
+    """In float64, prefill, chunks and decode, ragged; from caches of either library, in both cores."""
+    w, x = layer_weights(), hidden
+    layers = dsa.DSALayer(w, **SMALL), dsa.DSALayer(to(cupy, w), **SMALL)
+    caches = [layer.new_cache(2, 50, storage) if storage else None for layer in layers]
+    chunks = [(slice(0, 50), [50, 31])] if storage is None else [
+        (slice(0, 20), [20, 11]), (slice(20, 21), [1, 1]), (slice(21, 40), [19, 0]), (slice(40, 50), [10, 10])
+    ]  # fmt: skip
+    for rows, lengths in chunks:
+        for core in ("auto", "expanded") if storage is None else ("auto",):
+            y, indices = layers[0](x[:, rows], caches[0], lengths=np.array(lengths), core=core)
+            own = layers[1](cupy.asarray(x[:, rows]), caches[1], lengths=np.array(lengths), core=core)
+            np.testing.assert_array_equal(own[1].get(), indices)
+            assert_close(own[0].get(), y, 1e-9)
+
+
+def test_offsets_beyond_32_bits(dsa, cupy):
+    """T * S > 2^31 scores, and a cache of more than 2^31 numbers: the last rows and keys are right."""
+    T, S, rng = 17_000, 131_072, np.random.default_rng(3)
+    if cupy.cuda.runtime.memGetInfo()[0] < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    index = [small(rng, *shape).astype(F32) for shape in ((T, 1, 16), (S, 16), (T, 1))]
+    scores = dsa.index_scores(*to(cupy, index))
+    indices = dsa.select_topk(scores, 64)
+    rows = np.array([0, T // 2, T - 1])
+    window = {"k_end": rows + S - T + 1}
+    assert_same(scores[rows].get(), dsa.index_scores(index[0][rows], index[1], index[2][rows], **window))
+    expected = dsa.lightning_select(index[0][rows], index[1], index[2][rows], 64, **window)
+    np.testing.assert_array_equal(indices[rows].get(), expected)
+    np.testing.assert_array_equal(dsa.lightning_select(*to(cupy, index), 64)[rows].get(), expected)
+    del scores
+    N = 2**31 // 576 + 1000
+    k, last = cupy.zeros((N, 1, 576), BFLOAT16), normal(rng, 64, 1, 576).astype(BFLOAT16)
+    k[-64:] = cupy.asarray(last)
+    q, at = normal(rng, 2, 16, 576).astype(BFLOAT16), np.stack([np.arange(64), np.arange(63, -1, -1)])
+    for dtype in (BFLOAT16, F32):
+        found = dsa.sparse_attention(
+            *to(cupy, (q.astype(dtype),)), k, None, cupy.asarray(at + N - 64), d_v=512
+        )
+        exact = dsa.sparse_attention(q.astype(F64), last.astype(F64), None, at, d_v=512)
+        assert_close(found[0].get().astype(F64), exact[0], 2e-2)
+        assert_close(found[1].get(), exact[1], 1e-4)
+
+
+def test_stages_in_a_cuda_graph(dsa, cupy):
+    """Once warm, a captured decode step gives what the stages give, also for what is written in later."""
+    rng, config = np.random.default_rng(4), {"d_v": 64}
+    q, k, index_q, index_k, weights = to(cupy, [normal(rng, *shape).astype(F32) for shape in (
+        (2, 1, 8, 72), (2, 500, 1, 72), (2, 1, 4, 32), (2, 500, 32), (2, 1, 4))])  # fmt: skip
+
+    def step():
+        indices = dsa.lightning_select(index_q, index_k, weights, 64)
+        return (*dsa.sparse_attention(q, k, None, indices, **config), indices)
+
+    step()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        step()
+        stream.begin_capture()
+        found = step()
+        graph = stream.end_capture()
+        for _ in range(2):
+            index_q[...], q[...] = to(cupy, [normal(rng, *x.shape).astype(F32) for x in (index_q, q)])
+            graph.launch()
+            stream.synchronize()
+            assert_same(back(found), back(step()))
+
+
+def test_arrays_that_are_not_contiguous_or_aligned(dsa, cupy):
+    """Strides and offsets of 2 bytes, in every type: the same as a copy."""
+    rng = np.random.default_rng(5)
+    for dtype in DTYPES:
+        q, k, index_q, index_k, weights = (
+            cupy.asarray(normal(rng, *shape[:-1], 2 * shape[-1] + 1).astype(dtype))[..., 1::2]
+            for shape in ((6, 8, 40), (90, 1, 40), (6, 3, 16), (90, 16), (6, 3))
+        )
+        copies = [cupy.ascontiguousarray(x) for x in (q, k, index_q, index_k, weights)]
+        results = []
+        for q, k, *index in ((q, k, index_q, index_k, weights), copies):
+            indices = dsa.lightning_select(*index, 8)
+            results.append(
+                back((*dsa.sparse_attention(q, k, None, indices, d_v=32), indices, dsa.index_scores(*index)))
+            )
+        assert_same(*results)
+
+
+def test_torch_tensors_pass_without_a_copy(dsa, cupy):
+    """The README's three lines, both ways: the result stands in the memory that torch sees."""
+    torch = pytest.importorskip("torch", reason="needs torch with CUDA")
+    if not torch.cuda.is_available():
+        pytest.skip("needs torch with CUDA")
+    scores = torch.randn(5, 300, device="cuda")
+    given = cupy.from_dlpack(scores)
+    assert given.data.ptr == scores.data_ptr()
+    indices = dsa.select_topk(given, 20)
+    found = torch.from_dlpack(indices)
+    assert found.data_ptr() == indices.data.ptr
+    assert torch.equal(found.long().sort(-1).values, scores.topk(20).indices.sort(-1).values)
+    half = torch.randn(3, 8, 16, device="cuda", dtype=torch.bfloat16)
+    assert cupy.from_dlpack(half).dtype == BFLOAT16
+
+
+REALS = ["float", "double"]
+ATTENDING_KERNELS = [
+    f"HEADS={heads} COLUMNS={columns} TIED={tied} QT={t} KT={t} VT={t} OUT={t} ACC={'double' if t == 'double' else 'float'} "
+    "R8=0 ROPE=0"
+    for heads, columns, tied in ((1, 1, 0), (8, 4, 1))
+    for t in (*REALS, "__half", "__nv_bfloat16")
+]
 
 
 if __name__ == "__main__":
