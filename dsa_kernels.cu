@@ -273,20 +273,23 @@ __device__ __forceinline__ void copy_row(char* tile, int row, int stride, const 
     }
 }
 
-// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits.
-__device__ __forceinline__ uint4 decode8(uint2 codes, float scale) {
-    const bf16 s = __float2bfloat16_rn(scale), unbias = __float2bfloat16_rn(0x1p120f);
+// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits, and the bits << 4 are a
+// bfloat16 whose exponent has the bias 7 in place of 127.
+__device__ __forceinline__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
+    const unsigned unbias_bits = 0x7B807B80;  // 2^120, twice
+    const __nv_bfloat162 unbias = *(const __nv_bfloat162*)&unbias_bits;
     unsigned r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const unsigned two = __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // a byte in each half
         const unsigned bits = (two & 0x007F007F) << 4 | (two & 0x00800080) << 8;
-        __nv_bfloat162 x = *(const __nv_bfloat162*)&bits;
-        x = __hmul2(__hmul2(x, __nv_bfloat162(unbias, unbias)), __nv_bfloat162(s, s));
-        r[i] = *(unsigned*)&x;
-        if ((two & 0x7F) == 0x7F) r[i] |= 0x7FC0;
-        if ((two & 0x7F0000) == 0x7F0000) r[i] |= 0x7FC00000;
+        const __nv_bfloat162 x = __hmul2(__hmul2(*(const __nv_bfloat162*)&bits, unbias), scale);
+        r[i] = *(const unsigned*)&x;
     }
+    const auto nan = [](unsigned four) { return ((four & 0x7F7F7F7F) + 0x01010101) & 0x80808080; };
+    if (nan(codes.x) | nan(codes.y))
+        for (int i = 0; i < 8; i++)
+            if (nan((i < 4 ? codes.x : codes.y) >> i % 4 * 8 & 255)) r[i / 2] |= 0x7FC0 << i % 2 * 16;
     return make_uint4(r[0], r[1], r[2], r[3]);
 }
 
@@ -348,19 +351,22 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
     };
     const auto decode = [&]() {
         if constexpr (PACKED) {
-            constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8 + !PACKED;
-            for (int u = tid; u < KEYS * UNITS; u += 256) {
-                const int row = u / UNITS, at = u % UNITS;
+            constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8;
+#pragma unroll
+            for (int p = 0; p < PASSES; p++) {
+                const int row = p * 32 + tid / 8;
                 const char* entry = byte_s + row * BYTE_ROW;
-                uint4 x;
-                if (at < CODES) {
-                    const float s = *(const float*)(entry + R8 + at * 8 / 128 * 4);
-                    x = decode8(make_uint2(*(const unsigned*)(entry + at * 8), *(const unsigned*)(entry + at * 8 + 4)), s);
-                } else {
-                    const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
-                    x = make_uint4(e[0], e[1], e[2], e[3]);
+                char* to = k_s + row * ROW * 2;
+#pragma unroll 4
+                for (int at = tid % 8; at < CODES; at += 8) {
+                    const bf16 scale = __float2bfloat16_rn(*(const float*)(entry + R8 + at * 8 / 128 * 4));
+                    const unsigned* e = (const unsigned*)(entry + at * 8);
+                    *(uint4*)(to + swizzled(row, at)) = decode8(make_uint2(e[0], e[1]), __nv_bfloat162(scale, scale));
                 }
-                *(uint4*)(k_s + row * ROW * 2 + swizzled(row, at)) = x;
+                for (int at = CODES + tid % 8; at < UNITS; at += 8) {
+                    const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
+                    *(uint4*)(to + swizzled(row, at)) = make_uint4(e[0], e[1], e[2], e[3]);
+                }
             }
         }
     };
@@ -539,27 +545,37 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
 // ---------------------------------------------------------------------------------------------------------
 // merge_attention                                                     what `splits` blocks found, together
 //     L = logsumexp_i(lses[i]);   out = sum_i exp(lses[i] - L) outs[i],  the sink's share taken off;   lse = L
-// in    outs [splits, rows, DV], lses [splits, rows] of ACC; rows = B * T * H;  sink [H] ACC or null
+// in    outs [splits, rows, DV], lses [splits, rows] of ACC, splits <= 128; rows = B * T * H;  sink [H] ACC or null
 // out   out [rows, DV] OUT, lse [rows] ACC
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
 extern "C" __global__ void __launch_bounds__(128)
 merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows, i64 H) {
+    constexpr int COLUMNS = DV ? (DV + 127) / 128 : 1;
+    __shared__ ACC weights[128];
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
-    ACC top = -inf, total = 0;
-    for (i64 i = 0; i < splits; i++) top = fmax(top, lses[i * rows + row]);
+    ACC top = -inf, total = 0, o[COLUMNS] = {};
+    for (int i = 0; i < splits; i++) top = fmax(top, lses[i * rows + row]);
     if (top == -inf) top = 0;
-    for (i64 i = 0; i < splits; i++) total += exp(lses[i * rows + row] - top);
+    if (threadIdx.x < splits) weights[threadIdx.x] = exp(lses[threadIdx.x * rows + row] - top);
+    __syncthreads();
+#pragma unroll 8
+    for (int i = 0; i < splits; i++) {
+        total += weights[i];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) {
+            const int d = threadIdx.x + 128 * j;
+            if (d < DV) o[j] += weights[i] * outs[(i * rows + row) * DV + d];
+        }
+    }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
     const ACC share = (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
     if (threadIdx.x == 0) lse[row] = log_sum;
-    for (int d = threadIdx.x; d < DV; d += 128) {
-        ACC sum = 0;
-        for (i64 i = 0; i < splits; i++) sum += exp(lses[i * rows + row] - top) * outs[(i * rows + row) * DV + d];
-        out[row * DV + d] = narrow<OUT>(sum * share);
-    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++)
+        if (threadIdx.x + 128 * j < DV) out[row * DV + threadIdx.x + 128 * j] = narrow<OUT>(o[j] * share);
 }
 #endif
 
