@@ -263,13 +263,19 @@ static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys ar
 // N bytes from src, or zeros, by the 8 threads of a row.
 template <int N, int ALIGN, bool SWIZZLE>
 __device__ __forceinline__ void copy_row(char* tile, int row, int stride, const void* src, bool there, int part) {
-    char* base = tile + row * stride;
-    constexpr int STEP = ALIGN;
+    const unsigned base = shared_address(tile) + row * stride;
+    const char* from = (const char*)src + part * ALIGN;
 #pragma unroll
-    for (int o = part * STEP; o < N; o += 8 * STEP) {
-        char* dst = base + (SWIZZLE ? swizzled(row, o / 16) + o % 16 : o);
-        if constexpr (ALIGN >= 4) cp_async<STEP>(shared_address(dst), (const char*)src + (there ? o : 0), there);
-        else if constexpr (ALIGN == 2) *(unsigned short*)dst = there ? *(const unsigned short*)((const char*)src + o) : 0;
+    for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
+        const int at = i * 8 * ALIGN + part * ALIGN;
+        if (N % (8 * ALIGN) != 0 && at >= N) continue;
+        const unsigned dst = base + (!SWIZZLE ? at : ALIGN == 16 ? i * 128 + swizzled(row, part) : swizzled(row, at / 16) + at % 16);
+        if constexpr (ALIGN >= 4) {
+            cp_async<ALIGN>(dst, from + i * 8 * ALIGN, there);
+        } else if constexpr (ALIGN == 2) {
+            const unsigned short x = there ? *(const unsigned short*)(from + i * 8 * ALIGN) : 0;
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst), "h"(x) : "memory");
+        }
     }
 }
 
@@ -313,7 +319,7 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
     const bool scores = warp < WM * WN;
     const Job job(n, indices, k_start, k_end);
     const float c = float(scale * 1.4426950408889634);
-    const i64 k_at = job.b * n.k_batch + job.group * n.k_group, v_at = job.b * n.v_batch + job.group * n.v_group;
+    const i64 k_first = job.b * n.k_batch + job.group * n.k_group, v_first = job.b * n.v_batch + job.group * n.v_group;
 
     if constexpr (D % 16 != 0 || (!TIED && DV % 16 != 0)) {  // padding takes part in the products
         for (char* at = shared + tid * 16; at < p_s; at += 256 * 16) *(uint4*)at = make_uint4(0, 0, 0, 0);
@@ -338,12 +344,12 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
             if (tid % 8 == 0) there_s[i % 2 * KEYS + row] = there;
             any |= there;
             if constexpr (PACKED) {
-                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_at + id * n.k_key, there, tid % 8);
+                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_first + id * n.k_key, there, tid % 8);
             } else {
                 copy_row<D * 2, VEC, true>(k_s + i % 2 * KEYS * ROW * 2, row, ROW * 2,
-                                           (const TYPE*)k + k_at + id * n.k_key, there, tid % 8);
+                                           (const TYPE*)k + k_first + id * n.k_key, there, tid % 8);
                 if constexpr (!TIED)
-                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2, v + v_at + id * n.v_key,
+                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2, v + v_first + id * n.v_key,
                                                  there, tid % 8);
             }
         }
@@ -394,22 +400,25 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
         float s[MT][NT][4] = {};
         if (scores) {
             // 1. s = q . k, in base 2, absent keys -inf
+            // Rows begin at multiples of 128 bytes, so the next 16 values are one XOR away, the next 64 one addition.
             const int q_row = wm * MT * 16 + lane % 16, k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
-            const unsigned q_base = shared_address(q_s) + q_row * ROW * 2, k_base = k_tile + k_row * ROW * 2;
-#pragma unroll 4
-            for (int step = 0; step < STEPS; step++) {
-                unsigned a[MT][4], b[4];
+            const unsigned q_at = shared_address(q_s) + q_row * ROW * 2 + swizzled(q_row, lane / 16);
+            const unsigned k_at = k_tile + k_row * ROW * 2 + swizzled(k_row, lane / 8 % 2);
+#pragma unroll 3
+            for (int panel = 0; panel < (STEPS + 3) / 4; panel++)
 #pragma unroll
-                for (int x = 0; x < MT; x++)
-                    ldmatrix_x4(a[x], q_base + x * 16 * ROW * 2 + swizzled(q_row, step * 2 + lane / 16));
-                const unsigned at = k_base + swizzled(k_row, step * 2 + lane / 8 % 2);
-                if constexpr (NT == 2) ldmatrix_x4(b, at);
-                else ldmatrix_x2(b[0], b[1], at);
+                for (int step = 0; step < 4; step++) {
+                    if (STEPS % 4 != 0 && panel * 4 + step >= STEPS) continue;
+                    unsigned a[MT][4], b[4];
 #pragma unroll
-                for (int x = 0; x < MT; x++)
+                    for (int x = 0; x < MT; x++) ldmatrix_x4(a[x], (q_at ^ step << 5) + panel * 128 + x * 16 * ROW * 2);
+                    if constexpr (NT == 2) ldmatrix_x4(b, (k_at ^ step << 5) + panel * 128);
+                    else ldmatrix_x2(b[0], b[1], (k_at ^ step << 5) + panel * 128);
 #pragma unroll
-                    for (int y = 0; y < NT; y++) mma<TYPE>(s[x][y], a[x], b[2 * y], b[2 * y + 1]);
-            }
+                    for (int x = 0; x < MT; x++)
+#pragma unroll
+                        for (int y = 0; y < NT; y++) mma<TYPE>(s[x][y], a[x], b[2 * y], b[2 * y + 1]);
+                }
             // 2. row maxima of this warp's keys
 #pragma unroll
             for (int y = 0; y < NT; y++)
@@ -467,18 +476,18 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
 #pragma unroll
                 for (int y = 0; y < 2 * PAIRS; y++) o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
         }
+        const unsigned p_at = shared_address(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
+        const unsigned v_at = v_tile + lane % 16 * V_ROW * 2;
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
             unsigned a[OM][4];
-            const int v_row = step * 16 + lane % 16;
 #pragma unroll
-            for (int x = 0; x < OM; x++)
-                ldmatrix_x4(a[x], shared_address(p_s) + (x * 16 + lane % 16) * 128 + swizzled(lane % 16, step * 2 + lane / 16));
+            for (int x = 0; x < OM; x++) ldmatrix_x4(a[x], (p_at ^ step << 5) + x * 16 * 128);
 #pragma unroll
             for (int y = 0; y < PAIRS; y++) {
                 if (warp * PAIRS + y >= OCTETS) continue;
                 unsigned b[4];
-                ldmatrix_x4_trans(b, v_tile + v_row * V_ROW * 2 + swizzled(v_row, (warp * PAIRS + y) * 2 + lane / 16));
+                ldmatrix_x4_trans(b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
 #pragma unroll
                 for (int x = 0; x < OM; x++) {
                     mma<TYPE>(o[x][2 * y], a[x], b[0], b[1]);
