@@ -2255,10 +2255,10 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     and v is not looked at: the values are the first Dv. q in bfloat16 then takes tensor cores.
     Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
     """
-    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in "T S H G D Dv".split())
+    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ["T", "S", "H", "G", "D", "Dv"])
     dtype = _accumulator(*((q,) if packed else (q, k, v)))
     rows, rank, rope = math.prod(n["..."]) * T, *(packed or (0, 0))
-    tied = bool(packed) or (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype) and Dv <= D
+    tied = bool(packed) or ((k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype) and Dv <= D)
     width = _packed_bytes(D, rope) if packed else D
     k, k_strides = _strides(k)
     v, v_strides = (k, k_strides) if tied else _strides(v)
@@ -2290,18 +2290,17 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     counts = T, S, H, G, -1 if indices is None else slots, chunk
     scalars = (*counts, *k_strides, *v_strides, np.float64(scale))
     macros = {"HEADS": heads, "TIED": int(tied), "R8": rank, "ROPE": rope, "OUT": dtype if parts else q.dtype}
+    types = {"ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
     if tiles:
         macros |= {"D": D, "DV": Dv, "KEYS": keys, "TYPE": q.dtype, "VEC": align[0], "VVEC": align[1]}
         _launch("attend_mma", (blocks, splits), (256,), *arrays, *scalars, shared=shared, **macros)
     else:
-        macros |= {"QT": q.dtype, "KT": k.dtype, "VT": v.dtype, "ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
+        macros |= {"QT": q.dtype, "KT": k.dtype, "VT": v.dtype, **types}
         shared = heads * D * dtype.itemsize
         _launch("attend", (blocks, splits), (128,), *arrays, *scalars, D, Dv, shared=shared, **macros)
     if parts:
-        types = {"ACC": dtype, "OUT": q.dtype}
-        _launch(
-            "merge_attention", (rows * H,), (128,), *parts, sink, out, lse, splits, rows * H, H, Dv, **types
-        )
+        counts = splits, rows * H, H, Dv
+        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, *counts, OUT=q.dtype, **types)
     return out, lse
 
 

@@ -828,30 +828,39 @@ static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys ar
 // N bytes from src, or zeros, by the 8 threads of a row.
 template <int N, int ALIGN, bool SWIZZLE>
 __device__ __forceinline__ void copy_row(char* tile, int row, int stride, const void* src, bool there, int part) {
-    char* base = tile + row * stride;
-    constexpr int STEP = ALIGN;
+    const unsigned base = shared_address(tile) + row * stride;
+    const char* from = (const char*)src + part * ALIGN;
 #pragma unroll
-    for (int o = part * STEP; o < N; o += 8 * STEP) {
-        char* dst = base + (SWIZZLE ? swizzled(row, o / 16) + o % 16 : o);
-        if constexpr (ALIGN >= 4) cp_async<STEP>(shared_address(dst), (const char*)src + (there ? o : 0), there);
-        else if constexpr (ALIGN == 2) *(unsigned short*)dst = there ? *(const unsigned short*)((const char*)src + o) : 0;
+    for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
+        const int at = i * 8 * ALIGN + part * ALIGN;
+        if (N % (8 * ALIGN) != 0 && at >= N) continue;
+        const unsigned dst = base + (!SWIZZLE ? at : ALIGN == 16 ? i * 128 + swizzled(row, part) : swizzled(row, at / 16) + at % 16);
+        if constexpr (ALIGN >= 4) {
+            cp_async<ALIGN>(dst, from + i * 8 * ALIGN, there);
+        } else if constexpr (ALIGN == 2) {
+            const unsigned short x = there ? *(const unsigned short*)(from + i * 8 * ALIGN) : 0;
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst), "h"(x) : "memory");
+        }
     }
 }
 
-// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits.
-__device__ __forceinline__ uint4 decode8(uint2 codes, float scale) {
-    const bf16 s = __float2bfloat16_rn(scale), unbias = __float2bfloat16_rn(0x1p120f);
+// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits, and the bits << 4 are a
+// bfloat16 whose exponent has the bias 7 in place of 127.
+__device__ __forceinline__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
+    const unsigned unbias_bits = 0x7B807B80;  // 2^120, twice
+    const __nv_bfloat162 unbias = *(const __nv_bfloat162*)&unbias_bits;
     unsigned r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const unsigned two = __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // a byte in each half
         const unsigned bits = (two & 0x007F007F) << 4 | (two & 0x00800080) << 8;
-        __nv_bfloat162 x = *(const __nv_bfloat162*)&bits;
-        x = __hmul2(__hmul2(x, __nv_bfloat162(unbias, unbias)), __nv_bfloat162(s, s));
-        r[i] = *(unsigned*)&x;
-        if ((two & 0x7F) == 0x7F) r[i] |= 0x7FC0;
-        if ((two & 0x7F0000) == 0x7F0000) r[i] |= 0x7FC00000;
+        const __nv_bfloat162 x = __hmul2(__hmul2(*(const __nv_bfloat162*)&bits, unbias), scale);
+        r[i] = *(const unsigned*)&x;
     }
+    const auto nan = [](unsigned four) { return ((four & 0x7F7F7F7F) + 0x01010101) & 0x80808080; };
+    if (nan(codes.x) | nan(codes.y))
+        for (int i = 0; i < 8; i++)
+            if (nan((i < 4 ? codes.x : codes.y) >> i % 4 * 8 & 255)) r[i / 2] |= 0x7FC0 << i % 2 * 16;
     return make_uint4(r[0], r[1], r[2], r[3]);
 }
 
@@ -875,7 +884,7 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
     const bool scores = warp < WM * WN;
     const Job job(n, indices, k_start, k_end);
     const float c = float(scale * 1.4426950408889634);
-    const i64 k_at = job.b * n.k_batch + job.group * n.k_group, v_at = job.b * n.v_batch + job.group * n.v_group;
+    const i64 k_first = job.b * n.k_batch + job.group * n.k_group, v_first = job.b * n.v_batch + job.group * n.v_group;
 
     if constexpr (D % 16 != 0 || (!TIED && DV % 16 != 0)) {  // padding takes part in the products
         for (char* at = shared + tid * 16; at < p_s; at += 256 * 16) *(uint4*)at = make_uint4(0, 0, 0, 0);
@@ -900,12 +909,12 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
             if (tid % 8 == 0) there_s[i % 2 * KEYS + row] = there;
             any |= there;
             if constexpr (PACKED) {
-                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_at + id * n.k_key, there, tid % 8);
+                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_first + id * n.k_key, there, tid % 8);
             } else {
                 copy_row<D * 2, VEC, true>(k_s + i % 2 * KEYS * ROW * 2, row, ROW * 2,
-                                           (const TYPE*)k + k_at + id * n.k_key, there, tid % 8);
+                                           (const TYPE*)k + k_first + id * n.k_key, there, tid % 8);
                 if constexpr (!TIED)
-                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2, v + v_at + id * n.v_key,
+                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2, v + v_first + id * n.v_key,
                                                  there, tid % 8);
             }
         }
@@ -913,19 +922,22 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
     };
     const auto decode = [&]() {
         if constexpr (PACKED) {
-            constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8 + !PACKED;
-            for (int u = tid; u < KEYS * UNITS; u += 256) {
-                const int row = u / UNITS, at = u % UNITS;
+            constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8;
+#pragma unroll
+            for (int p = 0; p < PASSES; p++) {
+                const int row = p * 32 + tid / 8;
                 const char* entry = byte_s + row * BYTE_ROW;
-                uint4 x;
-                if (at < CODES) {
-                    const float s = *(const float*)(entry + R8 + at * 8 / 128 * 4);
-                    x = decode8(make_uint2(*(const unsigned*)(entry + at * 8), *(const unsigned*)(entry + at * 8 + 4)), s);
-                } else {
-                    const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
-                    x = make_uint4(e[0], e[1], e[2], e[3]);
+                char* to = k_s + row * ROW * 2;
+#pragma unroll 4
+                for (int at = tid % 8; at < CODES; at += 8) {
+                    const bf16 scale = __float2bfloat16_rn(*(const float*)(entry + R8 + at * 8 / 128 * 4));
+                    const unsigned* e = (const unsigned*)(entry + at * 8);
+                    *(uint4*)(to + swizzled(row, at)) = decode8(make_uint2(e[0], e[1]), __nv_bfloat162(scale, scale));
                 }
-                *(uint4*)(k_s + row * ROW * 2 + swizzled(row, at)) = x;
+                for (int at = CODES + tid % 8; at < UNITS; at += 8) {
+                    const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
+                    *(uint4*)(to + swizzled(row, at)) = make_uint4(e[0], e[1], e[2], e[3]);
+                }
             }
         }
     };
@@ -953,22 +965,25 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
         float s[MT][NT][4] = {};
         if (scores) {
             // 1. s = q . k, in base 2, absent keys -inf
+            // Rows begin at multiples of 128 bytes, so the next 16 values are one XOR away, the next 64 one addition.
             const int q_row = wm * MT * 16 + lane % 16, k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
-            const unsigned q_base = shared_address(q_s) + q_row * ROW * 2, k_base = k_tile + k_row * ROW * 2;
-#pragma unroll 4
-            for (int step = 0; step < STEPS; step++) {
-                unsigned a[MT][4], b[4];
+            const unsigned q_at = shared_address(q_s) + q_row * ROW * 2 + swizzled(q_row, lane / 16);
+            const unsigned k_at = k_tile + k_row * ROW * 2 + swizzled(k_row, lane / 8 % 2);
+#pragma unroll 3
+            for (int panel = 0; panel < (STEPS + 3) / 4; panel++)
 #pragma unroll
-                for (int x = 0; x < MT; x++)
-                    ldmatrix_x4(a[x], q_base + x * 16 * ROW * 2 + swizzled(q_row, step * 2 + lane / 16));
-                const unsigned at = k_base + swizzled(k_row, step * 2 + lane / 8 % 2);
-                if constexpr (NT == 2) ldmatrix_x4(b, at);
-                else ldmatrix_x2(b[0], b[1], at);
+                for (int step = 0; step < 4; step++) {
+                    if (STEPS % 4 != 0 && panel * 4 + step >= STEPS) continue;
+                    unsigned a[MT][4], b[4];
 #pragma unroll
-                for (int x = 0; x < MT; x++)
+                    for (int x = 0; x < MT; x++) ldmatrix_x4(a[x], (q_at ^ step << 5) + panel * 128 + x * 16 * ROW * 2);
+                    if constexpr (NT == 2) ldmatrix_x4(b, (k_at ^ step << 5) + panel * 128);
+                    else ldmatrix_x2(b[0], b[1], (k_at ^ step << 5) + panel * 128);
 #pragma unroll
-                    for (int y = 0; y < NT; y++) mma<TYPE>(s[x][y], a[x], b[2 * y], b[2 * y + 1]);
-            }
+                    for (int x = 0; x < MT; x++)
+#pragma unroll
+                        for (int y = 0; y < NT; y++) mma<TYPE>(s[x][y], a[x], b[2 * y], b[2 * y + 1]);
+                }
             // 2. row maxima of this warp's keys
 #pragma unroll
             for (int y = 0; y < NT; y++)
@@ -1026,18 +1041,18 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
 #pragma unroll
                 for (int y = 0; y < 2 * PAIRS; y++) o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
         }
+        const unsigned p_at = shared_address(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
+        const unsigned v_at = v_tile + lane % 16 * V_ROW * 2;
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
             unsigned a[OM][4];
-            const int v_row = step * 16 + lane % 16;
 #pragma unroll
-            for (int x = 0; x < OM; x++)
-                ldmatrix_x4(a[x], shared_address(p_s) + (x * 16 + lane % 16) * 128 + swizzled(lane % 16, step * 2 + lane / 16));
+            for (int x = 0; x < OM; x++) ldmatrix_x4(a[x], (p_at ^ step << 5) + x * 16 * 128);
 #pragma unroll
             for (int y = 0; y < PAIRS; y++) {
                 if (warp * PAIRS + y >= OCTETS) continue;
                 unsigned b[4];
-                ldmatrix_x4_trans(b, v_tile + v_row * V_ROW * 2 + swizzled(v_row, (warp * PAIRS + y) * 2 + lane / 16));
+                ldmatrix_x4_trans(b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
 #pragma unroll
                 for (int x = 0; x < OM; x++) {
                     mma<TYPE>(o[x][2 * y], a[x], b[0], b[1]);
@@ -1104,28 +1119,38 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
 // ---------------------------------------------------------------------------------------------------------
 // merge_attention                                                     what `splits` blocks found, together
 //     L = logsumexp_i(lses[i]);   out = sum_i exp(lses[i] - L) outs[i],  the sink's share taken off;   lse = L
-// in    outs [splits, rows, DV], lses [splits, rows] of ACC; rows = B * T * H;  sink [H] ACC or null
+// in    outs [splits, rows, DV], lses [splits, rows] of ACC, splits <= 128; rows = B * T * H;  sink [H] ACC or null
 // out   out [rows, DV] OUT, lse [rows] ACC
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
+// macros  ACC, OUT, COLUMNS = ceil(DV / 128)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
 extern "C" __global__ void __launch_bounds__(128)
 merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows, i64 H,
                 i64 DV) {
+    __shared__ ACC weights[128];
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
-    ACC top = -inf, total = 0;
-    for (i64 i = 0; i < splits; i++) top = fmax(top, lses[i * rows + row]);
+    ACC top = -inf, total = 0, o[COLUMNS] = {};
+    for (int i = 0; i < splits; i++) top = fmax(top, lses[i * rows + row]);
     if (top == -inf) top = 0;
-    for (i64 i = 0; i < splits; i++) total += exp(lses[i * rows + row] - top);
+    if (threadIdx.x < splits) weights[threadIdx.x] = exp(lses[threadIdx.x * rows + row] - top);
+    __syncthreads();
+#pragma unroll 8
+    for (int i = 0; i < splits; i++) {
+        total += weights[i];
+#pragma unroll
+        for (int j = 0; j < COLUMNS; j++) {
+            const int d = threadIdx.x + 128 * j;
+            if (d < DV) o[j] += weights[i] * outs[(i * rows + row) * DV + d];
+        }
+    }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
     const ACC share = (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
     if (threadIdx.x == 0) lse[row] = log_sum;
-    for (int d = threadIdx.x; d < DV; d += 128) {
-        ACC sum = 0;
-        for (i64 i = 0; i < splits; i++) sum += exp(lses[i * rows + row] - top) * outs[(i * rows + row) * DV + d];
-        out[row * DV + d] = narrow<OUT>(sum * share);
-    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++)
+        if (threadIdx.x + 128 * j < DV) out[row * DV + threadIdx.x + 128 * j] = narrow<OUT>(o[j] * share);
 }
 #endif
 
