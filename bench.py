@@ -13,7 +13,7 @@
 """The main job of dsa.py: DeepSeek Sparse Attention on real text with a real model's attention, measured.
 
 Prints tables, writes figures and one JSON file, and says where. Every answer is checked against brute force
-before it is timed; a wrong one ends the run.
+before it is timed; a wrong one ends the run (in gpu, once the other stages are measured).
 """
 
 import os
@@ -26,8 +26,12 @@ if not CORETYPE_BY_USER and " avx512f " in CPUINFO:
     os.environ["OPENBLAS_CORETYPE"] = "SKYLAKEX"
 
 import argparse
+import contextlib
+import copy
 import datetime
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import platform
@@ -90,6 +94,10 @@ class WrongAnswer(Exception):
 
 class MissingPackage(Exception):
     """A part needs a package that is not installed; the other parts can still run."""
+
+
+class StageFailed(Exception):
+    """Some of a part's stages raised; it has shown the others."""
 
 
 @dataclass
@@ -225,6 +233,7 @@ def provenance() -> dict[str, str]:
     blas = [b for b in threadpool_info() if b["user_api"] == "blas"]
     core = os.environ.get("OPENBLAS_CORETYPE")
     commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
+    commit = os.environ.get("BENCH_COMMIT", commit)  # for a copy without .git
     by = "you" if CORETYPE_BY_USER else "bench.py before it imported NumPy, because this CPU has AVX-512"
     return {
         "command": shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update-readme")]),
@@ -265,7 +274,8 @@ def update_readme(bench: Bench, names: list[str], dry: bool = False) -> None:
             shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
             lines += ["", f"![{finding}](.github/{file})"]
         lines += ["", table.note.replace("|", "\\|")] if table.note else []
-        lines = [f"<!-- bench:{name} -->", f"**{table.title}**", "", *lines, "", where]
+        on = where.replace(" on ", f" on {p['gpu']}; ", 1) if name.startswith("gpu") else where
+        lines = [f"<!-- bench:{name} -->", f"**{table.title}**", "", *lines, "", on]
         new = "\n".join([*lines, f"<!-- /bench:{name} -->"])
         text = blocks[name].sub(new.replace("\\", r"\\"), text)
     readme.write_text(text, encoding="utf-8")
@@ -1287,7 +1297,368 @@ def report_stages(bench: Bench, n: int, prefill, decode) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. The command line
+# 9. gpu: the kernels beside torch and the chip's own ceilings
+# ------------------------------------------------------------------------------------------------------------
+
+PREFILL, DECODE = (8192, 32768, 65536, 131072), ((1, 131072), (8, 131072), (32, 32768), (128, 32768))
+STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # STEPS: of decode, in a CUDA graph
+
+
+def exact(x) -> np.ndarray:
+    """A CuPy array or a torch tensor as NumPy's float64."""
+    return np.asarray(x.get() if hasattr(x, "get") else x.double().cpu(), np.float64)
+
+
+def tensor(x):
+    """A CuPy array as a torch tensor of the same memory."""
+    bits = x.dtype.name == "bfloat16"  # travels as integers
+    return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16) if bits else torch.from_dlpack(x)
+
+
+class Chip:
+    """A GPU through CuPy: random data, a clock of CUDA events, CUDA graphs, and stages that fail alone."""
+
+    def __init__(self, bench: Bench):
+        try:
+            import cupy
+            import ml_dtypes
+
+            runtime = cupy.cuda.runtime
+            name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
+        except (ImportError, RuntimeError) as e:
+            how = 'pip install "dsa-reference[cuda13]", or in a clone pip install -e ".[cuda13]"'
+            raise MissingPackage(f"needs CuPy, ml_dtypes and a GPU ({e}): {how}") from None
+        self.bench, self.xp, self.bf16 = bench, cupy, np.dtype(ml_dtypes.bfloat16)
+        self.torch = torch is not None and torch.cuda.is_available()
+        self.rng, self.failed = cupy.random.default_rng(0), list[str]()
+        smi, cuda = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv"], runtime.runtimeGetVersion()
+        there = shutil.which(smi[0])
+        text = subprocess.run(smi, capture_output=True, text=True).stdout if there else ""
+        driver = re.search(r"\d+\.[\d.]+", text)
+        self.name = f"{name}, driver {driver[0] if driver else 'unknown'}, CUDA {cuda // 1000}."
+        self.name += f"{cuda % 1000 // 10}, CuPy {cupy.__version__}"
+
+    def draw(self, *shape: int, dtype=None):
+        x = self.xp.empty(shape, dtype or self.bf16)
+        for part in x if x.nbytes > 2**30 else [x]:
+            part[...] = self.rng.standard_normal(part.shape, np.float32).astype(x.dtype)
+        return x
+
+    def clock(self, run, stream=None) -> tuple[float, int]:
+        """Median milliseconds of run() by CUDA events, which are all queued before the last is waited for."""
+
+        def laps(n):
+            marks = [self.xp.cuda.Event() for _ in range(n + 1)]
+            marks[0].record(stream)
+            for mark in marks[1:]:
+                run()
+                mark.record(stream)
+            marks[-1].synchronize()
+            return [self.xp.cuda.get_elapsed_time(*pair) for pair in itertools.pairwise(marks)]
+
+        many = 5 if self.bench.args.quick else min(30, max(1, int(4000 / max(laps(2)))))
+        return float(np.median(laps(many))), many
+
+    def ceilings(self) -> dict[str, float]:
+        """What the chip reaches in this run: a bfloat16 product of 8192^3, and a copy, read plus written."""
+        x, long = self.draw(8192, 8192), self.draw(4, 2**28)
+        x, other = tensor(x) if self.torch else x, self.xp.empty_like(long)
+        product, _ = self.clock(lambda: x @ x)
+        copied, _ = self.clock(lambda: self.xp.copyto(other, long))
+        return {"TFLOP/s": 2 * 8192**3 / product / 1e9, "TB/s": 2 * long.nbytes / copied / 1e9}
+
+    @contextlib.contextmanager
+    def alone(self, what: str):
+        """What fails in here is said, and fails the run at its end; what comes after it still runs."""
+        try:
+            yield
+        except Exception as e:
+            self.failed.append(f"{what}: {type(e).__name__}: {e}")
+            self.bench.console.print(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}", highlight=False)
+
+    def free(self) -> None:
+        self.xp.get_default_memory_pool().free_all_blocks()
+        if self.torch:
+            torch.cuda.empty_cache()
+
+    def stage(self, cell, name: str, steps, run, check, work, graph: bool = False) -> None:
+        """run(p) for p in steps in memory full of NaN, check(p, result), then cell[name]: time and rates."""
+        cell[name], launch, stream = None, lambda: [run(p) for p in steps], None
+        with self.alone(f"{name}, {cell['at']}"):
+            self.free()
+            nbytes = 2**28 if self.bench.args.quick else 2**32
+            self.xp.cuda.alloc(nbytes).memset(255, nbytes)  # back in the pool at once, and given out next
+            if graph:
+                launch, results, stream = self.captured(launch)
+            else:
+                results = launch()
+            for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
+                check(p, x)
+            ms, repeats = self.clock(launch, stream)
+            cell[name] = {"ms": ms / len(steps), "repeats": repeats}
+            cell[name] |= {rate: n * len(steps) / ms / 1e9 for rate, n in zip(RATES, work, strict=True)}
+
+    def captured(self, run):
+        """run as a CUDA graph -> what launches it, its results after a launch, its stream."""
+        stream = self.xp.cuda.Stream(non_blocking=True)
+        self.xp.cuda.Device().synchronize()
+        with stream:
+            run()  # compiles the kernels and fetches the memory
+            stream.synchronize()
+            stream.begin_capture()
+            try:
+                results = run()  # kept: the graph writes there
+            finally:
+                graph = stream.end_capture()
+            for x in (x for some in results for x in (some if isinstance(some, tuple) else (some,))):
+                x.data.memset_async(255, x.nbytes, stream)
+            graph.launch(stream)
+            stream.synchronize()
+        return lambda: graph.launch(stream), results, stream
+
+
+class GpuProblem:
+    """V3.2's shapes: t queries at the end of s keys, or one query for each context of a batch."""
+
+    scores: Any
+    indices: Any
+    cache: Any
+
+    def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
+        self.chip, self.s, self.batch, self.top_k, draw = chip, s, batch, top_k, chip.draw
+        heads, J, E = (V32[x] for x in "HJE")
+        self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
+        self.index = draw(*batch, t, J, E), draw(*batch, s, E), draw(*batch, t, J, dtype=np.float32)
+        self.ends = chip.xp.arange(s - t + 1, s + 1)
+        n = math.prod((*batch, t))
+        pairs = n * s - t * (t - 1) // 2
+        self.scoring = 2 * J * E * pairs, 2 * self.index[1].size + 4 * pairs  # FLOP, bytes to move
+        self.selecting = 0, 4 * (pairs + n * top_k)
+        self.both = self.scoring[0], 2 * self.index[1].size + 4 * n * top_k
+
+    def attending(self, *more) -> tuple[float, float]:
+        heads, keys = self.q.size // WIDTH, min(self.indices.size, self.k.size // WIDTH)
+        own = (
+            heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1],
+            2 * (heads * (WIDTH + LATENT) + WIDTH * keys),
+        )
+        return own[0] + sum(x[0] for x in more), own[1] + sum(x[1] for x in more)
+
+    def score(self):
+        return dsa.index_scores(*self.index)
+
+    def select(self):
+        return dsa.select_topk(self.scores, self.top_k)
+
+    def lightning(self):
+        return dsa.lightning_select(*self.index, self.top_k)
+
+    def attend(self):
+        return dsa.sparse_attention(self.q, self.k, None, self.indices, d_v=LATENT)
+
+    def attend_fp8(self):
+        return self.cache.attend(self.q, self.indices, d_v=LATENT)
+
+    def chain(self):
+        indices = self.lightning()
+        return *dsa.sparse_attention(self.q, self.k, None, indices, d_v=LATENT), indices
+
+    def everything(self):
+        config = dsa.DSAConfig(top_k=self.top_k)
+        return dsa.dsa_attention(self.q, self.k, None, *self.index, config, d_v=LATENT)
+
+    def torch_topk(self):
+        return torch.topk(tensor(self.scores), self.top_k, sorted=False).values
+
+    def torch_attend(self, step: int = 256):
+        """Gather, then bmm, as far as memory goes."""
+        q, k, rows = tensor(self.q), tensor(self.k)[:, 0], tensor(self.indices).long()
+        out = torch.empty(*q.shape[:-1], LATENT, dtype=q.dtype, device=q.device)
+        for i in range(0, len(q), step):
+            near = k[rows[i : i + step]]  # [n, K, D]
+            p = torch.softmax(q[i : i + step] @ near.mT * WIDTH**-0.5, -1)
+            torch.matmul(p, near[..., :LATENT], out=out[i : i + step])
+        return (out,)
+
+    def three(self):
+        """Three queries: the index that keeps an axis of one, the keys each sees, and their index keys."""
+        n = len(self.q)
+        for i in sorted({0, n // 3, n - 1}):
+            one: Any = i if self.batch else slice(i, i + 1)
+            seen: Any = i if self.batch else slice(self.s - n + i + 1)
+            yield one, self.k[seen], self.index[1][seen]
+
+    def check_scores(self, x) -> None:
+        for one, _, keys in self.three():
+            want = dsa.index_scores(exact(self.index[0][one]), exact(keys), exact(self.index[2][one]))
+            self.chip.bench.check("gpu index_scores", exact(x[one])[:, : len(keys)], want, 1e-4)
+        self.all_rows("index_scores, -inf", self.chip.xp.isneginf(x).sum(-1), self.s - self.ends)
+
+    def check_indices(self, x) -> None:
+        for one, keys, _ in self.three():
+            want = dsa.select_topk(self.scores[one].get()[:, : len(keys)], self.top_k)
+            self.chip.bench.check("gpu select_topk", x[one].get(), want, 0)
+        self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
+
+    def check_torch_topk(self, x) -> None:
+        mine = torch.take_along_dim(tensor(self.scores), tensor(self.indices).long(), -1)
+        self.all_rows("torch.topk", mine.sort().values, x.sort().values)
+
+    def check_lightning(self, x) -> None:
+        self.all_rows("lightning_select", x, self.indices)
+
+    def check_attention(self, x, stored=lambda k: k, tol: float = 1e-2) -> None:
+        for one, keys, _ in self.three():
+            rows = self.indices[one][0]
+            kept, slots = stored(exact(keys[rows])), np.arange(len(rows))[None]
+            out, lse = dsa.sparse_attention(exact(self.q[one]), kept, None, slots, d_v=LATENT)
+            self.chip.bench.check("gpu attention", exact(x[0][one]), out, tol)
+            for got in x[1:2]:  # torch gives none
+                self.chip.bench.check("gpu attention, lse", exact(got[one]), lse, 1e-3)
+
+    def check_fp8(self, x) -> None:
+        self.check_attention(x, lambda k: dsa.unpack_kv_fp8(dsa.pack_kv_fp8(k)).astype(np.float64))
+
+    def check_chain(self, x) -> None:
+        self.check_attention(x)
+        self.check_lightning(x[2])
+
+    def all_rows(self, what: str, got, want) -> None:
+        self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
+
+
+def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> None:
+    """Every stage for t queries at the end of s keys; with more also 64 heads and a quarter of top_k."""
+    P, p, xp = GpuProblem, GpuProblem(chip, s, t, top_k), chip.xp
+    stage = functools.partial(chip.stage, cell)
+    with chip.alone(f"selection, {s:,}"):
+        stage("index_scores", [p], P.score, P.check_scores, p.scoring)
+        p.scores = p.score()
+        stage("select_topk", [p], P.select, P.check_indices, p.selecting)
+        p.indices = p.select()
+        if chip.torch:
+            stage("torch.topk", [p], P.torch_topk, P.check_torch_topk, p.selecting)
+        p.scores = None
+        stage("lightning_select", [p], P.lightning, P.check_lightning, p.both)
+        stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
+        stage("dsa_attention", [p], P.everything, P.check_chain, p.attending(p.both))
+    spread = (xp.arange(top_k) + chip.rng.random((t, top_k))) / top_k  # ascending, none twice
+    p.indices = (spread * p.ends[:, None]).astype(np.int32)
+    few, half = copy.copy(p), copy.copy(p)
+    few.indices, half.q = p.indices[:, ::4].copy(), xp.ascontiguousarray(p.q[:, ::2])
+    cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
+    for what, x in list(cases.items())[: 3 if more else 1]:
+        stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
+    if chip.torch:
+        check = functools.partial(P.check_attention, tol=3e-2)
+        stage("torch gather + bmm", [p], P.torch_attend, check, p.attending())
+
+
+def gpu_decode(chip: Chip, cell, s: int, batch: int, top_k: int) -> None:
+    """One query for each context of a batch: STEPS steps in a graph, over STEPS contexts or the batch's."""
+    P, ring = GpuProblem, [GpuProblem(chip, s, 1, top_k, batch) for _ in range(max(1, STEPS // batch))]
+    p, steps = ring[0], [ring[i % len(ring)] for i in range(STEPS)]
+    stage = functools.partial(chip.stage, cell, steps=steps, graph=True)
+    stage("index_scores", run=P.score, check=P.check_scores, work=p.scoring)
+    for x in ring:
+        x.scores = x.score()
+        x.indices = x.select()
+        x.cache = dsa.KVCache(s, batch=batch, storage="fp8", xp=chip.xp, k=(1, WIDTH))
+        x.cache.append(k=x.k)
+    stage("select_topk", run=P.select, check=P.check_indices, work=p.selecting)
+    stage("sparse_attention", run=P.attend, check=P.check_attention, work=p.attending())
+    stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=p.attending())
+    stage("chain of three", run=P.chain, check=P.check_chain, work=p.attending(p.both))
+
+
+def torch_dense(chip: Chip, cell, s: int) -> None:
+    """Causal attention over a whole sequence, as MHA of 192 and 128 wide heads, by cuDNN where torch can."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    widths, attend = (192, 192, 128), torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (torch.randn(1, V32["H"], s, d, device="cuda", dtype=torch.bfloat16) for d in widths)
+
+    def check(_, out):
+        last = [exact(x[0, :2]).swapaxes(0, 1) for x in (q[:, :, -1:], k, v, out[:, :, -1:])]  # of two heads
+        chip.bench.check("gpu torch SDPA", last[3], dsa.dense_attention(*last[:3])[0], 3e-2)
+
+    backend: Any = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+    cell["dense by"] = "cuDNN"
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            attend(q, k, v, is_causal=True)
+    except RuntimeError:
+        backend, cell["dense by"] = contextlib.nullcontext(), "torch's choice, as cuDNN refuses"
+    with backend:
+        run, flops = (lambda _: attend(q, k, v, is_causal=True)), V32["H"] * s * (s + 1) * sum(widths[1:])
+        chip.stage(cell, DENSE, [None], run, check, (flops, 0))
+
+
+@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False)
+def gpu(bench: Bench) -> None:
+    chip, quick = Chip(bench), bench.args.quick
+    bench.results["provenance"]["gpu"] = chip.name
+    bench.console.print(f"[dim]{'gpu':17}[/] {escape(chip.name)}", highlight=False)
+    lengths, t, top_k = ((2048, 4096), 256, 256) if quick else (PREFILL, 4096, V32["top_k"])
+    ceilings = chip.ceilings()
+    cells: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    for s in bench.steps(lengths, "gpu: prefill"):
+        cell: dict[str, Any] = {"at": f"{s:,}"}
+        cells.append(cell)
+        with chip.alone(f"prefill, {s:,}"):
+            gpu_prefill(chip, cell, s, t, top_k, more=s == lengths[1])
+        chip.free()
+        if chip.torch and s <= 32768:  # as memory allows
+            with chip.alone(f"{DENSE}, {s:,}"):
+                torch_dense(chip, cell, s)
+        if dense := [c for c in cells if c.get(DENSE)]:
+            flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
+            cell["dense, these queries*"] = {"ms": flops / dense[-1][DENSE]["TFLOP/s"] / 1e9}
+    for batch, s in bench.steps(((1, 2048), (8, 2048)) if quick else DECODE, "gpu: decode"):
+        cell = {"at": f"{batch} x {s:,}"}
+        steps.append(cell)
+        with chip.alone(f"decode, {cell['at']}"):
+            gpu_decode(chip, cell, s, batch, top_k)
+        chip.free()
+    bench.results["gpu"] = {"ceilings": ceilings, "prefill": cells, "decode": steps, "failed": chip.failed}
+    report_gpu(bench, t, top_k, chip.name.split(",")[0])
+    if chip.failed:
+        raise StageFailed(f"{len(chip.failed)} stages FAILED: {'; '.join(chip.failed)}")
+
+
+def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
+    ceilings, prefill, decode = (bench.results["gpu"][x] for x in ("ceilings", "prefill", "decode"))
+
+    def row(first, cells, unit, factor):
+        """Of each cell time, rate, and share of the ceiling that is nearer."""
+        texts = []
+        for x in cells:
+            share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES) if x else (0, "")
+            ms = f"{factor * x['ms']:.{3 if factor * x['ms'] < 1000 else 4}g} {unit}" if x else x
+            texts.append(
+                f"{ms}, {x[rate]:.3g} {rate}, {share:.0%}" if share else "FAILED" if x is None else ms
+            )
+        return [first, *texts]
+
+    top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
+    note = "Random data, medians of CUDA events, results checked first. % of this run's ceilings, "
+    note += f"{top}: a bfloat16 product of 8192^3, and a copy, bytes read plus written."
+    names = [name for name in max(prefill, key=len) if name not in ("at", "dense by")]
+    rows = [row(name, [cell.get(name, "") for cell in prefill], "ms", 1) for name in names]
+    dense = [cell["dense by"] for cell in prefill if cell.get(DENSE)]
+    also = " Without more words: 128 heads, selected keys; gather: random keys."
+    also += f" Dense: whole sequences, heads of 192 and 128, {dense[-1]}; * at its rate." if dense else ""
+    title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, bfloat16, on one {chip}"
+    bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
+    names = [name for name in max(decode, key=len) if name != "at"]
+    rows = [row(cell["at"], [cell.get(name, "") for name in names], "us", 1e3) for cell in decode]
+    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more; the chain is of bfloat16."
+    bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -1335,7 +1706,9 @@ def main() -> int:
                 PARTS[name].run(bench)
                 bench.results["seconds"][name] = round(time.perf_counter() - start, 1)
             except MissingPackage as e:
-                console.print(f"[bold red]{name} did not run:[/] it {e}", highlight=False)
+                console.print(f"[bold red]{name} did not run:[/] it {escape(str(e))}", highlight=False)
+            except StageFailed as e:
+                console.print(f"[bold red]{name}:[/] {escape(str(e))}", highlight=False)
             except WrongAnswer as e:
                 console.print(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}", highlight=False)
                 return 1
