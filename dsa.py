@@ -81,9 +81,10 @@ def _dims(**arrays):
     """
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
-    for name, (x, axes) in arrays.items():
+    for name, (x, axes, *dtypes) in arrays.items():
         _check_library(name, x, n.setdefault("xp", _library(name, x)))
-        _expect(x.dtype.name in FLOATS, name, f"of dtype {x.dtype}", f"one of {FLOATS}", TypeError)
+        allowed = dtypes or FLOATS
+        _expect(x.dtype.name in allowed, name, f"of dtype {x.dtype}", f"one of {allowed}", TypeError)
         batch, last = axes.startswith("..."), axes.replace("...", "").split()
         lead = x.ndim - len(last)
         fits = lead == 0 or (lead > 0 and batch)
@@ -302,12 +303,14 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] of either sign
     -> scores [..., T, S], float32 (float64 for float64 input), -inf outside the window
+    In fp8, index_q holds e4m3 codes, uint8, whose scales are in the weights, and index_k [..., S, E + 4] entries
+    as KVCache(storage="fp8") has them, codes and a float32 scale: relu(q8 . k8) weights, summed, times scale.
 
     >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
     >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
     array([[2. , 1.5]])
     """
-    n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    n, windows, index_q, index_k = _index_dims(index_q, index_k, weights, k_start, k_end)
     if n["xp"] is not np:
         return _gpu_index_scores(n, index_q, index_k, weights, windows)
     scores = np.full((*n["..."], n["T"], n["S"]), -np.inf, _accumulator(index_q, index_k, weights))
@@ -323,8 +326,19 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
 
 
 def _index_dims(index_q, index_k, weights, k_start, k_end):
-    n = _dims(index_q=(index_q, "... T J E"), index_k=(index_k, "... S E"), weights=(weights, "... T J"))
-    return n, _windows(n, k_start, k_end)
+    """Check, and decode e4m3 codes unless a kernel does -> sizes, windows, index_q, index_k."""
+    coded = getattr(index_q, "dtype", None) == np.uint8
+    entry, *dtypes = ("entry", "uint8") if coded else ("E",)
+    arrays = {"index_q": (index_q, "... T J E", *dtypes), "index_k": (index_k, f"... S {entry}", *dtypes)}
+    n = _dims(**arrays, weights=(weights, "... T J"))
+    if coded:
+        fits = n["entry"] == n["E"] + 4 and n["E"] <= FP8_BLOCK
+        _expect(
+            fits, "index_k", f"of shape {index_k.shape}", f"[..., S, E + 4] with E = {n['E']} of at most 128"
+        )
+        if n["xp"] is np:
+            index_q, index_k = E4M3[index_q], _unpack(index_k, n["E"], 0)
+    return n, _windows(n, k_start, k_end), index_q, index_k
 
 
 def _score_rows(n):
@@ -373,7 +387,7 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     >>> explain(q, k, w, 0, 1)
     Explanation(contributions=array([0. , 1.5]), score=1.5, rank=1, num_visible=2)
     """
-    n, (start, end) = _index_dims(index_q, index_k, weights, k_start, k_end)
+    n, (start, end), index_q, index_k = _index_dims(index_q, index_k, weights, k_start, k_end)
     _expect(n["..."] == (), "index_q", f"of shape {index_q.shape}", "[T, J, E] without batch axes")
     t, s = _integer("t", t, 0), _integer("s", s, 0)
     _expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
@@ -425,7 +439,7 @@ def lightning_select(
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> indices [..., T, K] int32
     """
-    n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    n, windows, index_q, index_k = _index_dims(index_q, index_k, weights, k_start, k_end)
     quota = _quota(top_k, local_window, num_sink_tokens)
     if n["xp"] is not np:
         return _gpu_lightning_select(n, index_q, index_k, weights, quota, windows)
@@ -529,7 +543,7 @@ def predictive_select(
     Each candidate brings `widen` neighbours on both sides; window and sink tokens are always among them.
     T*C scores instead of T*S. Equal to lightning_select where the candidates hold every visible key.
     """
-    n, windows = _index_dims(index_q, index_k, weights, k_start, k_end)
+    n, windows, index_q, index_k = _index_dims(index_q, index_k, weights, k_start, k_end)
     _check_indices("candidates", candidates, n)
     offsets = n["xp"].arange(-_integer("widen", widen, 0), widen + 1)
     quota, windows = _quota(top_k, local_window, num_sink_tokens), _explicit(n, windows)
@@ -577,6 +591,10 @@ def _selector(kind):
         indexer = (index_q, index_k, weights)
         fits = options.keys() <= known.keys()
         _expect(fits, "the options", sorted(options), f"some of {list(known)}", TypeError)
+        if kind is _lightning and n["xp"] is not np:
+            _check_indexer(q, k, *indexer)
+            forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
+            return lightning_select(*indexer, top_k, **forced, k_start=k_start, k_end=k_end)
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
@@ -1291,7 +1309,14 @@ def _at_precision(x, precision):
     relu(q8 . k8) * (weights * scale_q), summed over the heads, times scale_k.
     """
     if precision == "fp8":
-        return dequantize_fp8(*quantize_fp8(x))
+        x = dequantize_fp8(*quantize_fp8(x))
+        if _library("x", x) is np:
+            return x
+        import ml_dtypes
+
+        return x.astype(
+            ml_dtypes.bfloat16
+        )  # which holds a code times a power of two, and is what tensor cores take
     return x.astype(np.float16) if precision == "fp16" else x
 
 
@@ -1432,11 +1457,11 @@ class KVCache:
         if v is not None or self.streams["k"][0] > 1:
             k, v = self._decode("k", k), None if v is None else self._decode("v", v)
             return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
-        # The sizes and the scale are those of the decoded keys, of which one sequence of no tokens stands in.
-        like = np.zeros_like(q, shape=(*k.shape[:-1], 1))
-        n, _, scale = _attention_dims(q[..., :1], like, None, 1, scale or D**-0.5, sink)
-        n |= {"D": D, "Dv": _integer("d_v", d_v, 1)}
-        return _gpu_attention(n, q, k, None, indices, None, scale, sink, packed=(D - rope, rope))
+        n = _dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
+        _expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
+        _expect(d_v is not None and d_v <= D, "d_v", d_v, f"at most k's D = {D}")
+        n |= {"S": self.capacity, "G": 1, "Dv": _integer("d_v", d_v, 1)}
+        return _gpu_attention(n, q, k, None, indices, None, _scale(n, scale), sink, packed=(D - rope, rope))
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
@@ -2126,33 +2151,46 @@ def _aligned(x, multiple=1):
     return padded
 
 
-def _score_dtype(index_q, index_k, weights):
-    return np.dtype(np.float32) if index_q.dtype == np.uint8 else _accumulator(index_q, index_k, weights)
+def _entries(x):
+    """x [..., N, E] as a pointer to contiguous rows, and how many of them from a batch entry to the next.
+
+    The keys of a cache that is not full stand further apart than they are many; they are not copied.
+    """
+    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    row = x.shape[-1] * x.itemsize
+    whole = x.size and x.strides[1:] == (row, x.itemsize) and x.strides[0] % max(1, row) == 0
+    if not whole or x.data.ptr % 16 or x.strides[0] % 4:
+        return _aligned(x), x.shape[1]
+    return sys.modules["cupy"].ndarray((1,), x.dtype, x.data), x.strides[0] // row
 
 
 def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
-    """index_q may be e4m3 codes, uint8 [..., T, J, E], their scales in the weights; index_k is then
-    uint8 [..., S, E + 4], codes and a float32 scale. n["offset"]: S - T, unless T are some of the queries.
-    """
-    T, S, J, E = n["T"], n["S"], n["J"], index_q.shape[-1]
+    """index_scores. n["offset"]: S - T, unless the T queries are some of all."""
+    T, S, J, E = n["T"], n["S"], n["J"], n["E"]
     dtype, alike = index_q.dtype, index_q.dtype == index_k.dtype
-    real = _score_dtype(index_q, index_k, weights)
+    real = np.dtype(np.float32) if dtype == np.uint8 else _accumulator(index_q, index_k, weights)
     scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
     weights = _aligned(weights.astype(real, copy=False))
     offset, batch = n.get("offset", S - T), math.prod(n["..."])
     tiles = next((m for width, m in TILES.items() if width >= E), 0)
-    if alike and dtype.itemsize <= 2 and real == np.float32 and tiles and J * E:
-        index_q = _aligned(index_q, 16 // dtype.itemsize)
+    tensor_cores = int(index_q.device.compute_capability) >= 80 and tiles and J * E
+    if dtype == np.uint8 and not tensor_cores:
+        index_q, index_k = n["xp"].asarray(E4M3)[index_q], _unpack(index_k, E, 0)
+    if alike and dtype.itemsize <= 2 and real == np.float32 and tensor_cores:
+        index_q, (index_k, apart) = _aligned(index_q, 16 // dtype.itemsize), _entries(index_k)
         heads, row = min(-(-J // 8) * 8, 64 if E <= 256 else 32), -(-E * dtype.itemsize // 64) * 64
         blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
-        args = (index_q, _aligned(index_k), weights, *windows, scores, T, S, offset)
+        args = (index_q, index_k, weights, *windows, scores, T, S, offset, apart)
         shared = 2 * heads * (row + 20)  # 2 of the kernel's struct Stage
         sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
         _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, ELEMENT=dtype, **sizes)
     else:
-        index_q, index_k = (_aligned(x.astype(real, copy=False)) for x in (index_q, index_k))
+        index_q, (index_k, apart) = (
+            _aligned(index_q.astype(real, copy=False)),
+            _entries(index_k.astype(real, copy=False)),
+        )
         blocks = batch * -(-T // 8) * -(-S // (512 // real.itemsize))
-        args = (index_q, index_k, weights, *windows, scores, T, S, J, E, offset)
+        args = (index_q, index_k, weights, *windows, scores, T, S, J, E, offset, apart)
         _launch("index_scores_fma", (blocks,), (256,), *args, REAL=real)
     return scores
 
@@ -2173,12 +2211,11 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
 def _gpu_lightning_select(n, index_q, index_k, weights, quota, windows):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
     xp, T, S = n["xp"], n["T"], n["S"]
-    real = _score_dtype(index_q, index_k, weights)
+    real = np.dtype(np.float32) if index_q.dtype == np.uint8 else _accumulator(index_q, index_k, weights)
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if math.prod(n["..."]) * T <= most:
         scores = _gpu_index_scores(n, index_q, index_k, weights, windows)
         return _gpu_select_topk(n, scores, quota, windows, True)
-    index_k = _aligned(index_k)
     indices = xp.empty((*n["..."], T, min(quota[0], S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
@@ -2234,7 +2271,7 @@ def _mma_tiles(device, heads, d, d_v, tied, packed):
     if int(device.compute_capability) < 80 or heads < 8 or not d or not d_v:
         return None
     row, v_row = (-(-x // 64) * 64 for x in (d, d_v))
-    pairs = -(-(-(-d_v // 16)) // 8)
+    pairs = math.ceil(math.ceil(d_v / 16) / 8)
     most = device.attributes["MaxSharedMemoryPerBlockOptin"]
     for block in (64, 32, 16):
         for keys in (64, 32):

@@ -65,10 +65,23 @@ __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsign
 
 // relu as NumPy has it: NaN stays NaN, which fmaxf would make 0.
 __device__ float relu(float x) {
+#if __CUDA_ARCH__ >= 800
     asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(x) : "f"(x));
     return x;
+#else
+    return x < 0 ? 0 : x;
+#endif
 }
 __device__ double relu(double x) { return x < 0 ? 0 : x; }
+
+__device__ int sum_of_warp(int x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(ALL, x);
+#else
+    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
+    return x;
+#endif
+}
 
 // Two e4m3 codes to two halves, exact, NaN too; by hardware from sm_89 on.
 __device__ unsigned e4m3x2_to_half2(unsigned codes) {
@@ -160,6 +173,7 @@ template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
 // index_scores_fma                                                                      eq. (1) of dsa.py
 //     scores[t,s] = sum_j weights[t,j] * relu(index_q[t,j,:] . index_k[s,:]),  -inf outside t's window
 // in    index_q [B, T, J, E], index_k [B, S, E], weights [B, T, J] of REAL = float or double; windows [B, T]
+//       apart: from one entry's keys to the next, in keys
 // out   scores [B, T, S] REAL, every element written
 // grid  B * ceil(T / 8) * ceil(S / KEYS), key tiles fastest
 // block 256: a warp a query, a lane OWN keys
@@ -173,7 +187,7 @@ struct alignas(16) Vec { REAL x[OWN]; };
 
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
         const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
-        REAL* scores, long long T, long long S, long long J, long long E, long long offset) {
+        REAL* scores, long long T, long long S, long long J, long long E, long long offset, long long apart) {
     __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -275,7 +289,7 @@ __device__ unsigned key_pair(const ELEMENT* key, int e) {
 
 extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, long long T, long long S, long long offset) {
+        const int* k_end, float* scores, long long T, long long S, long long offset, long long apart) {
     extern __shared__ __align__(16) unsigned char shared[];
     Stage* stages = (Stage*)shared;
     __shared__ Window windows[QUERIES];
@@ -338,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const long long s = s0 + 16 * m + 8 * half + g;
-            const ELEMENT* key = index_k + (b * S + min(s, S - 1)) * ENTRY;
+            const ELEMENT* key = index_k + (b * apart + min(s, S - 1)) * ENTRY;
 #pragma unroll
             for (int step = 0; step < DEPTH; step++) {
                 keys[m][step][half] = key_pair(key, 16 * step + (FP8 ? 4 * i : 2 * i));
@@ -349,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     if constexpr (FP8)
         for (int half = 0; half < 2; half++) {
             const long long s = min(s0 + 16 * i + 8 * half + g, S - 1);
-            const unsigned char* bytes = (const unsigned char*)(index_k + (b * S + s) * ENTRY + E);
+            const unsigned char* bytes = (const unsigned char*)(index_k + (b * apart + s) * ENTRY + E);
             const unsigned low = bytes[0] | bytes[1] << 8, high = bytes[2] | bytes[3] << 8;
             scale[half] = __uint_as_float(low | high << 16);
         }
@@ -462,8 +476,8 @@ __device__ int sum_before(Shared& sh, int x, int turn, int& total) {
     if (lane == 31) sh.sums[turn][warp] = upto;
     __syncthreads();
     const int sum = lane < WARPS ? sh.sums[turn][lane] : 0;
-    total = __reduce_add_sync(ALL, sum);
-    return __reduce_add_sync(ALL, lane < warp ? sum : 0) + upto - x;
+    total = sum_of_warp(sum);
+    return sum_of_warp(lane < warp ? sum : 0) + upto - x;
 }
 
 // The need-th largest of the words that word(i) gives for i < n, 0 apart, in as many of their leading bits as
