@@ -2032,8 +2032,7 @@ def _mma_tiles(device, heads, d, d_v, tied, packed):
     device = sys.modules["cupy"].cuda.Device(device)
     if int(device.compute_capability) < 80 or heads < 8 or not d or not d_v:
         return None
-    row, v_row = (-(-x // 64) * 64 for x in (d, d_v))
-    pairs = -(-(-(-d_v // 16)) // 8)
+    row, v_row, pairs = -(-d // 64) * 64, -(-d_v // 64) * 64, -(-d_v // 128)
     most = device.attributes["MaxSharedMemoryPerBlockOptin"]
     for block in (64, 32, 16):
         for keys in (64, 32):
@@ -2054,10 +2053,10 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     and v is not looked at: the values are the first Dv. q in bfloat16 then takes tensor cores.
     Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
     """
-    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in "T S H G D Dv".split())
+    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "G", "D", "Dv"))
     dtype = _accumulator(*((q,) if packed else (q, k, v)))
     rows, rank, rope = math.prod(n["..."]) * T, *(packed or (0, 0))
-    tied = bool(packed) or (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype) and Dv <= D
+    tied = bool(packed) or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
     width = _packed_bytes(D, rope) if packed else D
     k, k_strides = _strides(k)
     v, v_strides = (k, k_strides) if tied else _strides(v)
@@ -2086,7 +2085,8 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         q, k, v, None if indices is None else _gpu_indices(indices, S), *(windows or (None, None)),
         sink if parts is None else None, *(parts or (out, lse)),
     )  # fmt: skip
-    scalars = (T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, np.float64(scale).view(np.int64))
+    bits = np.float64(scale).view(np.int64)  # a float would arrive as float32
+    scalars = (T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, bits)
     macros = {"HEADS": heads, "D": D, "DV": Dv, "TIED": int(tied), "R8": rank, "ROPE": rope}
     macros["OUT"] = dtype if parts else q.dtype
     if tiles:
