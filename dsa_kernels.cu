@@ -431,7 +431,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         float s[MT][NT][4] = {};
         if (scores) {
             // 1. s = q . k, in base 2, absent keys -inf
-            // Rows begin at multiples of 128 bytes: the next 16 values are one XOR away, the next 64 an addition.
+            // Rows begin at multiples of 128 bytes: the next 16 values are one XOR away, the next 64 an add.
             const int q_row = wm * MT * 16 + lane % 16,
                       k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
             const unsigned q_at = shared_address(q_s) + q_row * ROW * 2 + swizzled(q_row, lane / 16);
@@ -632,7 +632,7 @@ extern "C" __global__ void __launch_bounds__(128)
 // ---------------------------------------------------------------------------------------------------------
 // quantize_fp8                                                 dsa._quantize and dsa._pack, byte for byte
 // in    x [rows, x_stride] of XT, whose first `width` values become codes and the `rope` after them bfloat16
-// out   of each row the codes at out + row * out_stride, the bfloat16 tail_offset after them, the float32 scales
+// out   of each row the codes at out + row * out_stride, the bfloat16 tail_offset after, the float32 scales
 //       at scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
 // grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes a block or tail of a row
 // macros  BLOCK, UE8M0, XT, ACC (double for float64)
