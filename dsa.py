@@ -303,8 +303,8 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] of either sign
     -> scores [..., T, S], float32 (float64 for float64 input), -inf outside the window
-    In fp8, index_q holds e4m3 codes, uint8, whose scales are in the weights, and index_k [..., S, E + 4] entries
-    as KVCache(storage="fp8") has them, codes and a float32 scale: relu(q8 . k8) weights, summed, times scale.
+    In fp8, index_q holds e4m3 codes, uint8, whose scales are in the weights, and index_k [..., S, E + 4] the
+    entries of a KVCache(storage="fp8"), codes and a scale: relu(q8 . k8) * weights, summed, times the scale.
 
     >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
     >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
@@ -1416,9 +1416,13 @@ class KVCache:
 
     def read(self, name):
         """A view (a copy of fp8) [B, longest length, *shape] of a stream; undefined beyond its own length."""
+        return self._decode(name, self.stored(name))
+
+    def stored(self, name):
+        """As read, but as it is stored: of fp8 the bytes, for index_scores."""
         self._check_open()
         _expect(name in self.streams, "name", repr(name), f"one of {sorted(self.streams)}")
-        return self._decode(name, self._stream(name)[:, : self._lengths.max()])
+        return self._stream(name)[:, : self._lengths.max()]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
@@ -2119,7 +2123,7 @@ def _launch(name, grid, block, *args, shared=0, **constants):
     """Launch a kernel on the current stream of the device that its arrays are on.
 
     Arrays have to be contiguous; an int arrives as long long, a float as float, a NumPy number as what it is,
-    None as a null pointer. A    constant may be a dtype. shared: bytes of dynamic shared memory.
+    None as a null pointer. A constant may be a dtype. shared: bytes of dynamic shared memory.
     """
     cupy = sys.modules["cupy"]
     arrays = [x for x in args if isinstance(x, cupy.ndarray)]
@@ -2127,13 +2131,13 @@ def _launch(name, grid, block, *args, shared=0, **constants):
     _expect(len(devices) == 1, "the device of the arrays", sorted(devices), "one")
     _expect(all(x.flags.c_contiguous for x in arrays), "an array", "not contiguous", "contiguous arrays")
     named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in constants.items()}
-    args = [np.float32(x) if type(x) is float else np.int64(0) if x is None else x for x in args]
+    values = tuple(np.float32(x) if type(x) is float else np.int64(0) if x is None else x for x in args)
     if min(grid) > 0:
         with arrays[0].device:
             kernel = _kernel(arrays[0].device.id, name, tuple(sorted(named.items())))
             if shared > kernel.max_dynamic_shared_size_bytes:
                 kernel.max_dynamic_shared_size_bytes = shared
-            kernel(grid, block, tuple(args), shared_mem=shared)
+            kernel(grid, block, values, shared_mem=shared)
 
 
 SCORE_BYTES = 2**28  # scores that lightning_select holds at a time on a GPU
@@ -2270,8 +2274,7 @@ def _mma_tiles(device, heads, d, d_v, tied, packed):
     device = sys.modules["cupy"].cuda.Device(device)
     if int(device.compute_capability) < 80 or heads < 8 or not d or not d_v:
         return None
-    row, v_row = (-(-x // 64) * 64 for x in (d, d_v))
-    pairs = math.ceil(math.ceil(d_v / 16) / 8)
+    row, v_row, pairs = -(-d // 64) * 64, -(-d_v // 64) * 64, -(-d_v // 128)
     most = device.attributes["MaxSharedMemoryPerBlockOptin"]
     for block in (64, 32, 16):
         for keys in (64, 32):
@@ -2292,10 +2295,10 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     and v is not looked at: the values are the first Dv. q in bfloat16 then takes tensor cores.
     Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
     """
-    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ["T", "S", "H", "G", "D", "Dv"])
+    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "G", "D", "Dv"))
     dtype = _accumulator(*((q,) if packed else (q, k, v)))
-    rows, rank, rope = math.prod(n["..."]) * T, *(packed or (0, 0))
-    tied = bool(packed) or ((k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype) and Dv <= D)
+    rows, (rank, rope) = math.prod(n["..."]) * T, packed or (0, 0)
+    tied = bool(packed) or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
     width = _packed_bytes(D, rope) if packed else D
     k, k_strides = _strides(k)
     v, v_strides = (k, k_strides) if tied else _strides(v)
@@ -2324,8 +2327,7 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         q, k, v, None if indices is None else _gpu_indices(indices, S), *(windows or (None, None)),
         sink if parts is None else None, *(parts or (out, lse)),
     )  # fmt: skip
-    counts = T, S, H, G, -1 if indices is None else slots, chunk
-    scalars = (*counts, *k_strides, *v_strides, np.float64(scale))
+    scalars = T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, np.float64(scale)
     macros = {"HEADS": heads, "TIED": int(tied), "R8": rank, "ROPE": rope, "OUT": dtype if parts else q.dtype}
     types = {"ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
     if tiles:

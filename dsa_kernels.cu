@@ -93,8 +93,12 @@ typedef long long i64;
 typedef unsigned char u8;
 typedef __nv_bfloat16 bf16;
 
-template <class A, class B> struct same { static constexpr bool value = false; };
-template <class A> struct same<A, A> { static constexpr bool value = true; };
+template <class A, class B> struct same {
+    static constexpr bool value = false;
+};
+template <class A> struct same<A, A> {
+    static constexpr bool value = true;
+};
 
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
@@ -115,12 +119,15 @@ template <class T> __device__ __forceinline__ unsigned pack2(float lo, float hi)
     return r;
 }
 
-__device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
 
 // Copies N bytes, or writes N zeros where !there (then src is not read).
 template <int N> __device__ __forceinline__ void cp_async(unsigned dst, const void* src, bool there) {
     if constexpr (N == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(there ? 16 : 0));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
+                     "r"(there ? 16 : 0));
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(N),
                      "r"(there ? N : 0));
@@ -129,36 +136,48 @@ __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wai
 
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned a) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(a)
+                 : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x2(unsigned& r0, unsigned& r1, unsigned a) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r0), "=r"(r1) : "r"(a) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r0), "=r"(r1)
+                 : "r"(a)
+                 : "memory");
 }
 __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned a) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(a)
+                 : "memory");
 }
 
 // c [16, 8] += a [16, 16] b [16, 8]
-template <class T> __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     if constexpr (same<T, __half>::value)
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     else
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+            "{%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A tile of rows of 2-byte values in shared memory. Its 16-byte chunks are stored at chunk ^ (row % 8), so that
-// ldmatrix, which reads one chunk of 8 rows, touches all banks. A row is a multiple of 8 chunks.
+// A tile of rows of 2-byte values in shared memory. Its 16-byte chunks are stored at chunk ^ (row % 8),
+// so that ldmatrix, which reads one chunk of 8 rows, touches all banks. A row is a multiple of 8 chunks.
 __device__ __forceinline__ unsigned swizzled(int row, int chunk) {
     return ((chunk >> 3) << 7) | (((chunk ^ row) & 7) << 4);
 }
 
-// e4m3 of a code, exact. The bits << 7 are a float16 whose exponent has the bias 7 in place of 15. Not by way of a
-// subnormal float32: CuPy compiles with -ftz=true, which makes those 0.
+// e4m3 of a code, exact. The bits << 7 are a float16 whose exponent has the bias 7 in place of 15. Not by way
+// of a subnormal float32: CuPy compiles with -ftz=true, which makes those 0.
 __device__ __forceinline__ float e4m3(u8 code) {
     const float x = __half2float(__ushort_as_half((code & 127) << 7 | (code & 128) << 8)) * 256;
     return (code & 127) == 127 ? __uint_as_float(0x7FC00000 | (code >> 7) << 31) : x;
@@ -681,8 +700,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
 // ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_MMA)
 struct Shape {
-    i64 T, S, H, G, slots, chunk;                            // slots: of indices, -1: windows
-    i64 k_batch, k_key, k_group, v_batch, v_key, v_group;    // strides, in elements
+    i64 T, S, H, G, slots, chunk;  // slots: of indices, -1: windows
+    i64 k_batch, k_key, k_group, v_batch, v_key, v_group;  // strides, in elements
 };
 
 // What a block works on: one query, heads `head`.. of a group, and some of its slots.
@@ -728,7 +747,7 @@ __device__ __forceinline__ ACC key_value(const KT* row, int d) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, sizeof(ACC) == 8 ? 2 : 4)
 attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_start, const int* k_end,
        const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
        i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale, i64 D, i64 DV) {
@@ -822,13 +841,13 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
 // grid  (B * T * G * head tiles, Z)  block 256: 8 warps
 // smem  Q | two tiles of K (packed: one, and one of bytes) | two of V unless TIED | P | row maxima | rescale
 //       HEADS = KEYS = 64, D = 576, tied: 72 + 144 + 8 + 1.8 KB
-// S = Q K^T: WM x WN warps, each MT * 16 heads by NT * 8 keys.   O += P V: each warp all heads by PAIRS * 16 of DV,
-// so that a value is read from shared memory once. While a tile is multiplied the next one is copied.
-// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes that rows of k and v are aligned to)
+// S = Q K^T: WM x WN warps, each MT * 16 heads by NT * 8 keys. O += P V: each warp all heads by PAIRS * 16 of
+// DV, so that a value is read from shared memory once. While a tile is multiplied the next one is copied.
+// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes: alignment of rows of k, v)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_MMA
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;  // values of a row in shared memory
-constexpr int STEPS = (D + 15) / 16;                                 // of 16 values of q . k
+constexpr int STEPS = (D + 15) / 16;  // of 16 values of q . k
 constexpr int BYTES = R8 + (R8 + 127) / 128 * 4 + 2 * ROPE, BYTE_ROW = (BYTES + 15) / 16 * 16;
 constexpr bool PACKED = R8 > 0;
 constexpr int WM = HEADS >= 32 ? 2 : 1, MT = HEADS / 16 / WM;
@@ -841,14 +860,18 @@ static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys ar
 
 // N bytes from src, or zeros, by the 8 threads of a row.
 template <int N, int ALIGN, bool SWIZZLE>
-__device__ __forceinline__ void copy_row(char* tile, int row, int stride, const void* src, bool there, int part) {
+__device__ __forceinline__ void copy_row(char* tile, int row, int stride, const void* src, bool there,
+                                         int part) {
     const unsigned base = shared_address(tile) + row * stride;
     const char* from = (const char*)src + part * ALIGN;
 #pragma unroll
     for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
         const int at = i * 8 * ALIGN + part * ALIGN;
         if (N % (8 * ALIGN) != 0 && at >= N) continue;
-        const unsigned dst = base + (!SWIZZLE ? at : ALIGN == 16 ? i * 128 + swizzled(row, part) : swizzled(row, at / 16) + at % 16);
+        const unsigned dst = base
+                             + (!SWIZZLE      ? at
+                                : ALIGN == 16 ? i * 128 + swizzled(row, part)
+                                              : swizzled(row, at / 16) + at % 16);
         if constexpr (ALIGN >= 4) {
             cp_async<ALIGN>(dst, from + i * 8 * ALIGN, there);
         } else if constexpr (ALIGN == 2) {
@@ -858,15 +881,16 @@ __device__ __forceinline__ void copy_row(char* tile, int row, int stride, const 
     }
 }
 
-// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits, and the bits << 4 are a
-// bfloat16 whose exponent has the bias 7 in place of 127.
+// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits, and the bits << 4 are
+// a bfloat16 whose exponent has the bias 7 in place of 127.
 __device__ __forceinline__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
     const unsigned unbias_bits = 0x7B807B80;  // 2^120, twice
     const __nv_bfloat162 unbias = *(const __nv_bfloat162*)&unbias_bits;
     unsigned r[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const unsigned two = __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // a byte in each half
+        const unsigned two =
+            __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // a byte a half
         const unsigned bits = (two & 0x007F007F) << 4 | (two & 0x00800080) << 8;
         const __nv_bfloat162 x = __hmul2(__hmul2(*(const __nv_bfloat162*)&bits, unbias), scale);
         r[i] = *(const unsigned*)&x;
@@ -879,34 +903,39 @@ __device__ __forceinline__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, 1)
-attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start, const int* k_end,
-           const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
-           i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale) {
+    attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start,
+               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
+               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+               double scale) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(128) char shared[];
-    char* q_s = shared;                                           // [HEADS][ROW]
-    char* k_s = q_s + HEADS * ROW * 2;                            // [1 or 2][KEYS][ROW]
-    char* v_s = TIED ? k_s : k_s + 2 * KEYS * ROW * 2;            // [2][KEYS][VROW]
-    char* byte_s = k_s + KEYS * ROW * 2;                          // [KEYS][BYTE_ROW] if PACKED
-    char* p_s = PACKED ? byte_s + KEYS * BYTE_ROW : TIED ? k_s + 2 * KEYS * ROW * 2 : v_s + 2 * KEYS * VROW * 2;
-    float* max_s = (float*)(p_s + HEADS * 128);                   // [WN][HEADS]
-    float* rescale_s = max_s + WN * HEADS;                        // [HEADS]
-    int* there_s = (int*)(rescale_s + HEADS);                     // [2][KEYS]
+    char* q_s = shared;  // [HEADS][ROW]
+    char* k_s = q_s + HEADS * ROW * 2;  // [1 or 2][KEYS][ROW]
+    char* v_s = TIED ? k_s : k_s + 2 * KEYS * ROW * 2;  // [2][KEYS][VROW]
+    char* byte_s = k_s + KEYS * ROW * 2;  // [KEYS][BYTE_ROW] if PACKED
+    char* p_s = PACKED ? byte_s + KEYS * BYTE_ROW
+                : TIED ? k_s + 2 * KEYS * ROW * 2
+                       : v_s + 2 * KEYS * VROW * 2;
+    float* max_s = (float*)(p_s + HEADS * 128);  // [WN][HEADS]
+    float* rescale_s = max_s + WN * HEADS;  // [HEADS]
+    int* there_s = (int*)(rescale_s + HEADS);  // [2][KEYS]
 
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int wm = warp % WM, wn = warp / WM;
     const bool scores = warp < WM * WN;
     const Job job(n, indices, k_start, k_end);
     const float c = float(scale * 1.4426950408889634);
-    const i64 k_first = job.b * n.k_batch + job.group * n.k_group, v_first = job.b * n.v_batch + job.group * n.v_group;
+    const i64 k_first = job.b * n.k_batch + job.group * n.k_group,
+              v_first = job.b * n.v_batch + job.group * n.v_group;
 
     if constexpr (D % 16 != 0 || (!TIED && DV % 16 != 0)) {  // padding takes part in the products
         for (char* at = shared + tid * 16; at < p_s; at += 256 * 16) *(uint4*)at = make_uint4(0, 0, 0, 0);
         __syncthreads();
     }
     for (int h = tid / 8; h < HEADS; h += 32)
-        copy_row<D * 2, D % 8 == 0 ? 16 : 2, true>(q_s, h, ROW * 2, q + (job.row * n.H + job.head + (h < job.heads ? h : 0)) * D,
-                                                   h < job.heads, tid % 8);
+        copy_row<D * 2, D % 8 == 0 ? 16 : 2, true>(
+            q_s, h, ROW * 2, q + (job.row * n.H + job.head + (h < job.heads ? h : 0)) * D, h < job.heads,
+            tid % 8);
 
     int ids[PASSES];
     const auto look_up = [&](int i) {
@@ -923,13 +952,14 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
             if (tid % 8 == 0) there_s[i % 2 * KEYS + row] = there;
             any |= there;
             if constexpr (PACKED) {
-                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_first + id * n.k_key, there, tid % 8);
+                copy_row<BYTES, VEC, false>(byte_s, row, BYTE_ROW, (const u8*)k + k_first + id * n.k_key,
+                                            there, tid % 8);
             } else {
                 copy_row<D * 2, VEC, true>(k_s + i % 2 * KEYS * ROW * 2, row, ROW * 2,
                                            (const TYPE*)k + k_first + id * n.k_key, there, tid % 8);
                 if constexpr (!TIED)
-                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2, v + v_first + id * n.v_key,
-                                                 there, tid % 8);
+                    copy_row<DV * 2, VVEC, true>(v_s + i % 2 * KEYS * VROW * 2, row, VROW * 2,
+                                                 v + v_first + id * n.v_key, there, tid % 8);
             }
         }
         return any;
@@ -946,7 +976,8 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
                 for (int at = tid % 8; at < CODES; at += 8) {
                     const bf16 scale = __float2bfloat16_rn(*(const float*)(entry + R8 + at * 8 / 128 * 4));
                     const unsigned* e = (const unsigned*)(entry + at * 8);
-                    *(uint4*)(to + swizzled(row, at)) = decode8(make_uint2(e[0], e[1]), __nv_bfloat162(scale, scale));
+                    *(uint4*)(to + swizzled(row, at)) =
+                        decode8(make_uint2(e[0], e[1]), __nv_bfloat162(scale, scale));
                 }
                 for (int at = CODES + tid % 8; at < UNITS; at += 8) {
                     const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
@@ -979,8 +1010,9 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
         float s[MT][NT][4] = {};
         if (scores) {
             // 1. s = q . k, in base 2, absent keys -inf
-            // Rows begin at multiples of 128 bytes, so the next 16 values are one XOR away, the next 64 one addition.
-            const int q_row = wm * MT * 16 + lane % 16, k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
+            // Rows begin at multiples of 128 bytes: the next 16 values are one XOR away, the next 64 an add.
+            const int q_row = wm * MT * 16 + lane % 16,
+                      k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
             const unsigned q_at = shared_address(q_s) + q_row * ROW * 2 + swizzled(q_row, lane / 16);
             const unsigned k_at = k_tile + k_row * ROW * 2 + swizzled(k_row, lane / 8 % 2);
 #pragma unroll 3
@@ -990,7 +1022,8 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
                     if (STEPS % 4 != 0 && panel * 4 + step >= STEPS) continue;
                     unsigned a[MT][4], b[4];
 #pragma unroll
-                    for (int x = 0; x < MT; x++) ldmatrix_x4(a[x], (q_at ^ step << 5) + panel * 128 + x * 16 * ROW * 2);
+                    for (int x = 0; x < MT; x++)
+                        ldmatrix_x4(a[x], (q_at ^ step << 5) + panel * 128 + x * 16 * ROW * 2);
                     if constexpr (NT == 2) ldmatrix_x4(b, (k_at ^ step << 5) + panel * 128);
                     else ldmatrix_x2(b[0], b[1], (k_at ^ step << 5) + panel * 128);
 #pragma unroll
@@ -1016,7 +1049,8 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
                 for (int half = 0; half < 2; half++) {
                     float top = -CUDART_INF_F;
 #pragma unroll
-                    for (int y = 0; y < NT; y++) top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
+                    for (int y = 0; y < NT; y++)
+                        top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
                     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
                     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
                     if (lane % 4 == 0) max_s[wn * HEADS + (wm * MT + x) * 16 + half * 8 + lane / 4] = top;
@@ -1037,9 +1071,11 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
                     float sum = 0;
 #pragma unroll
                     for (int y = 0; y < NT; y++) {
-                        const float p0 = exp2f(s[x][y][2 * half] - safe), p1 = exp2f(s[x][y][2 * half + 1] - safe);
+                        const float p0 = exp2f(s[x][y][2 * half] - safe),
+                                    p1 = exp2f(s[x][y][2 * half + 1] - safe);
                         sum += p0 + p1;
-                        *(unsigned*)(p_s + row * 128 + swizzled(row, wn * NT + y) + lane % 4 * 4) = pack2<TYPE>(p0, p1);
+                        *(unsigned*)(p_s + row * 128 + swizzled(row, wn * NT + y) + lane % 4 * 4) =
+                            pack2<TYPE>(p0, p1);
                     }
                     total[x][half] = total[x][half] * factor + sum;
                     m[x][half] = top;
@@ -1053,7 +1089,8 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
             const float f0 = rescale_s[x * 16 + lane / 4], f1 = rescale_s[x * 16 + 8 + lane / 4];
             if (__any_sync(~0u, f0 != 1 || f1 != 1))
 #pragma unroll
-                for (int y = 0; y < 2 * PAIRS; y++) o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
+                for (int y = 0; y < 2 * PAIRS; y++)
+                    o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
         }
         const unsigned p_at = shared_address(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
         const unsigned v_at = v_tile + lane % 16 * V_ROW * 2;
@@ -1066,7 +1103,8 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
             for (int y = 0; y < PAIRS; y++) {
                 if (warp * PAIRS + y >= OCTETS) continue;
                 unsigned b[4];
-                ldmatrix_x4_trans(b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
+                ldmatrix_x4_trans(
+                    b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
 #pragma unroll
                 for (int x = 0; x < OM; x++) {
                     mma<TYPE>(o[x][2 * y], a[x], b[0], b[1]);
@@ -1132,8 +1170,9 @@ attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, cons
 
 // ---------------------------------------------------------------------------------------------------------
 // merge_attention                                                     what `splits` blocks found, together
-//     L = logsumexp_i(lses[i]);   out = sum_i exp(lses[i] - L) outs[i],  the sink's share taken off;   lse = L
-// in    outs [splits, rows, DV], lses [splits, rows] of ACC, splits <= 128; rows = B * T * H;  sink [H] ACC or null
+//     L = logsumexp_i(lses[i]);   out = sum_i exp(lses[i] - L) outs[i], less the sink's share;   lse = L
+// in    outs [splits, rows, DV], lses [splits, rows] of ACC, splits <= 128;
+//       rows = B * T * H; sink [H] of ACC or null
 // out   out [rows, DV] OUT, lse [rows] ACC
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
 // macros  ACC, OUT, COLUMNS = ceil(DV / 128)
@@ -1160,7 +1199,8 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
         }
     }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
-    const ACC share = (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
+    const ACC share =
+        (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
     if (threadIdx.x == 0) lse[row] = log_sum;
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++)
@@ -1169,11 +1209,11 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// quantize_fp8                                                        dsa._quantize and dsa._pack, byte for byte
+// quantize_fp8                                                 dsa._quantize and dsa._pack, byte for byte
 // in    x [rows, x_stride] of XT, whose first `width` values become codes and the `rope` after them bfloat16
-// out   of each row the codes at out + row * out_stride, the bfloat16 tail_offset after them, the float32 scales at
-//       scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
-// grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes one block, or the tail, of a row
+// out   of each row the codes at out + row * out_stride, the bfloat16 tail_offset after, the float32 scales
+//       at scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
+// grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes a block or tail of a row
 // macros  BLOCK, UE8M0, XT, ACC (double for float64)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef QUANTIZE_FP8
@@ -1197,13 +1237,14 @@ __device__ __forceinline__ u8 e4m3_code(XT raw, float scale) {
     frexp(size, &exponent);
     const int digits = min(4 - exponent, 9);  // after the binary point; 9 for subnormals
     const float rounded = float(ldexp(rint(ldexp(size, digits)), -digits));
-    const int code = rounded < 0x1p-6f ? int(rounded * 512) : int((__float_as_uint(rounded) >> 20) - (120 << 3));
+    const int code =
+        rounded < 0x1p-6f ? int(rounded * 512) : int((__float_as_uint(rounded) >> 20) - (120 << 3));
     return u8(code) | sign_bit(raw) << 7;
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride, i64 out_stride,
-             i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
+    quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride,
+                 i64 out_stride, i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
     const i64 blocks = (width + BLOCK - 1) / BLOCK, parts = blocks + (rope > 0);
     const i64 job = blockIdx.x * 8ll + threadIdx.x / 32, row = job / parts, part = job % parts;
     const int lane = threadIdx.x % 32;
@@ -1221,7 +1262,8 @@ quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i6
     }
     const i64 first = part * BLOCK, end = min(first + BLOCK, width);
     ACC most = 0;
-    for (i64 i = first + lane; i < end; i += 32) most = fmax(most, fabs(ACC(widen(x[i]))));  // passes over NaN
+    for (i64 i = first + lane; i < end; i += 32)
+        most = fmax(most, fabs(ACC(widen(x[i]))));  // passes over NaN
     for (int w = 16; w; w /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, w));
     float scale = fminf(fmaxf(float(most), least), 0x1.fffffep127f) / 448.0f;
     if (UE8M0) scale = __uint_as_float((__float_as_uint(scale) + 0x7FFFFF) & 0xFF800000);  // up to a power of two

@@ -1921,6 +1921,8 @@ CHECKPOINT = {
     "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj",
 }  # fmt: skip
 E4M3 = ml_dtypes.float8_e4m3fn
+SELECTOR_NAMES = ["lightning", "approximate", "lsh", "learned", "hierarchical"]
+SELECTOR_NAMES += ["window", "strided", "global", "random", "oracle"]
 
 
 def layer_weights(seed=0, dtype=F64, indexer=True):
@@ -2439,6 +2441,25 @@ def test_the_656_bytes_of_a_token(dsa):
         assert_same(cache.read("index_k")[0], index)
 
 
+@given(seed=seeds, E=st.sampled_from([8, 31, 128]), J=st.sampled_from([1, 3, 64]))
+def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
+    """index_q as codes, index_k as entries of a cache: the scores and selections of the decoded vectors."""
+    rng = np.random.default_rng(seed)
+    q, k, w = (rng.standard_normal(shape, F32) for shape in ((2, 9, J, E), (2, 70, E), (2, 9, J)))
+    codes, scales = dsa.quantize_fp8(q)
+    with dsa.KVCache(70, batch=2, storage="fp8", index_k=(E,)) as cache:
+        cache.append(index_k=k)
+        entries, keys = cache.stored("index_k"), cache.read("index_k")
+    found = impl.index_scores(codes, entries, w * scales[..., 0])
+    expected = dsa.index_scores(dsa.dequantize_fp8(codes, scales), keys, w)
+    assert_close(found, expected, 1e-5)
+    assert_same(impl.lightning_select(codes, entries, w * scales[..., 0], 7), impl.select_topk(found, 7))
+    with pytest.raises(ValueError, match="index_k"):
+        impl.index_scores(codes, entries[..., :-1], w)
+    with pytest.raises(TypeError, match="index_k"):
+        impl.index_scores(codes, keys, w)
+
+
 @given(seed=seeds, E=st.sampled_from([8, 31, 128]))
 def test_the_fp8_indexer_is_its_formula_bit_for_bit(dsa, seed, E):
     """Scores of dequantised vectors are relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
@@ -2511,8 +2532,7 @@ def test_fp8_on_the_gpu_is_byte_for_byte(dsa, cupy, dtype):
     np.testing.assert_array_equal(dsa.unpack_kv_fp8(cupy.asarray(packed)).get(), dsa.unpack_kv_fp8(packed))
 
 
-@pytest.mark.parametrize("name", ["lightning", "approximate", "lsh", "learned", "hierarchical", "window", "strided",
-                                  "global", "random", "oracle"])  # fmt: skip
+@pytest.mark.parametrize("name", SELECTOR_NAMES)
 def test_selectors_on_the_gpu_are_numpys(dsa, cupy, name):
     """Small integers make all but logits and projections exact; those may swap a key at the boundary."""
     rng = np.random.default_rng(1)
@@ -2536,9 +2556,8 @@ def test_caches_on_the_gpu_are_numpys(dsa, cupy, storage, hybrid):
         {"fast_bytes": 6000, "local_window": 2},
     )
     streams = {"k": (1, 72), "index_k": (8,)}
-    caches = [(dsa.HybridKVCache if hybrid else dsa.KVCache)(
-        16, batch=2, storage=storage, grow=True, xp=xp, **(tiers if hybrid else {}), **streams) for xp in (np, cupy)
-    ]  # fmt: skip
+    kind = functools.partial(dsa.HybridKVCache, **tiers) if hybrid else dsa.KVCache
+    caches = [kind(16, batch=2, storage=storage, grow=True, xp=xp, **streams) for xp in (np, cupy)]
     for step, lengths in enumerate([[12, 9], [1, 0], [5, 6], [1, 1], [0, 3]]):
         T = max(lengths)
         shapes = {"q": (2, T, 8, 72), "k": (2, T, 1, 72), "index_q": (2, T, 2, 8), "index_k": (2, T, 8)}
@@ -2633,17 +2652,14 @@ def test_arrays_that_are_not_contiguous_or_aligned(dsa, cupy):
     """Strides and offsets of 2 bytes, in every type: the same as a copy."""
     rng = np.random.default_rng(5)
     for dtype in DTYPES:
-        q, k, index_q, index_k, weights = (
-            cupy.asarray(normal(rng, *shape[:-1], 2 * shape[-1] + 1).astype(dtype))[..., 1::2]
-            for shape in ((6, 8, 40), (90, 1, 40), (6, 3, 16), (90, 16), (6, 3))
-        )
-        copies = [cupy.ascontiguousarray(x) for x in (q, k, index_q, index_k, weights)]
+        shapes = (6, 8, 40), (90, 1, 40), (6, 3, 16), (90, 16), (6, 3)
+        wide = [cupy.asarray(normal(rng, *shape[:-1], 2 * shape[-1] + 1).astype(dtype)) for shape in shapes]
+        views = [x[..., 1::2] for x in wide]
         results = []
-        for q, k, *index in ((q, k, index_q, index_k, weights), copies):
+        for q, k, *index in (views, [cupy.ascontiguousarray(x) for x in views]):
             indices = dsa.lightning_select(*index, 8)
-            results.append(
-                back((*dsa.sparse_attention(q, k, None, indices, d_v=32), indices, dsa.index_scores(*index)))
-            )
+            out, lse = dsa.sparse_attention(q, k, None, indices, d_v=32)
+            results.append(back((out, lse, indices, dsa.index_scores(*index))))
         assert_same(*results)
 
 
@@ -2663,13 +2679,68 @@ def test_torch_tensors_pass_without_a_copy(dsa, cupy):
     assert cupy.from_dlpack(half).dtype == BFLOAT16
 
 
-REALS = ["float", "double"]
-ATTENDING_KERNELS = [
-    f"HEADS={heads} COLUMNS={columns} TIED={tied} QT={t} KT={t} VT={t} OUT={t} ACC={'double' if t == 'double' else 'float'} "
-    "R8=0 ROPE=0"
-    for heads, columns, tied in ((1, 1, 0), (8, 4, 1))
-    for t in (*REALS, "__half", "__nv_bfloat16")
-]
+FLOAT, DOUBLE, HALF, BF16 = "float", "double", "__half", "__nv_bfloat16"
+CODES = "unsigned char"
+PLAIN, PACKED = {"R8": 0, "ROPE": 0}, {"R8": 512, "ROPE": 64, "TIED": 1}
+V32, ODD = {"D": 576, "DV": 512, "HEADS": 64, "KEYS": 64}, {"D": 40, "DV": 24, "HEADS": 16, "KEYS": 32}
+KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
+    *(("index_scores_fma", {"REAL": x}) for x in (FLOAT, DOUBLE)),
+    *(("index_scores_mma", {"ELEMENT": x, "J": 64, "E": 128, "PITCH": 128, "HEADS": 64, "TILES": 4})
+      for x in (BF16, HALF, CODES)),
+    ("index_scores_mma", {"ELEMENT": BF16, "J": 3, "E": 31, "PITCH": 32, "HEADS": 8, "TILES": 4}),
+    *(("select_topk", {"REAL": x, "BLOCK": block}) for x in (FLOAT, DOUBLE) for block in (512, 1024)),
+    *(("attend", {"HEADS": heads, "COLUMNS": columns, "TIED": int(x == HALF), "QT": x, "KT": x, "VT": x,
+                  "OUT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT, **PLAIN})
+      for x in (FLOAT, DOUBLE, HALF, BF16) for heads, columns in ((1, 1), (8, 4))),
+    ("attend", {"HEADS": 8, "COLUMNS": 4, "QT": FLOAT, "KT": CODES, "VT": CODES, "OUT": FLOAT, "ACC": FLOAT,
+                **PACKED}),
+    ("attend_mma", {**V32, **PLAIN, "TIED": 1, "TYPE": BF16, "OUT": BF16, "VEC": 16, "VVEC": 16}),
+    ("attend_mma", {**V32, **PACKED, "TYPE": BF16, "OUT": FLOAT, "VEC": 4, "VVEC": 4}),
+    ("attend_mma", {**ODD, **PLAIN, "TIED": 0, "TYPE": HALF, "OUT": HALF, "VEC": 8, "VVEC": 16}),
+    *(("merge_attention", {"ACC": FLOAT, "OUT": x, "COLUMNS": 4}) for x in (FLOAT, BF16)),
+    *(("quantize_fp8", {"BLOCK": 128, "UE8M0": 1, "XT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
+      for x in (FLOAT, DOUBLE, HALF, BF16)),
+]  # fmt: skip
+
+
+def compiled(name, constants, arch):
+    """NVRTC's log, with what ptxas says of registers and spills."""
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: no kernel is compiled")
+    import nvidia
+
+    headers = next(
+        path for root in nvidia.__path__ for path in Path(root).rglob("include/cuda_bf16.h")
+    ).parent
+    source = Path(__file__).with_name("dsa_kernels.cu").read_bytes()
+    options = ["-std=c++17", f"-arch={arch}", f"-I{headers}", f"-I{headers}/cccl", "--ptxas-options=-v"]
+    options += [f"-D{key}={value}" for key, value in ({name.upper(): 1} | constants).items()]
+    program = nvrtc.nvrtcCreateProgram(source, b"dsa_kernels.cu", 0, [], [])[1]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = bytearray(nvrtc.nvrtcGetProgramLogSize(program)[1])
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()
+    return log.decode()
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize(
+    "name, constants", KERNELS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+)
+def test_every_kernel_compiles(name, constants, arch):
+    """Without a GPU, for GPUs that are nowhere near; on sm_90a nothing spills to local memory."""
+    if arch == "sm_75" and name.endswith("_mma"):
+        return  # the launchers do not take tensor cores there
+    log = compiled(name, constants, arch)
+    if arch == "sm_90a":
+        assert " 0 bytes spill stores" in log, log
+
+
+def test_no_kernel_is_forgotten():
+    """Every kernel of dsa_kernels.cu is among those that are compiled."""
+    source = Path(__file__).with_name("dsa_kernels.cu").read_text()
+    assert {name.lower() for name in re.findall(r"^#ifdef (\w+)$", source, re.M)} == {
+        name for name, _ in KERNELS
+    }
 
 
 if __name__ == "__main__":
