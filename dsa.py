@@ -1244,7 +1244,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     shape = (*codes.shape[:-1], -(-codes.shape[-1] // _integer("block", block, 1)))
     _expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = xp.repeat(scales.astype(np.float32), block, axis=-1)[..., : codes.shape[-1]]
-    return xp.asarray(E4M3)[codes] * scales
+    with np.errstate(over="ignore"):
+        return xp.asarray(E4M3)[codes] * scales
 
 
 def _check_bytes(name, x):
@@ -1663,7 +1664,7 @@ class HybridKVCache(KVCache):
         self._clock += 1
         self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], self._clock)  # what is pinned stays so
         self._admit(b, used[~hit], missed, self._clock)
-        split = {name: np.ascontiguousarray(rows[:, columns]) for name, columns in self._columns.items()}
+        split = {name: self.xp.ascontiguousarray(rows[:, columns]) for name, columns in self._columns.items()}
         return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
 
     def _admit(self, b, tokens, rows, stamp):
@@ -1899,10 +1900,7 @@ class DSALayer:
         q, tokens, indexer = self._project(w, x.astype(dtype), start, selects=indices is None)
         with contextlib.nullcontext() if cache is None else cache.appended(lengths=new, **tokens):
             if indices is None:
-                index_k = tokens["index_k"] if cache is None else cache.read("index_k")
-                k_end = self.xp.asarray(k_end)
-                window = {"k_start": np.zeros_like(k_end), "k_end": k_end}
-                indices = lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, **window)
+                indices = self._select(indexer, tokens["index_k"], cache, self.xp.asarray(k_end))
             y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
         return y.astype(x.dtype), indices
 
@@ -1914,6 +1912,19 @@ class DSALayer:
         own = f"{needs}, as new_cache makes it"
         _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
         return cache.lengths
+
+    def _select(self, indexer, index_k, cache, k_end):
+        """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
+        rounded = self.xp is not np and self.dims.indexer_precision == "fp8"
+        if cache is not None and cache.storage == "fp8" and rounded and self.dims.index_head_dim <= FP8_BLOCK:
+            codes, scales = quantize_fp8(indexer["index_q"])  # exact, as it is rounded already
+            indexer = {"index_q": codes, "weights": indexer["weights"] * scales[..., 0]}
+            index_k = cache.stored("index_k")
+        elif cache is not None:
+            index_k = cache.read("index_k")
+            index_k = index_k.astype(indexer["index_q"].dtype, copy=False) if rounded else index_k
+        window = {"k_start": np.zeros_like(k_end), "k_end": k_end}
+        return lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, **window)
 
     def _project(self, w, x, start, selects=True):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the

@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
     const bool live = __syncthreads_or(window.meets(s0, s0 + KEYS));
 
     const REAL* q = index_q + (b * T + t) * J * E;
-    const REAL* k = index_k + (b * S + s0) * E;
+    const REAL* k = index_k + (b * apart + s0) * E;
     const int num_keys = min((long long)KEYS, S - s0);
     const int e = lane % 8 + warp % 4 * 8, key = lane / 8 + warp / 4 * 4;  // a warp loads 8 values of 4 keys
     REAL sum[OWN] = {};
