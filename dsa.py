@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-# dsa.py 0.1.0.  Copy this file into any project.
-"""DeepSeek Sparse Attention, in NumPy.
+# dsa.py 0.1.0.  Copy this file alone, or with dsa_kernels.cu for the GPU, into any project.
+"""DeepSeek Sparse Attention: NumPy to read, CUDA to run.
 
     I[t,s] = sum_j weights[t,j] * relu(index_q[t,j] . index_k[s])         (1)  index_scores
     S[t]   = the top_k keys of row t by I, ties to the lowest index        (2)  select_topk
@@ -20,8 +20,11 @@ Indices  kept keys ascending, then -1. A query without keys has out 0 and lse -i
 Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64. `out` has the dtype of q.
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
          that does not exist. Each names the argument, its value and what was expected, and changes nothing.
+GPU      the same functions take CuPy arrays, and launch the kernels of dsa_kernels.cu (section 10) on the
+         arrays' device and the current stream. Nothing waits for results, so what stands in an array is no
+         error there: an index that is no key is absent, NaN is never selected.
 
-Not here yet: CUDA kernels, training of the indexer, sequences sharded over machines.
+Not here yet: training of the indexer, sequences sharded over machines.
 """
 
 from __future__ import annotations

@@ -2512,6 +2512,16 @@ def back(x):
     return tuple(map(back, x)) if isinstance(x, tuple) else x.get()
 
 
+def test_a_missing_kernel_file_says_where_to_put_it(dsa, monkeypatch, tmp_path):
+    """Who copied dsa.py alone and passes CuPy arrays (here a stand-in) is told what else to copy."""
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setattr(dsa, "__file__", str(tmp_path / "dsa.py"))
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"dsa_kernels.cu is missing, expected it beside {tmp_path}")
+    ):
+        dsa._kernel(0, "select_topk", ())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fp8_on_the_gpu_is_byte_for_byte(dsa, cupy, dtype):
     """Codes, scales and cache entries, for every binary order of magnitude, ties, zeros, NaN and infinity."""
