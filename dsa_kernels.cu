@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // dsa_kernels.cu: the CUDA kernels of dsa.py, which compiles and launches them. Copy it beside that file.
 //
-// Axes and names are dsa.py's. Every array is C-contiguous; batch axes are flattened into one of B entries. A
-// kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a batch entry sees keys
+// Axes and names are dsa.py's. Arrays are C-contiguous where no strides are given; batch axes are flattened into
+// one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a batch entry sees keys
 // from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
 
 #include <cuda_bf16.h>
@@ -11,25 +11,28 @@
 #include <math_constants.h>
 
 // ---------------------------------------------------------------------------------------------------------
-// Shared helpers
+// What kernels share
 // ---------------------------------------------------------------------------------------------------------
+
+typedef long long i64;
+typedef unsigned char u8;
+typedef __nv_bfloat16 bf16;
 
 constexpr unsigned ALL = 0xffffffff;  // the lanes of a warp
 
 struct Window {
-    long long start, end;
-    __device__ bool sees(long long s) const { return start <= s && s < end; }
-    __device__ bool meets(long long lo, long long hi) const { return max(start, lo) < min(end, hi); }
+    i64 start, end;
+    __device__ bool sees(i64 s) const { return start <= s && s < end; }
+    __device__ bool meets(i64 lo, i64 hi) const { return max(start, lo) < min(end, hi); }
 };
 
 // The window of query t of batch entry b, from what k_start and k_end hold, or their defaults.
-__device__ Window window_of(const int* k_start, const int* k_end, long long b, long long t, long long T,
-                            long long S, long long offset) {
-    long long end = k_end ? k_end[b * T + t] : min(max(offset + t + 1, 0LL), S);
+__device__ Window window_of(const int* k_start, const int* k_end, i64 b, i64 t, i64 T, i64 S, i64 offset) {
+    i64 end = k_end ? k_end[b * T + t] : min(max(offset + t + 1, 0LL), S);
     return {k_start ? k_start[b * T + t] : 0, end};
 }
 
-// PTX, under the ISA's own names
+// PTX, one instruction each, under the ISA's own names
 
 __device__ unsigned cvta_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
@@ -38,30 +41,92 @@ __device__ void cp_async(void* shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
                  ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES) : "memory");
 }
+template <int BYTES>  // the same, or zeros where !there: then global is not read
+__device__ void cp_async(unsigned shared, const void* global, bool there) {
+    if constexpr (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                     ::"r"(shared), "l"(global), "r"(there ? 16 : 0));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     ::"r"(shared), "l"(global), "n"(BYTES), "r"(there ? BYTES : 0));
+}
 __device__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;"); }
-template <int PENDING>
-__device__ void cp_async_wait_group() {
+template <int PENDING> __device__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
+__device__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+__device__ void ldmatrix_x4(unsigned (&d)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(cvta_shared(row)) : "memory");
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
+}
+__device__ void ldmatrix_x2(unsigned& d0, unsigned& d1, unsigned row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(d0), "=r"(d1) : "r"(row) : "memory");
+}
+__device__ void ldmatrix_x4_trans(unsigned (&d)[4], unsigned row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
 }
 
-__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __nv_bfloat16) {
+// d [16, 8] += a [16, 16] b [16, 8]; the last argument says of which type
+__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], __half) {
+__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+__device__ unsigned cvt_rn_x2(float lo, float hi, bf16) {
+    unsigned d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+    return d;
+}
+__device__ unsigned cvt_rn_x2(float lo, float hi, __half) {
+    unsigned d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+    return d;
+}
+
+// Types
+
+__device__ float widen(__half x) { return __half2float(x); }
+__device__ float widen(bf16 x) { return __bfloat162float(x); }
+__device__ float widen(float x) { return x; }
+__device__ double widen(double x) { return x; }
+__device__ float widen(u8 x) { return x; }
+
+template <class T> struct Rounded {
+    template <class A> __device__ static T of(A x) { return T(x); }
+};
+template <> struct Rounded<__half> {
+    template <class A> __device__ static __half of(A x) { return __float2half_rn(float(x)); }
+};
+template <> struct Rounded<bf16> {
+    template <class A> __device__ static bf16 of(A x) { return __float2bfloat16_rn(float(x)); }
+};
+
+// Two e4m3 codes to two halves, exact, NaN too; by hardware from sm_89 on.
+__device__ unsigned e4m3x2_to_half2(unsigned codes) {
+    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
+    return h.x | (unsigned)h.y << 16;
+}
+
+// The value of an e4m3 code, exact. The bits << 7 are a float16 whose exponent has the bias 7 in place of 15.
+// Not by way of a subnormal float32: CuPy compiles with -ftz=true, which makes those 0.
+__device__ float e4m3(u8 code) {
+    const float x = __half2float(__ushort_as_half((code & 127) << 7 | (code & 128) << 8)) * 256;
+    return (code & 127) == 127 ? __uint_as_float(0x7FC00000 | (code >> 7) << 31) : x;
+}
+
+// Arithmetic
 
 // relu as NumPy has it: NaN stays NaN, which fmaxf would make 0.
 __device__ float relu(float x) {
@@ -83,104 +148,10 @@ __device__ int sum_of_warp(int x) {
 #endif
 }
 
-// Two e4m3 codes to two halves, exact, NaN too; by hardware from sm_89 on.
-__device__ unsigned e4m3x2_to_half2(unsigned codes) {
-    __half2_raw h = __nv_cvt_fp8x2_to_halfraw2((__nv_fp8x2_storage_t)codes, __NV_E4M3);
-    return h.x | (unsigned)h.y << 16;
-}
-
-typedef long long i64;
-typedef unsigned char u8;
-typedef __nv_bfloat16 bf16;
-
-template <class A, class B> struct same {
-    static constexpr bool value = false;
-};
-template <class A> struct same<A, A> {
-    static constexpr bool value = true;
-};
-
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(u8 x) { return x; }
-
-template <class T, class A> __device__ __forceinline__ T narrow(A x) {
-    if constexpr (same<T, __half>::value) return __float2half_rn(float(x));
-    else if constexpr (same<T, bf16>::value) return __float2bfloat16_rn(float(x));
-    else return T(x);
-}
-
-template <class T> __device__ __forceinline__ unsigned pack2(float lo, float hi) {
-    unsigned r;
-    if constexpr (same<T, __half>::value) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    else asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-}
-
-__device__ __forceinline__ unsigned shared_address(const void* p) {
-    return (unsigned)__cvta_generic_to_shared(p);
-}
-
-// Copies N bytes, or writes N zeros where !there (then src is not read).
-template <int N> __device__ __forceinline__ void cp_async(unsigned dst, const void* src, bool there) {
-    if constexpr (N == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src),
-                     "r"(there ? 16 : 0));
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(dst), "l"(src), "n"(N),
-                     "r"(there ? N : 0));
-}
-__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-__device__ __forceinline__ void ldmatrix_x4(unsigned (&r)[4], unsigned a) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(a)
-                 : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x2(unsigned& r0, unsigned& r1, unsigned a) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r0), "=r"(r1)
-                 : "r"(a)
-                 : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&r)[4], unsigned a) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(a)
-                 : "memory");
-}
-
-// c [16, 8] += a [16, 16] b [16, 8]
-template <class T>
-__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    if constexpr (same<T, __half>::value)
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-    else
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-            "{%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // A tile of rows of 2-byte values in shared memory. Its 16-byte chunks are stored at chunk ^ (row % 8),
 // so that ldmatrix, which reads one chunk of 8 rows, touches all banks. A row is a multiple of 8 chunks.
-__device__ __forceinline__ unsigned swizzled(int row, int chunk) {
+__device__ unsigned swizzled(int row, int chunk) {
     return ((chunk >> 3) << 7) | (((chunk ^ row) & 7) << 4);
-}
-
-// e4m3 of a code, exact. The bits << 7 are a float16 whose exponent has the bias 7 in place of 15. Not by way
-// of a subnormal float32: CuPy compiles with -ftz=true, which makes those 0.
-__device__ __forceinline__ float e4m3(u8 code) {
-    const float x = __half2float(__ushort_as_half((code & 127) << 7 | (code & 128) << 8)) * 256;
-    return (code & 127) == 127 ? __uint_as_float(0x7FC00000 | (code >> 7) << 31) : x;
 }
 
 // softmax(z, lse): the share of its out that a row with sink z keeps
@@ -206,24 +177,24 @@ struct alignas(16) Vec { REAL x[OWN]; };
 
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
         const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
-        REAL* scores, long long T, long long S, long long J, long long E, long long offset, long long apart) {
+        REAL* scores, i64 T, i64 S, i64 J, i64 E, i64 offset, i64 apart) {
     __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const long long tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + 7) / 8;
-    const long long s0 = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
-    const long long t = blockIdx.x / tiles % blocks_t * 8 + warp;
+    const i64 tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + 7) / 8;
+    const i64 s0 = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
+    const i64 t = blockIdx.x / tiles % blocks_t * 8 + warp;
     const Window window = t < T ? window_of(k_start, k_end, b, t, T, S, offset) : Window{0, 0};
     const bool live = __syncthreads_or(window.meets(s0, s0 + KEYS));
 
     const REAL* q = index_q + (b * T + t) * J * E;
     const REAL* k = index_k + (b * apart + s0) * E;
-    const int num_keys = min((long long)KEYS, S - s0);
+    const int num_keys = min((i64)KEYS, S - s0);
     const int e = lane % 8 + warp % 4 * 8, key = lane / 8 + warp / 4 * 4;  // a warp loads 8 values of 4 keys
     REAL sum[OWN] = {};
-    for (long long j0 = 0; j0 < J && live; j0 += HEADS) {
+    for (i64 j0 = 0; j0 < J && live; j0 += HEADS) {
         REAL product[HEADS][OWN] = {};
-        for (long long e0 = 0; e0 < E; e0 += DEPTH) {
+        for (i64 e0 = 0; e0 < E; e0 += DEPTH) {
             __syncthreads();
 #pragma unroll 4
             for (int i = 0; i < KEYS / 8; i++) {
@@ -254,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
         }
     }
     for (int o = 0; o < OWN; o++) {
-        const long long s = s0 + lane * OWN + o;
+        const i64 s = s0 + lane * OWN + o;
         if (t < T && s < S) scores[(b * T + t) * S + s] = window.sees(s) ? sum[o] : -(REAL)CUDART_INF;
     }
 }
@@ -308,17 +279,17 @@ __device__ unsigned key_pair(const ELEMENT* key, int e) {
 
 extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, long long T, long long S, long long offset, long long apart) {
+        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(16) unsigned char shared[];
     Stage* stages = (Stage*)shared;
     __shared__ Window windows[QUERIES];
     __shared__ int live[QUERIES], num_live;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
-    const long long tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + QUERIES - 1) / QUERIES;
-    const long long tile = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
-    const long long t0 = blockIdx.x / tiles % blocks_t * QUERIES, s0 = tile + warp * TILES * 16;
-    const int queries = min((long long)QUERIES, T - t0);
-    const long long first = b * T + t0;  // row of the block's first query
+    const i64 tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + QUERIES - 1) / QUERIES;
+    const i64 tile = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
+    const i64 t0 = blockIdx.x / tiles % blocks_t * QUERIES, s0 = tile + warp * TILES * 16;
+    const int queries = min((i64)QUERIES, T - t0);
+    const i64 first = b * T + t0;  // row of the block's first query
 
     // List the queries whose windows meet this tile; the others see nothing of it.
     if (threadIdx.x < QUERIES) {
@@ -345,7 +316,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     if (num_live < queries)
         for (int t = 0; t < queries; t++)
             if (!windows[t].meets(tile, min(tile + KEYS, S)))
-                for (long long s = tile + threadIdx.x; s < min(tile + KEYS, S); s += 128)
+                for (i64 s = tile + threadIdx.x; s < min(tile + KEYS, S); s += 128)
                     scores[(first + t) * S + s] = -CUDART_INF_F;
     if (num_live == 0) return;
 
@@ -353,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         if (job < num_live * GROUPS) {
             Stage& stage = stages[job % STAGES];
             const int j0 = job % GROUPS * HEADS, heads = min(HEADS, J - j0);
-            const long long row = (first + live[job / GROUPS]) * J + j0;
+            const i64 row = (first + live[job / GROUPS]) * J + j0;
             constexpr int PIECES = PITCH * sizeof(ELEMENT) / 16;
             const uint4* from = (const uint4*)(index_q + row * PITCH);
             for (int x = threadIdx.x; x < heads * PIECES; x += 128)
@@ -370,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const long long s = s0 + 16 * m + 8 * half + g;
+            const i64 s = s0 + 16 * m + 8 * half + g;
             const ELEMENT* key = index_k + (b * apart + min(s, S - 1)) * ENTRY;
 #pragma unroll
             for (int step = 0; step < DEPTH; step++) {
@@ -381,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     float scale[2] = {1, 1};  // of the two keys that this lane stores
     if constexpr (FP8)
         for (int half = 0; half < 2; half++) {
-            const long long s = min(s0 + 16 * i + 8 * half + g, S - 1);
+            const i64 s = min(s0 + 16 * i + 8 * half + g, S - 1);
             const unsigned char* bytes = (const unsigned char*)(index_k + (b * apart + s) * ENTRY + E);
             const unsigned low = bytes[0] | bytes[1] << 8, high = bytes[2] | bytes[3] << 8;
             scale[half] = __uint_as_float(low | high << 16);
@@ -400,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 #pragma unroll
                 for (int load = 0; load < LOADS; load++) {
                     unsigned heads[4];
-                    ldmatrix_x4(heads, &stage.heads[j + lane % 8][load * 64 + lane / 8 * 16]);
+                    ldmatrix_x4(heads, cvta_shared(&stage.heads[j + lane % 8][load * 64 + lane / 8 * 16]));
 #pragma unroll
                     for (int step = 0; step < STEPS; step++) {
                         unsigned head[2] = {heads[2 * step % 4], heads[(2 * step + 1) % 4]};
@@ -410,7 +381,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                         }
 #pragma unroll
                         for (int m = 0; m < TILES; m++)
-                            mma_m16n8k16(product[m], keys[m][load * STEPS + step], head, Multiplied());
+                            mma_m16n8k16(product[m], keys[m][load * STEPS + step], head[0], head[1],
+                                         Multiplied());
                     }
                 }
 #pragma unroll
@@ -437,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                 x += __shfl_xor_sync(ALL, x, 2);
                 own = m == i ? x : own;
             }
-            const long long s = s0 + 16 * i + 8 * half + g;
+            const i64 s = s0 + 16 * i + 8 * half + g;
             if (i < TILES && s < S) row[s] = windows[t].sees(s) ? own * scale[half] : -CUDART_INF_F;
         }
     }
@@ -466,7 +438,7 @@ static_assert(BINS % BLOCK == 0, "each thread looks through as many bins");
 struct alignas(16) Vec { REAL x[16 / sizeof(REAL)]; };
 
 struct Shared {
-    long long place;
+    i64 place;
     int bins[BINS], sums[2][32];
     int bin, above, equal;
     Rank rank[CAPACITY];
@@ -504,7 +476,7 @@ __device__ int sum_before(Shared& sh, int x, int turn, int& total) {
 template <class Word> struct Cut { Word at; int need, excess; };
 
 template <class Word, class Words>
-__device__ Cut<Word> nth_largest(Shared& sh, long long n, int need, int leading, Words word) {
+__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word) {
     Word prefix = 0, known = 0;
     int equal = need;
     for (int bits = 8 * sizeof(Word); bits > 8 * (int)sizeof(Word) - leading; bits -= DIGIT) {
@@ -512,7 +484,7 @@ __device__ Cut<Word> nth_largest(Shared& sh, long long n, int need, int leading,
         for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
         if (threadIdx.x == 0) sh.bin = -1;
         __syncthreads();
-        for (long long x = threadIdx.x; x - threadIdx.x % 32 < n; x += BLOCK) {
+        for (i64 x = threadIdx.x; x - threadIdx.x % 32 < n; x += BLOCK) {
             const Word w = x < n ? word(x) : 0;
             const bool counts = w != 0 && (w & known) == prefix;
             const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
@@ -554,13 +526,13 @@ __device__ Cut<Word> nth_largest(Shared& sh, long long n, int need, int leading,
 
 // Put what keep(rank, x) accepts of the positions begin <= x < end behind the `placed` that are, in order.
 template <class Load, class Keep, class Put>
-__device__ int compact(Shared& sh, long long begin, long long end, int placed, Load load, Keep keep,
+__device__ int compact(Shared& sh, i64 begin, i64 end, int placed, Load load, Keep keep,
                        Put put) {
     int turn = 0, total;
     __syncthreads();
     Rank next[VEC];
     if (begin < end) load(begin + threadIdx.x * VEC, next);
-    for (long long x = begin + threadIdx.x * VEC; x - threadIdx.x * VEC < end; x += BLOCK * VEC, turn ^= 1) {
+    for (i64 x = begin + threadIdx.x * VEC; x - threadIdx.x * VEC < end; x += BLOCK * VEC, turn ^= 1) {
         Rank now[VEC];
         unsigned kept = 0;
         for (int v = 0; v < VEC; v++) {
@@ -577,19 +549,19 @@ __device__ int compact(Shared& sh, long long begin, long long end, int placed, L
 }
 
 // Where the first `need` visible keys of begin..end end, or, from behind, where the last `need` begin.
-__device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, long long end, int need,
+__device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int need,
                                  bool behind) {
     int turn = 0, seen = 0, total;
     if (need == 0) return behind ? end : begin;
-    for (long long x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
-        const long long s = behind ? end - 1 - x : begin + x;
+    for (i64 x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
+        const i64 s = behind ? end - 1 - x : begin + x;
         const bool visible = x < end - begin && rank_of(row[s]);
         const int before = seen + sum_before(sh, visible, turn, total);
         if (visible && before == need - 1) sh.place = behind ? s : s + 1;
         seen += total;
         if (seen >= need) {
             __syncthreads();
-            const long long place = sh.place;
+            const i64 place = sh.place;
             __syncthreads();
             return place;
         }
@@ -601,22 +573,22 @@ __device__ long long nth_visible(Shared& sh, const REAL* row, long long begin, l
 constexpr int RESIDENT = BLOCK == 1024 ? 1 : sizeof(REAL) == 8 ? 2 : 3;  // blocks on a multiprocessor
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
-        const REAL* scores, const int* k_start, const int* k_end, int* indices, long long T, long long S,
-        long long K, long long offset, long long top_k, long long local_window, long long num_sinks) {
+        const REAL* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
+        i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
     extern __shared__ __align__(16) unsigned char bytes[];
     Shared& sh = *(Shared*)bytes;
-    const REAL* row = scores + (long long)blockIdx.x * S;
-    int* out = indices + (long long)blockIdx.x * K;
+    const REAL* row = scores + (i64)blockIdx.x * S;
+    int* out = indices + (i64)blockIdx.x * K;
     const Window window = window_of(k_start, k_end, blockIdx.x / T, blockIdx.x % T, T, S, offset);
-    const long long start = window.start, end = max(start, window.end);
+    const i64 start = window.start, end = max(start, window.end);
 
     // Forced keys are those below `head` and from `tail` on; the middle is ranked for what top_k leaves.
-    const long long head = nth_visible(sh, row, start, end, num_sinks, false);
-    const long long tail = nth_visible(sh, row, head, end, local_window, true), middle = tail - head;
+    const i64 head = nth_visible(sh, row, start, end, num_sinks, false);
+    const i64 tail = nth_visible(sh, row, head, end, local_window, true), middle = tail - head;
     const int need = min(top_k - num_sinks - local_window, S);
 
-    const auto load_row = [&](long long lo, long long hi) {
-        return [=](long long x, Rank* ranks) {
+    const auto load_row = [&](i64 lo, i64 hi) {
+        return [=](i64 x, Rank* ranks) {
             constexpr int WIDTH = 16 / sizeof(REAL);
             if (lo <= x && x + VEC <= hi && (size_t)(row + x) % 16 == 0) {
                 for (int v = 0; v < VEC; v += WIDTH) {
@@ -627,9 +599,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
                 for (int v = 0; v < VEC; v++) ranks[v] = lo <= x + v && x + v < hi ? rank_of(row[x + v]) : 0;
         };
     };
-    const auto aligned = [&](long long x) { return x - (long long)((size_t)(row + x) / sizeof(REAL) % VEC); };
-    const auto put_key = [&](int place, long long s, Rank) { out[place] = (int)s; };
-    const auto visible = [](Rank rank, long long) { return rank > 0; };
+    const auto aligned = [&](i64 x) { return x - (i64)((size_t)(row + x) / sizeof(REAL) % VEC); };
+    const auto put_key = [&](int place, i64 s, Rank) { out[place] = (int)s; };
+    const auto visible = [](Rank rank, i64) { return rank > 0; };
 
     Rank at = 1;        // the least rank that is kept
     unsigned last = 0;  // and, where it ties, the least ~key
@@ -640,14 +612,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
         const int sampled = need / 16 + 4 * (int)sqrtf(need / 16) + 4;
         Rank floor = 1;
         if (middle > CAPACITY || middle > 32 * sampled) {
-            const auto sample = [&](long long x) { return rank_of(row[head + x / 8 * 128 + x % 8]); };
+            const auto sample = [&](i64 x) { return rank_of(row[head + x / 8 * 128 + x % 8]); };
             if (sampled * 16 < CAPACITY)
                 floor = nth_largest<Rank>(sh, middle / 128 * 8, sampled, 22, sample).at;
         }
         if (middle <= CAPACITY || sampled * 16 < CAPACITY) {
             held = compact(sh, aligned(head), tail, 0, load_row(head, tail),
-                           [=](Rank rank, long long) { return rank >= floor; },
-                           [&](int place, long long s, Rank rank) {
+                           [=](Rank rank, i64) { return rank >= floor; },
+                           [&](int place, i64 s, Rank rank) {
                                if (place >= CAPACITY) return;
                                sh.rank[place] = rank;
                                sh.key[place] = (int)s;
@@ -655,35 +627,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
             if (held > CAPACITY || (held < need && floor > 1)) held = -1;
             __syncthreads();
         }
-        const auto cut_at = [&](long long n, auto rank, auto key) {
+        const auto cut_at = [&](i64 n, auto rank, auto key) {
             const Cut<Rank> cut = nth_largest<Rank>(sh, n, need, 8 * sizeof(Rank), rank);
             at = cut.at;
             if (cut.excess == 0) return;
-            const auto tied = [&](long long x) { return rank(x) == at ? ~(unsigned)key(x) : 0; };
+            const auto tied = [&](i64 x) { return rank(x) == at ? ~(unsigned)key(x) : 0; };
             last = nth_largest<unsigned>(sh, n, cut.need, 32, tied).at;
         };
         if (held >= 0)
-            cut_at(held, [&](long long x) { return sh.rank[x]; }, [&](long long x) { return sh.key[x]; });
+            cut_at(held, [&](i64 x) { return sh.rank[x]; }, [&](i64 x) { return sh.key[x]; });
         else
-            cut_at(middle, [&](long long x) { return rank_of(row[head + x]); },
-                   [&](long long x) { return head + x; });
+            cut_at(middle, [&](i64 x) { return rank_of(row[head + x]); },
+                   [&](i64 x) { return head + x; });
     }
-    const auto best = [&](Rank rank, long long s) {
+    const auto best = [&](Rank rank, i64 s) {
         return rank > at || (rank > 0 && rank == at && ~(unsigned)s >= last);
     };
 
     int placed = compact(sh, aligned(start), head, 0, load_row(start, head), visible, put_key);
     if (held < 0) placed = compact(sh, aligned(head), tail, placed, load_row(head, tail), best, put_key);
     else {
-        const auto load = [&](long long x, Rank* ranks) {
+        const auto load = [&](i64 x, Rank* ranks) {
             for (int v = 0; v < VEC; v++) ranks[v] = x + v < held ? sh.rank[x + v] : 0;
         };
         placed = compact(sh, 0, held, placed, load,
-                         [&](Rank rank, long long x) { return rank > 0 && best(rank, sh.key[x]); },
-                         [&](int place, long long x, Rank) { out[place] = sh.key[x]; });
+                         [&](Rank rank, i64 x) { return rank > 0 && best(rank, sh.key[x]); },
+                         [&](int place, i64 x, Rank) { out[place] = sh.key[x]; });
     }
     placed = compact(sh, aligned(tail), end, placed, load_row(tail, end), visible, put_key);
-    for (long long x = placed + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
+    for (i64 x = placed + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
 }
 #endif
 
@@ -696,7 +668,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
 // grid  (B * T * G * head tiles, Z)  block 128
 // smem  HEADS * D values of Q, dynamic
 // cost  2 * (D + DV) FLOP for each head and key; a block reads its keys once for HEADS heads
-// macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8, ROPE (R8 = 0: not packed)
+// macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE (R8 = 0: k is
+//         not packed)
 // ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_MMA)
 struct Shape {
@@ -736,7 +709,7 @@ struct Job {
 constexpr int ATTEND_KEYS = 32;
 constexpr int SCALES = (R8 + 127) / 128;
 
-__device__ __forceinline__ ACC key_value(const KT* row, int d) {
+__device__ ACC key_value(const KT* row, int d) {
     if constexpr (R8 == 0) {
         return widen(row[d]);
     } else {
@@ -781,7 +754,7 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
                 }
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
-                for (int w = 16; w; w /= 2) dot[h] += __shfl_xor_sync(~0u, dot[h], w);
+                for (int w = 16; w; w /= 2) dot[h] += __shfl_xor_sync(ALL, dot[h], w);
                 if (lane == 0) p[h][j] = ids[j] < 0 ? -inf : dot[h] * c;
             }
         }
@@ -789,11 +762,11 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
         for (int h = warp; h < HEADS; h += 4) {  // online softmax: a warp takes a head, its lanes the keys
             const ACC x = p[h][lane], before = m[h];
             ACC top = x;
-            for (int w = 16; w; w /= 2) top = fmax(top, __shfl_xor_sync(~0u, top, w));
+            for (int w = 16; w; w /= 2) top = fmax(top, __shfl_xor_sync(ALL, top, w));
             top = fmax(top, before);
             const ACC safe = top == -inf ? ACC(0) : top, share = exp2(x - safe), factor = exp2(before - safe);
             ACC sum = share;
-            for (int w = 16; w; w /= 2) sum += __shfl_xor_sync(~0u, sum, w);
+            for (int w = 16; w; w /= 2) sum += __shfl_xor_sync(ALL, sum, w);
             __syncwarp();
             p[h][lane] = share;
             if (lane == 0) m[h] = top, rescale[h] = factor, total[h] = total[h] * factor + sum;
@@ -830,7 +803,7 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
         if (tid == 0) lse[at] = log_sum;
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++)
-            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = narrow<OUT>(o[h][j] * share);
+            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = Rounded<OUT>::of(o[h][j] * share);
     }
 }
 #endif
@@ -860,9 +833,9 @@ static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys ar
 
 // N bytes from src, or zeros, by the 8 threads of a row.
 template <int N, int ALIGN, bool SWIZZLE>
-__device__ __forceinline__ void copy_row(char* tile, int row, int stride, const void* src, bool there,
+__device__ void copy_row(char* tile, int row, int stride, const void* src, bool there,
                                          int part) {
-    const unsigned base = shared_address(tile) + row * stride;
+    const unsigned base = cvta_shared(tile) + row * stride;
     const char* from = (const char*)src + part * ALIGN;
 #pragma unroll
     for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
@@ -883,7 +856,7 @@ __device__ __forceinline__ void copy_row(char* tile, int row, int stride, const 
 
 // 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits, and the bits << 4 are
 // a bfloat16 whose exponent has the bias 7 in place of 127.
-__device__ __forceinline__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
+__device__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
     const unsigned unbias_bits = 0x7B807B80;  // 2^120, twice
     const __nv_bfloat162 unbias = *(const __nv_bfloat162*)&unbias_bits;
     unsigned r[4];
@@ -1003,8 +976,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         }
         if (i + 1 < tiles) any = copy(i + 1), look_up(i + 2);
         if (!some) continue;
-        const unsigned k_tile = shared_address(k_s + (PACKED ? 0 : i % 2) * KEYS * ROW * 2);
-        const unsigned v_tile = TIED ? k_tile : shared_address(v_s + i % 2 * KEYS * VROW * 2);
+        const unsigned k_tile = cvta_shared(k_s + (PACKED ? 0 : i % 2) * KEYS * ROW * 2);
+        const unsigned v_tile = TIED ? k_tile : cvta_shared(v_s + i % 2 * KEYS * VROW * 2);
         constexpr int V_ROW = TIED ? ROW : VROW;
 
         float s[MT][NT][4] = {};
@@ -1013,7 +986,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             // Rows begin at multiples of 128 bytes: the next 16 values are one XOR away, the next 64 an add.
             const int q_row = wm * MT * 16 + lane % 16,
                       k_row = wn * NT * 8 + (NT == 2 ? lane / 16 * 8 : 0) + lane % 8;
-            const unsigned q_at = shared_address(q_s) + q_row * ROW * 2 + swizzled(q_row, lane / 16);
+            const unsigned q_at = cvta_shared(q_s) + q_row * ROW * 2 + swizzled(q_row, lane / 16);
             const unsigned k_at = k_tile + k_row * ROW * 2 + swizzled(k_row, lane / 8 % 2);
 #pragma unroll 3
             for (int panel = 0; panel < (STEPS + 3) / 4; panel++)
@@ -1029,7 +1002,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
                     for (int x = 0; x < MT; x++)
 #pragma unroll
-                        for (int y = 0; y < NT; y++) mma<TYPE>(s[x][y], a[x], b[2 * y], b[2 * y + 1]);
+                        for (int y = 0; y < NT; y++)
+                            mma_m16n8k16(s[x][y], a[x], b[2 * y], b[2 * y + 1], TYPE());
                 }
             // 2. row maxima of this warp's keys
 #pragma unroll
@@ -1051,8 +1025,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
                     for (int y = 0; y < NT; y++)
                         top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-                    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+                    top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
+                    top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
                     if (lane % 4 == 0) max_s[wn * HEADS + (wm * MT + x) * 16 + half * 8 + lane / 4] = top;
                 }
         }
@@ -1075,7 +1049,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                                     p1 = exp2f(s[x][y][2 * half + 1] - safe);
                         sum += p0 + p1;
                         *(unsigned*)(p_s + row * 128 + swizzled(row, wn * NT + y) + lane % 4 * 4) =
-                            pack2<TYPE>(p0, p1);
+                            cvt_rn_x2(p0, p1, TYPE());
                     }
                     total[x][half] = total[x][half] * factor + sum;
                     m[x][half] = top;
@@ -1087,12 +1061,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
         for (int x = 0; x < OM; x++) {
             const float f0 = rescale_s[x * 16 + lane / 4], f1 = rescale_s[x * 16 + 8 + lane / 4];
-            if (__any_sync(~0u, f0 != 1 || f1 != 1))
+            if (__any_sync(ALL, f0 != 1 || f1 != 1))
 #pragma unroll
                 for (int y = 0; y < 2 * PAIRS; y++)
                     o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
         }
-        const unsigned p_at = shared_address(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
+        const unsigned p_at = cvta_shared(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
         const unsigned v_at = v_tile + lane % 16 * V_ROW * 2;
 #pragma unroll
         for (int step = 0; step < KEYS / 16; step++) {
@@ -1107,8 +1081,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                     b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
 #pragma unroll
                 for (int x = 0; x < OM; x++) {
-                    mma<TYPE>(o[x][2 * y], a[x], b[0], b[1]);
-                    mma<TYPE>(o[x][2 * y + 1], a[x], b[2], b[3]);
+                    mma_m16n8k16(o[x][2 * y], a[x], b[0], b[1], TYPE());
+                    mma_m16n8k16(o[x][2 * y + 1], a[x], b[2], b[3], TYPE());
                 }
             }
         }
@@ -1123,8 +1097,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             for (int half = 0; half < 2; half++) {
                 const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
                 float sum = total[x][half];
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
+                sum += __shfl_xor_sync(ALL, sum, 1);
+                sum += __shfl_xor_sync(ALL, sum, 2);
                 if (lane % 4 == 0) max_s[wn * HEADS + row] = sum;
                 if (lane % 4 == 0 && wn == 0) rescale_s[row] = m[x][half];
             }
@@ -1157,11 +1131,11 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 OUT* at = out + (first + row) * DV + d;
                 if constexpr (DV % 2 == 0) {
                     if (d >= DV) continue;
-                    if constexpr (same<OUT, float>::value) *(float2*)at = make_float2(x0, x1);
-                    else *(unsigned*)at = pack2<OUT>(x0, x1);
+                    if constexpr (sizeof(OUT) == 4) *(float2*)at = make_float2(x0, x1);
+                    else *(unsigned*)at = cvt_rn_x2(x0, x1, TYPE());
                 } else {
-                    if (d < DV) at[0] = narrow<OUT>(x0);
-                    if (d + 1 < DV) at[1] = narrow<OUT>(x1);
+                    if (d < DV) at[0] = Rounded<OUT>::of(x0);
+                    if (d + 1 < DV) at[1] = Rounded<OUT>::of(x1);
                 }
             }
         }
@@ -1179,8 +1153,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
 extern "C" __global__ void __launch_bounds__(128)
-merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows, i64 H,
-                i64 DV) {
+merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows,
+                i64 H, i64 DV) {
     __shared__ ACC weights[128];
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
@@ -1204,7 +1178,8 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
     if (threadIdx.x == 0) lse[row] = log_sum;
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++)
-        if (threadIdx.x + 128 * j < DV) out[row * DV + threadIdx.x + 128 * j] = narrow<OUT>(o[j] * share);
+        if (threadIdx.x + 128 * j < DV)
+            out[row * DV + threadIdx.x + 128 * j] = Rounded<OUT>::of(o[j] * share);
 }
 #endif
 
@@ -1217,20 +1192,20 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
 // macros  BLOCK, UE8M0, XT, ACC (double for float64)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef QUANTIZE_FP8
-__device__ __forceinline__ bool sign_bit(__half x) { return __half_as_ushort(x) >> 15; }
-__device__ __forceinline__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x) >> 15; }
-__device__ __forceinline__ bool sign_bit(float x) { return __float_as_uint(x) >> 31; }
-__device__ __forceinline__ bool sign_bit(double x) { return __double_as_longlong(x) < 0; }
+__device__ bool sign_bit(__half x) { return __half_as_ushort(x) >> 15; }
+__device__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x) >> 15; }
+__device__ bool sign_bit(float x) { return __float_as_uint(x) >> 31; }
+__device__ bool sign_bit(double x) { return __double_as_longlong(x) < 0; }
 
 // With -ftz=true a cast would make subnormal results 0.
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(double x) {
+__device__ float to_float(float x) { return x; }
+__device__ float to_float(double x) {
     float y;
     asm("cvt.rn.f32.f64 %0, %1;" : "=f"(y) : "d"(x));
     return y;
 }
 
-__device__ __forceinline__ u8 e4m3_code(XT raw, float scale) {
+__device__ u8 e4m3_code(XT raw, float scale) {
     const ACC x = widen(raw), size = fmin(fabs(x / ACC(scale)), ACC(448));
     if (isnan(x)) return 127 | sign_bit(raw) << 7;
     int exponent;
@@ -1264,10 +1239,12 @@ extern "C" __global__ void __launch_bounds__(256)
     ACC most = 0;
     for (i64 i = first + lane; i < end; i += 32)
         most = fmax(most, fabs(ACC(widen(x[i]))));  // passes over NaN
-    for (int w = 16; w; w /= 2) most = fmax(most, __shfl_xor_sync(~0u, most, w));
+    for (int w = 16; w; w /= 2) most = fmax(most, __shfl_xor_sync(ALL, most, w));
     float scale = fminf(fmaxf(float(most), least), 0x1.fffffep127f) / 448.0f;
-    if (UE8M0) scale = __uint_as_float((__float_as_uint(scale) + 0x7FFFFF) & 0xFF800000);  // up to a power of two
-    if (lane < 4) scales[row * scale_stride + scale_offset + part * 4 + lane] = __float_as_uint(scale) >> 8 * lane;
+    if (UE8M0)  // up to a power of two
+        scale = __uint_as_float((__float_as_uint(scale) + 0x7FFFFF) & 0xFF800000);
+    if (lane < 4)
+        scales[row * scale_stride + scale_offset + part * 4 + lane] = __float_as_uint(scale) >> 8 * lane;
     for (i64 i = first + lane; i < end; i += 32) out[row * out_stride + i] = e4m3_code(x[i], scale);
 }
 #endif
