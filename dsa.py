@@ -2109,6 +2109,8 @@ TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
 }  # fmt: skip
+SCORE_BYTES = 2**28  # scores that lightning_select holds at a time
+TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
 @functools.cache
@@ -2119,18 +2121,6 @@ def _kernel(device, name, constants):
     _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
     options = ("-std=c++17", f"-D{name.upper()}", *(f"-D{key}={value}" for key, value in constants))
     return cupy.RawModule(code=file.read_text(), options=options).get_function(name)
-
-
-def _gpu_select(n, quota, rows, indices, block):
-    """_select for selectors that are array code: kernel select_topk on what rows yield."""
-    for b in np.ndindex(*n["..."]):
-        for t0 in range(0, n["T"], block):
-            for t, keys, x in rows(b, t0, min(t0 + block, n["T"])):
-                shape = {"...": (), "T": len(x), "S": len(keys), "xp": n["xp"]}
-                found = _gpu_select_topk(shape, x, quota, (None, None), causal=False)
-                if len(keys):
-                    indices[b][t : t + len(x), : found.shape[1]] = np.where(found < 0, -1, keys[found])
-    return indices
 
 
 def _launch(name, grid, block, *args, shared=0, **constants):
@@ -2152,10 +2142,6 @@ def _launch(name, grid, block, *args, shared=0, **constants):
             if shared > kernel.max_dynamic_shared_size_bytes:
                 kernel.max_dynamic_shared_size_bytes = shared
             kernel(grid, block, values, shared_mem=shared)
-
-
-SCORE_BYTES = 2**28  # scores that lightning_select holds at a time on a GPU
-TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
 def _aligned(x, multiple=1):
@@ -2203,10 +2189,8 @@ def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
         sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
         _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, ELEMENT=dtype, **sizes)
     else:
-        index_q, (index_k, apart) = (
-            _aligned(index_q.astype(real, copy=False)),
-            _entries(index_k.astype(real, copy=False)),
-        )
+        index_q, index_k = (x.astype(real, copy=False) for x in (index_q, index_k))
+        index_q, (index_k, apart) = _aligned(index_q), _entries(index_k)
         blocks = batch * -(-T // 8) * -(-S // (512 // real.itemsize))
         args = (index_q, index_k, weights, *windows, scores, T, S, J, E, offset, apart)
         _launch("index_scores_fma", (blocks,), (256,), *args, REAL=real)
@@ -2223,6 +2207,18 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
     rows = math.prod(n["..."]) * T
     block = 512 if rows > 128 else 1024
     _launch("select_topk", (rows,), (block,), *args, shared=shared, REAL=scores.dtype, BLOCK=block)
+    return indices
+
+
+def _gpu_select(n, quota, rows, indices, block):
+    """_select for selectors that are array code: kernel select_topk on what rows yield."""
+    for b in np.ndindex(*n["..."]):
+        for t0 in range(0, n["T"], block):
+            for t, keys, x in rows(b, t0, min(t0 + block, n["T"])):
+                shape = {"...": (), "T": len(x), "S": len(keys), "xp": n["xp"]}
+                found = _gpu_select_topk(shape, x, quota, (None, None), causal=False)
+                if len(keys):
+                    indices[b][t : t + len(x), : found.shape[1]] = np.where(found < 0, -1, keys[found])
     return indices
 
 
@@ -2246,9 +2242,6 @@ def _gpu_lightning_select(n, index_q, index_k, weights, quota, windows):
             x = _gpu_index_scores(some, index_q[b][part], index_k[b], weights[b][part], w, scores[:rows])
             _gpu_select_topk(some, x, quota, w, True, indices[b][part])
     return indices
-
-
-# What attention launches, and what fp8 does
 
 
 def _strides(x):

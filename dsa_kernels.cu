@@ -2,8 +2,8 @@
 // dsa_kernels.cu: the CUDA kernels of dsa.py, which compiles and launches them. Copy it beside that file.
 //
 // Axes and names are dsa.py's. Arrays are C-contiguous where no strides are given; batch axes are flattened into
-// one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a batch entry sees keys
-// from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
+// one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a batch
+// entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -668,8 +668,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
 // grid  (B * T * G * head tiles, Z)  block 128
 // smem  HEADS * D values of Q, dynamic
 // cost  2 * (D + DV) FLOP for each head and key; a block reads its keys once for HEADS heads
-// macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE (R8 = 0: k is
-//         not packed)
+// macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE
+//         (R8 = 0: k is not packed)
 // ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_MMA)
 struct Shape {
