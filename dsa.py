@@ -20,9 +20,9 @@ Indices  kept keys ascending, then -1. A query without keys has out 0 and lse -i
 Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64. `out` has the dtype of q.
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
          that does not exist. Each names the argument, its value and what was expected, and changes nothing.
-GPU      the same functions take CuPy arrays, and launch the kernels of dsa_kernels.cu (section 10) on the
-         arrays' device and the current stream. Nothing waits for results, so what stands in an array is no
-         error there: an index that is no key is absent, NaN is never selected.
+GPU      the same functions take CuPy arrays of the current device, and launch the kernels of dsa_kernels.cu
+         (section 10) on the current stream. The stages do not wait for results, so what stands in an array
+         is no error there: an index that is no key is absent, NaN is never selected.
 
 Not here yet: training of the indexer, sequences sharded over machines.
 """
@@ -589,7 +589,6 @@ def _selector(kind):
     ):  # fmt: skip
         n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
         quota = _quota(top_k, local_window, num_sink_tokens)
-        windows = _explicit(n, _windows(n, k_start, k_end))
         block = max(1, min(64, ROW_BUFFER // max(1, n["S"] * n["H"])))
         indexer = (index_q, index_k, weights)
         fits = options.keys() <= known.keys()
@@ -598,6 +597,7 @@ def _selector(kind):
             _check_indexer(q, k, *indexer)
             forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
             return lightning_select(*indexer, top_k, **forced, k_start=k_start, k_end=k_end)
+        windows = _explicit(n, _windows(n, k_start, k_end))
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
@@ -1172,8 +1172,11 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
     top_k = config.top_k_at(*layer, num_keys)
     dense = top_k if config.fallback_dense_threshold is None else config.fallback_dense_threshold
     common = {"k_start": windows[0], "k_end": windows[1]}
-    if num_keys <= dense:
-        return SELECTORS["window"](q, k, max(1, num_keys), **common)
+    if num_keys <= dense:  # every visible key
+        n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": _library("q", q)}
+        start, end = _explicit(n, windows)
+        keys = start[..., None] + n["xp"].arange(min(max(1, num_keys), n["S"]))  # [..., T, K]
+        return np.where(keys < end[..., None], keys, -1).astype(np.int32)
     index_q, index_k = (_at_precision(x, config.indexer_precision) for x in (index_q, index_k))
     common |= {"local_window": config.local_window, "num_sink_tokens": config.num_sink_tokens, **options}
     if candidates is not None:
@@ -1458,7 +1461,7 @@ class KVCache:
 
     def _attend_resident(self, q, indices, *, d_v, scale, sink):
         """attend where kernels read the streams as they are stored."""
-        k, v = self._data["k"], self._data.get("v")
+        k, v = self.stored("k"), self.stored("v") if "v" in self.streams else None
         if self.storage != "fp8":
             return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
         D, rope = self.streams["k"][-1], self.qk_rope_head_dim
@@ -1467,8 +1470,8 @@ class KVCache:
             return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
         n = _dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
         _expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
-        _expect(d_v is not None and d_v <= D, "d_v", d_v, f"at most k's D = {D}")
-        n |= {"S": self.capacity, "G": 1, "Dv": _integer("d_v", d_v, 1)}
+        _expect(_integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
+        n |= {"S": k.shape[1], "G": 1, "Dv": d_v}
         return _gpu_attention(n, q, k, None, indices, None, _scale(n, scale), sink, packed=(D - rope, rope))
 
     def truncate(self, lengths):
@@ -1575,6 +1578,8 @@ class HybridKVCache(KVCache):
 
     def close(self):
         super().close()
+        if self.xp is not np:
+            self.xp.cuda.get_current_stream().synchronize()  # it may still read the slow tier
         self._slow = None  # views that were read keep the mapping, and only they
         self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
         if self._file is not None:
@@ -1616,6 +1621,7 @@ class HybridKVCache(KVCache):
         slow = self.xp.ndarray(shape, self.dtype, pointer)
         if not first:
             slow[: self.capacity] = self._slow
+            cuda.get_current_stream().synchronize()  # before the old memory goes to whoever asks next
         return slow
 
     def _open_tiers(self):
@@ -2120,7 +2126,7 @@ def _kernel(device, name, constants):
     file = Path(__file__).with_name("dsa_kernels.cu")
     _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
     options = ("-std=c++17", f"-D{name.upper()}", *(f"-D{key}={value}" for key, value in constants))
-    return cupy.RawModule(code=file.read_text(), options=options).get_function(name)
+    return cupy.RawModule(code=file.read_text(encoding="utf-8"), options=options).get_function(name)
 
 
 def _launch(name, grid, block, *args, shared=0, **constants):
@@ -2163,7 +2169,7 @@ def _entries(x):
     x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     row = x.shape[-1] * x.itemsize
     whole = x.size and x.strides[1:] == (row, x.itemsize) and x.strides[0] % max(1, row) == 0
-    if not whole or x.data.ptr % 16 or x.strides[0] % 4:
+    if not whole or x.data.ptr % 16:
         return _aligned(x), x.shape[1]
     return sys.modules["cupy"].ndarray((1,), x.dtype, x.data), x.strides[0] // row
 
@@ -2172,13 +2178,13 @@ def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
     """index_scores. n["offset"]: S - T, unless the T queries are some of all."""
     T, S, J, E = n["T"], n["S"], n["J"], n["E"]
     dtype, alike = index_q.dtype, index_q.dtype == index_k.dtype
-    real = np.dtype(np.float32) if dtype == np.uint8 else _accumulator(index_q, index_k, weights)
+    real = _accumulator(index_q, index_k, weights)
     scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
     weights = _aligned(weights.astype(real, copy=False))
     offset, batch = n.get("offset", S - T), math.prod(n["..."])
     tiles = next((m for width, m in TILES.items() if width >= E), 0)
     tensor_cores = int(index_q.device.compute_capability) >= 80 and tiles and J * E
-    if dtype == np.uint8 and not tensor_cores:
+    if dtype == np.uint8 and (real == np.float64 or not tensor_cores):
         index_q, index_k = n["xp"].asarray(E4M3)[index_q], _unpack(index_k, E, 0)
     if alike and dtype.itemsize <= 2 and real == np.float32 and tensor_cores:
         index_q, (index_k, apart) = _aligned(index_q, 16 // dtype.itemsize), _entries(index_k)
@@ -2199,14 +2205,18 @@ def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
 
 def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
     T, S, top_k = n["T"], n["S"], quota[0]
-    scores = _aligned(scores.astype(_accumulator(scores), copy=False))
+    scores = n["xp"].ascontiguousarray(scores, _accumulator(scores))
     indices = n["xp"].empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
     offset = n.get("offset", S - T) if causal else S  # S: up to the end
     args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
-    shared = 8472 + 2**15 // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
-    rows = math.prod(n["..."]) * T
-    block = 512 if rows > 128 else 1024
-    _launch("select_topk", (rows,), (block,), *args, shared=shared, REAL=scores.dtype, BLOCK=block)
+    rows, most = math.prod(n["..."]) * T, scores.device.attributes["MaxSharedMemoryPerBlockOptin"]
+    macros = {
+        "REAL": scores.dtype,
+        "BLOCK": 512 if rows > 128 else 1024,
+        "ROOM": 2**15 if most > 75000 else 2**14,
+    }
+    shared = 8472 + macros["ROOM"] // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
+    _launch("select_topk", (rows,), (macros["BLOCK"],), *args, shared=shared, **macros)
     return indices
 
 
@@ -2225,7 +2235,7 @@ def _gpu_select(n, quota, rows, indices, block):
 def _gpu_lightning_select(n, index_q, index_k, weights, quota, windows):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
     xp, T, S = n["xp"], n["T"], n["S"]
-    real = np.dtype(np.float32) if index_q.dtype == np.uint8 else _accumulator(index_q, index_k, weights)
+    real = _accumulator(index_q, index_k, weights)
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if math.prod(n["..."]) * T <= most:
         scores = _gpu_index_scores(n, index_q, index_k, weights, windows)

@@ -429,7 +429,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 //       itself takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef SELECT_TOPK
-constexpr int WARPS = BLOCK / 32, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = 32768 / sizeof(REAL);
+constexpr int WARPS = BLOCK / 32, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = ROOM / sizeof(REAL);
 constexpr int VEC = BLOCK == 1024 ? 32 / sizeof(REAL) : 4;  // scores that a thread loads at a time
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
