@@ -2558,13 +2558,19 @@ def sharded_problem(seed):
 
 def ranks_select(dsa, comm):
     """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
+    score, scores = dsa._index_scores, []
     for seed in range(60):
         rng, _, p = sharded_problem(seed)
         dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**24
         (index_k,) = sharded(comm, rng, (p.index_k, -2))
-        kwargs = p.forced | p.windows
-        actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **kwargs)
-        assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **kwargs))
+        dsa._index_scores = lambda *args: scores.append(score(*args)) or scores[-1]
+        actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
+        dsa._index_scores = score
+        assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
+        first = comm.exscan(index_k.shape[-2]) or 0
+        expected = dsa.index_scores(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
+        assert_same(np.concatenate(scores, axis=-2), expected)
+        scores.clear()
     agree, far = dsa._agree, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
 
     def behind(*args, **kwargs):
@@ -2645,7 +2651,7 @@ def ranks_errors(dsa, comm):
     (index_k,) = sharded(comm, rng, (p.index_k, -2))
     args, mine = [p.index_q, index_k, p.weights, p.top_k], comm.rank == last
     nan = np.full_like(index_k, NAN, shape=(*p.batch, 3, 33)) if mine else index_k
-    alone = [
+    alone: list[Any] = [
         (ValueError, "a score in the window of query .* is NaN", {1: nan}),
         (TypeError, "index_k is a builtins.list", {1: [1.0]}),
         (ValueError, "weights has J = 2, but index_q has J = 8", {2: p.weights[..., :2]}),
