@@ -2119,7 +2119,7 @@ def _read_safetensors(path, layer):
 # last keys of all, which are forced, are among the first and last of the shards. So a shard selects by (2),
 # and of these candidates, in the order of ranks and thus of keys, (2) selects again.
 
-SHARD_BUFFER = 2**24  # numbers in a rank's buffers for a chunk of queries, unless a single query needs more
+SHARD_BUFFER = 2**26  # numbers in a rank's buffers for a chunk of queries, unless a single query needs more
 
 
 class _Layout(NamedTuple):
