@@ -1762,10 +1762,10 @@ def sharded_cost(a: argparse.Namespace, s: int, ranks: int, t: int) -> dict[str,
     attention = max(gathered / memory, t * K / ranks * H * 2 * (576 + 512) / (a.attend * 1e12)) + launch
     merged = 2 * (ranks - 1) / ranks * t * 4 * H * (512 + 2)
     merge = merged / link + 4 * rounds * latency
-    agree = (7 + chunks) * rounds * latency
+    agree, words = (7 + chunks) * rounds * latency, (7 + chunks) * ranks * 8
     return {
         "scoring": (keys + scores, scoring), "exchange": (sent, exchange), "decide": (decided, decide),
-        "attention": (gathered, attention), "merge": (merged, merge), "agree": ((7 + chunks) * ranks * 8, agree),
+        "attention": (gathered, attention), "merge": (merged, merge), "agree": (words, agree),
     }  # fmt: skip
 
 
@@ -1787,8 +1787,8 @@ COMMUNICATION = ("exchange", "merge", "agree")
       default=False, options=COST_OPTIONS)  # fmt: skip
 def sharded(bench: Bench) -> None:
     """The model: one V3.2 layer on R GPUs, each with n = S/R of S keys, and T queries, 1 or 4,096 in prefill.
-    K = 2048, k = min(K, n), J = 64, E = H = 128, r = log2 R; c chunks of T' = min(T, SHARD_BUFFER / n) queries,
-    of which a rank decides m = ceil(T'/R).
+    K = 2048, k = min(K, n), J = 64, E = H = 128, r = log2 R; c chunks of T' = min(T, SHARD_BUFFER / n)
+    queries, of which a rank decides m = ceil(T'/R).
       scoring    max(2 c E n / memory, 2 T n J (E + 1) / flops) + 8 T n / memory + 2 c launch
       exchange   (8 c m (R-1) k + 4 T K (R-1)/R) / link + c (2 (R-1) message + r latency)
       decide     12 c m R k / memory + c launch
@@ -1834,10 +1834,8 @@ def report_model(bench: Bench) -> None:
     note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
     note += f"{args.message:g} us a message. Measured on one H200: {args.memory:g} TB/s, {args.flops:g} "
     note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
-    note += (
-        "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree take "
-    )
-    note += "longer than scoring."
+    note += "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree "
+    note += "take longer than scoring."
     columns = ["queries x keys", "GPUs", *c, "a layer", "overtaken at"]
     title = "Model: one V3.2 layer over many GPUs, bytes and time of each GPU"
     bench.table("sharded_model", title, columns, rows, note)

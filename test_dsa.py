@@ -2528,6 +2528,17 @@ def test_a_rank_that_raises_ends_all(dsa):
     assert done.returncode != 0 and "this_is_wrong" in done.stderr
 
 
+def test_the_readmes_lines_run_on_ranks(dsa):
+    """Its block under MPI: each of 8 * 64 selected keys is on one rank."""
+    readme = Path(__file__).with_name("README.md")
+    if not readme.exists():
+        pytest.skip("a copy of test_dsa.py without README.md beside it")
+    (block,) = re.findall(r"```python\n([^`]*sharded_attention[^`]*)```", readme.read_text())
+    done = mpi(3, "pass\n" + block)
+    counts = [int(x) for x in re.findall(r"rank \d of 3: (\d+) of 512 are here", done.stdout)]
+    assert done.returncode == 0 and len(counts) == 3 and sum(counts) == 512, done.stdout + done.stderr
+
+
 def sharded(comm, rng, *arrays):
     """This rank's part of each (array, axis of the keys), cut at random places, which may coincide."""
     S = {x.shape[axis] for x, axis in arrays}.pop()
