@@ -1724,7 +1724,9 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
         stages = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
         error = float(np.abs(out[0] - one[0]).max() / np.abs(one[0]).max())
         same = bool((out[2] == one[2]).all())
-        print(json.dumps({"alone": alone, "same": same, "error": error, **dict(zip(stages, mean.tolist()))}))
+        mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
+        found = {"mpi": mpi, "alone": alone, "same": same, "error": error}
+        print(json.dumps(found | dict(zip(stages, mean.tolist()))))
 
 
 def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
@@ -1811,7 +1813,8 @@ def sharded(bench: Bench) -> None:
     ]
     note = "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. One process: "
     note += "dsa_attention on all cores, no MPI. Ranks share the cores and the memory: this shows what "
-    note += "sharding costs, not what it gains. Mean over ranks. Indices equal, out within 1e-5."
+    note += "sharding costs, not what it gains. Mean over ranks. Indices equal, out within 1e-5. "
+    note += cells[0]["mpi"]
     columns = ["queries x keys", "ranks", "one process", *names]
     bench.table("sharded", "One selection and attention over ranks of this machine", columns, rows, note)
     bench.results["sharded"] = cells

@@ -2151,13 +2151,17 @@ def _together(comm, work):
     raise kinds.get(name, RuntimeError)(said) from error
 
 
-def _agree(comm, n, sizes, **same):
-    """The layout of shards of `sizes` keys. ValueError on every rank if the ranks were not called alike."""
+def _alike(comm, n, **same):
+    """ValueError on every rank if the ranks were not called alike, so that their exchanges would not fit."""
     same |= {"B": math.prod(n["..."]), "T": n["T"]}
     table = np.empty((comm.size, len(same)), np.int64)
     comm.Allgather(np.array(list(same.values()), np.int64), table)
     for name, column in zip(same, table.T):
         _expect((column == column[0]).all(), f"{name}, by rank,", column.tolist(), "the same on every rank")
+
+
+def _layout(comm, n, sizes):
+    """Agree on where shards of `sizes` keys stand."""
     shards = np.empty((comm.size, *n["..."]), np.int64)
     comm.Allgather(np.array(np.broadcast_to(sizes, n["..."]), np.int64), shards)
     total = shards.sum(0)
@@ -2219,7 +2223,8 @@ def sharded_select(
     n, index_q, index_k, quota = _together(comm, check)
     same = dict(zip(("top_k", "local_window", "num_sink_tokens"), quota))
     same |= {"J": n["J"], "E": n["E"], "itemsize": _accumulator(index_q, index_k, weights).itemsize}
-    at = _agree(comm, n, n["S"], **same)
+    _alike(comm, n, **same)
+    at = _layout(comm, n, n["S"])
     windows = _together(comm, lambda: _global_windows(n, at, k_start, k_end))
     return _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights)
 
@@ -2287,19 +2292,20 @@ def sharded_attention(
 
     n, new, owner = _together(comm, check)
     settings = repr((config, layer, n_layers, scale, owner, cache and cache.storage)).encode()
-    same = {name: n[name] for name in ("J", "E", "H", "D", "Dv")}
+    same = {name: n[name] for name in ("J", "E", "H", "D", "Dv")} | {"a cache": cache is not None}
     same["the itemsize of scores"] = _accumulator(index_q, index_k_shard, weights).itemsize
     same["the itemsize of lse"] = _accumulator(q, k_shard, q if v_shard is None else v_shard).itemsize
     same["the checksum of config and options"] = zlib.crc32(settings + new.tobytes())
+    _alike(comm, n, **same)
     with contextlib.ExitStack() as undo:
         if cache is None:
-            at, index_k = _agree(comm, n, n["S"], **same), index_k_shard
+            at, index_k = _layout(comm, n, n["S"]), index_k_shard
             windows = _together(comm, lambda: _global_windows(n, at, k_start, k_end))
         else:
             tokens = {"k": k_shard, "index_k": index_k_shard, **({} if v_shard is None else {"v": v_shard})}
             mine = new * (comm.rank == owner)
             _together(comm, lambda: undo.enter_context(cache.appended(lengths=mine, **tokens)))
-            at, index_k = _agree(comm, n, cache.lengths, **same), cache.read("index_k")
+            at, index_k = _layout(comm, n, cache.lengths), cache.read("index_k")
             last = (at.first + at.size == at.total)[mine > 0].all()
             _together(comm, lambda: _expect(last, "owner", owner, "a rank behind which none holds keys"))
             start, end = padded_window(new, n["T"])

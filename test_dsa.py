@@ -2587,17 +2587,17 @@ def ranks_select(dsa, comm):
         expected = dsa.index_scores(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
         assert_same(np.concatenate(scores, axis=-2), expected)
         scores.clear()
-    agree, far = dsa._agree, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
+    layout, far = dsa._layout, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
 
-    def behind(*args, **kwargs):
-        at = agree(*args, **kwargs)
+    def behind(*args):
+        at = layout(*args)
         return at._replace(first=at.first + far, total=at.total + far, num_keys=at.num_keys + far)
 
-    dsa._agree = behind
+    dsa._layout = behind
     rng, _, p = sharded_problem(2)
     (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
     actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
-    dsa._agree = agree
+    dsa._layout = layout
     assert_same(actual, dsa.lightning_select(*p.index, p.top_k) + np.int64(far))
 
 
@@ -2697,6 +2697,11 @@ def ranks_errors(dsa, comm):
         dsa.sharded_attention(*shards, fixed, comm)
     with pytest.raises(ValueError, match="lengths or owner is given, expected None without"):
         dsa.sharded_attention(*shards, dsa.DSAConfig(), comm, owner=0)
+    if comm.size > 1:
+        few = tokens(0, (1,), 4)
+        cache = new_cache(dsa, "KVCache", few, 9) if mine else None
+        with pytest.raises(ValueError, match=r"^a cache, by rank, is \[.*1\], expected the same"):
+            dsa.sharded_attention(few.q, *few.kv, *few.index, dsa.DSAConfig(), comm, cache=cache)
     args[1] = index_k
     assert_same(dsa.sharded_select(*args, comm), dsa.lightning_select(*p.index, p.top_k))
 
