@@ -2132,13 +2132,13 @@ class _Layout(NamedTuple):
     num_keys: int  # of the longest sequence
 
 
-def _together(comm, work):
+def _together(comm, work, where=""):
     """work(), or on every rank the error of the first rank on which it raised: none waits for another."""
     result, error, text = None, None, b""
     try:
         result = work()
     except Exception as raised:
-        error, text = raised, f"{type(raised).__name__} rank {comm.rank}: {raised}".encode()
+        error, text = raised, f"{type(raised).__name__} rank {comm.rank}{where}: {raised}".encode()
     sizes = np.empty(comm.size, np.int64)
     comm.Allgather(np.array([len(text)]), sizes)
     if not sizes.any():
@@ -2240,7 +2240,9 @@ def _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights):
     indices = xp.empty((*n["..."], n["T"], min(quota[0], at.num_keys)), place)
     for t in _chunks(n, at.longest):
         part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
-        best, keys = _together(comm, lambda: _candidates(n, at, quota[0], forced, place, *part))  # noqa: B023
+        where = f", counting queries from {t.start}" if t.start else ""
+        work = functools.partial(_candidates, n, at, quota[0], forced, place, *part)
+        best, keys = _together(comm, work, where)
         queries = len(best)
         best, keys = _deal(comm, best), _deal(comm, keys)  # [my queries, ranks * W], by ascending key
         kept = select_topk(best, quota[0], **forced)[:, : indices.shape[-1]]

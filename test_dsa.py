@@ -2685,6 +2685,13 @@ def ranks_errors(dsa, comm):
         kwargs = {"k_start": np.zeros(p.T, int), "k_end": np.full(p.T, 10**6)}
         with pytest.raises(error, match=f"^rank {last}: {message}"):
             dsa.sharded_select(*wrong, comm, **kwargs)
+    dsa.SHARD_BUFFER = 1  # each query on its own, and only the last one sees a key
+    wrong = [args[0], nan if mine else index_k, *args[2:]]
+    kwargs["k_end"] = np.where(np.arange(p.T) < p.T - 1, 0, 10**6)
+    message = f"rank {last}, counting queries from {p.T - 1}: a score in the window of query .*0,?\\) is NaN"
+    with pytest.raises(ValueError, match=message):
+        dsa.sharded_select(*wrong, comm, **kwargs)
+    dsa.SHARD_BUFFER = 2**26
     apart = [(3, 7, "top_k"), (0, p.index_q.astype(np.float64), "itemsize"), (3, 8 + comm.rank, "top_k")]
     for i, x, name in apart if comm.size > 1 else []:
         wrong = [x if mine and i == j else y for j, y in enumerate(args)]
