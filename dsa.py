@@ -2275,7 +2275,7 @@ def sharded_attention(
     """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
 
     q, index_q and weights are the same on every rank; k_shard [..., S_r, G, D], v_shard and index_k_shard are
-    rank r's. The rest is as in dsa_attention, with a config that selects by equation (1).
+    rank r's. The rest is as in dsa_attention and the same on every rank; config selects by equation (1).
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
     Each rank attends to its own members, and the parts are merged as by merge_attention: beside what
     sharded_select sends, two sums over the ranks, of H and of H * (Dv + 1) numbers a query.
