@@ -1738,8 +1738,8 @@ def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
     code = f"import bench; bench.sharded_rank{args}"
     command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", code]
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    allow |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
+    allow |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MPIEXEC_TIMEOUT": "300"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=320)
     done = run(command, cwd=HERE, env=os.environ | allow)
     if done.returncode:
         raise StageFailed(f"mpiexec -n {ranks}: {done.stderr.strip().splitlines()[-1:]}")

@@ -2505,11 +2505,12 @@ def mpi(ranks, code, timeout=150):
     env = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     env |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OPENBLAS_NUM_THREADS": "1"}
     env["OPENBLAS_CORETYPE"] = "HASWELL"  # there the bits of a product depend on its place in a tile
+    env["MPIEXEC_TIMEOUT"] = str(timeout)  # of Open MPI and MPICH: then all ranks are ended
     code = f"import numpy as np, dsa, test_dsa; from mpi4py import MPI; comm = MPI.COMM_WORLD; {code}"
     command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", code]
     where = Path(__file__).parent
     return subprocess.run(
-        command, env=os.environ | env, cwd=where, capture_output=True, text=True, timeout=timeout
+        command, env=os.environ | env, cwd=where, capture_output=True, text=True, timeout=timeout + 20
     )
 
 
