@@ -1667,6 +1667,7 @@ SHARD_STAGES = {
     "_attend_shard": "attend", "_merge_shards": "merge",
 }  # fmt: skip
 REST = "decide, agree, wait"
+V32_LAYERS = 61
 
 
 def sharded_keys(first: int, last: int, block: int = 1024):
@@ -1833,13 +1834,14 @@ def report_model(bench: Bench) -> None:
             if r in (8, 64, 1024):
                 stages = [f"{size(b)}, {span(x)}" for b, x in c.values()]
                 total, first = span(sum(x for _, x in c.values())), f"{over:,}" if over else "none"
-                rows.append([f"{t:,} x {s // 10**6}M", f"{r:,}", *stages, total, first])
+                held = size(V32_LAYERS * 2 * values(MLA | INDEX_KEYS) * s / r)
+                rows.append([f"{t:,} x {s // 10**6}M", f"{r:,}", held, *stages, total, first])
     note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
     note += f"{args.message:g} us a message. Measured on one H200: {args.memory:g} TB/s, {args.flops:g} "
     note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
     note += "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree "
     note += "take longer than scoring."
-    columns = ["queries x keys", "GPUs", *c, "a layer", "overtaken at"]
+    columns = ["queries x keys", "GPUs", f"cache, {V32_LAYERS} layers", *c, "a layer", "overtaken at"]
     title = "Model: one V3.2 layer over many GPUs, bytes and time of each GPU"
     bench.table("sharded_model", title, columns, rows, note)
     bench.results["sharded_model"] = {f"{t} x {s}": y for (t, s), y in curves.items()}
