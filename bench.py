@@ -1658,7 +1658,208 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. The command line
+# 10. sharded: what MPI costs on this machine, and a model of what it costs on many
+# ------------------------------------------------------------------------------------------------------------
+
+SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
+SHARD_STAGES = {
+    "_candidates": "score, select", "_deal": "exchange", "_collect": "exchange",
+    "_attend_shard": "attend", "_merge_shards": "merge",
+}  # fmt: skip
+REST = "decide, agree, wait"
+V32_LAYERS = 61
+
+
+def sharded_keys(first: int, last: int, block: int = 1024):
+    """Keys first..last of a sequence that every rank knows, without holding the others: latent, index_k."""
+    rows = []
+    for i in range(first // block, -(-last // block)):
+        rng = np.random.default_rng([7, i])
+        x = rng.standard_normal((block, SHARDED["D"] + SHARDED["E"]), np.float32)
+        rows.append(x[max(0, first - i * block) : last - i * block])
+    x = np.concatenate(rows)
+    return x[:, None, : SHARDED["D"]], x[:, SHARDED["D"] :]
+
+
+def sharded_rank(s: int, t: int, repeat: int) -> None:
+    """One rank of the timed run, started by mpiexec; rank 0 prints seconds by stage, and how far from one."""
+    from mpi4py import MPI
+
+    comm, n, rng = MPI.COMM_WORLD, SHARDED, np.random.default_rng(0)
+    cores = len(os.sched_getaffinity(0))
+    config = dsa.DSAConfig(top_k=n["top_k"])
+    q, index_q, weights = (
+        rng.standard_normal((t, *x), np.float32) for x in ((n["H"], n["D"]), (n["J"], n["E"]), (n["J"],))
+    )
+    k, index_k = sharded_keys(*(s * r // comm.size for r in (comm.rank, comm.rank + 1)))
+    spent: dict[str, float] = {}
+
+    def clocked(name, run):
+        def clock(*args, **kwargs):
+            start = time.perf_counter()
+            result = run(*args, **kwargs)
+            spent[SHARD_STAGES[name]] = spent.get(SHARD_STAGES[name], 0) + time.perf_counter() - start
+            return result
+
+        return clock
+
+    if comm.rank == 0:  # alone is a fair time only where no other rank spins
+        whole, whole_index = sharded_keys(0, s)
+        args = (q, whole, None, index_q, whole_index, weights, config)
+        alone, one = timed(lambda: dsa.dsa_attention(*args, d_v=512), at_most=repeat if comm.size == 1 else 1)
+    dsa.set_num_threads(max(1, cores // comm.size))
+    for name in SHARD_STAGES:
+        setattr(dsa, name, clocked(name, getattr(dsa, name)))
+    times = []
+    for _ in range(repeat + 1):
+        spent.clear()
+        comm.Barrier()
+        start = time.perf_counter()
+        out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, comm, d_v=512)
+        total = time.perf_counter() - start
+        own = {name: spent.get(name, 0.0) for name in dict.fromkeys(SHARD_STAGES.values())}
+        times.append([total, *own.values(), total - sum(own.values())])
+    seconds = np.median(times[1:], axis=0)  # the first warms up
+    mean = np.array(comm.allgather(seconds)).mean(0)
+    if comm.rank == 0:
+        stages = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
+        error = float(np.abs(out[0] - one[0]).max() / np.abs(one[0]).max())
+        same = bool((out[2] == one[2]).all())
+        mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
+        found = {"mpi": mpi, "alone": alone, "same": same, "error": error}
+        print(json.dumps(found | dict(zip(stages, mean.tolist()))))
+
+
+def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
+    """sharded_rank(*args) under mpiexec."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    mpiexec = shutil.which("mpiexec", path=path)
+    if mpiexec is None or importlib.util.find_spec("mpi4py") is None:
+        raise MissingPackage('needs MPI: pip install -e ".[mpi]" mpich')
+    code = f"import bench; bench.sharded_rank{args}"
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", code]
+    allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    allow |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MPIEXEC_TIMEOUT": "300"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=320)
+    done = run(command, cwd=HERE, env=os.environ | allow)
+    if done.returncode:
+        raise StageFailed(f"mpiexec -n {ranks}: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def sharded_cost(a: argparse.Namespace, s: int, ranks: int, t: int) -> dict[str, tuple[float, float]]:
+    """Bytes and seconds of each stage of one layer on one GPU; the formulas are in sharded's help."""
+    n, J, E, H, K = s / ranks, V32["J"], V32["E"], V32["H"], V32["top_k"]
+    chunk = min(t, max(1, int(dsa.SHARD_BUFFER / n)))
+    chunks, mine = math.ceil(t / chunk), math.ceil(chunk / ranks)  # queries that the busiest rank decides
+    kept, rounds, launch = min(K, n), math.ceil(math.log2(ranks)), a.launch * 1e-6
+    memory, link, latency = a.memory * 1e12, a.link * 1e9, a.latency * 1e-6
+    keys, scores = chunks * n * 2 * E, t * n * 8  # of a chunk all keys are read; scores written and read
+    compute = t * n * 2 * J * (E + 1) / (a.flops * 1e12)
+    scoring = max(keys / memory, compute) + scores / memory + 2 * chunks * launch
+    sent = chunks * mine * (ranks - 1) * 8 * kept + t * 4 * K * (ranks - 1) / ranks
+    exchange = sent / link + chunks * (2 * (ranks - 1) * a.message * 1e-6 + rounds * latency)
+    decided = chunks * mine * ranks * kept * 12
+    decide = decided / memory + chunks * launch
+    gathered = t * K / ranks * 2 * 576
+    attention = max(gathered / memory, t * K / ranks * H * 2 * (576 + 512) / (a.attend * 1e12)) + launch
+    merged = 2 * (ranks - 1) / ranks * t * 4 * H * (512 + 2)
+    merge = merged / link + 4 * rounds * latency
+    agree, words = (7 + chunks) * rounds * latency, (7 + chunks) * ranks * 8
+    return {
+        "scoring": (keys + scores, scoring), "exchange": (sent, exchange), "decide": (decided, decide),
+        "attention": (gathered, attention), "merge": (merged, merge), "agree": (words, agree),
+    }  # fmt: skip
+
+
+COST_OPTIONS: dict[str, dict[str, Any]] = {
+    "link": {"default": 50.0, "help": "GB/s into and out of a GPU (50: a port of 400 Gbit/s; assumed)"},
+    "latency": {"default": 5.0, "help": "us of a round of a collective (5; assumed)"},
+    "message": {"default": 0.5, "help": "us of each message of an all-to-all (0.5; assumed)"},
+    "memory": {"default": 2.85, "help": "TB/s of memory (2.85: index_scores, table gpu_decode)"},
+    "flops": {"default": 414.0, "help": "TFLOP/s of scoring (414: index_scores, table gpu)"},
+    "attend": {"default": 225.0, "help": "TFLOP/s of attention (225: sparse_attention, table gpu)"},
+    "launch": {"default": 20.0, "help": "us of a small kernel (20: select_topk, table gpu_decode)"},
+}
+for keywords in COST_OPTIONS.values():
+    keywords |= {"type": float, "metavar": "X"}
+COMMUNICATION = ("exchange", "merge", "agree")
+
+
+@part("MPI: ranks on this machine, and a model of 8 to 1,024 GPUs", "sharded", "sharded_model",
+      default=False, options=COST_OPTIONS)  # fmt: skip
+def sharded(bench: Bench) -> None:
+    """The model: one V3.2 layer on R GPUs, each with n = S/R of S keys, and T queries, 1 or 4,096 in prefill.
+    K = 2048, k = min(K, n), J = 64, E = H = 128, r = log2 R; c chunks of T' = min(T, SHARD_BUFFER / n)
+    queries, of which a rank decides m = ceil(T'/R).
+      scoring    max(2 c E n / memory, 2 T n J (E + 1) / flops) + 8 T n / memory + 2 c launch
+      exchange   (8 c m (R-1) k + 4 T K (R-1)/R) / link + c (2 (R-1) message + r latency)
+      decide     12 c m R k / memory + c launch
+      attention  max(1152 T K/R / memory, 2176 T K H / R / attend) + launch     (the kept spread evenly)
+      merge      2 (R-1)/R 4 T H (512 + 2) / link + 4 r latency
+      agree      (7 + c) r latency     (errors and sizes, before anything that could wait for ever)
+    Nothing overlaps. Index keys and latents of two bytes a number, scores of four."""
+    quick, cells, alone = bench.args.quick, [], 0.0
+    s, runs = (8192, ((1, 3), (32, 1))) if quick else (65536, ((1, 7), (256, 3)))
+    for t, repeat in bench.steps(runs, "sharded"):
+        for ranks in (1, 2) if quick else (1, 2, 4):
+            cell = {"t": t, "ranks": ranks, **on_ranks(ranks, s, t, repeat)}
+            bench.check("sharded indices", float(cell["same"]), 1, 0)
+            bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
+            alone = cell["alone"] if ranks == 1 else alone
+            cells.append(cell | {"alone": alone})
+    names = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
+    rows = [
+        [f"{c['t']} x {s:,}", str(c["ranks"]), span(c["alone"]), *(span(c[x]) for x in names)] for c in cells
+    ]
+    note = "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. One process: "
+    note += "dsa_attention on all cores, no MPI. Ranks share the cores and the memory: this shows what "
+    note += "sharding costs, not what it gains. Mean over ranks. Indices equal, out within 1e-5. "
+    note += cells[0]["mpi"]
+    columns = ["queries x keys", "ranks", "one process", *names]
+    bench.table("sharded", "One selection and attention over ranks of this machine", columns, rows, note)
+    bench.results["sharded"] = cells
+    report_model(bench)
+
+
+def report_model(bench: Bench) -> None:
+    args, rows, curves = bench.args, [], {}
+    sizes, ranks = (10**6, 10**7, 10**8), [2**i for i in range(3, 11)]
+    for t, s in itertools.product((1, 4096), sizes):
+        costs = [sharded_cost(args, s, r, t) for r in ranks]
+        talk = [sum(c[x][1] for x in COMMUNICATION) for c in costs]
+        curves[t, s] = [c["scoring"][1] for c in costs], talk
+        over = next((r for r, c, x in zip(ranks, costs, talk) if x > c["scoring"][1]), None)
+        for r, c in zip(ranks, costs):
+            if r in (8, 64, 1024):
+                stages = [f"{size(b)}, {span(x)}" for b, x in c.values()]
+                total, first = span(sum(x for _, x in c.values())), f"{over:,}" if over else "none"
+                held = size(V32_LAYERS * 2 * values(MLA | INDEX_KEYS) * s / r)
+                rows.append([f"{t:,} x {s // 10**6}M", f"{r:,}", held, *stages, total, first])
+    note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
+    note += f"{args.message:g} us a message. Measured on one H200: {args.memory:g} TB/s, {args.flops:g} "
+    note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
+    note += "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree "
+    note += "take longer than scoring."
+    columns = ["queries x keys", "GPUs", f"cache, {V32_LAYERS} layers", *c, "a layer", "overtaken at"]
+    title = "Model: one V3.2 layer over many GPUs, bytes and time of each GPU"
+    bench.table("sharded_model", title, columns, rows, note)
+    bench.results["sharded_model"] = {f"{t} x {s}": y for (t, s), y in curves.items()}
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for ax, t in zip(axes, (1, 4096)):
+        for s, colour in zip(sizes, ("#3fa7e8", "#0b62c4", "#111111")):
+            scoring, talk = curves[t, s]
+            ax.plot(ranks, scoring, color=colour, label=f"scoring, {s // 10**6}M keys")
+            ax.plot(ranks, talk, color=colour, ls=":", marker="", label="communication")
+        log2_axis(ax, ranks, "GPUs")
+        ax.set(yscale="log", ylabel="seconds a layer", title="a decode step" if t == 1 else f"{t:,} queries")
+    axes[0].legend(fontsize=7)
+    finding = "Communication overtakes scoring where the lines cross: the more keys, the more GPUs"
+    bench.figure("sharded_model", "sharded.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -1676,7 +1877,7 @@ def arguments() -> argparse.Namespace:
     option("--threads", type=int, metavar="N", help="threads over query blocks (one per CPU)")
     option("--update-readme", action="store_true", help="rewrite the tables of these parts in README.md")
     for name, p in PARTS.items():
-        group = parser.add_argument_group(f"options of {name}") if p.options else parser
+        group = parser.add_argument_group(f"options of {name}", p.run.__doc__) if p.options else parser
         for flag, keywords in p.options.items():
             group.add_argument(f"--{flag}", **keywords)
     args = parser.parse_args()

@@ -21,10 +21,10 @@ Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
          that does not exist. Each names the argument, its value and what was expected, and changes nothing.
 GPU      the same functions take CuPy arrays of the current device, and launch the kernels of dsa_kernels.cu
-         (section 10) on the current stream. The stages do not wait for results, so what stands in an array
+         (section 11) on the current stream. The stages do not wait for results, so what stands in an array
          is no error there: an index that is no key is absent, NaN is never selected.
 
-Not here yet: training of the indexer, sequences sharded over machines.
+Not here yet: training of the indexer.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import re
 import sys
 import tempfile
 import threading
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -314,10 +315,15 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     array([[2. , 1.5]])
     """
     n, windows, index_q, index_k = _index_dims(index_q, index_k, weights, k_start, k_end)
+    return _index_scores(n, index_q, index_k, weights, windows)
+
+
+def _index_scores(n, index_q, index_k, weights, windows, place=0):
+    """index_scores, where key 0 of each batch entry stands at column place[b] of a tile."""
     if n["xp"] is not np:
         return _gpu_index_scores(n, index_q, index_k, weights, windows)
     scores = np.full((*n["..."], n["T"], n["S"]), -np.inf, _accumulator(index_q, index_k, weights))
-    rows = _lightning_rows(index_q, index_k, weights, windows)
+    rows = _lightning_rows(index_q, index_k, weights, windows, place)
 
     def work(b, t0, t1):
         for t, keys, x in rows(b, t0, t1):
@@ -349,23 +355,25 @@ def _score_rows(n):
     return max(1, min(64, KEY_TILE // max(1, n["J"]), ROW_BUFFER // max(1, n["S"])))
 
 
-def _score_block(index_q, index_k, weights, lo, hi):
+def _score_block(index_q, index_k, weights, lo, hi, place=0):
     """Equation (1) for a block of queries [T, J, E] and the keys lo..hi of index_k [S, E] -> [T, hi - lo].
 
     The order in which BLAS adds up a product may depend on the shape of the call and on the place in it. So
     all calls are alike, one query by KEY_TILE keys from a multiple of KEY_TILE on, and a score has the same
-    bits in any batch, block or chunk.
+    bits in any batch, block or chunk; and in any shard, whose key 0 stands at column `place` of a tile.
     """
     dtype = _accumulator(index_q, index_k, weights)
     T, J, E = index_q.shape
+    lo, hi = lo + place, hi + place  # columns, from the start of key 0's tile on
     first, last = lo - lo % KEY_TILE, -(-hi // KEY_TILE) * KEY_TILE
     q = index_q.astype(dtype, order="C")  # [T, J, E]
     w = weights.astype(dtype, order="C")[:, None, :]  # [T, 1, J]
     keys, zero = np.zeros_like(q, shape=(E, KEY_TILE)), np.zeros_like(q, shape=KEY_TILE)
     r, scores = np.empty_like(q, shape=(T, J, KEY_TILE)), np.empty_like(q, shape=(T, 1, last - first))
     for s in range(first, last, KEY_TILE):
-        tile = index_k[s : s + KEY_TILE]
-        keys[:, : len(tile)] = tile.T
+        tile = index_k[max(0, s - place) : max(0, s - place + KEY_TILE)]
+        column = max(0, place - s)
+        keys[:, column : column + len(tile)] = tile.T
         np.matmul(q, keys, out=r)  # [T, J, KEY_TILE]
         np.maximum(r, zero, out=r)  # four times as fast as with the scalar 0
         np.matmul(w, r, out=scores[:, :, s - first : s - first + KEY_TILE])  # [T, 1, KEY_TILE]            (1)
@@ -449,9 +457,11 @@ def lightning_select(
     return _select(n, quota, _lightning_rows(index_q, index_k, weights, windows), block=_score_rows(n))
 
 
-def _lightning_rows(index_q, index_k, weights, windows):
+def _lightning_rows(index_q, index_k, weights, windows, place=0):
+    place = np.broadcast_to(place, index_q.shape[:-3])
+
     def score(b, t0, t1, lo, hi):
-        return _score_block(index_q[b][t0:t1], index_k[b], weights[b][t0:t1], lo, hi)
+        return _score_block(index_q[b][t0:t1], index_k[b], weights[b][t0:t1], lo, hi, int(place[b]))
 
     return _scored_rows(windows, score)
 
@@ -2108,7 +2118,278 @@ def _read_safetensors(path, layer):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 10. On the GPU: how the kernels of dsa_kernels.cu are launched
+# 10. A sequence sharded over machines, through MPI
+# ----------------------------------------------------------------------------------------------------------
+# Rank r holds a contiguous range of the keys, which may be empty, and every rank holds the queries. Selection
+# is a reduction: the first top_k of all keys are the first top_k of what the shards select, and the first and
+# last keys of all, which are forced, are among the first and last of the shards. So a shard selects by (2),
+# and of these candidates, in the order of ranks and thus of keys, (2) selects again.
+
+SHARD_BUFFER = 2**26  # numbers in a rank's buffers for a chunk of queries, unless a single query needs more
+
+
+class _Layout(NamedTuple):
+    """Where this rank's shard stands in each sequence of the batch, int64 [...]."""
+
+    first: Any  # place of its first key
+    size: Any
+    total: Any  # keys of all shards
+    longest: int  # keys of the largest shard
+    num_keys: int  # of the longest sequence
+
+
+def _together(comm, work, where=""):
+    """work(), or on every rank the error of the first rank on which it raised: none waits for another."""
+    result, error, text = None, None, b""
+    try:
+        result = work()
+    except Exception as raised:
+        error, text = raised, f"{type(raised).__name__} rank {comm.rank}{where}: {raised}".encode()
+    sizes = np.empty(comm.size, np.int64)
+    comm.Allgather(np.array([len(text)]), sizes)
+    if not sizes.any():
+        return result
+    rank = int(np.flatnonzero(sizes)[0])
+    message = np.frombuffer(text, np.uint8).copy() if rank == comm.rank else np.empty(sizes[rank], np.uint8)
+    comm.Bcast(message, root=rank)
+    name, _, said = message.tobytes().decode().partition(" ")
+    kinds = {kind.__name__: kind for kind in (TypeError, ValueError, IndexError, MemoryError)}
+    raise kinds.get(name, RuntimeError)(said) from error
+
+
+def _alike(comm, n, **same):
+    """ValueError on every rank if the ranks were not called alike, so that their exchanges would not fit."""
+    same |= {"B": math.prod(n["..."]), "T": n["T"]}
+    table = np.empty((comm.size, len(same)), np.int64)
+    comm.Allgather(np.array(list(same.values()), np.int64), table)
+    for name, column in zip(same, table.T):
+        _expect((column == column[0]).all(), f"{name}, by rank,", column.tolist(), "the same on every rank")
+
+
+def _layout(comm, n, sizes):
+    """Agree on where shards of `sizes` keys stand."""
+    shards = np.empty((comm.size, *n["..."]), np.int64)
+    comm.Allgather(np.array(np.broadcast_to(sizes, n["..."]), np.int64), shards)
+    total = shards.sum(0)
+    most = (int(x.max(initial=0)) for x in (shards, total))
+    return _Layout(shards[: comm.rank].sum(0), shards[comm.rank], total, *most)
+
+
+def _chunks(n, width):
+    """Slices of the queries: with `width` numbers for each, over the batch, a chunk fills SHARD_BUFFER."""
+    step = max(1, SHARD_BUFFER // max(1, math.prod(n["..."]) * width))
+    return [slice(t, min(t + step, n["T"])) for t in range(0, n["T"], step)]
+
+
+def _ready(x):
+    """x as a buffer that MPI, which knows no CUDA streams, may read."""
+    x = np.ascontiguousarray(x)
+    if not isinstance(x, np.ndarray):
+        sys.modules["cupy"].cuda.get_current_stream().synchronize()
+    return x
+
+
+def _deal(comm, x):
+    """x [N, W] of every rank -> [n, ranks * W] for my n of the N queries: what every rank has on them."""
+    rows, width = np.diff(len(x) * np.arange(comm.size + 1) // comm.size), x.shape[1]
+    mine = np.empty_like(x, shape=(comm.size, rows[comm.rank], width))
+    comm.Alltoallv([_ready(x), rows * width], [mine, np.full(comm.size, rows[comm.rank] * width)])
+    return mine.swapaxes(0, 1).reshape(rows[comm.rank], comm.size * width)
+
+
+def _collect(comm, mine, num_queries):
+    """What _deal's queries came to: mine [n, W] of every rank -> [N, W] on every rank."""
+    rows = np.diff(num_queries * np.arange(comm.size + 1) // comm.size)
+    x = np.empty_like(mine, shape=(num_queries, mine.shape[1]))
+    comm.Allgatherv(_ready(mine), [x, rows * mine.shape[1]])
+    return x
+
+
+def sharded_select(
+    index_q, index_k_shard, weights, top_k, comm,
+    *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
+):  # fmt: skip
+    """lightning_select where the keys are spread over the ranks of comm, an mpi4py communicator.
+
+    index_q [..., T, J, E] and weights [..., T, J] are the same on every rank; index_k_shard [..., S_r, E] are
+    the keys of rank r, which follow those of rank r - 1. k_start and k_end count keys over all ranks. Every
+    rank calls.
+    -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys.
+    What one rank raises, for NaN or anything else, all raise. Of each query every rank sends its candidates,
+    at most top_k of 8 bytes (12 in float64), to the rank that decides the query, and that one sends the
+    answer, 4 * top_k bytes, to all: on R ranks 12 * R * top_k bytes a query at most, and never a key.
+
+        mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
+    """
+
+    def check():
+        n, _, q, k = _index_dims(index_q, index_k_shard, weights, None, None)
+        return n, q, k, _quota(top_k, local_window, num_sink_tokens)
+
+    n, index_q, index_k, quota = _together(comm, check)
+    same = dict(zip(("top_k", "local_window", "num_sink_tokens"), quota))
+    same |= {"J": n["J"], "E": n["E"], "itemsize": _accumulator(index_q, index_k, weights).itemsize}
+    _alike(comm, n, **same)
+    at = _layout(comm, n, n["S"])
+    windows = _together(comm, lambda: _global_windows(n, at, k_start, k_end))
+    return _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights)
+
+
+def _global_windows(n, at, k_start, k_end):
+    given = (w if w is None or isinstance(w, np.ndarray) else w.get() for w in (k_start, k_end))
+    return _windows({**n, "S": at.num_keys, "xp": np}, *given)
+
+
+def _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights):
+    xp, place = n["xp"], np.dtype(np.int32 if at.num_keys <= 2**31 else np.int64)
+    forced = dict(zip(("local_window", "num_sink_tokens"), quota[1:]))
+    indices = xp.empty((*n["..."], n["T"], min(quota[0], at.num_keys)), place)
+    for t in _chunks(n, at.longest):
+        part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
+        where = f", counting queries from {t.start}" if t.start else ""
+        work = functools.partial(_candidates, n, at, quota[0], forced, place, *part)
+        best, keys = _together(comm, work, where)
+        queries = len(best)
+        best, keys = _deal(comm, best), _deal(comm, keys)  # [my queries, ranks * W], by ascending key
+        kept = select_topk(best, quota[0], **forced)[:, : indices.shape[-1]]
+        chosen = np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))
+        indices[..., t, :] = _collect(comm, chosen, queries).reshape(indices[..., t, :].shape)
+    return indices
+
+
+def _candidates(n, at, top_k, forced, place, index_q, index_k, weights, windows):
+    """What a shard selects -> scores, -inf where there is none, and keys [N, W] of N queries; W as on all."""
+    first, size = at.first[..., None], at.size[..., None]
+    windows = tuple(n["xp"].asarray(np.clip(w - first, 0, size), np.int32) for w in windows)
+    n = {**n, "T": weights.shape[-2], "S": index_k.shape[-2]}
+    scores = _index_scores(n, index_q, index_k, weights, windows, at.first % KEY_TILE)
+    kept = select_topk(scores, top_k, **forced)  # [..., T, at most W]
+    best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, np.maximum(kept, 0), -1))
+    keys = kept + n["xp"].asarray(first)[..., None]
+    shape = (math.prod(kept.shape[:-1]), min(top_k, at.longest))
+    padded = np.full_like(best, -np.inf, shape=shape), np.full_like(keys, -1, place, shape=shape)
+    for wide, x in zip(padded, (best, keys)):
+        wide[:, : x.shape[-1]] = x.reshape(len(wide), x.shape[-1])
+    return padded
+
+
+def sharded_attention(
+    q, k_shard, v_shard, index_q, index_k_shard, weights, config, comm,
+    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
+    cache=None, lengths=None, owner=None, layer=0, n_layers=1,
+):  # fmt: skip
+    """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
+
+    q, index_q and weights are the same on every rank; k_shard [..., S_r, G, D], v_shard and index_k_shard are
+    rank r's. The rest is as in dsa_attention and the same on every rank; config selects by equation (1).
+    -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
+    Each rank attends to its own members, and the parts are merged as by merge_attention: beside what
+    sharded_select sends, two sums over the ranks, of H and of H * (Dv + 1) numbers a query.
+    cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
+    rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
+    behind it may hold keys. If any rank raises, all do, and every cache is as it was.
+    """
+    # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
+    # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
+    # chunks to owner=0, 1, ...; what is decoded is short beside it.
+    given = k_start is not None or k_end is not None
+
+    def check():
+        n = _check_sharded(q, k_shard, v_shard, index_q, index_k_shard, weights, config, d_v, scale, sink)
+        return n, *_check_shard(n, cache, lengths, owner, given, comm.size)
+
+    n, new, owner = _together(comm, check)
+    settings = repr((config, layer, n_layers, scale, owner, cache and cache.storage)).encode()
+    same = {name: n[name] for name in ("J", "E", "H", "D", "Dv")} | {"a cache": cache is not None}
+    same["the itemsize of scores"] = _accumulator(index_q, index_k_shard, weights).itemsize
+    same["the itemsize of lse"] = _accumulator(q, k_shard, q if v_shard is None else v_shard).itemsize
+    same["the checksum of config and options"] = zlib.crc32(settings + new.tobytes())
+    _alike(comm, n, **same)
+    with contextlib.ExitStack() as undo:
+        if cache is None:
+            at, index_k = _layout(comm, n, n["S"]), index_k_shard
+            windows = _together(comm, lambda: _global_windows(n, at, k_start, k_end))
+        else:
+            tokens = {"k": k_shard, "index_k": index_k_shard, **({} if v_shard is None else {"v": v_shard})}
+            mine = new * (comm.rank == owner)
+            _together(comm, lambda: undo.enter_context(cache.appended(lengths=mine, **tokens)))
+            at, index_k = _layout(comm, n, cache.lengths), cache.read("index_k")
+            last = (at.first + at.size == at.total)[mine > 0].all()
+            _together(comm, lambda: _expect(last, "owner", owner, "a rank behind which none holds keys"))
+            start, end = padded_window(new, n["T"])
+            windows = (start, np.where(end > 0, end + (at.total - new)[:, None], 0))
+        indices = _choose_sharded(comm, n, at, config, (layer, n_layers), windows, index_q, index_k, weights)
+        part = (cache,) if cache is not None else (k_shard, v_shard)
+        out, lse = _together(comm, lambda: _attend_shard(at, q, indices, *part, d_v=d_v, scale=scale))
+    for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
+        out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
+    out = out if sink is None else apply_sink(out, lse, sink)
+    return out.astype(q.dtype, copy=False), lse, indices
+
+
+def _check_sharded(q, k, v, index_q, index_k, weights, config, d_v, scale, sink):
+    _expect(isinstance(config, DSAConfig), "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
+    by = config.pattern if config.strategy == "fixed" else config.global_selection
+    _expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
+    return _check_indexer(q, k, index_q, index_k, weights) | _attention_dims(q, k, v, d_v, scale, sink)[0]
+
+
+def _check_shard(n, cache, lengths, owner, given, ranks):
+    """-> how many tokens each sequence of the cache gets, and the rank that keeps them."""
+    if cache is None:
+        _expect(lengths is None and owner is None, "lengths or owner", "given", "None without a cache")
+        return np.zeros(0, np.int64), None
+    _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
+    _expect(not given, "k_start or k_end", "an array", "None with a cache")
+    fits = n["..."] == (cache.batch,) and n["T"] == n["S"]
+    _expect(fits, "the new tokens", f"{n['T']} in q, {n['S']} in k", f"as many, of {cache.batch} sequences")
+    owner = ranks - 1 if owner is None else _integer("owner", owner, 0)
+    _expect(owner < ranks, "owner", owner, f"a rank below {ranks}")
+    return cache._new_lengths(n["T"], lengths), owner
+
+
+def _choose_sharded(comm, n, at, config, layer, windows, index_q, index_k, weights):
+    """_choose, on every rank."""
+    S, dense = at.num_keys, config.fallback_dense_threshold
+    alike = (at.total == S).all() or not (config.sparse_ratio or dense)
+    _expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
+    top_k = config.top_k_at(*layer, S)
+    if (top_k if dense is None else dense) >= S:
+        keys = windows[0][..., None] + np.arange(S)
+        return n["xp"].asarray(np.where(keys < windows[1][..., None], keys, -1), np.int32)
+    precision, quota = config.indexer_precision, (top_k, config.local_window, config.num_sink_tokens)
+    index_q, index_k = _together(comm, lambda: [_at_precision(x, precision) for x in (index_q, index_k)])
+    return _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights)
+
+
+def _attend_shard(at, q, indices, k, v=None, **kwargs):
+    """sparse_attention over this rank's shard, k and v or a cache, at indices of all keys."""
+    first, size = (_library("q", q).asarray(x)[..., None, None] for x in (at.first, at.size))
+    here = (indices >= first) & (indices < first + size)
+    own = np.where(here, indices - first, -1).astype(np.int32)
+    q = q.astype(_accumulator(q), copy=False)  # out is rounded to q's dtype once it is merged
+    return k.attend(q, own, **kwargs) if isinstance(k, KVCache) else sparse_attention(q, k, v, own, **kwargs)
+
+
+def _merge_shards(comm, out, lse):
+    """merge_attention of every rank's out [..., T, H, Dv] and lse [..., T, H], on every rank."""
+    from mpi4py import MPI
+
+    lse = _ready(lse)
+    top = np.empty_like(lse)
+    comm.Allreduce(lse, top, op=MPI.MAX)
+    with np.errstate(all="ignore"):
+        top[top == -np.inf] = 0
+        share = np.exp(lse - top)[..., None]
+        part = _ready(np.concatenate([out * share, share], axis=-1))
+        whole = np.empty_like(part)
+        comm.Allreduce(part, whole)
+        total = whole[..., -1:]
+        return whole[..., :-1] / np.where(total == 0, 1, total), top + np.log(total[..., 0])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11. On the GPU: how the kernels of dsa_kernels.cu are launched
 # ----------------------------------------------------------------------------------------------------------
 
 TYPES = {

@@ -23,11 +23,14 @@ import contextlib
 import doctest
 import functools
 import importlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -2506,7 +2509,267 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. On the GPU (the stages above were tested on both; what follows needs one, but for the compiler)
+# 14. A sequence sharded by MPI: the functions ranks_* run on every rank of 1 to 4 processes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def mpi(ranks, code, timeout=150):
+    """The ended run of `code` on so many ranks of this machine."""
+    scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    mpiexec = shutil.which("mpiexec", path=scripts)
+    if mpiexec is None or importlib.util.find_spec("mpi4py") is None:
+        pytest.skip('needs MPI: pip install -e ".[mpi]" mpich')
+    # Open MPI refuses root, and more ranks than cores, unless told otherwise.
+    env = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OPENBLAS_NUM_THREADS": "1"}
+    env["OPENBLAS_CORETYPE"] = "HASWELL"  # there the bits of a product depend on its place in a tile
+    env["MPIEXEC_TIMEOUT"] = str(timeout)  # of Open MPI and MPICH: then all ranks are ended
+    code = f"import numpy as np, dsa, test_dsa; from mpi4py import MPI; comm = MPI.COMM_WORLD; {code}"
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", code]
+    where = Path(__file__).parent
+    return subprocess.run(
+        command, env=os.environ | env, cwd=where, capture_output=True, text=True, timeout=timeout + 20
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("what", ["select", "attention", "cache", "errors", "traffic"])
+def test_sharded_is_as_one(dsa, what, ranks):
+    """On every rank, what ranks_select, ranks_attention, ... say."""
+    done = mpi(ranks, f"test_dsa.ranks_{what}(dsa, comm); print('fine')")
+    assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
+
+
+def test_a_rank_that_raises_ends_all(dsa):
+    """Also outside dsa.py and while the others wait in an exchange: python -m mpi4py sees to it."""
+    one = "x = np.ones((3, 1, 1)); comm.rank == 1 and comm.this_is_wrong; "
+    done = mpi(3, one + "dsa.sharded_select(x, x[:, 0], x[..., 0], 2, comm)", timeout=60)
+    assert done.returncode != 0 and "this_is_wrong" in done.stderr
+
+
+def test_the_readmes_lines_run_on_ranks(dsa):
+    """Its block under MPI: each of 8 * 64 selected keys is on one rank."""
+    readme = Path(__file__).with_name("README.md")
+    if not readme.exists():
+        pytest.skip("a copy of test_dsa.py without README.md beside it")
+    (block,) = re.findall(r"```python\n([^`]*sharded_attention[^`]*)```", readme.read_text())
+    done = mpi(3, "pass\n" + block)
+    counts = [int(x) for x in re.findall(r"rank \d of 3: (\d+) of 512 are here", done.stdout)]
+    assert done.returncode == 0 and len(counts) == 3 and sum(counts) == 512, done.stdout + done.stderr
+
+
+def sharded(comm, rng, *arrays):
+    """This rank's part of each (array, axis of the keys), cut at random places, which may coincide."""
+    S = {x.shape[axis] for x, axis in arrays}.pop()
+    edges = np.concatenate([[0], np.sort(rng.integers(0, S + 1, comm.size - 1)), [S]])
+    return [x.take(range(edges[comm.rank], edges[comm.rank + 1]), axis) for x, axis in arrays]
+
+
+def sharded_problem(seed):
+    """Every second has fewer keys than ranks, or hardly more; keys that repeat tie, also across shards."""
+    rng = np.random.default_rng(seed)
+    batch, T = ((), (), (2,), (2, 1))[seed % 4], int(rng.integers(1, 7))
+    S, top_k = int(rng.integers(0, 8 if seed % 2 else 1500)), int(rng.integers(1, 20))
+    forced = {"local_window": int(rng.integers(0, min(top_k, 5) + 1))}
+    forced["num_sink_tokens"] = int(rng.integers(0, min(top_k - forced["local_window"], 3) + 1))
+    windows = {}
+    if seed % 3 == 0:
+        windows = {"k_start": rng.integers(-2, S + 2, T), "k_end": rng.integers(-2, S + 4, (*batch, T))}
+    dtype, data = DTYPES[seed % 3], small if seed % 5 == 0 else normal
+    array = lambda *shape: data(rng, *batch, *shape).astype(dtype)  # noqa: E731
+    repeat, tied = rng.integers(0, S // 2 + 1, S), seed % 7 == 0
+    p = Problem(
+        batch, top_k, forced, windows, None,
+        array(T, 4, 8), array(S, 2, 8), None if tied else array(S, 2, 3), {"d_v": 5} if tied else {},
+        array(T, 8, 33), array(S // 2 + 1, 33).take(repeat, -2), array(T, 8),
+    )  # fmt: skip
+    return rng, dtype, p
+
+
+def ranks_select(dsa, comm):
+    """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
+    score, scores = dsa._index_scores, []
+
+    def scored(*args):
+        scores.append(score(*args))
+        return scores[-1]
+
+    for seed in range(60):
+        rng, _, p = sharded_problem(seed)
+        dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**26
+        (index_k,) = sharded(comm, rng, (p.index_k, -2))
+        dsa._index_scores = scored
+        actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
+        dsa._index_scores = score
+        assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
+        first = comm.exscan(index_k.shape[-2]) or 0
+        expected = dsa.index_scores(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
+        assert_same(np.concatenate(scores, axis=-2), expected)
+        scores.clear()
+    layout, far = dsa._layout, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
+
+    def behind(*args):
+        at = layout(*args)
+        return at._replace(first=at.first + far, total=at.total + far, num_keys=at.num_keys + far)
+
+    dsa._layout = behind
+    rng, _, p = sharded_problem(2)
+    (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
+    actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
+    dsa._layout = layout
+    assert_same(actual, dsa.lightning_select(*p.index, p.top_k) + np.int64(far))
+
+
+def ranks_attention(dsa, comm):
+    """dsa_attention: indices bit for bit, out and lse to rounding, and the same bits on every rank."""
+    for seed in range(60):
+        rng, dtype, p = sharded_problem(seed)
+        dsa.SHARD_BUFFER = 500 if seed % 4 == 3 else 2**26
+        hybrid = {"strategy": "hybrid" if p.forced["local_window"] else "dynamic", **p.forced}
+        dense, precision = (None, 0, 30)[seed % 3], ("fp32", "fp16", "fp8")[seed // 2 % 3]
+        config = dsa.DSAConfig(p.top_k, indexer_precision=precision, fallback_dense_threshold=dense, **hybrid)
+        if seed % 11 == 5:
+            config = replace(config, sparse_ratio=0.02, progressive_sparsity=True)
+        k, v, index_k = sharded(comm, rng, (p.k, -3), (p.values, -3), (p.index_k, -2))
+        v = None if p.v is None else v
+        sink = normal(rng, 4).astype(dtype)
+        kwargs = p.windows | p.latent | {"sink": sink, "layer": 1, "n_layers": 3}
+        kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
+        shards, whole = (p.q, k, v, p.index_q, index_k, p.weights), (p.q, *p.kv, *p.index)
+        out, lse, indices = dsa.sharded_attention(*shards, config, comm, **kwargs)
+        expected = dsa.dsa_attention(*whole, config, **kwargs)
+        assert_same(indices, expected[2])
+        assert (out.dtype, lse.dtype) == (expected[0].dtype, expected[1].dtype)
+        assert_attention((out, lse), expected[:2], dtype)
+        if dtype == F16:  # one rounding to float16, after the merge
+            wide = (x if x is None else x.astype(F64) for x in (p.q, *p.kv))
+            exact = dsa.sparse_attention(*wide, indices, **p.latent)
+            exact = dsa.apply_sink(*exact, sink.astype(F64))
+            assert (np.abs(out - exact) <= 2**-11 * 1.01 * np.abs(exact) + 1e-6).all()
+        first = [comm.bcast(x.tobytes()) for x in (out, lse)]
+        assert first == [out.tobytes(), lse.tobytes()]
+
+
+def ranks_cache(dsa, comm):
+    """A prompt in chunks over the ranks, then decoding on the last, is as one cache; errors change none."""
+    for seed, storage in enumerate(("float64", "float32", "fp8", "float32")):
+        rng, dtype = np.random.default_rng(seed), F64 if storage == "float64" else F32
+        p = tokens(seed, (2,), 24, dtype, seed % 2 == 0)
+        config = dsa.DSAConfig(top_k=5, strategy="hybrid", local_window=2, num_sink_tokens=1)
+        kind = "HybridKVCache" if seed == 3 else "KVCache"
+        kwargs = {"capacity": 2, "grow": True, "storage": storage}
+        kwargs |= {"local_window": 2} if seed == 3 else {"qk_rope_head_dim": 1}
+        one, mine = (new_cache(dsa, kind, p, **kwargs) for _ in range(2))
+        done = 0
+        for owner in [*range(comm.size), None, None, None]:
+            new = 24 // (comm.size + 1) if owner is not None else 1
+            rows, lengths = (slice(None), slice(done, done + new)), rng.integers(0, new + 1, 2)
+            arrays = (p.q[rows], p.k[rows], None if p.v is None else p.v[rows], *(x[rows] for x in p.index))
+            options = p.latent | {"lengths": lengths}
+            before = snapshot(mine)
+            bad = [x.copy() for x in arrays[3:]]
+            bad[0][lengths > 0, 0] = NAN if one.lengths.max() > 8 else 0
+            if one.lengths.max() > 8 and lengths.any():
+                with pytest.raises(ValueError, match=r"rank \d.*NaN"):
+                    dsa.sharded_attention(*arrays[:3], *bad, config, comm, cache=mine, owner=owner, **options)
+            assert snapshot(mine) == before
+            actual = dsa.sharded_attention(*arrays, config, comm, cache=mine, owner=owner, **options)
+            expected = dsa.dsa_attention(*arrays, config, cache=one, **options)
+            assert_same(actual[2], expected[2])
+            assert_attention(actual[:2], expected[:2], dtype)
+            assert comm.allreduce(mine.lengths).tolist() == one.lengths.tolist()
+            done += new
+        if comm.size > 1:
+            before = snapshot(mine)
+            with pytest.raises(ValueError, match="rank 0: owner is 0, expected a rank behind which"):
+                dsa.sharded_attention(*arrays, config, comm, cache=mine, owner=0, **p.latent)
+            assert snapshot(mine) == before
+
+
+def ranks_errors(dsa, comm):
+    """What is wrong on one rank is raised on all, by that rank's number; after it, all go on together."""
+    rng, _, p = sharded_problem(2)
+    last = comm.size - 1
+    (index_k,) = sharded(comm, rng, (p.index_k, -2))
+    args, mine = [p.index_q, index_k, p.weights, p.top_k], comm.rank == last
+    nan = np.full_like(index_k, NAN, shape=(*p.batch, 3, 33)) if mine else index_k
+    alone: list[Any] = [
+        (ValueError, "a score in the window of query .* is NaN", {1: nan}),
+        (TypeError, "index_k is a builtins.list", {1: [1.0]}),
+        (ValueError, "weights has J = 2, but index_q has J = 8", {2: p.weights[..., :2]}),
+        (ValueError, "top_k is 0, expected at least 1", {3: 0}),
+    ]
+    for error, message, changed in alone:
+        wrong = [changed.get(i, x) if mine else x for i, x in enumerate(args)]
+        kwargs = {"k_start": np.zeros(p.T, int), "k_end": np.full(p.T, 10**6)}
+        with pytest.raises(error, match=f"^rank {last}: {message}"):
+            dsa.sharded_select(*wrong, comm, **kwargs)
+    dsa.SHARD_BUFFER = 1  # each query on its own, and only the last one sees a key
+    wrong = [args[0], nan if mine else index_k, *args[2:]]
+    kwargs["k_end"] = np.where(np.arange(p.T) < p.T - 1, 0, 10**6)
+    message = f"rank {last}, counting queries from {p.T - 1}: a score in the window of query .*0,?\\) is NaN"
+    with pytest.raises(ValueError, match=message):
+        dsa.sharded_select(*wrong, comm, **kwargs)
+    dsa.SHARD_BUFFER = 2**26
+    apart = [(3, 7, "top_k"), (0, p.index_q.astype(np.float64), "itemsize"), (3, 8 + comm.rank, "top_k")]
+    for i, x, name in apart if comm.size > 1 else []:
+        wrong = [x if mine and i == j else y for j, y in enumerate(args)]
+        with pytest.raises(ValueError, match=rf"^{name}, by rank, is \[.*expected the same on every rank"):
+            dsa.sharded_select(*wrong, comm)
+    index_k, k, v = sharded(comm, rng, (p.index_k, -2), (p.k, -3), (p.values, -3))
+    shards = (p.q, k, v, p.index_q, index_k, p.weights)
+    fixed = dsa.DSAConfig(strategy="fixed")
+    with pytest.raises(ValueError, match=r"rank 0: .*'window', expected 'lightning'"):
+        dsa.sharded_attention(*shards, fixed, comm)
+    with pytest.raises(ValueError, match="lengths or owner is given, expected None without"):
+        dsa.sharded_attention(*shards, dsa.DSAConfig(), comm, owner=0)
+    if comm.size > 1:
+        few = tokens(0, (1,), 4)
+        cache = new_cache(dsa, "KVCache", few, 9) if mine else None
+        with pytest.raises(ValueError, match=r"^a cache, by rank, is \[.*1\], expected the same"):
+            dsa.sharded_attention(few.q, *few.kv, *few.index, dsa.DSAConfig(), comm, cache=cache)
+    args[1] = index_k
+    assert_same(dsa.sharded_select(*args, comm), dsa.lightning_select(*p.index, p.top_k))
+
+
+class Traffic:
+    """A communicator that counts the bytes that this rank sends, by method; of buffers only."""
+
+    def __init__(self, comm):
+        self.comm, self.rank, self.size, self.sent = comm, comm.rank, comm.size, {}
+
+    def __getattr__(self, name):
+        assert name[0].isupper(), f"{name} pickles its argument"
+
+        def method(send, *args, **kwargs):
+            x = send[0] if isinstance(send, list) else send
+            most = {"Alltoallv": 1}.get(name, self.size)  # an all-to-all sends each part once
+            self.sent[name] = self.sent.get(name, 0) + most * x.nbytes
+            return getattr(self.comm, name)(send, *args, **kwargs)
+
+        return method
+
+
+def ranks_traffic(dsa, comm):
+    """A query moves at most 12 * R * top_k bytes, however many the keys, and a step a few numbers beside."""
+    sent, T, top_k = [], 50, 30
+    for S in (400, 4000):
+        rng, traffic = np.random.default_rng(S), Traffic(comm)
+        part = normal(rng, S // comm.size, 8).astype(F32)
+        index_q, weights = normal(rng, T, 2, 8).astype(F32), normal(rng, T, 2).astype(F32)
+        kwargs = {"k_end": np.full(T, S)}
+        dsa.sharded_select(index_q, part, weights, top_k, traffic, **kwargs)
+        sent.append(dict(traffic.sent))
+        rows = np.diff(T * np.arange(comm.size + 1) // comm.size)[comm.rank]
+        assert sent[-1].pop("Alltoallv") == T * 8 * top_k
+        assert sent[-1].pop("Allgatherv") == comm.size * rows * 4 * top_k
+        assert sum(sent[-1].values()) <= 150 * comm.size
+    assert sent[0] == sent[1]
+    assert not {"Bcast", "Allreduce"} & set(sent[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 15. On the GPU (the stages above were tested on both; what follows needs one, but for the compiler)
 # ------------------------------------------------------------------------------------------------------------
 
 
