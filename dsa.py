@@ -2270,7 +2270,7 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
         losses[b][t0:t1] = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
         d_scores = np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
         d_w[b][t0:t1] = (on @ d_scores[..., None])[..., 0]
-        d_r = np.where((r > 0) & sees[:, None], d_scores[:, None] * w[..., None], 0)  # [T, J, N]
+        d_r = np.where(r > 0, d_scores[:, None] * w[..., None], 0)  # [T, J, N]
         d_q[b][t0:t1] = d_r @ keys
         if indices is None:
             return slice(lo, hi), d_r.reshape(q.shape[0] * n["J"], hi - lo).T @ q.reshape(-1, n["E"])
@@ -2345,9 +2345,11 @@ def _gather(x, rows, dtype):
 
 def _by_key(rows, x):
     """x [T, K, ...] of the slots rows [T, K], added up by key -> keys [N], ascending, sums [N, ...]."""
-    order = np.argsort(rows, axis=None, kind="stable")[np.count_nonzero(rows < 0) :]  # -1 comes first
+    order = np.argsort(rows, axis=None, kind="stable")
     keys = rows.ravel()[order]
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    first = np.flatnonzero(
+        np.diff(keys, prepend=-1)
+    )  # of each key's slots; -1 has none, and comes before all
     return keys[first], np.add.reduceat(x.reshape(rows.size, *x.shape[2:])[order], first)
 
 

@@ -2574,13 +2574,13 @@ def test_sparse_attention_backward_is_the_slope(dsa, p, seed, z):
     """Along a random direction of each input, out moves as the gradients say: the formulas are right."""
     indices = drawn_indices(p, seed)
     sink, dout, grads, *_ = trained(dsa, p, indices, z)
-    parts = [p.q, *p.kv, sink]
+    parts: list[Any] = [p.q, *p.kv, sink]
     for i, (x, grad) in enumerate(zip(parts, grads, strict=True)):
         if x is None:
             continue
 
         def loss(y, i=i):
-            q, k, v, z = (*parts[:i], y, *parts[i + 1 :])
+            q, k, v, z = (y if i == j else part for j, part in enumerate(parts))
             return (dsa.sparse_attention(q, k, v, indices, **p.latent, scale=p.scale, sink=z)[0] * dout).sum()
 
         along = np.random.default_rng(seed).standard_normal(x.shape)
@@ -2754,6 +2754,24 @@ def test_what_nobody_sees_trains_nothing(dsa, p, value):
     assert_same(tuple(g for g in grads[1] if g is not None), tuple(g for g in grads[0] if g is not None))
 
 
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_hole_between_windows_trains_nothing(dsa, value):
+    """Queries in one block may see keys with others between them that none of them sees."""
+    rng, windows = np.random.default_rng(0), {"k_start": np.array([0, 4]), "k_end": np.array([2, 6])}
+    q, k, index_q, index_k, w = (
+        rng.standard_normal(n) for n in ((2, 2, 3), (6, 1, 3), (2, 2, 4), (6, 4), (2, 2))
+    )
+    holes = k.copy(), index_k.copy()
+    for x in holes:
+        x[2:4] = value
+    targets = [dsa.attention_target(q, x, **windows) for x in (k, holes[0])]
+    assert_same(targets[1], targets[0])
+    targets[1][:, 2:4] = value
+    found = [dsa.indexer_loss(index_q, x, w, y, **windows) for x, y in zip((index_k, holes[1]), targets)]
+    assert found[0][0] == found[1][0]
+    assert_same(found[1][1], found[0][1])
+
+
 @given(p=problems(data=normal, dtypes=[F64]), seed=seeds)
 def test_a_set_that_is_the_window_trains_like_the_window(dsa, p, seed):
     """Dense warm-up and sparse stage are one formula: with every visible key selected they agree."""
@@ -2834,6 +2852,34 @@ def training_calls(dsa, T, S, K, dtype, seed=0):
         "learned_loss": lambda: dsa.learned_loss(q, k, mlp, target, indices=indices),
         "dense warm-up": lambda: dsa.indexer_loss(index_q, index_k, weights, whole),
     }
+
+
+@slow
+@given(seed=seeds, tied=st.booleans(), sparse=st.booleans())
+def test_gradients_add_up_over_chunks_of_queries(dsa, seed, tied, sparse):
+    """Many blocks: each query's gradient is its own, a key's is the sum over the chunks it is seen from."""
+    rng, T, S, K = np.random.default_rng(seed), 150, 40, 7
+    q, k, index_q, index_k, w, sink = (
+        rng.standard_normal(shape) for shape in ((T, 2, 4), (S, 1, 4), (T, 2, 8), (S, 8), (T, 2), (2,))
+    )
+    v, latent = (None, {"d_v": 3}) if tied else (k, {})
+    indices = rng.integers(-1, S, (T, K), np.int32)
+    out, lse = dsa.sparse_attention(q, k, v, indices, sink=sink, **latent)
+    ends = np.full(T, S)
+
+    def grads(rows):
+        rest = (indices[rows], out[rows], lse[rows], out[rows])
+        some = {"indices": indices[rows]} if sparse else {"k_end": ends[rows]}
+        target = dsa.attention_target(q[rows], k, **some)
+        loss, of_index = dsa.indexer_loss(index_q[rows], index_k, w[rows], target, **some)
+        dq, dk, dv, dsink = dsa.sparse_attention_backward(q[rows], k, v, *rest, sink=sink, **latent)
+        return (dq, of_index[0], of_index[2]), (dk, of_index[1], dsink, loss, 0 if tied else dv)
+
+    (own, summed), parts = grads(slice(None)), [grads(slice(a, a + 50)) for a in (0, 50, 100)]
+    for i, x in enumerate(own):
+        assert_close(np.concatenate([part[0][i] for part in parts]), x, 1e-12)
+    for i, y in enumerate(summed):
+        assert_close(sum(part[1][i] for part in parts), y, 1e-10)
 
 
 @slow
