@@ -2831,6 +2831,29 @@ def test_gradients_are_those_of_torch(dsa, p, seed, z, sparse):
     assert_gradients(grads, [x.numpy() for x in found], p.index, 1e-9)
 
 
+def test_the_readmes_lines_train_an_indexer(dsa, capsys):
+    """The block of README.md, shortened: the KL falls in both stages, and its Functions pass gradcheck."""
+    torch, readme = pytest.importorskip("torch"), Path(__file__).with_name("README.md")
+    if not readme.exists():
+        pytest.skip("a copy of test_dsa.py without README.md beside it")
+    (block,) = re.findall(r"```python\n(import dsa, torch[^`]*)```", readme.read_text(encoding="utf-8"))
+    for long, short in (("range(151)", "range(31)"), ("step < 100", "step < 20"), ("step % 50", "step % 10")):
+        assert block.count(long) == 1
+        block = block.replace(long, short)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    warm, warmer, sparse, sparser = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
+    assert warmer < 0.9 * warm and sparser < sparse < warm
+    leaf: Any = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    indices = np.array([[0, 2, -1], [1, 3, 0]])
+    target = np.array([[0.5, 0.5, 0], [0.2, 0.3, 0.5]])
+    parts = (leaf(2, 2, 3), leaf(4, 3), leaf(2, 2), target, indices)
+    assert torch.autograd.gradcheck(names["IndexerLoss"].apply, parts)
+    assert torch.autograd.gradcheck(
+        names["SparseAttention"].apply, (leaf(2, 2, 3), leaf(4, 1, 3), leaf(4, 1, 2), indices)
+    )
+
+
 def training_calls(dsa, T, S, K, dtype, seed=0):
     """Every function of the section on random data, one argument-free call each."""
     rng = np.random.default_rng(seed)
