@@ -515,8 +515,8 @@ def real(bench: Bench) -> None:
     note = (
         "Mean over windows, layers, heads and queries; all heads share one set. Error: norm of (sparse - "
         "dense) over norm of dense, of a layer's output. Nothing here is trained: lightning takes the "
-        "model's own heads as index heads of eq. (1), learned is a random MLP. hybrid is lightning with its K/4 "
-        "nearest tokens always in. The model looks both ways, so window is centred on the query. Select: "
+        "model's own heads as index heads of eq. (1), learned is a random MLP. hybrid is lightning with its "
+        "K/4 nearest tokens always in. The model looks both ways, so window is centred on the query. Select: "
         "time a query, K = 64."
     )
     columns = ["selector", *(f"mass K={k}" for k in sizes), *(f"error K={k}" for k in sizes), "select"]
@@ -1429,7 +1429,7 @@ def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
 def train(bench: Bench) -> None:
     quick, n = bench.args.quick, MiniLM.WINDOW
     sizes = (16, 32, 64, 128)
-    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((500, 150), 150, 96)
+    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((500, 150), 120, 96)
     starts = np.arange(0, len(bench.text_ids) - n + 1, n)  # windows that do not overlap
     split = max(1, len(starts) * 4 // 5)  # the last fifth of the text is held out, whole topics of it
     spread = ((0, split, lessons), (split, len(starts), 2 if quick else 8))
@@ -1502,8 +1502,8 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
     note = (
         f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
         f"every 8th query, of the last fifth of the text; KL in nats a query, over all keys. trained: "
-        f"{HEADS} index heads of {WIDTH}, random at first, {steps[0]} steps of Adam on {len(parts[0])} windows of "
-        f"the rest (warm-up), then {steps[1]} on the model's attention inside its own {INSIDE} keys. "
+        f"{HEADS} index heads of {WIDTH}, random at first, {steps[0]} steps of Adam on {len(parts[0])} "
+        f"windows of the rest (warm-up), then {steps[1]} on the model's attention inside its own {INSIDE} keys. "
         f"Over the best of {', '.join(RIVALS)}, in points at K = {', '.join(map(str, sizes))}: {ahead}. "
         f"Single layers in which one of them keeps more: {'; '.join(behind[:6]) or 'none'}"
         f"{f'; and {len(behind) - 6} more' if len(behind) > 6 else ''}. "

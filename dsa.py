@@ -2260,26 +2260,28 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
         else:
             rows, p = _visible(indices[b][t0:t1], start, end), target[b][t0:t1]
             keys = _gather(index_k[b], rows, dtype)  # [T, N, E]
-        sees = rows >= 0  # [T, N]
+        sees, (M, N) = rows >= 0, rows.shape  # [T, N]
         q, w = (x[b][t0:t1].astype(dtype) for x in (index_q, weights))
-        q[~sees.any(1)] = 0  # which sees nothing, and may be anything
-        r = q @ keys.swapaxes(-1, -2)  # [T, J, N]
-        on = np.maximum(r, 0)
+        q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
+        q = q.reshape(M * n["J"], n["E"]) if indices is None else q  # one product where all share the keys
+        r = (q @ keys.swapaxes(-1, -2)).reshape(M, n["J"], N)
+        on = np.maximum(r, 0, out=r)
         scores = np.where(sees, (w[:, None] @ on)[:, 0], -np.inf)  # [T, N]                             (1)
         p, (soft, lse) = np.where(sees, p, 0).astype(dtype), _softmax(scores)
         losses[b][t0:t1] = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
         d_scores = np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
         d_w[b][t0:t1] = (on @ d_scores[..., None])[..., 0]
-        d_r = np.where(r > 0, d_scores[:, None] * w[..., None], 0)  # [T, J, N]
-        d_q[b][t0:t1] = d_r @ keys
-        if indices is None:
-            return slice(lo, hi), d_r.reshape(q.shape[0] * n["J"], hi - lo).T @ q.reshape(-1, n["E"])
-        return _by_key(rows, d_r.swapaxes(1, 2) @ q)
+        d_r = d_scores[:, None] * w[..., None]  # [T, J, N]
+        d_r *= on > 0
+        d_r = d_r.reshape(*q.shape[:-1], N)
+        d_q[b][t0:t1] = (d_r @ keys).reshape(M, n["J"], n["E"])
+        d_keys = d_r.swapaxes(-1, -2) @ q
+        return (slice(lo, hi), d_keys) if indices is None else _by_key(rows, d_keys)
 
     def add(b, result):
         d_k[b][result[0]] += result[1]
 
-    held = n["J"] * 4 + (0 if indices is None else n["E"])
+    held = n["J"] * 16 + (0 if indices is None else n["E"])
     _for_blocks(n["..."], n["T"], _slot_rows(target, held), work, add)
     grads = (d.astype(x.dtype) for d, x in zip((d_q, d_k, d_w), (index_q, index_k, weights)))
     return float(losses.sum()), tuple(grads)
