@@ -73,8 +73,8 @@ COLOURS = {
     "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
     "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
     "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a",
-    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8", "trained": "#0b62c4",
-    "learned, trained": "#8a6d1d",
+    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8", "trained": "#e03131",
+    "learned, trained": "#66a80f", "warm-up only": "#ff8787", "before training": "#ffc9c9",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -1429,7 +1429,7 @@ def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
 def train(bench: Bench) -> None:
     quick, n = bench.args.quick, MiniLM.WINDOW
     sizes = (16, 32, 64, 128)
-    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((500, 150), 120, 96)
+    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((400, 60), 80, 72)
     starts = np.arange(0, len(bench.text_ids) - n + 1, n)  # windows that do not overlap
     split = max(1, len(starts) * 4 // 5)  # the last fifth of the text is held out, whole topics of it
     spread = ((0, split, lessons), (split, len(starts), 2 if quick else 8))
@@ -1444,7 +1444,7 @@ def train(bench: Bench) -> None:
     mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in names for k in sizes}
     curve: dict[int, list[tuple[float, float]]] = {}
     stages = dict(zip((sum(steps), steps[0], 0), TRAINED_BY, strict=True))
-    kl: dict[str, list[float]] = {s: [] for s in ("learned, trained", *TRAINED_BY)}
+    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in ("learned, trained", *TRAINED_BY)}
     for layer in bench.steps(range(2 if quick else count), "train: layers"):
         rng = np.random.default_rng(layer)
         lesson, exam = (Lesson(bench, layer, np.stack([x[layer] for x in text])) for text in texts)
@@ -1458,15 +1458,18 @@ def train(bench: Bench) -> None:
                 raise WrongAnswer(f"not {indices.shape[-1]} different ascending indices")
             return float(np.take_along_axis(truth, indices.astype(np.int64), -1).sum(-1).mean())
 
-        def judge(step, indexer, exam=exam, rows=rows, truth=truth, where=where, captured=captured):
+        def judge(step, indexer, exam=exam, rows=rows, truth=truth, where=where, q=q, k=k, captured=captured):
             index: tuple[Any, Any, Any] = indexer(exam.x[:, rows], exam.x)
             loss = indexer.loss(exam.x[:, rows], exam.x, truth, **where)[0]
-            found = {k: captured(dsa.lightning_select(*index, k, **where)) for k in sizes}
+            found = {s: captured(dsa.lightning_select(*index, s, **where)) for s in sizes}
             curve.setdefault(step, []).append((loss, found[INSIDE]))
             if step in stages:
-                kl[stages[step]].append(loss)
-                for k, share in found.items():
-                    mass[stages[step], k].append(share)
+                own = dsa.lightning_select(*index, INSIDE, **where)
+                inside = dsa.attention_target(q, k, indices=own)
+                inside = indexer.loss(exam.x[:, rows], exam.x, inside, indices=own)[0]
+                kl[stages[step]].append((loss, inside))
+                for top_k, share in found.items():
+                    mass[stages[step], top_k].append(share)
 
         indexer = train_layer(bench, rng, lesson, steps, judge)
         check_loss(bench, indexer, exam.x[0, rows], exam.x[0], truth[0])
@@ -1476,7 +1479,7 @@ def train(bench: Bench) -> None:
             side = everything(r.shape[1], lesson.x.shape[1])
             _, grads = mlp.loss(lesson.q[w, r], lesson.k[w[:, 0]], lesson.target[w, r], **side)
             mlp.step(grads, 1e-2 * (1 - i / mlp_steps))
-        kl["learned, trained"].append(mlp.loss(q, k, truth, **where)[0])
+        kl["learned, trained"].append((mlp.loss(q, k, truth, **where)[0],))
         for top_k in sizes:
             learned = dsa.SELECTORS["learned"](q, k, top_k, mlp=mlp.parts, **where)
             mass["learned, trained", top_k].append(captured(learned))
@@ -1489,9 +1492,10 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
     *steps, mlp_steps = steps
     mean = {cell: float(np.mean(x)) for cell, x in mass.items()}
     names = sorted(names, key=lambda s: -mean[s, INSIDE])
-    rows = [
-        [s, f"{np.mean(kl[s]):.3f}" if s in kl else "", *(f"{mean[s, k]:.1%}" for k in sizes)] for s in names
-    ]
+    rows = []
+    for s in names:
+        nats = [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else []
+        rows.append([s, *nats, *[""] * (2 - len(nats)), *(f"{mean[s, k]:.1%}" for k in sizes)])
     best = {k: max((mean[s, k], s) for s in RIVALS)[1] for k in sizes}
     ahead = ", ".join(f"{100 * (mean['trained', k] - mean[best[k], k]):+.1f} ({best[k]})" for k in sizes)
     behind = [
@@ -1501,16 +1505,17 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
     ]  # fmt: skip
     note = (
         f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
-        f"every 8th query, of the last fifth of the text; KL in nats a query, over all keys. trained: "
-        f"{HEADS} index heads of {WIDTH}, random at first, {steps[0]} steps of Adam on {len(parts[0])} "
-        f"windows of the rest (warm-up), then {steps[1]} on the model's attention inside its own {INSIDE} keys. "
+        "every 8th query, of the last fifth of the text. KL: nats a query, over all keys and inside the "
+        f"indexer's own {INSIDE}. trained: {HEADS} index heads of {WIDTH}, random at first, {steps[0]} steps "
+        f"of Adam on {len(parts[0])} windows of the rest (warm-up), then {steps[1]} on the model's attention "
+        f"inside its own {INSIDE} keys, which are all that this stage looks at. "
         f"Over the best of {', '.join(RIVALS)}, in points at K = {', '.join(map(str, sizes))}: {ahead}. "
         f"Single layers in which one of them keeps more: {'; '.join(behind[:6]) or 'none'}"
         f"{f'; and {len(behind) - 6} more' if len(behind) > 6 else ''}. "
         "lightning: as in the table above, the model's own heads as index heads, 384 numbers a key, not "
         f"{WIDTH}. learned: the MLP, random or trained {mlp_steps} steps."
     )
-    columns = ["selector", "KL", *(f"mass K={k}" for k in sizes)]
+    columns = ["selector", "KL", f"KL inside {INSIDE}", *(f"mass K={k}" for k in sizes)]
     bench.table("train", "An indexer trained on a real model, on text it has not seen", columns, rows, note)
     bench.results["train"] = {
         "mass_by_layer": [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()],
@@ -1519,20 +1524,19 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
     points = sorted(curve)
     ax, losses, shares = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
-    left.plot(points, losses, color=COLOURS["window"])
+    left.plot(points, losses, color=COLOURS["dense"])
     left.set(xlabel="step", ylabel="KL a query, nats", yscale="log")
-    left.yaxis.label.set_color(COLOURS["window"])
     left.axvspan(steps[0], sum(steps), color="#f1f3f5", zorder=0)
-    left.text(steps[0], losses[0], " sparse\n stage", va="top", fontsize=8)
-    ax.plot(points, shares, color=COLOURS["lightning"], lw=2.8)
-    for s in ("oracle", "approximate"):
+    left.text(steps[0], losses.max() / 3, "sparse stage ", ha="right", fontsize=8)
+    ax.plot(points, shares, color=COLOURS["trained"], lw=2.8)
+    for s, va in (("oracle", "bottom"), ("approximate", "top")):
         ax.axhline(mean[s, INSIDE], color=COLOURS[s], ls="--", lw=1, marker="")
-        ax.text(0, mean[s, INSIDE], f" {s}", va="bottom", fontsize=8, color=COLOURS[s])
+        ax.text(sum(steps), mean[s, INSIDE], s, va=va, ha="right", fontsize=8, color=COLOURS[s])
     ax.set(ylim=(0, None), ylabel=f"mass at K = {INSIDE}")
-    ax.yaxis.label.set_color(COLOURS["lightning"])
+    ax.yaxis.label.set_color(COLOURS["trained"])
     ax.grid(False)
     for s in names:
-        style = {"color": COLOURS.get(s, COLOURS["hybrid"]), "lw": 2.8 if s == "trained" else 1.2, "label": s}
+        style = {"color": COLOURS[s], "lw": 2.8 if s == "trained" else 1.2, "label": s}
         right.plot(sizes, [mean[s, k] for k in sizes], ls="--" if s == "oracle" else "-", **style)
     log2_axis(right, sizes, "K, keys kept of 512")
     right.set(ylim=(0, None), ylabel="share of the attention mass kept")
