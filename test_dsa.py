@@ -2669,10 +2669,10 @@ def test_indexer_loss_is_the_kl_and_its_gradients_by_the_chain_rule(dsa, p, seed
 
 @given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=st.booleans())
 def test_the_indexers_gradients_are_the_slope(dsa, p, seed, sparse):
-    """Of eq. (1) and of the MLP, along a random direction of each parameter."""
+    """Of eq. (1) and of the MLP, along a random direction of each parameter; rows of p need not sum to 1."""
     _, kwargs, keys_of, width = support(p, seed, sparse)
     rng, C = np.random.default_rng(seed), p.k.shape[-2] * p.k.shape[-1]
-    target = target_by_loops(p, keys_of, width)
+    target = target_by_loops(p, keys_of, width) * rng.integers(0, 3, (*p.batch, p.T, 1))
     mlp = [rng.standard_normal(shape) for shape in ((3, C), (3, C), 3, 3)]
     for parts, f in (
         (list(p.index), lambda parts: dsa.indexer_loss(*parts, target, **kwargs)),
