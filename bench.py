@@ -73,7 +73,8 @@ COLOURS = {
     "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
     "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
     "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a",
-    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8",
+    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8", "trained": "#e03131",
+    "learned, trained": "#66a80f", "warm-up only": "#ff8787", "before training": "#ffc9c9",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -373,24 +374,34 @@ class MiniLM:
         x /= np.sqrt((x * x).mean(-1, keepdims=True) + self.config["layer_norm_eps"])
         return x * self.weights[name + ".weight"] + self.weights[name + ".bias"]
 
+    def qkv(self, layer: int, x):
+        """(q, k, v) of a layer, each [..., 12, 32], out of its input [..., 384]."""
+        names = (f"encoder.layer.{layer}.attention.self.{n}" for n in ("query", "key", "value"))
+        return tuple(
+            self.linear(x, n).reshape(*x.shape[:-1], self.config["num_attention_heads"], -1) for n in names
+        )
+
     def __call__(self, ids):
         """Token states [T + 2, 384], and of every layer (q, k, v), each [T + 2, 12, 32]."""
-        names, heads = ("word", "position", "token_type"), self.config["num_attention_heads"]
+        *inputs, x = self.inputs(ids)
+        return x, [self.qkv(layer, y) for layer, y in enumerate(inputs)]
+
+    def inputs(self, ids) -> list[np.ndarray]:
+        """Every layer's input, and the last one's output: token states [T + 2, 384]."""
+        names = ("word", "position", "token_type")
         words, places, types = (self.weights[f"embeddings.{n}_embeddings.weight"] for n in names)
         ids = np.concatenate([[101], ids, [102]])  # [CLS] ... [SEP]
         x = self.norm(words[ids] + places[: len(ids)] + types[0], "embeddings.LayerNorm")
-        layers = []
+        states = [x]
         for layer in range(self.config["num_hidden_layers"]):
             f, a = f"encoder.layer.{layer}.", f"encoder.layer.{layer}.attention."
-            q, k, v = (
-                self.linear(x, a + "self." + n).reshape(len(x), heads, -1) for n in ("query", "key", "value")
-            )
-            layers.append((q, k, v))
+            q, k, v = self.qkv(layer, x)
             out = mix(attend(q, k), v).reshape(x.shape)
             x = self.norm(x + self.linear(out, a + "output.dense"), a + "output.LayerNorm")
             out = self.linear(gelu(self.linear(x, f + "intermediate.dense")), f + "output.dense")
             x = self.norm(x + out, f + "output.LayerNorm")
-        return x, layers
+            states.append(x)
+        return states
 
     def embed(self, text: str) -> np.ndarray:
         """A sentence as one unit vector: the mean of its token states."""
@@ -503,10 +514,10 @@ def real(bench: Bench) -> None:
     ]  # fmt: skip
     note = (
         "Mean over windows, layers, heads and queries; all heads share one set. Error: norm of (sparse - "
-        "dense) over norm of dense, of a layer's output. Nothing here is trained (training an indexer comes "
-        "with a later part): lightning takes the model's own heads as index heads of eq. (1), learned is a "
-        "random MLP. hybrid is lightning with its K/4 nearest tokens always in. The model looks both ways, "
-        "so window is centred on the query. Select: time a query, K = 64."
+        "dense) over norm of dense, of a layer's output. Nothing here is trained: lightning takes the "
+        "model's own heads as index heads of eq. (1), learned is a random MLP. hybrid is lightning with its "
+        "K/4 nearest tokens always in. The model looks both ways, so window is centred on the query. Select: "
+        "time a query, K = 64."
     )
     columns = ["selector", *(f"mass K={k}" for k in sizes), *(f"error K={k}" for k in sizes), "select"]
     bench.table("real", f"Attention mass kept by K of {n} tokens, real text and model", columns, table, note)
@@ -1297,7 +1308,249 @@ def report_stages(bench: Bench, n: int, prefill, decode) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. gpu: the kernels beside torch and the chip's own ceilings
+# 9. train: an indexer learned from the model's attention, judged on text it has not seen
+# ------------------------------------------------------------------------------------------------------------
+
+TRAINED_BY = ("trained", "warm-up only", "before training")
+RIVALS = ("approximate", "lsh", "window", "strided", "random")  # what a trained indexer has to beat
+HEADS, WIDTH, INSIDE = 8, 64, 64  # the indexer's J and E, and the K of its sparse stage
+
+
+class Scorer:
+    """Parameters, Adam, and a loss whose gradients dsa.py gives."""
+
+    def __init__(self, rng, shapes, scales):
+        self.parts = [(s * rng.standard_normal(n)).astype(np.float32) for n, s in zip(shapes, scales)]
+        self.moments = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parts]
+        self.steps = 0
+
+    def step(self, grads, rate: float) -> None:
+        self.steps += 1
+        for p, g, (mean, square) in zip(self.parts, grads, self.moments, strict=True):
+            mean += 0.1 * (g - mean)
+            square += 0.01 * (g * g - square)
+            root = np.sqrt(square / (1 - 0.99**self.steps)) + 1e-8
+            p -= rate * mean / (1 - 0.9**self.steps) / root
+
+
+class Indexer(Scorer):
+    """index_q = x Wq, index_k = x Wk, weights = x Ww of a layer's input x [..., T, dim], whose last is 1."""
+
+    def __init__(self, rng, dim: int):
+        shapes = ((dim, HEADS * WIDTH), (dim, WIDTH), (dim, HEADS))
+        super().__init__(rng, shapes, (1.8 * dim**-0.5, 1.8 * dim**-0.5, 0.1 * (dim * HEADS * WIDTH) ** -0.5))
+        self.parts[2][-1] = (HEADS * WIDTH) ** -0.5  # of the constant: all heads begin alike
+
+    def __call__(self, x_q, x_k) -> tuple[Any, Any, Any]:
+        index_q = (x_q @ self.parts[0]).reshape(*x_q.shape[:-1], HEADS, WIDTH)
+        return index_q, x_k @ self.parts[1], x_q @ self.parts[2]
+
+    def loss(self, x_q, x_k, target, **where):
+        """KL a query, and its gradients: the chain rule through the three projections."""
+        index = self(x_q, x_k)
+        loss, grads = dsa.indexer_loss(*index, target, **where)
+        rows, pairs = target[..., 0].size, zip((x_q, x_k, x_q), grads, strict=True)
+        flat = ((x.reshape(-1, x.shape[-1]), d) for x, d in pairs)
+        return loss / rows, [x.T @ d.reshape(len(x), -1) / rows for x, d in flat]
+
+
+class Learned(Scorer):
+    """The MLP of SELECTORS["learned"], on q and k."""
+
+    def __init__(self, rng, q, k, hidden: int):
+        dim, spread = q.shape[-1] * q.shape[-2], (q.shape[-1] * q.shape[-2]) ** -0.5
+        scales = (spread / q.std(), spread / k.std(), 1.0, hidden**-0.5)
+        super().__init__(rng, ((hidden, dim), (hidden, dim), hidden, hidden), scales)
+
+    def loss(self, q, k, target, **where):
+        loss, grads = dsa.learned_loss(q, k, self.parts, target, **where)
+        return loss / target[..., 0].size, [g / target[..., 0].size for g in grads]
+
+
+class Lesson:
+    """Of many windows: a layer's inputs x, its q and k, and its attention's distribution over all keys."""
+
+    def __init__(self, bench: Bench, layer: int, x):
+        self.q, self.k, _ = bench.model.qkv(layer, x)
+        self.target = dsa.attention_target(self.q, self.k, **everything(*x.shape[1:2] * 2))
+        self.x = np.concatenate([x, np.ones_like(x[..., :1])], -1)  # a bias for every projection
+
+    def draw(self, rng, windows: int = 4, rows: int = 128):
+        """Some queries of some windows, and all keys of these: a step's worth."""
+        w = rng.choice(len(self.x), min(windows, len(self.x)), replace=False)[:, None]
+        return w, np.sort(rng.choice(self.x.shape[1], (len(w), rows)), axis=1)
+
+
+def train_layer(bench: Bench, rng, lesson: Lesson, steps, judge):
+    """Dense warm-up, then the sparse stage on its own selection; judge(step, indexer) in between."""
+    indexer, (warm, sparse) = Indexer(rng, lesson.x.shape[-1]), steps
+    n, marks = lesson.x.shape[1], sorted({0, warm, warm + sparse, *range(0, warm, max(1, warm // 5))})
+    for i in range(warm + sparse + 1):
+        if i in marks:
+            judge(i, indexer)
+        if i == warm + sparse:
+            return indexer
+        w, rows = lesson.draw(rng)
+        x_q, x_k, where = lesson.x[w, rows], lesson.x[w[:, 0]], everything(rows.shape[1], n)
+        if i < warm:
+            loss, grads = indexer.loss(x_q, x_k, lesson.target[w, rows], **where)
+            rate = 4e-3 * min(1, (i + 1) / 40) * (0.05 + 0.95 * math.cos(math.pi / 2 * i / warm) ** 2)
+        else:
+            indices = dsa.lightning_select(*indexer(x_q, x_k), INSIDE, **where)
+            target = dsa.attention_target(lesson.q[w, rows], lesson.k[w[:, 0]], indices=indices)
+            loss, grads = indexer.loss(x_q, x_k, target, indices=indices)
+            rate = 2e-4 * (1 - (i - warm) / sparse)
+        if not math.isfinite(loss):
+            raise WrongAnswer(f"train: the loss is {loss} at step {i}")
+        indexer.step(grads, rate)
+
+
+def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
+    """The KL beside plain NumPy in float64, and its gradient along itself beside a central difference."""
+    where = everything(x_q.shape[0], len(x_k))
+
+    def plain(parts):
+        q, k, w = (x @ p for x, p in zip((x_q, x_k, x_q), parts, strict=True))
+        r = np.maximum(q.reshape(len(q), HEADS, WIDTH) @ k.T, 0)
+        scores = np.einsum("tjs,tj->ts", r, w)
+        scores -= scores.max(1, keepdims=True)
+        log_q = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        return (target * (np.log(target) - log_q)).sum(1).mean()
+
+    loss, grads = indexer.loss(x_q, x_k, target, **where)
+    parts = [p.astype(np.float64) for p in indexer.parts]
+    bench.check("indexer_loss, model", loss, plain(parts), 1e-3)
+    size = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads))
+    ahead, behind = ([p + s * g / size for p, g in zip(parts, grads)] for s in (1e-5, -1e-5))
+    bench.check("its gradient, model", size, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
+
+
+@part("an indexer trained on the model's attention, judged on held-out text", "train", default=False)
+def train(bench: Bench) -> None:
+    quick, n = bench.args.quick, MiniLM.WINDOW
+    sizes = (16, 32, 64, 128)
+    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((400, 60), 80, 72)
+    starts = np.arange(0, len(bench.text_ids) - n + 1, n)  # windows that do not overlap
+    split = max(1, len(starts) * 4 // 5)  # the last fifth of the text is held out, whole topics of it
+    spread = ((0, split, lessons), (split, len(starts), 2 if quick else 8))
+    parts = [starts[np.unique(np.linspace(a, z - 1, many).astype(int))] for a, z, many in spread]
+
+    def read(i):
+        return bench.model.inputs(bench.text_ids[i : i + n])
+
+    texts = [list(bench.steps(parallel(read, p), "train: reading", len(p))) for p in parts]
+    count = bench.model.config["num_hidden_layers"]
+    names = [*TRAINED_BY, "learned, trained", *ORDER]
+    mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in names for k in sizes}
+    curve: dict[int, list[tuple[float, float]]] = {}
+    stages = dict(zip((sum(steps), steps[0], 0), TRAINED_BY, strict=True))
+    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in ("learned, trained", *TRAINED_BY)}
+    for layer in bench.steps(range(2 if quick else count), "train: layers"):
+        rng = np.random.default_rng(layer)
+        lesson, exam = (Lesson(bench, layer, np.stack([x[layer] for x in text])) for text in texts)
+        rows = np.arange(0, exam.x.shape[1], 8)
+        q, k, truth = exam.q[:, rows], exam.k, exam.target[:, rows]
+        where = everything(len(rows), exam.x.shape[1])
+        bench.check("attention_target, model", truth[0], attend(q[0], k[0]).mean(0), 1e-4)
+
+        def captured(indices, truth=truth):
+            if indices.min() < 0 or not (np.diff(indices, axis=-1) > 0).all():
+                raise WrongAnswer(f"not {indices.shape[-1]} different ascending indices")
+            return float(np.take_along_axis(truth, indices.astype(np.int64), -1).sum(-1).mean())
+
+        def judge(step, indexer, exam=exam, rows=rows, truth=truth, where=where, q=q, k=k, captured=captured):
+            index: tuple[Any, Any, Any] = indexer(exam.x[:, rows], exam.x)
+            loss = indexer.loss(exam.x[:, rows], exam.x, truth, **where)[0]
+            found = {s: captured(dsa.lightning_select(*index, s, **where)) for s in sizes}
+            curve.setdefault(step, []).append((loss, found[INSIDE]))
+            if step in stages:
+                own = dsa.lightning_select(*index, INSIDE, **where)
+                inside = dsa.attention_target(q, k, indices=own)
+                inside = indexer.loss(exam.x[:, rows], exam.x, inside, indices=own)[0]
+                kl[stages[step]].append((loss, inside))
+                for top_k, share in found.items():
+                    mass[stages[step], top_k].append(share)
+
+        indexer = train_layer(bench, rng, lesson, steps, judge)
+        check_loss(bench, indexer, exam.x[0, rows], exam.x[0], truth[0])
+        mlp = Learned(rng, lesson.q, lesson.k, 16)
+        for i in range(mlp_steps):
+            w, r = lesson.draw(rng)
+            side = everything(r.shape[1], lesson.x.shape[1])
+            _, grads = mlp.loss(lesson.q[w, r], lesson.k[w[:, 0]], lesson.target[w, r], **side)
+            mlp.step(grads, 1e-2 * (1 - i / mlp_steps))
+        kl["learned, trained"].append((mlp.loss(q, k, truth, **where)[0],))
+        for top_k in sizes:
+            learned = dsa.SELECTORS["learned"](q, k, top_k, mlp=mlp.parts, **where)
+            mass["learned, trained", top_k].append(captured(learned))
+            for s in ORDER:
+                mass[s, top_k].append(captured(choose(s, q, k, top_k, rows)))
+    report_train(bench, names, sizes, mass, kl, curve, (*steps, mlp_steps), parts)
+
+
+def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> None:
+    *steps, mlp_steps = steps
+    mean = {cell: float(np.mean(x)) for cell, x in mass.items()}
+    names = sorted(names, key=lambda s: -mean[s, INSIDE])
+    rows = []
+    for s in names:
+        nats = [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else []
+        rows.append([s, *nats, *[""] * (2 - len(nats)), *(f"{mean[s, k]:.1%}" for k in sizes)])
+    best = {k: max((mean[s, k], s) for s in RIVALS)[1] for k in sizes}
+    ahead = ", ".join(f"{100 * (mean['trained', k] - mean[best[k], k]):+.1f} ({best[k]})" for k in sizes)
+    behind = [
+        f"layer {layer + 1} K={k}: {s} by {100 * (mass[s, k][layer] - own):.1f}"
+        for k in sizes for layer, own in enumerate(mass["trained", k])
+        for s in RIVALS if mass[s, k][layer] >= own
+    ]  # fmt: skip
+    note = (
+        f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
+        "every 8th query, of the last fifth of the text. KL: nats a query, over all keys and inside the "
+        f"indexer's own {INSIDE}. trained: {HEADS} index heads of {WIDTH}, random at first, {steps[0]} steps "
+        f"of Adam on {len(parts[0])} windows of the rest (warm-up), then {steps[1]} on the model's attention "
+        f"inside its own {INSIDE} keys, which are all that this stage looks at. "
+        f"Over the best of {', '.join(RIVALS)}, in points at K = {', '.join(map(str, sizes))}: {ahead}. "
+        f"Single layers in which one of them keeps more: {'; '.join(behind[:6]) or 'none'}"
+        f"{f'; and {len(behind) - 6} more' if len(behind) > 6 else ''}. "
+        "lightning: as in the table above, the model's own heads as index heads, 384 numbers a key, not "
+        f"{WIDTH}. learned: the MLP, random or trained {mlp_steps} steps."
+    )
+    columns = ["selector", "KL", f"KL inside {INSIDE}", *(f"mass K={k}" for k in sizes)]
+    bench.table("train", "An indexer trained on a real model, on text it has not seen", columns, rows, note)
+    bench.results["train"] = {
+        "mass_by_layer": [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()],
+        "kl_by_layer": kl, "curve_by_layer": curve, "ahead": ahead, "behind_in": behind,
+    }  # fmt: skip
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    points = sorted(curve)
+    ax, losses, shares = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
+    left.plot(points, losses, color=COLOURS["dense"])
+    left.set(xlabel="step", ylabel="KL a query, nats", yscale="log")
+    left.axvspan(steps[0], sum(steps), color="#f1f3f5", zorder=0)
+    left.text(steps[0], losses.max() / 3, "sparse stage ", ha="right", fontsize=8)
+    ax.plot(points, shares, color=COLOURS["trained"], lw=2.8)
+    for s, va in (("oracle", "bottom"), ("approximate", "top")):
+        ax.axhline(mean[s, INSIDE], color=COLOURS[s], ls="--", lw=1, marker="")
+        ax.text(sum(steps), mean[s, INSIDE], s, va=va, ha="right", fontsize=8, color=COLOURS[s])
+    ax.set(ylim=(0, None), ylabel=f"mass at K = {INSIDE}")
+    ax.yaxis.label.set_color(COLOURS["trained"])
+    ax.grid(False)
+    for s in names:
+        style = {"color": COLOURS[s], "lw": 2.8 if s == "trained" else 1.2, "label": s}
+        right.plot(sizes, [mean[s, k] for k in sizes], ls="--" if s == "oracle" else "-", **style)
+    log2_axis(right, sizes, "K, keys kept of 512")
+    right.set(ylim=(0, None), ylabel="share of the attention mass kept")
+    right.legend(bbox_to_anchor=(1.0, 1.04), loc="upper left")
+    finding = (
+        f"On text it has not seen, a trained indexer keeps {mean['trained', INSIDE]:.1%} of the mass with "
+        f"{INSIDE} of 512 keys, {mean[TRAINED_BY[2], INSIDE]:.1%} before training; the most there is: "
+        f"{mean['oracle', INSIDE]:.1%}"
+    )
+    bench.figure("train", "train.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. gpu: the kernels beside torch and the chip's own ceilings
 # ------------------------------------------------------------------------------------------------------------
 
 PREFILL, DECODE = (8192, 32768, 65536, 131072), ((1, 131072), (8, 131072), (32, 32768), (128, 32768))
@@ -1658,7 +1911,7 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 10. sharded: what MPI costs on this machine, and a model of what it costs on many
+# 11. sharded: what MPI costs on this machine, and a model of what it costs on many
 # ------------------------------------------------------------------------------------------------------------
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
@@ -1859,7 +2112,7 @@ def report_model(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. The command line
+# 12. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 

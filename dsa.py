@@ -21,14 +21,15 @@ Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
          that does not exist. Each names the argument, its value and what was expected, and changes nothing.
 GPU      the same functions take CuPy arrays of the current device, and launch the kernels of dsa_kernels.cu
-         (section 11) on the current stream. The stages do not wait for results, so what stands in an array
+         (section 12) on the current stream. The stages do not wait for results, so what stands in an array
          is no error there: an index that is no key is absent, NaN is never selected.
 
-Not here yet: training of the indexer.
+Not here yet: kernels for section 10, which trains the indexer.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -184,22 +185,35 @@ def _one_blas_thread():
             _blas_users.pop()
 
 
-def _for_blocks(batch, num_queries, block, work):
-    """Call work(b, t0, t1) for each batch entry b and block of queries, whatever the number of threads."""
+def _for_blocks(batch, num_queries, block, work, add=lambda b, result: None):
+    """Call work(b, t0, t1) for each batch entry b and block of queries, whatever the number of threads.
+
+    What it returns goes to add(b, result) in the order of the blocks, one at a time: so are sums over queries
+    taken, whose bits would otherwise depend on who comes first.
+    """
 
     def run(job):
         with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
-            work(job[0], job[1], min(job[1] + block, num_queries))
+            return work(job[0], job[1], min(job[1] + block, num_queries))
 
     jobs = [(b, t) for b in np.ndindex(*batch) for t in range(0, num_queries, block)]
-    with _one_blas_thread() as alone:
+    with np.errstate(all="ignore"), _one_blas_thread() as alone:
         threads = min(get_num_threads(), len(jobs)) if alone else 1
         if threads <= 1:
             for job in jobs:
-                run(job)
+                add(job[0], run(job))
             return
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(run, jobs))  # list: an error in a thread is raised here
+            under_way: collections.deque = (
+                collections.deque()
+            )  # so few that results which wait to be added take little memory
+            for job in jobs:
+                under_way.append((job[0], pool.submit(run, job)))
+                if len(under_way) > 2 * threads:
+                    b, done = under_way.popleft()
+                    add(b, done.result())
+            for b, done in under_way:  # an error in a thread is raised here, or above
+                add(b, done.result())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -710,15 +724,12 @@ def _learned(args, mlp=None, hidden=16, seed=0):
 
     mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of `hidden` units.
     """
-    q, k = map(_flat, _summed_heads(args))  # [..., T, G*D], [..., S, G*D]
     if mlp is None:
         rng, F = np.random.default_rng(_integer("seed", seed, 0)), _integer("hidden", hidden, 1)
-        width = q.shape[-1]
+        width = args.n["G"] * args.n["D"]
         mlp = [args.n["xp"].asarray(rng.standard_normal(shape)) for shape in ((F, width), (F, width), F, F)]
-    w_q, w_k, bias, w_out = mlp
-    _dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(bias, "F"), w_out=(w_out, "F"))
-    hidden_q = q @ w_q.T.astype(q.dtype) + bias.astype(q.dtype)  # [..., T, F]
-    hidden_k = k @ w_k.T.astype(k.dtype)  # [..., S, F]
+    q, _, hidden_q, hidden_k = _hidden_units(args, *mlp)
+    w_out = mlp[3]
 
     def score(b, t0, t1, lo, hi):
         x = np.zeros_like(q, shape=(t1 - t0, hi - lo))
@@ -727,6 +738,13 @@ def _learned(args, mlp=None, hidden=16, seed=0):
         return x
 
     return _scored_rows(args.windows, score)
+
+
+def _hidden_units(args, w_q, w_k, bias, w_out):
+    """q and k summed over heads, [..., T, G*D] and [..., S, G*D], and w_q q + b and w_k k, [..., F]."""
+    q, k = map(_flat, _summed_heads(args))
+    _dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(bias, "F"), w_out=(w_out, "F"))
+    return q, k, q @ w_q.T.astype(q.dtype) + bias.astype(q.dtype), k @ w_k.T.astype(k.dtype)
 
 
 def _pattern(args, order):
@@ -776,20 +794,31 @@ def _random(args, seed=0):
 
 def _oracle(args, scale=None):
     """The keys of largest attention mass over all heads: as much as one set for all heads can capture."""
-    n, dtype = args.n, _accumulator(args.q, args.k)
-    scale = _scale(n, scale)
+    return _scored_rows(args.windows, _mass(args.n, args.q, args.k, _scale(args.n, scale), args.windows))
+
+
+def _mass(n, q, k, scale, windows):
+    """score for _scored_rows: the attention probabilities of the keys lo..hi, summed over all heads."""
+    dtype = _accumulator(q, k)
 
     def score(b, t0, t1, lo, hi):
         s = n["xp"].arange(lo, hi)
-        sees = (s >= args.windows[0][b][t0:t1, None]) & (s < args.windows[1][b][t0:t1, None])  # [T, S]
-        keys = args.k[b][lo:hi].astype(dtype).transpose(1, 2, 0)  # [G, D, S]
-        x = _group_rows(args.q[b][t0:t1], n["G"], scale, dtype) @ keys
+        sees = (s >= windows[0][b][t0:t1, None]) & (s < windows[1][b][t0:t1, None])  # [T, S]
+        keys = k[b][lo:hi].astype(dtype).transpose(1, 2, 0)  # [G, D, S]
+        x = _group_rows(q[b][t0:t1], n["G"], scale, dtype) @ keys
         x = np.where(sees[:, None], x.reshape(n["G"], t1 - t0, n["H"] // n["G"], hi - lo), -np.inf)
-        top = x.max(-1, keepdims=True) if hi > lo else 0
-        p = np.exp(x - np.maximum(top, np.finfo(dtype).min))
-        return (p / np.maximum(p.sum(-1, keepdims=True), np.finfo(dtype).tiny)).sum((0, 2))
+        return _softmax(x)[0].sum((0, 2))
 
-    return _scored_rows(args.windows, score)
+    return score
+
+
+def _softmax(x):
+    """Over the last axis, of which -inf has no part -> probabilities, 0 where no part is left, and lse."""
+    limits = np.finfo(x.dtype)
+    top = np.maximum(x.max(-1, keepdims=True), limits.min) if x.shape[-1] else x.sum(-1, keepdims=True)
+    p = np.exp(x - top)
+    total = np.maximum(p.sum(-1, keepdims=True), limits.tiny)
+    return p / total, top + np.log(total)
 
 
 KINDS = (
@@ -2118,7 +2147,232 @@ def _read_safetensors(path, layer):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 10. A sequence sharded over machines, through MPI
+# 10. Training the indexer
+# ----------------------------------------------------------------------------------------------------------
+
+# The indexer learns to score high what the main attention looks at: first in a dense warm-up, with everything
+# else frozen, then inside its own selection, while the model learns through the sparse attention. What a key
+# gets from many queries is added up block by block, in order: no number of threads changes a bit.
+
+
+def sparse_attention_backward(q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None):
+    """The gradients of out, lse = sparse_attention(q, k, v, indices, ...), for dout [..., T, H, Dv], out's.
+
+    With P = exp(scale * q.k - logaddexp(lse, sink)) and dS = P * (dout.v - dout.out), summed over all slots:
+    dq = scale * dS k, dk = scale * dS q, dv = P dout, dsink = -exp(sink - logaddexp(lse, sink)) * dout.out
+    -> dq, dk, dv, dsink, like q, k, v, sink in shape and dtype; dv is None where v is, and dk holds both
+    parts; dsink is None without sink. Slots of -1 scatter nowhere. Errors as in sparse_attention.
+
+    >>> one, v, slots = np.ones((1, 1, 1)), np.array([[[1.0]], [[3.0]]]), np.array([[0, 1]])
+    >>> out, lse = sparse_attention(one, 0 * v, v, slots)
+    >>> dq, dk, dv, _ = sparse_attention_backward(one, 0 * v, v, slots, out, lse, one)
+    >>> dk.ravel().round(6).tolist(), dv.ravel().round(6).tolist()
+    ([-0.5, 0.5], [0.5, 0.5])
+    """
+    tied = v is None
+    n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
+    outs = {"out": (out, "... T H Dv"), "lse": (lse, "... T H"), "dout": (dout, "... T H Dv")}
+    _dims(q=(q, "... T H D"), v=(v, "... S G Dv"), **outs)
+    _check_indices("indices", indices, n)
+    _expect_numpy("sparse_attention_backward", n)
+    dtype, r, D = _accumulator(q, k, v), n["H"] // n["G"], n["D"]
+    width = D if tied else D + n["Dv"]  # of [dk | dv]
+    dq, dkv = np.zeros(q.shape, dtype), np.zeros((*k.shape[:-1], width), dtype)
+    z = np.full(n["H"], -np.inf, dtype) if sink is None else sink.astype(dtype)
+    dz = np.zeros_like(z)
+
+    def work(b, t0, t1):
+        rows = indices[b][t0:t1].astype(np.int64)  # [T, K]
+        keys, values = (_gather(x[b], rows, dtype).swapaxes(1, 2) for x in (k, v))  # [T, G, K, D]
+        heads = (x[b][t0:t1].astype(dtype).reshape(len(rows), n["G"], r, -1) for x in (q, out, dout, lse))
+        q_t, out_t, dout_t, lse_t = heads  # [T, G, H/G, D], Dv, Dv, 1
+        z_t = z.reshape(n["G"], r, 1)
+        p = np.exp(scale * (q_t @ keys.swapaxes(2, 3)) - np.logaddexp(lse_t, z_t))  # [T, G, H/G, K]
+        delta = (dout_t * out_t).sum(-1, keepdims=True)
+        ds = scale * p * (dout_t @ values.swapaxes(2, 3) - delta)
+        ds = np.where(rows[:, None, None] >= 0, ds, 0)  # of p, _by_key drops what is absent
+        dq[b][t0:t1] = (ds @ keys).reshape(len(rows), n["H"], D)
+        slots = np.empty((*keys.shape[:-1], width), dtype)
+        slots[..., :D] = ds.swapaxes(2, 3) @ q_t
+        from_v = slots[..., : n["Dv"]] if tied else slots[..., D:]
+        from_v[:] = p.swapaxes(2, 3) @ dout_t + (from_v if tied else 0)
+        from_z = np.where(lse_t == -np.inf, 0, delta / (1 + np.exp(lse_t - z_t)))
+        return *_by_key(rows, slots.swapaxes(1, 2)), from_z.sum(0).ravel()
+
+    def add(b, result):
+        keys, sums, from_z = result
+        dkv[b][keys] += sums
+        dz[:] -= from_z
+
+    _for_blocks(n["..."], n["T"], _slot_rows(indices, n["G"] * (D + n["Dv"]) + n["H"]), work, add)
+    dk, dv = dkv[..., :D].astype(k.dtype), None if tied else dkv[..., D:].astype(v.dtype)
+    return dq.astype(q.dtype), dk, dv, None if sink is None else dz.astype(sink.dtype)
+
+
+def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None):
+    """What the indexer learns: the main attention's probabilities, summed over heads, L1-normalised.
+
+    q [..., T, H, D], k [..., S, G, D] -> p [..., T, S] over the window (dense warm-up); or, with indices
+    [..., T, K], p [..., T, K], a softmax inside the selected set (sparse stage), in which windows hide keys
+    only if they are given. 0 for keys not seen. float32, float64 for float64 input.
+
+    >>> attention_target(np.ones((1, 2, 1)), np.log([[[1.0]], [[3.0]]])).round(6)
+    array([[0.25, 0.75]])
+    """
+    n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
+    windows, scale = _support(n, k_start, k_end, indices), _scale(n, scale)
+    _expect_numpy("attention_target", n)
+    dtype, width = _accumulator(q, k), n["S"] if indices is None else indices.shape[-1]
+    target, mass = np.zeros((*n["..."], n["T"], width), dtype), _mass(n, q, k, scale, windows)
+
+    def dense(b, t0, t1):
+        lo, hi = _span(*(w[b][t0:t1] for w in windows))
+        target[b][t0:t1, lo:hi] = mass(b, t0, t1, lo, hi) / n["H"]
+
+    def sparse(b, t0, t1):
+        rows = _visible(indices[b][t0:t1], *(w[b][t0:t1] for w in windows))  # [T, K]
+        keys = _gather(k[b], rows, dtype).transpose(0, 2, 3, 1)  # [T, G, D, K]
+        heads = q[b][t0:t1].astype(dtype).reshape(len(rows), n["G"], n["H"] // n["G"], n["D"])
+        x = np.where(rows[:, None, None] >= 0, scale * (heads @ keys), -np.inf)
+        target[b][t0:t1] = _softmax(x)[0].sum((1, 2)) / n["H"]
+
+    if indices is None:
+        _for_blocks(n["..."], n["T"], max(1, min(64, ROW_BUFFER // max(1, 4 * n["S"] * n["H"]))), dense)
+    else:
+        _for_blocks(n["..."], n["T"], _slot_rows(indices, n["G"] * n["D"] + n["H"]), sparse)
+    return target
+
+
+def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=None, k_end=None):
+    """KL(p || softmax(I)), summed over all rows, of the scores I of (1); and its gradients, in closed form.
+
+    target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
+    that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
+    -> loss, (d_index_q, d_index_k, d_weights), these in shape and dtype like what they belong to
+
+    >>> one = np.ones((1, 1, 1))
+    >>> loss, grads = indexer_loss(one, np.log([[1.0], [3.0]]), one[0], np.array([[0.25, 0.75]]))
+    >>> round(abs(loss), 6), grads[1].round(6).ravel().tolist()
+    (0.0, [0.0, 0.0])
+    """
+    parts = {
+        "index_q": (index_q, "... T J E"),
+        "index_k": (index_k, "... S E"),
+        "weights": (weights, "... T J"),
+    }
+    n = _dims(**parts, target=(target, "... T S" if indices is None else "... T K"))
+    windows = _support(n, k_start, k_end, indices)
+    _expect_numpy("indexer_loss", n)
+    dtype = _accumulator(index_q, index_k, weights)
+    d_q, d_k, d_w = (np.zeros(x.shape, dtype) for x in (index_q, index_k, weights))
+    losses = np.zeros((*n["..."], n["T"]))
+
+    def work(b, t0, t1):
+        start, end = (w[b][t0:t1] for w in windows)
+        if indices is None:
+            lo, hi = _span(start, end)
+            rows, p = _visible(np.arange(lo, hi)[None], start, end), target[b][t0:t1, lo:hi]
+            keys = np.where((rows >= 0).any(0)[:, None], index_k[b][lo:hi], 0).astype(dtype)  # [N, E]
+        else:
+            rows, p = _visible(indices[b][t0:t1], start, end), target[b][t0:t1]
+            keys = _gather(index_k[b], rows, dtype)  # [T, N, E]
+        sees, (M, N) = rows >= 0, rows.shape  # [T, N]
+        q, w = (x[b][t0:t1].astype(dtype) for x in (index_q, weights))
+        q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
+        q = q.reshape(M * n["J"], n["E"]) if indices is None else q  # one product where all share the keys
+        r = (q @ keys.swapaxes(-1, -2)).reshape(M, n["J"], N)
+        on = np.maximum(r, 0, out=r)
+        scores = np.where(sees, (w[:, None] @ on)[:, 0], -np.inf)  # [T, N]                             (1)
+        p, (soft, lse) = np.where(sees, p, 0).astype(dtype), _softmax(scores)
+        losses[b][t0:t1] = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
+        d_scores = np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
+        d_w[b][t0:t1] = (on @ d_scores[..., None])[..., 0]
+        d_r = d_scores[:, None] * w[..., None]  # [T, J, N]
+        d_r *= on > 0
+        d_r = d_r.reshape(*q.shape[:-1], N)
+        d_q[b][t0:t1] = (d_r @ keys).reshape(M, n["J"], n["E"])
+        d_keys = d_r.swapaxes(-1, -2) @ q
+        return (slice(lo, hi), d_keys) if indices is None else _by_key(rows, d_keys)
+
+    def add(b, result):
+        d_k[b][result[0]] += result[1]
+
+    held = n["J"] * 16 + (0 if indices is None else n["E"])
+    _for_blocks(n["..."], n["T"], _slot_rows(target, held), work, add)
+    grads = (d.astype(x.dtype) for d, x in zip((d_q, d_k, d_w), (index_q, index_k, weights)))
+    return float(losses.sum()), tuple(grads)
+
+
+def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
+    """indexer_loss of the scorer SELECTORS["learned"], w_out . relu(w_q q + w_k k + b).
+
+    q [..., T, H, D], k [..., S, G, D], mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]);
+    q and k are summed over the heads of a group, as there -> loss, (d_w_q, d_w_k, d_b, d_w_out)
+
+    The scorer is (1) with index_q[t, f] = [unit vector f, (w_q q + b)[t, f]], index_k[s] = [(w_k k)[s], 1]
+    and weights = w_out.
+    """
+    n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
+    _expect_numpy("learned_loss", n)
+    with _one_blas_thread():
+        q, k, hidden_q, hidden_k = _hidden_units(SimpleNamespace(q=q, k=k, n=n), *mlp)
+    F, w_out = len(mlp[3]), mlp[3].astype(hidden_q.dtype)
+    unit = np.broadcast_to(np.eye(F, dtype=q.dtype), (*hidden_q.shape, F))
+    index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]
+    index_k = np.concatenate([hidden_k, np.ones_like(hidden_k[..., :1])], -1)  # [..., S, F + 1]
+    weights, windows = np.broadcast_to(w_out, hidden_q.shape), {"k_start": k_start, "k_end": k_end}
+    loss, (d_q, d_k, d_w) = indexer_loss(index_q, index_k, weights, target, indices=indices, **windows)
+    rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], q, d_k[..., :-1], k, d_w))
+    d_hidden, q, d_k, k, d_w = rows  # [..., F] and [..., G*D], without batch axes
+    with _one_blas_thread():
+        grads = (d_hidden.T @ q, d_k.T @ k, d_hidden.sum(0), d_w.sum(0))
+    return loss, tuple(d.astype(x.dtype) for d, x in zip(grads, mlp))
+
+
+def _expect_numpy(name, n):
+    _expect(n["xp"] is np, f"{name}'s arrays", "CuPy's", "NumPy's: it has no kernel", NotImplementedError)
+
+
+def _support(n, k_start, k_end, indices):
+    """The windows, which hide nothing by default where indices say what a query sees."""
+    if indices is not None:
+        _check_indices("indices", indices, n)
+        fits = n.get("K", indices.shape[-1]) == indices.shape[-1]
+        _expect(fits, "indices", f"of shape {indices.shape}", f"K = {n.get('K')} of target")
+        k_end = np.full(n["T"], n["S"]) if k_end is None else k_end
+    return _windows(n, k_start, k_end)
+
+
+def _visible(rows, start, end):
+    """Keys [T, K], or [1, K] of all queries, with -1 for those outside the windows [T] -> [T, K] int64."""
+    rows = rows.astype(np.int64)
+    return np.where((rows >= start[:, None]) & (rows < end[:, None]), rows, -1)
+
+
+def _slot_rows(slots, numbers):
+    """How many queries to work on at a time, whose slots [..., T, K] hold so many numbers each."""
+    return max(1, min(64, ROW_BUFFER // 4 // max(1, slots.shape[-1] * numbers)))
+
+
+def _gather(x, rows, dtype):
+    """x [S, ...] at rows [T, K] -> [T, K, ...], 0 where a row is -1."""
+    taken, there = np.zeros((*rows.shape, *x.shape[1:]), dtype), rows >= 0
+    taken[there] = x[rows[there]]
+    return taken
+
+
+def _by_key(rows, x):
+    """x [T, K, ...] of the slots rows [T, K], added up by key -> keys [N], ascending, sums [N, ...]."""
+    order = np.argsort(rows, axis=None, kind="stable")
+    keys = rows.ravel()[order]
+    first = np.flatnonzero(
+        np.diff(keys, prepend=-1)
+    )  # of each key's slots; -1 has none, and comes before all
+    return keys[first], np.add.reduceat(x.reshape(rows.size, *x.shape[2:])[order], first)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 11. A sequence sharded over machines, through MPI
 # ----------------------------------------------------------------------------------------------------------
 # Rank r holds a contiguous range of the keys, which may be empty, and every rank holds the queries. Selection
 # is a reduction: the first top_k of all keys are the first top_k of what the shards select, and the first and
@@ -2389,7 +2643,7 @@ def _merge_shards(comm, out, lse):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# 11. On the GPU: how the kernels of dsa_kernels.cu are launched
+# 12. On the GPU: how the kernels of dsa_kernels.cu are launched
 # ----------------------------------------------------------------------------------------------------------
 
 TYPES = {

@@ -472,18 +472,24 @@ ONES: dict[str, Any] = {  # T 3, S 6, H 4, G 2, D 5, Dv 3, J 2, E 4; what is wro
     "index_k": np.ones((6, 4)), "weights": np.ones((3, 2)), "scores": np.ones((3, 6)), "top_k": 4,
     "indices": np.zeros((3, 2), np.int32), "outs": [np.ones((3, 4, 3))] * 2, "lses": [np.ones((3, 4))] * 2,
     "out": np.ones((3, 4, 3)), "lse": np.ones((3, 4)), "sink": np.ones(4),
-    "candidates": np.zeros((3, 2), np.int32),    "t": 2, "s": 1, "sequences": [np.ones((2, 3))] * 2,
+    "candidates": np.zeros((3, 2), np.int32), "dout": np.ones((3, 4, 3)), "target": np.ones((3, 6)),
+    "mlp": (np.ones((7, 10)), np.ones((7, 10)), np.ones(7), np.ones(7)),
+    "t": 2, "s": 1, "sequences": [np.ones((2, 3))] * 2,
 }  # fmt: skip
 TAKES = {
     "dense_attention": "q k v", "index_scores": "index_q index_k weights", "select_topk": "scores top_k",
     "lightning_select": "index_q index_k weights top_k", "sparse_attention": "q k v indices",
     "merge_attention": "outs lses", "apply_sink": "out lse sink", "explain": "index_q index_k weights t s",
     "predictive_select": "index_q index_k weights top_k candidates", "pad_batch": "sequences",
+    "sparse_attention_backward": "q k v indices out lse dout", "attention_target": "q k",
+    "indexer_loss": "index_q index_k weights target", "learned_loss": "q k mlp target",
 }  # fmt: skip
 SELECTING = ["select_topk", "lightning_select", "predictive_select"]
-ATTENDING = ["dense_attention", "sparse_attention"]
-INDEXING = ["index_scores", "lightning_select", "predictive_select", "explain"]
-WINDOWED = ["dense_attention", "index_scores", *SELECTING]
+ATTENDING = ["dense_attention", "sparse_attention", "sparse_attention_backward"]
+INDEXING = ["index_scores", "lightning_select", "predictive_select", "explain", "indexer_loss"]
+LEARNING = ["attention_target", "indexer_loss", "learned_loss"]
+WINDOWED = ["dense_attention", "index_scores", *SELECTING, *LEARNING]
+GATHERING = ["sparse_attention", "sparse_attention_backward", *LEARNING]
 BATCHED = {name: np.broadcast_to(ONES[name], (2, 4, *ONES[name].shape)) for name in "qkv"}
 BAD_INPUT = [  # functions, what to change, error, what its message must hold
     (ATTENDING, {"q": np.ones(17)}, ValueError, "q 17"),
@@ -526,11 +532,11 @@ BAD_INPUT = [  # functions, what to change, error, what its message must hold
     (["select_topk"], {"scores": np.ones((3, 6), int)}, TypeError, "scores int64"),
     (["select_topk"], {"scores": np.full((3, 6), NAN)}, ValueError, "NaN"),
     (["lightning_select", "predictive_select"], {"weights": np.full((3, 2), NAN)}, ValueError, "NaN"),
-    (["sparse_attention"], {"indices": np.zeros((3, 2))}, TypeError, "indices float64"),
-    (["sparse_attention"], {"indices": np.zeros((17, 2), int)}, ValueError, "indices 17 3"),
-    (["sparse_attention"], {"indices": np.array([[0, 1], [-1, 17], [2, 3]])}, IndexError, "indices 17"),
-    (["sparse_attention"], {"indices": np.array([[0, 1], [5, -17], [2, 3]])}, IndexError, "indices -17"),
-    (["sparse_attention"], {"indices": np.full((3, 2), 2**32)}, IndexError, "indices 4294967296"),
+    (GATHERING, {"indices": np.zeros((3, 2))}, TypeError, "indices float64"),
+    (GATHERING, {"indices": np.zeros((17, 2), int)}, ValueError, "indices 17 3"),
+    (GATHERING, {"indices": np.array([[0, 1], [-1, 17], [2, 3]])}, IndexError, "indices 17"),
+    (GATHERING, {"indices": np.array([[0, 1], [5, -17], [2, 3]])}, IndexError, "indices -17"),
+    (GATHERING, {"indices": np.full((3, 2), 2**32)}, IndexError, "indices 4294967296"),
     (["predictive_select"], {"candidates": np.zeros((3, 2))}, TypeError, "candidates float64"),
     (["predictive_select"], {"candidates": np.zeros((17, 2), int)}, ValueError, "candidates 17 3"),
     (["predictive_select"], {"widen": -1}, ValueError, "widen -1"),
@@ -538,6 +544,13 @@ BAD_INPUT = [  # functions, what to change, error, what its message must hold
     (["merge_attention"], {"lses": [np.ones((3, 17))] * 2}, ValueError, "lses 17"),
     (["apply_sink"], {"sink": np.ones(17)}, ValueError, "sink 17 4"),
     (["apply_sink"], {"lse": np.ones((3, 17))}, ValueError, "lse 17"),
+    (["sparse_attention_backward"], {"dout": np.ones((3, 4, 17))}, ValueError, "dout 17 3"),
+    (["sparse_attention_backward"], {"lse": np.ones((17, 4))}, ValueError, "lse 17 3"),
+    (["sparse_attention_backward"], {"out": np.ones((3, 17, 3))}, ValueError, "out 17 4"),
+    (LEARNING[1:], {"target": np.ones((3, 17))}, ValueError, "target 17 6"),
+    (LEARNING[1:], {"indices": np.zeros((3, 2), int)}, ValueError, "indices 2 target 6"),
+    (["learned_loss"], {"mlp": (*ONES["mlp"][:3], np.ones(17))}, ValueError, "w_out 17 7"),
+    (["attention_target"], {"scale": NAN}, ValueError, "scale nan"),
     (["explain"], {"t": 0, "s": 4}, ValueError, "s 4"),
     (["pad_batch"], {"multiple": 0}, ValueError, "multiple 0"),
     (["pad_batch"], {"sequences": [np.ones((2, 3)), np.ones((2, 17))]}, ValueError, "sequences 17"),
@@ -2509,7 +2522,453 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 14. A sequence sharded by MPI: the functions ranks_* run on every rank of 1 to 4 processes
+# 14. Training the indexer
+# ------------------------------------------------------------------------------------------------------------
+
+TRAINING = ["sparse_attention_backward", "attention_target", "indexer_loss", "learned_loss"]
+SINKS = [None, 0.0, 0.7, -3.0, INF, -INF]
+
+
+def attention_grads_by_loops(p, indices, out, lse, dout, sink):
+    """Section 6 of the specification, slot by slot, from out and lse as they are."""
+    H, G, scale = p.q.shape[-2], p.k.shape[-2], p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    q, k, v, out, lse, dout = (x.astype(np.float64) for x in (p.q, p.k, p.values, out, lse, dout))
+    dq, dk, dv, dsink = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(H)
+    for b, t in p.rows():
+        for h, s in itertools.product(range(H), kept_in(indices)(b, t)):
+            g, z, delta = h // (H // G), -INF if sink is None else sink[h], dot(dout[b][t, h], out[b][t, h])
+            whole = np.logaddexp(lse[b][t, h], z)
+            P = math.exp(scale * dot(q[b][t, h], k[b][s, g]) - whole)
+            dS = P * (dot(dout[b][t, h], v[b][s, g]) - delta)
+            dq[b][t, h] += scale * dS * k[b][s, g]
+            dk[b][s, g] += scale * dS * q[b][t, h]
+            dv[b][s, g] += P * dout[b][t, h]
+        for h in range(H) if kept_in(indices)(b, t) and sink is not None else ():
+            share = 1 if sink[h] == INF else math.exp(sink[h] - np.logaddexp(lse[b][t, h], sink[h]))
+            dsink[h] -= share * dot(dout[b][t, h], out[b][t, h])
+    if p.v is None:
+        dk[..., : dv.shape[-1]] += dv
+    return dq, dk, None if p.v is None else dv, None if sink is None else dsink
+
+
+def assert_gradients(actual, expected, like, tolerance):
+    """Of the dtype and shape of what they belong to, and close in units of the largest."""
+    for a, e, x in zip(actual, expected, like, strict=True):
+        if x is None:
+            assert a is None
+            continue
+        assert a.dtype == x.dtype and a.shape == x.shape
+        size = max(1.0, np.abs(e).max(initial=0))
+        assert_close(a.astype(np.float64) / size, e / size, tolerance)
+
+
+def trained(dsa, p, indices, z, seed=0):
+    """-> sink, dout, and what sparse_attention_backward returns after sparse_attention; out, lse."""
+    rng, sink = np.random.default_rng(seed), None
+    if z is not None:
+        sink = np.full(p.q.shape[-2], z) + (rng.integers(-1, 2, p.q.shape[-2]) if math.isfinite(z) else 0)
+        sink = sink.astype(p.q.dtype)
+    out, lse = dsa.sparse_attention(p.q, *p.kv, indices, **p.latent, scale=p.scale, sink=sink)
+    dout = rng.standard_normal(out.shape).astype(out.dtype)
+    grads = dsa.sparse_attention_backward(
+        p.q, *p.kv, indices, out, lse, dout, **p.latent, scale=p.scale, sink=sink
+    )
+    return sink, dout, grads, out, lse
+
+
+@given(p=problems(), seed=seeds, z=st.sampled_from(SINKS))
+def test_sparse_attention_backward_is_the_sum_over_slots(dsa, p, seed, z):
+    """Any head layout, tied or not, any dtype; -1, repeats, empty rows; sinks that take all or nothing."""
+    indices = drawn_indices(p, seed)
+    sink, dout, grads, out, lse = trained(dsa, p, indices, z)
+    expected = attention_grads_by_loops(p, indices, out, lse, dout, sink)
+    assert_gradients(grads, expected, (p.q, *p.kv, sink), TOLERANCE[p.q.dtype])
+
+
+def slope(f, x, direction, step=1e-6):
+    """The derivative of f along a direction, by central differences."""
+    return (f(x + step * direction) - f(x - step * direction)) / (2 * step)
+
+
+@given(p=problems(data=normal, dtypes=[F64]), seed=seeds, z=st.sampled_from([None, 0.7, -3.0]))
+def test_sparse_attention_backward_is_the_slope(dsa, p, seed, z):
+    """Along a random direction of each input, out moves as the gradients say: the formulas are right."""
+    indices = drawn_indices(p, seed)
+    sink, dout, grads, *_ = trained(dsa, p, indices, z)
+    parts: list[Any] = [p.q, *p.kv, sink]
+    for i, (x, grad) in enumerate(zip(parts, grads, strict=True)):
+        if x is None:
+            continue
+
+        def loss(y, i=i):
+            q, k, v, z = (y if i == j else part for j, part in enumerate(parts))
+            return (dsa.sparse_attention(q, k, v, indices, **p.latent, scale=p.scale, sink=z)[0] * dout).sum()
+
+        along = np.random.default_rng(seed).standard_normal(x.shape)
+        assert_close((grad * along).sum(), slope(loss, x, along), 1e-6)
+
+
+def target_by_loops(p, keys_of, width):
+    """Each slot's probability, the mean over heads, and 0 in slots where keys_of has None."""
+    H, G, scale = p.q.shape[-2], p.k.shape[-2], p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    target = np.zeros((*p.batch, p.T, width))
+    for (b, t), h in itertools.product(p.rows(), range(H)):
+        q, k = p.q[b][t, h].astype(np.float64), p.k[b][:, h // (H // G)].astype(np.float64)
+        x = np.array([-INF if s is None else scale * dot(q, k[s]) for s in keys_of(b, t)])
+        if (x > -INF).any():
+            share = np.exp(x - x.max())
+            target[b][t] += share / share.sum() / H
+    return target
+
+
+def slots_of(p, indices, windows):
+    """keys_of with None in every slot that is absent; indices None is every key of the window."""
+
+    def keys_of(b, t):
+        rows = range(p.S) if indices is None else indices[b][t].tolist()
+        seen = range(p.lo[b][t], p.hi[b][t]) if windows else range(p.S)
+        return [s if s in seen else None for s in rows]
+
+    return keys_of
+
+
+def support(p, seed, sparse):
+    """(indices or None, options, keys_of, width): the dense warm-up, or a selected set, windowed or not."""
+    if not sparse:
+        return None, p.windows, slots_of(p, None, True), p.S
+    indices, windowed = drawn_indices(p, seed), seed % 2 == 0 and len(p.windows) == 2
+    kwargs = {"indices": indices, **(p.windows if windowed else {})}
+    return indices, kwargs, slots_of(p, indices, windowed), indices.shape[-1]
+
+
+@given(p=problems(), seed=seeds, sparse=st.booleans())
+def test_the_target_is_the_mean_probability_over_heads(dsa, p, seed, sparse):
+    """Over the window, or inside the selected set; a row that sees something sums to 1, another is all 0."""
+    _, kwargs, keys_of, width = support(p, seed, sparse)
+    target = dsa.attention_target(p.q, p.k, scale=p.scale, **kwargs)
+    assert target.dtype == accumulator(p.q.dtype)
+    assert_close(target, target_by_loops(p, keys_of, width), TOLERANCE[accumulator(p.q.dtype)])
+    sees = [any(s is not None for s in keys_of(b, t)) for b, t in p.rows()]
+    assert_close(target.sum(-1).ravel(), np.array(sees), 1e-5)
+
+
+def loss_by_loops(p, target, keys_of):
+    """KL(p || softmax(I)) and its gradients by the chain rule, one score at a time, in float64."""
+    loss, index = 0.0, [x.astype(np.float64) for x in p.index]
+    grads = [np.zeros_like(x) for x in index]
+    for b, t in p.rows():
+        (q, k, w), (dq, dk, dw) = ([x[b] for x in xs] for xs in (index, grads))
+        slots = [(i, s) for i, s in enumerate(keys_of(b, t)) if s is not None]
+        r = {i: [dot(x, k[s]) for x in q[t]] for i, s in slots}
+        scores = {i: dot(w[t], [max(0.0, x) for x in r[i]]) for i, _ in slots}
+        top = max(scores.values(), default=0.0)
+        log_sum = top + math.log(sum(math.exp(x - top) for x in scores.values())) if slots else 0.0
+        for i, s in slots:
+            share = float(target[b][t, i])
+            loss += share * (math.log(share) - scores[i] + log_sum) if share else 0
+            d_score = math.exp(scores[i] - log_sum) - share
+            for j, x in enumerate(r[i]):
+                if x > 0:
+                    dw[t, j] += d_score * x
+                    dq[t, j] += d_score * w[t, j] * k[s]
+                    dk[s] += d_score * w[t, j] * q[t, j]
+    return loss, grads
+
+
+@given(p=problems(), seed=seeds, sparse=st.booleans())
+def test_indexer_loss_is_the_kl_and_its_gradients_by_the_chain_rule(dsa, p, seed, sparse):
+    """Small integers: products of exactly 0 are common, and pass nothing on; rows without keys neither."""
+    _, kwargs, keys_of, width = support(p, seed, sparse)
+    target = target_by_loops(p, keys_of, width)
+    loss, grads = dsa.indexer_loss(*p.index, target, **kwargs)
+    expected, expected_grads = loss_by_loops(p, target, keys_of)
+    tolerance = TOLERANCE[accumulator(p.q.dtype)]
+    assert isinstance(loss, float)
+    assert_close(loss, expected, 10 * tolerance)
+    assert_gradients(grads, expected_grads, p.index, max(tolerance, TOLERANCE[p.q.dtype]))
+
+
+@given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=st.booleans())
+def test_the_indexers_gradients_are_the_slope(dsa, p, seed, sparse):
+    """Of eq. (1) and of the MLP, along a random direction of each parameter; rows of p need not sum to 1."""
+    _, kwargs, keys_of, width = support(p, seed, sparse)
+    rng, C = np.random.default_rng(seed), p.k.shape[-2] * p.k.shape[-1]
+    target = target_by_loops(p, keys_of, width) * rng.integers(0, 3, (*p.batch, p.T, 1))
+    mlp = [rng.standard_normal(shape) for shape in ((3, C), (3, C), 3, 3)]
+    for parts, f in (
+        (list(p.index), lambda parts: dsa.indexer_loss(*parts, target, **kwargs)),
+        (mlp, lambda parts: dsa.learned_loss(p.q, p.k, tuple(parts), target, **kwargs)),
+    ):
+        for i, (x, grad) in enumerate(zip(parts, f(parts)[1], strict=True)):
+            along = rng.standard_normal(x.shape)
+            loss = lambda y, i=i, parts=parts, f=f: f([*parts[:i], y, *parts[i + 1 :]])[0]  # noqa: E731
+            step = 1e-7  # kinks of the ReLU are rare within it
+            assert_close((grad * along).sum() / 1e3, slope(loss, x, along, step) / 1e3, 1e-6)
+
+
+@given(p=indexed, seed=seeds)
+def test_the_mlps_loss_is_that_of_the_scores_it_selects_by(dsa, p, seed):
+    """Eq. (2) on the scores whose KL learned_loss takes is what SELECTORS["learned"] keeps."""
+    rng, (H, D), G = np.random.default_rng(seed), p.q.shape[-2:], p.k.shape[-2]
+    mlp = tuple(rng.integers(-2, 3, shape).astype(np.float64) for shape in ((3, G * D), (3, G * D), 3, 3))
+    p = replace(p, q=small(rng, *p.q.shape).astype(F32), k=small(rng, *p.k.shape).astype(F32))
+    q = p.q.reshape(*p.batch, p.T, G, H // G, D).sum(-2).reshape(*p.batch, p.T, -1).astype(np.float64)
+    k = p.k.reshape(*p.batch, p.S, -1).astype(np.float64)
+    hidden = (q @ mlp[0].T + mlp[2])[..., :, None, :] + (k @ mlp[1].T)[..., None, :, :]
+    scores = np.maximum(hidden, 0) @ mlp[3]  # [..., T, S]
+    kept = dsa.SELECTORS["learned"](p.q, p.k, p.top_k, mlp=mlp, **p.windows)
+    np.testing.assert_array_equal(kept, selection_by_sort(p, scores, p.top_k))
+    target = target_by_loops(p, slots_of(p, None, True), p.S)
+    expected = 0.0
+    for b, t in p.rows():
+        x, share = (y[b][t, p.lo[b][t] : p.hi[b][t]] for y in (scores, target))
+        log_sum = np.logaddexp.reduce(x) if len(x) else 0.0
+        expected += sum(a * (math.log(a) - c + log_sum) for a, c in zip(share, x, strict=True) if a)
+    assert_close(dsa.learned_loss(p.q, p.k, mlp, target, **p.windows)[0], expected, 1e-4)
+
+
+@given(p=problems(data=normal, dtypes=[F64]))
+def test_an_indexer_that_is_right_has_nothing_to_learn(dsa, p):
+    """Where p is softmax(I) the loss and every gradient are 0, and only there is the loss so small."""
+    scores = scores_by_loops(p)
+    top = np.maximum(scores.max(-1, keepdims=True), -1e300)
+    target = np.exp(scores - top)
+    target /= np.maximum(target.sum(-1, keepdims=True), 1e-300)
+    loss, grads = dsa.indexer_loss(*p.index, target, **p.windows)
+    assert abs(loss) < 1e-9 and all(np.abs(grad).max() < 1e-9 for grad in grads)
+    assert dsa.indexer_loss(*p.index, target[..., ::-1].copy(), **p.windows)[0] > -1e-9
+
+
+@given(p=problems(data=normal, dtypes=[F32, F64]), value=st.sampled_from([NAN, INF, 7.0]))
+def test_what_nobody_sees_trains_nothing(dsa, p, value):
+    """Keys outside every window or set, and queries without keys (padding), may hold anything (trap 6)."""
+    indices = select(Stages(dsa, np), p)
+    for kwargs in (p.windows, {"indices": indices}):
+        seen = np.zeros((*p.batch, p.S), bool)
+        for b, t in p.rows():
+            seen[b][
+                indices[b][t][indices[b][t] >= 0] if "indices" in kwargs else slice(p.lo[b][t], p.hi[b][t])
+            ] = 1
+        empty = (p.lo >= p.hi) if kwargs is p.windows else (indices < 0).all(-1)
+        dirty = replace(
+            p, **{name: getattr(p, name).copy() for name in ("q", "k", "index_q", "index_k", "weights")}
+        )
+        for x, mask in ((dirty.q, empty), (dirty.index_q, empty), (dirty.weights, empty), (dirty.k, ~seen),
+                        (dirty.index_k, ~seen)):  # fmt: skip
+            x[mask] = value
+        targets = [dsa.attention_target(x.q, x.k, **kwargs) for x in (p, dirty)]
+        assert_same(targets[1], targets[0])
+        targets[1][empty] = value
+        losses = [dsa.indexer_loss(*x.index, y, **kwargs) for x, y in zip((p, dirty), targets, strict=True)]
+        assert losses[0][0] == losses[1][0]
+        assert_same(losses[1][1], losses[0][1])
+    dirty.v, shape = None if p.v is None else p.v.copy(), p.q.shape[:-1]
+    if dirty.v is not None:
+        dirty.v[~seen] = value
+    out, lse = sparse(Stages(dsa, np), p, indices)
+    dout = np.ones_like(out)
+    grads = []
+    for x, y in ((p, 1), (dirty, value)):
+        dout[empty], sink = y, np.zeros(shape[-1], p.q.dtype)
+        rest = (indices, out, lse, dout.copy())
+        grads.append(dsa.sparse_attention_backward(x.q, *x.kv, *rest, **p.latent, sink=sink))
+    assert_same(tuple(g for g in grads[1] if g is not None), tuple(g for g in grads[0] if g is not None))
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_hole_between_windows_trains_nothing(dsa, value):
+    """Queries in one block may see keys with others between them that none of them sees."""
+    rng, windows = np.random.default_rng(0), {"k_start": np.array([0, 4]), "k_end": np.array([2, 6])}
+    q, k, index_q, index_k, w = (
+        rng.standard_normal(n) for n in ((2, 2, 3), (6, 1, 3), (2, 2, 4), (6, 4), (2, 2))
+    )
+    holes = k.copy(), index_k.copy()
+    for x in holes:
+        x[2:4] = value
+    targets = [dsa.attention_target(q, x, **windows) for x in (k, holes[0])]
+    assert_same(targets[1], targets[0])
+    targets[1][:, 2:4] = value
+    found = [dsa.indexer_loss(index_q, x, w, y, **windows) for x, y in zip((index_k, holes[1]), targets)]
+    assert found[0][0] == found[1][0]
+    assert_same(found[1][1], found[0][1])
+
+
+@given(p=problems(data=normal, dtypes=[F64]), seed=seeds)
+def test_a_set_that_is_the_window_trains_like_the_window(dsa, p, seed):
+    """Dense warm-up and sparse stage are one formula: with every visible key selected they agree."""
+    indices = np.where(
+        (np.arange(p.S) >= p.lo[..., None]) & (np.arange(p.S) < p.hi[..., None]), np.arange(p.S), -1
+    )
+    dense_target = dsa.attention_target(p.q, p.k, scale=p.scale, **p.windows)
+    target = dsa.attention_target(p.q, p.k, scale=p.scale, indices=indices)
+    assert_close(target, dense_target, 1e-12)
+    loss, grads = dsa.indexer_loss(*p.index, target, indices=indices)
+    dense_loss, dense_grads = dsa.indexer_loss(*p.index, target, **p.windows)
+    assert_close(loss, dense_loss, 1e-10)
+    assert_gradients(grads, dense_grads, p.index, 1e-10)
+
+
+@given(
+    p=problems(data=normal, dtypes=[F64]), seed=seeds, z=st.sampled_from([None, 0.7]), sparse=st.booleans()
+)
+@slow
+def test_gradients_are_those_of_torch(dsa, p, seed, z, sparse):
+    """torch.autograd through eq. (1) to (3) and the KL as one would write them there."""
+    torch = pytest.importorskip("torch")
+    leaf: Any = lambda x: None if x is None else torch.tensor(x, requires_grad=True)  # noqa: E731
+    indices = drawn_indices(p, seed)
+    sink, dout, grads, *_ = trained(dsa, p, indices, z)
+    q, k, v, s = leaves = [leaf(x) for x in (p.q, *p.kv, sink)]
+    wide = lambda x: x.repeat_interleave(p.q.shape[-2] // p.k.shape[-2], dim=-2)  # noqa: E731
+    row = lambda x, b, t: x[b][torch.tensor(indices[b][t][indices[b][t] >= 0].astype(np.int64))]  # noqa: E731
+    total, scale = torch.zeros((), dtype=torch.float64), p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
+    for b, t in p.rows():
+        keys = wide(row(k, b, t))  # [N, H, D]
+        values = keys[..., : p.latent["d_v"]] if v is None else wide(row(v, b, t))
+        logits = scale * torch.einsum("hd,nhd->hn", q[b][t], keys)
+        one = logits if s is None else torch.cat([logits, s[:, None]], 1)
+        share = torch.softmax(one, 1)[:, : logits.shape[1]] if len(keys) else logits
+        total = total + (torch.einsum("hn,nhd->hd", share, values) * torch.tensor(dout[b][t])).sum()
+    total = total + 0 * sum(x.sum() for x in leaves if x is not None)
+    found = torch.autograd.grad(total, [x for x in leaves if x is not None])
+    kept = [(g, x) for g, x in zip(grads, (p.q, *p.kv, sink), strict=True) if x is not None]
+    assert_gradients([g for g, _ in kept], [x.numpy() for x in found], [x for _, x in kept], 1e-9)
+
+    _, kwargs, keys_of, _ = support(p, seed, sparse)
+    target = dsa.attention_target(p.q, p.k, scale=p.scale, **kwargs)
+    leaves, total = [leaf(x) for x in p.index], torch.zeros((), dtype=torch.float64)
+    for b, t in p.rows():
+        there = [i for i, s in enumerate(keys_of(b, t)) if s is not None]
+        keys = leaves[1][b][[s for s in keys_of(b, t) if s is not None]]
+        scores = (leaves[2][b][t][:, None] * torch.relu(leaves[0][b][t] @ keys.T)).sum(0)
+        share = torch.tensor(target[b][t][there])
+        if there:
+            kl = torch.nn.functional.kl_div(torch.log_softmax(scores, 0), share, reduction="sum")
+            total = total + kl
+    total = total + 0 * sum(x.sum() for x in leaves)  # a problem without keys has gradients too
+    found = torch.autograd.grad(total, leaves)
+    loss, grads = dsa.indexer_loss(*p.index, target, **kwargs)
+    assert_close(loss, total.item(), 1e-9)
+    assert_gradients(grads, [x.numpy() for x in found], p.index, 1e-9)
+
+
+def test_the_readmes_lines_train_an_indexer(dsa, capsys):
+    """The block of README.md, shortened: the KL falls in both stages, and its Functions pass gradcheck."""
+    torch, readme = pytest.importorskip("torch"), Path(__file__).with_name("README.md")
+    if not readme.exists():
+        pytest.skip("a copy of test_dsa.py without README.md beside it")
+    (block,) = re.findall(r"```python\n(import dsa, torch[^`]*)```", readme.read_text(encoding="utf-8"))
+    for long, short in (("range(151)", "range(31)"), ("step < 100", "step < 20"), ("step % 50", "step % 10")):
+        assert block.count(long) == 1
+        block = block.replace(long, short)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    warm, warmer, sparse, sparser = (float(line.split()[1]) for line in capsys.readouterr().out.splitlines())
+    assert warmer < 0.9 * warm and sparser < sparse < warm
+    leaf: Any = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    indices = np.array([[0, 2, -1], [1, 3, 0]])
+    target = np.array([[0.5, 0.5, 0], [0.2, 0.3, 0.5]])
+    parts = (leaf(2, 2, 3), leaf(4, 3), leaf(2, 2), target, indices)
+    assert torch.autograd.gradcheck(names["IndexerLoss"].apply, parts)
+    assert torch.autograd.gradcheck(
+        names["SparseAttention"].apply, (leaf(2, 2, 3), leaf(4, 1, 3), leaf(4, 1, 2), indices)
+    )
+
+
+def training_calls(dsa, T, S, K, dtype, seed=0):
+    """Every function of the section on random data, one argument-free call each."""
+    rng = np.random.default_rng(seed)
+    q, k, index_q, index_k, weights = (
+        rng.standard_normal(shape).astype(dtype)
+        for shape in ((T, 2, 4), (S, 1, 4), (T, 2, 8), (S, 8), (T, 2))
+    )
+    indices = rng.integers(-1, S, (T, K), np.int32)
+    mlp = tuple(rng.standard_normal(shape).astype(dtype) for shape in ((3, 4), (3, 4), 3, 3))
+    out, lse = dsa.sparse_attention(q, k, k, indices, sink=weights[0])
+    target = dsa.attention_target(q, k, indices=indices)
+    whole = np.full((T, S), 1 / S, accumulator(np.dtype(dtype)))
+    return {
+        "sparse_attention_backward": lambda: dsa.sparse_attention_backward(
+            q, k, k, indices, out, lse, out, sink=weights[0]
+        ),
+        "attention_target": lambda: dsa.attention_target(q, k, indices=indices),
+        "indexer_loss": lambda: dsa.indexer_loss(index_q, index_k, weights, target, indices=indices),
+        "learned_loss": lambda: dsa.learned_loss(q, k, mlp, target, indices=indices),
+        "dense warm-up": lambda: dsa.indexer_loss(index_q, index_k, weights, whole),
+    }
+
+
+@slow
+@given(seed=seeds, tied=st.booleans(), sparse=st.booleans())
+def test_gradients_add_up_over_chunks_of_queries(dsa, seed, tied, sparse):
+    """Many blocks: each query's gradient is its own, a key's is the sum over the chunks it is seen from."""
+    rng, T, S, K = np.random.default_rng(seed), 150, 40, 7
+    q, k, index_q, index_k, w, sink = (
+        rng.standard_normal(shape) for shape in ((T, 2, 4), (S, 1, 4), (T, 2, 8), (S, 8), (T, 2), (2,))
+    )
+    v, latent = (None, {"d_v": 3}) if tied else (k, {})
+    indices = rng.integers(-1, S, (T, K), np.int32)
+    out, lse = dsa.sparse_attention(q, k, v, indices, sink=sink, **latent)
+    ends = np.full(T, S)
+
+    def grads(rows):
+        rest = (indices[rows], out[rows], lse[rows], out[rows])
+        some = {"indices": indices[rows]} if sparse else {"k_end": ends[rows]}
+        target = dsa.attention_target(q[rows], k, **some)
+        loss, of_index = dsa.indexer_loss(index_q[rows], index_k, w[rows], target, **some)
+        dq, dk, dv, dsink = dsa.sparse_attention_backward(q[rows], k, v, *rest, sink=sink, **latent)
+        return (dq, of_index[0], of_index[2]), (dk, of_index[1], dsink, loss, 0 if tied else dv)
+
+    (own, summed), parts = grads(slice(None)), [grads(slice(a, a + 50)) for a in (0, 50, 100)]
+    for i, x in enumerate(own):
+        assert_close(np.concatenate([part[0][i] for part in parts]), x, 1e-12)
+    for i, y in enumerate(summed):
+        assert_close(sum(part[1][i] for part in parts), y, 1e-10)
+
+
+@slow
+@given(seed=seeds, dtype=st.sampled_from(DTYPES))
+def test_threads_never_change_a_bit_of_a_gradient(dsa, seed, dtype):
+    """A key's gradient is a sum over queries in many blocks, added in their order, whoever comes first."""
+    calls = training_calls(dsa, 200 + seed % 100, 300, 9, dtype, seed)
+
+    def flat(x):
+        return sum(map(flat, x), ()) if isinstance(x, tuple) else (np.asarray(x),)
+
+    try:
+        dsa.set_num_threads(1)
+        expected = {name: flat(call()) for name, call in calls.items()}
+        for n in (2, 5, None):
+            dsa.set_num_threads(n)
+            for name, call in calls.items():
+                assert_same(flat(call()), expected[name])
+    finally:
+        dsa.set_num_threads(None)
+
+
+@pytest.mark.parametrize("what", [*TRAINING, "dense warm-up"])
+def test_training_holds_no_queries_times_keys(dsa, what):
+    """With indices nothing of that size; in the warm-up only the target, which is given (trap 7)."""
+    n = 8192
+    assert peak_bytes(training_calls(dsa, n, n, 64, F32)[what]) < n * n * 4 / 4
+
+
+def test_training_refuses_cupy_by_name(dsa, monkeypatch):
+    """No kernel yet: the error says which function, instead of an array that is half computed."""
+    fake: Any = types.ModuleType("cupy")
+    fake.ndarray = type("ndarray", (), {"__init__": lambda self, *shape: self.__dict__.update(
+        shape=shape, ndim=len(shape), dtype=F32), "__module__": "cupy"})  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    q, k, mlp = fake.ndarray(3, 4, 5), fake.ndarray(6, 2, 5), (None,) * 4
+    index = (fake.ndarray(3, 2, 4), fake.ndarray(6, 4), fake.ndarray(3, 2), fake.ndarray(3, 6))
+    calls = {"attention_target": (q, k), "learned_loss": (q, k, mlp, q), "indexer_loss": index}
+    for name, args in calls.items():
+        with pytest.raises(NotImplementedError, match=name):
+            getattr(dsa, name)(*args)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 15. A sequence sharded by MPI: the functions ranks_* run on every rank of 1 to 4 processes
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2769,7 +3228,7 @@ def ranks_traffic(dsa, comm):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 15. On the GPU (the stages above were tested on both; what follows needs one, but for the compiler)
+# 16. On the GPU (the stages above were tested on both; what follows needs one, but for the compiler)
 # ------------------------------------------------------------------------------------------------------------
 
 
