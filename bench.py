@@ -1313,7 +1313,7 @@ def report_stages(bench: Bench, n: int, prefill, decode) -> None:
 
 TRAINED_BY = ("trained", "warm-up only", "before training")
 RIVALS = ("approximate", "lsh", "window", "strided", "random")  # what a trained indexer has to beat
-HEADS, WIDTH, INSIDE = 8, 64, 64  # the indexer's J and E, and the K of its sparse stage
+J, E, INSIDE = 8, 64, 64  # the indexer's J and E, and the K of its sparse stage
 
 
 class Scorer:
@@ -1337,12 +1337,12 @@ class Indexer(Scorer):
     """index_q = x Wq, index_k = x Wk, weights = x Ww of a layer's input x [..., T, dim], whose last is 1."""
 
     def __init__(self, rng, dim: int):
-        shapes = ((dim, HEADS * WIDTH), (dim, WIDTH), (dim, HEADS))
-        super().__init__(rng, shapes, (1.8 * dim**-0.5, 1.8 * dim**-0.5, 0.1 * (dim * HEADS * WIDTH) ** -0.5))
-        self.parts[2][-1] = (HEADS * WIDTH) ** -0.5  # of the constant: all heads begin alike
+        shapes = ((dim, J * E), (dim, E), (dim, J))
+        super().__init__(rng, shapes, (1.8 * dim**-0.5, 1.8 * dim**-0.5, 0.1 * (dim * J * E) ** -0.5))
+        self.parts[2][-1] = (J * E) ** -0.5  # of the constant: all heads begin alike
 
     def __call__(self, x_q, x_k) -> tuple[Any, Any, Any]:
-        index_q = (x_q @ self.parts[0]).reshape(*x_q.shape[:-1], HEADS, WIDTH)
+        index_q = (x_q @ self.parts[0]).reshape(*x_q.shape[:-1], J, E)
         return index_q, x_k @ self.parts[1], x_q @ self.parts[2]
 
     def loss(self, x_q, x_k, target, **where):
@@ -1411,7 +1411,7 @@ def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
 
     def plain(parts):
         q, k, w = (x @ p for x, p in zip((x_q, x_k, x_q), parts, strict=True))
-        r = np.maximum(q.reshape(len(q), HEADS, WIDTH) @ k.T, 0)
+        r = np.maximum(q.reshape(len(q), J, E) @ k.T, 0)
         scores = np.einsum("tjs,tj->ts", r, w)
         scores -= scores.max(1, keepdims=True)
         log_q = scores - np.log(np.exp(scores).sum(1, keepdims=True))
@@ -1506,14 +1506,14 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
     note = (
         f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
         "every 8th query, of the last fifth of the text. KL: nats a query, over all keys and inside the "
-        f"indexer's own {INSIDE}. trained: {HEADS} index heads of {WIDTH}, random at first, {steps[0]} steps "
+        f"indexer's own {INSIDE}. trained: {J} index heads of {E}, random at first, {steps[0]} steps "
         f"of Adam on {len(parts[0])} windows of the rest (warm-up), then {steps[1]} on the model's attention "
         f"inside its own {INSIDE} keys, which are all that this stage looks at. "
         f"Over the best of {', '.join(RIVALS)}, in points at K = {', '.join(map(str, sizes))}: {ahead}. "
         f"Single layers in which one of them keeps more: {'; '.join(behind[:6]) or 'none'}"
         f"{f'; and {len(behind) - 6} more' if len(behind) > 6 else ''}. "
         "lightning: as in the table above, the model's own heads as index heads, 384 numbers a key, not "
-        f"{WIDTH}. learned: the MLP, random or trained {mlp_steps} steps."
+        f"{E}. learned: the MLP, random or trained {mlp_steps} steps."
     )
     columns = ["selector", "KL", f"KL inside {INSIDE}", *(f"mass K={k}" for k in sizes)]
     bench.table("train", "An indexer trained on a real model, on text it has not seen", columns, rows, note)
