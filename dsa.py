@@ -1360,9 +1360,7 @@ def _at_precision(x, precision):
             return x
         import ml_dtypes
 
-        return x.astype(
-            ml_dtypes.bfloat16
-        )  # which holds a code times a power of two, and is what tensor cores take
+        return x.astype(ml_dtypes.bfloat16)  # exact, and what tensor cores take
     return x.astype(np.float16) if precision == "fp16" else x
 
 
