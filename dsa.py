@@ -204,9 +204,8 @@ def _for_blocks(batch, num_queries, block, work, add=lambda b, result: None):
                 add(job[0], run(job))
             return
         with ThreadPoolExecutor(threads) as pool:
-            under_way: collections.deque = (
-                collections.deque()
-            )  # so few that results which wait to be added take little memory
+            # So few are under way that results which wait to be added take little memory.
+            under_way: collections.deque = collections.deque()
             for job in jobs:
                 under_way.append((job[0], pool.submit(run, job)))
                 if len(under_way) > 2 * threads:
@@ -264,9 +263,23 @@ def padded_window(lengths, num_queries):
     >>> padded_window(np.array([3, 1]), 3)[1].tolist()
     [[1, 2, 3], [1, 0, 0]]
     """
-    t = np.arange(_integer("num_queries", num_queries, 0))
-    end = np.where(t < _lengths(lengths, most=len(t))[:, None], t + 1, 0)
+    num_queries = _integer("num_queries", num_queries, 0)
+    lengths = _lengths(lengths, most=num_queries)
+    end = _causal_end(np.zeros_like(lengths), lengths, num_queries)
     return np.zeros_like(end), end
+
+
+def _causal_end(start, lengths, num_queries):
+    """k_end [B, T] of sequences with lengths[b] new tokens behind start[b] others; padding sees nothing."""
+    t = np.arange(num_queries)
+    return np.where(t < lengths[:, None], start[:, None] + t + 1, 0)
+
+
+def _every_key(windows, width):
+    """The indices of all keys in windows [..., T], of at most `width` -> [..., T, width] int32."""
+    start, end = windows
+    keys = start[..., None] + _library("k_start", start).arange(width)
+    return np.where(keys < end[..., None], keys, -1).astype(np.int32)
 
 
 def packed_window(lengths):
@@ -1213,9 +1226,7 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
     common = {"k_start": windows[0], "k_end": windows[1]}
     if num_keys <= dense:  # every visible key
         n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": _library("q", q)}
-        start, end = _explicit(n, windows)
-        keys = start[..., None] + n["xp"].arange(min(max(1, num_keys), n["S"]))  # [..., T, K]
-        return np.where(keys < end[..., None], keys, -1).astype(np.int32)
+        return _every_key(_explicit(n, windows), min(max(1, num_keys), n["S"]))
     index_q, index_k = (_at_precision(x, config.indexer_precision) for x in (index_q, index_k))
     common |= {"local_window": config.local_window, "num_sink_tokens": config.num_sink_tokens, **options}
     if candidates is not None:
@@ -1471,10 +1482,11 @@ class KVCache:
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
         self._check_open()
-        t, new = np.arange(_integer("num_tokens", num_tokens, 0)), self._new_lengths(num_tokens, lengths)
+        num_tokens = _integer("num_tokens", num_tokens, 0)
+        new = self._new_lengths(num_tokens, lengths)
         most = self._lengths.tolist()
         _expect((new <= most).all(), "num_tokens", new.tolist(), f"at most the tokens held, {most}")
-        end = self.xp.asarray(np.where(t < new[:, None], (self._lengths - new)[:, None] + t + 1, 0))
+        end = self.xp.asarray(_causal_end(self._lengths - new, new, num_tokens))
         return np.zeros_like(end), end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None):
@@ -1498,13 +1510,10 @@ class KVCache:
 
     def _attend_resident(self, q, indices, *, d_v, scale, sink):
         """attend where kernels read the streams as they are stored."""
-        k, v = self.stored("k"), self.stored("v") if "v" in self.streams else None
-        if self.storage != "fp8":
+        if self.storage != "fp8" or "v" in self.streams or self.streams["k"][0] > 1:
+            k, v = self.read("k"), self.read("v") if "v" in self.streams else None
             return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
-        D, rope = self.streams["k"][-1], self.qk_rope_head_dim
-        if v is not None or self.streams["k"][0] > 1:
-            k, v = self._decode("k", k), None if v is None else self._decode("v", v)
-            return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
+        k, D, rope = self.stored("k"), self.streams["k"][-1], self.qk_rope_head_dim
         n = _dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
         _expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
         _expect(_integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
@@ -1936,7 +1945,7 @@ class DSALayer:
         finite = self.xp is not np or np.isfinite(x[real]).all()  # on a GPU that would wait for it
         _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
         start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
-        k_end = np.where(real, start[:, None] + np.arange(n["T"]) + 1, 0)
+        k_end = _causal_end(start, new, n["T"])
         if indices is not None:
             shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
             _check_indices("indices", indices, shape)
@@ -2253,11 +2262,8 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
     >>> round(abs(loss), 6), grads[1].round(6).ravel().tolist()
     (0.0, [0.0, 0.0])
     """
-    parts = {
-        "index_q": (index_q, "... T J E"),
-        "index_k": (index_k, "... S E"),
-        "weights": (weights, "... T J"),
-    }
+    parts = {"index_q": (index_q, "... T J E"), "index_k": (index_k, "... S E")}
+    parts["weights"] = (weights, "... T J")
     n = _dims(**parts, target=(target, "... T S" if indices is None else "... T K"))
     windows = _support(n, k_start, k_end, indices)
     _expect_numpy("indexer_loss", n)
@@ -2363,9 +2369,7 @@ def _by_key(rows, x):
     """x [T, K, ...] of the slots rows [T, K], added up by key -> keys [N], ascending, sums [N, ...]."""
     order = np.argsort(rows, axis=None, kind="stable")
     keys = rows.ravel()[order]
-    first = np.flatnonzero(
-        np.diff(keys, prepend=-1)
-    )  # of each key's slots; -1 has none, and comes before all
+    first = np.flatnonzero(np.diff(keys, prepend=-1))  # of a key's slots; -1 sorts first, and has none
     return keys[first], np.add.reduceat(x.reshape(rows.size, *x.shape[2:])[order], first)
 
 
@@ -2568,8 +2572,8 @@ def sharded_attention(
             at, index_k = _layout(comm, n, cache.lengths), cache.read("index_k")
             last = (at.first + at.size == at.total)[mine > 0].all()
             _together(comm, lambda: _expect(last, "owner", owner, "a rank behind which none holds keys"))
-            start, end = padded_window(new, n["T"])
-            windows = (start, np.where(end > 0, end + (at.total - new)[:, None], 0))
+            end = _causal_end(at.total - new, new, n["T"])
+            windows = (np.zeros_like(end), end)
         indices = _choose_sharded(comm, n, at, config, (layer, n_layers), windows, index_q, index_k, weights)
         part = (cache,) if cache is not None else (k_shard, v_shard)
         out, lse = _together(comm, lambda: _attend_shard(at, q, indices, *part, d_v=d_v, scale=scale))
@@ -2607,8 +2611,7 @@ def _choose_sharded(comm, n, at, config, layer, windows, index_q, index_k, weigh
     _expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
     top_k = config.top_k_at(*layer, S)
     if (top_k if dense is None else dense) >= S:
-        keys = windows[0][..., None] + np.arange(S)
-        return n["xp"].asarray(np.where(keys < windows[1][..., None], keys, -1), np.int32)
+        return n["xp"].asarray(_every_key(windows, S))
     precision, quota = config.indexer_precision, (top_k, config.local_window, config.num_sink_tokens)
     index_q, index_k = _together(comm, lambda: [_at_precision(x, precision) for x in (index_q, index_k)])
     return _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights)
