@@ -80,6 +80,10 @@ def _expect(ok, name, value, expected, error=ValueError):
         raise error(f"{name} is {value}, expected {expected}")
 
 
+def _check_type(name, x, kind):
+    _expect(isinstance(x, kind), name, f"a {type(x).__name__}", f"a {kind.__name__}", TypeError)
+
+
 def _dims(**arrays):
     """Check q=(q, "... T H D"), ... against each other -> the size of each axis; "..." is the batch shape,
     "xp" the library of the arrays, numpy or cupy.
@@ -1152,6 +1156,15 @@ class DSAConfig:
             top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
         return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
 
+    def _quota_at(self, layer, n_layers, num_keys):
+        """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
+        top_k, most = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
+        quota = {"top_k": top_k, "local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
+        return quota, num_keys <= (top_k if most is None else most)
+
+    def _selector(self):
+        return self.pattern if self.strategy == "fixed" else self.global_selection
+
 
 def dsa_attention(
     q, k, v, index_q, index_k, weights, config,
@@ -1169,31 +1182,43 @@ def dsa_attention(
     candidates: for predictive_select, instead of a selector. layer, n_layers: for progressive_sparsity.
     options: of the selector, see SELECTORS.
     """
-    _expect(isinstance(config, DSAConfig), "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
+    _check_type("config", config, DSAConfig)
     if isinstance(q, (list, tuple)):
         _expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
         arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
         (q, k, v, index_q, index_k, weights), lengths = _pad_lists(arrays, config.batch_pad_to_multiple)
-    n, _, _ = _attention_dims(q, k, v, d_v, scale, sink)
-    _check_indexer(q, k, index_q, index_k, weights)
-    if cache is not None or lengths is not None:
-        given = k_start is not None or k_end is not None
-        _expect(not given, "k_start or k_end", "an array", "None with lengths or with a cache")
-        fits = len(n["..."]) == 1 and n["T"] == n["S"]
-        _expect(fits, "q", f"of shape {q.shape}", f"[B, T, H, D] of the same T as k, of shape {k.shape}")
-        lengths = None if lengths is None else _lengths(lengths, n["..."][0], n["T"])
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
+    n, lengths = _dsa_dims((q, k, v), (index_q, index_k, weights), kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(_choose, config, (layer, n_layers), candidates, options)
     if cache is None:
         windows = (k_start, k_end) if lengths is None else padded_window(lengths, n["T"])
         windows = _windows(n, *(w if lengths is None else n["xp"].asarray(w) for w in windows))
         indices = choose(q, k, index_q, index_k, weights, windows, lengths)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
-    _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
     with cache.appended(lengths=lengths, k=k, index_k=index_k, **({} if v is None else {"v": v})):
         windows, keys, index_keys = cache.window(n["T"], lengths), cache.read("k"), cache.read("index_k")
         indices = choose(q, keys, index_q, index_keys, weights, windows, cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
+
+
+def _dsa_dims(main, indexer, kwargs, windows, cache, lengths):
+    """The checks of dsa_attention -> sizes, and lengths [B] if any are given."""
+    q, k, _ = main
+    n = _check_indexer(q, k, *indexer) | _attention_dims(*main, **kwargs)[0]
+    if cache is not None or lengths is not None:
+        _expect(
+            all(w is None for w in windows),
+            "k_start or k_end",
+            "an array",
+            "None with lengths or with a cache",
+        )
+        fits = len(n["..."]) == 1 and n["T"] == n["S"]
+        _expect(fits, "q", f"of shape {q.shape}", f"[B, T, H, D] of the same T as k, of shape {k.shape}")
+        lengths = None if lengths is None else _lengths(lengths, n["..."][0], n["T"])
+    if cache is not None:
+        _check_type("cache", cache, KVCache)
+        _expect(n["..."] == (cache.batch,), "B", f"{n['...'][0]} in q", f"the cache's batch = {cache.batch}")
+    return n, lengths
 
 
 def _pad_lists(arrays, multiple):
@@ -1221,18 +1246,16 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
             row[:, : part.shape[-1]] = part
         return indices
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
-    top_k = config.top_k_at(*layer, num_keys)
-    dense = top_k if config.fallback_dense_threshold is None else config.fallback_dense_threshold
-    common = {"k_start": windows[0], "k_end": windows[1]}
-    if num_keys <= dense:  # every visible key
+    quota, dense = config._quota_at(*layer, num_keys)
+    if dense:  # every visible key
         n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": _library("q", q)}
         return _every_key(_explicit(n, windows), min(max(1, num_keys), n["S"]))
     index_q, index_k = (_at_precision(x, config.indexer_precision) for x in (index_q, index_k))
-    common |= {"local_window": config.local_window, "num_sink_tokens": config.num_sink_tokens, **options}
+    common = {"index_q": index_q, "index_k": index_k, "weights": weights, **quota}
+    common |= {"k_start": windows[0], "k_end": windows[1]}
     if candidates is not None:
-        return predictive_select(index_q, index_k, weights, top_k, candidates, **common)
-    select = SELECTORS[config.pattern if config.strategy == "fixed" else config.global_selection]
-    return select(q, k, top_k, index_q=index_q, index_k=index_k, weights=weights, **common)
+        return predictive_select(candidates=candidates, **common, **options)
+    return SELECTORS[config._selector()](q, k, **common, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1961,7 +1984,7 @@ class DSALayer:
 
     def _lengths_in(self, cache, batch):
         """The lengths of a cache, which has to be one for this layer."""
-        _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
+        _check_type("cache", cache, KVCache)
         has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
         needs = (self.streams, self.dims.qk_rope_head_dim, batch)
         own = f"{needs}, as new_cache makes it"
@@ -2384,51 +2407,177 @@ def _by_key(rows, x):
 SHARD_BUFFER = 2**26  # numbers in a rank's buffers for a chunk of queries, unless a single query needs more
 
 
-class _Layout(NamedTuple):
-    """Where this rank's shard stands in each sequence of the batch, int64 [...]."""
+def sharded_select(
+    index_q, index_k_shard, weights, top_k, comm,
+    *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
+):  # fmt: skip
+    """lightning_select where the keys are spread over the ranks of comm, an mpi4py communicator.
 
-    first: Any  # place of its first key
-    size: Any
-    total: Any  # keys of all shards
-    longest: int  # keys of the largest shard
-    num_keys: int  # of the longest sequence
+    All ranks call with the same arguments, but for index_k_shard [..., S_r, E], keys that follow those of
+    rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
+    -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
+    Of each query every rank sends its candidates, at most top_k of 8 bytes (12 in float64), to the rank that
+    decides, and that one sends 4 * top_k bytes to all: on R ranks at most 12 * R * top_k bytes, never a key.
+
+        mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
+    """
+
+    def check():
+        n, _, q, k = _index_dims(index_q, index_k_shard, weights, k_start, k_end)
+        _quota(**quota)
+        return n, (q, k, weights)
+
+    quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
+    n, indexer = _together(comm, check)
+    at = _layout(comm, n, n["S"], indexer, **quota)
+    return _select_sharded(comm, n, at, quota, _whole_windows(n, at, k_start, k_end), *indexer)
+
+
+def sharded_attention(
+    q, k_shard, v_shard, index_q, index_k_shard, weights, config, comm,
+    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
+    cache=None, lengths=None, owner=None, layer=0, n_layers=1,
+):  # fmt: skip
+    """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
+
+    All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
+    config selects by equation (1). What one rank raises, all raise.
+    -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
+    Each rank attends to its own members, and the parts are merged as by merge_attention: beside what
+    sharded_select sends, two sums over the ranks, of H and of H * (Dv + 1) numbers a query.
+    cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
+    rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
+    behind it may hold keys. If any rank raises, every cache is as it was.
+    """
+    # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
+    # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
+    # chunks to owner=0, 1, ...; what is decoded is short beside it.
+    last, kwargs = comm.size - 1, {"d_v": d_v, "scale": scale, "sink": sink}
+    main, indexer = (q, k_shard, v_shard), (index_q, index_k_shard, weights)
+
+    def check():
+        given = lengths is not None or owner is not None
+        _expect(cache is not None or not given, "lengths or owner", "given", "None without a cache")
+        keeps = last if owner is None else _integer("owner", owner, 0)
+        _expect(keeps <= last, "owner", owner, f"a rank up to {last}")
+        _check_type("config", config, DSAConfig)
+        n, new = _dsa_dims(main, indexer, kwargs, (k_start, k_end), cache, lengths)
+        _windows(n, k_start, k_end)  # their shapes; below they count the keys of all ranks
+        by = config._selector()
+        _expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
+        return n, keeps, np.full(n["..."], n["T"]) if new is None else new
+
+    n, owner, new = _together(comm, check)
+    same = {"config": config, "layer": (layer, n_layers), "scale": scale, "owner": owner}
+    same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
+    mine = new * (comm.rank == owner)
+    sizes = n["S"] if cache is None else cache.lengths + mine
+    at = _layout(comm, n, sizes, (*main, *indexer), **same)
+    by_length = config.sparse_ratio or config.fallback_dense_threshold
+    alike = not by_length or (at.total == at.num_keys).all()
+    _expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
+    attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
+    with contextlib.ExitStack() as undo:
+        if cache is not None:
+            behind = at.shards[owner + 1 :].any(0) & (new > 0)
+            _expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
+            tokens = {"k": k_shard, "index_k": index_k_shard} | ({} if v_shard is None else {"v": v_shard})
+            _together(comm, lambda: undo.enter_context(cache.appended(lengths=mine, **tokens)))
+            indexer, attend = (index_q, cache.read("index_k"), weights), cache.attend
+            k_end = _causal_end(at.total - new, new, n["T"])
+        windows = _whole_windows(n, at, k_start, k_end)
+        quota, dense = config._quota_at(layer, n_layers, at.num_keys)
+        if dense:
+            indices = n["xp"].asarray(_every_key(windows, at.num_keys))
+        else:
+            indices = _select_sharded(comm, n, at, quota, windows, *indexer, config.indexer_precision)
+        out, lse = _together(comm, lambda: _attend_shard(at, attend, q, indices, d_v=d_v, scale=scale))
+    for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
+        out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
+    out = out if sink is None else apply_sink(out, lse, sink)
+    return out.astype(q.dtype, copy=False), lse, indices
 
 
 def _together(comm, work, where=""):
     """work(), or on every rank the error of the first rank on which it raised: none waits for another."""
-    result, error, text = None, None, b""
+    result = error = told = None
     try:
         result = work()
     except Exception as raised:
-        error, text = raised, f"{type(raised).__name__} rank {comm.rank}{where}: {raised}".encode()
-    sizes = np.empty(comm.size, np.int64)
-    comm.Allgather(np.array([len(text)]), sizes)
-    if not sizes.any():
-        return result
-    rank = int(np.flatnonzero(sizes)[0])
-    message = np.frombuffer(text, np.uint8).copy() if rank == comm.rank else np.empty(sizes[rank], np.uint8)
-    comm.Bcast(message, root=rank)
-    name, _, said = message.tobytes().decode().partition(" ")
-    kinds = {kind.__name__: kind for kind in (TypeError, ValueError, IndexError, MemoryError)}
-    raise kinds.get(name, RuntimeError)(said) from error
+        kinds = [x for x in (TypeError, ValueError, IndexError, MemoryError) if isinstance(raised, x)]
+        error, told = raised, ([*kinds, RuntimeError][0], f"rank {comm.rank}{where}: {raised}")
+    failed = np.empty(comm.size, bool)
+    comm.Allgather(np.array([told is not None]), failed)
+    for kind, text in filter(None, comm.allgather(told) if failed.any() else ()):
+        raise kind(text) from error
+    return result
 
 
-def _alike(comm, n, **same):
-    """ValueError on every rank if the ranks were not called alike, so that their exchanges would not fit."""
-    same |= {"B": math.prod(n["..."]), "T": n["T"]}
-    table = np.empty((comm.size, len(same)), np.int64)
-    comm.Allgather(np.array(list(same.values()), np.int64), table)
-    for name, column in zip(same, table.T):
-        _expect((column == column[0]).all(), f"{name}, by rank,", column.tolist(), "the same on every rank")
+class _Layout(NamedTuple):
+    """Where this rank's shard stands in each sequence of the batch."""
+
+    shards: Any  # keys of every rank [ranks, ...]
+    first: Any  # the place of this rank's first key [...]
+    size: Any  # and how many it holds
+    total: Any  # keys of all ranks [...]
+    longest: int  # keys of the largest shard
+    num_keys: int  # and of the longest sequence
 
 
-def _layout(comm, n, sizes):
-    """Agree on where shards of `sizes` keys stand."""
-    shards = np.empty((comm.size, *n["..."]), np.int64)
+def _layout(comm, n, sizes, arrays, **same):
+    """Agree on where shards of `sizes` keys stand. ValueError on every rank if they were not called alike."""
+    same |= {axis: size for axis, size in n.items() if axis not in ("S", "xp")}
+    same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
+    sums, shards = np.empty(comm.size, np.int64), np.empty((comm.size, *n["..."]), np.int64)
+    comm.Allgather(np.array([zlib.crc32(repr(same).encode())]), sums)
+    ranks = comm.allgather(same) if (sums != sums[0]).any() else [same]
+    for name in same:
+        values = [rank[name] for rank in ranks]
+        alike = all(value == values[0] for value in values)
+        _expect(alike, f"{name}, by rank,", values, "the same on every rank")
     comm.Allgather(np.array(np.broadcast_to(sizes, n["..."]), np.int64), shards)
     total = shards.sum(0)
     most = (int(x.max(initial=0)) for x in (shards, total))
-    return _Layout(shards[: comm.rank].sum(0), shards[comm.rank], total, *most)
+    return _Layout(shards, shards[: comm.rank].sum(0), shards[comm.rank], total, *most)
+
+
+def _whole_windows(n, at, *windows):
+    """Windows that count the keys of all ranks, in NumPy."""
+    host = (w if w is None or isinstance(w, np.ndarray) else w.get() for w in windows)
+    return _windows({**n, "S": at.num_keys, "xp": np}, *host)
+
+
+def _select_sharded(comm, n, at, quota, windows, index_q, index_k, weights, precision="fp32"):
+    work = functools.partial(_at_precision, precision=precision)
+    index_q, index_k = _together(comm, lambda: [work(x) for x in (index_q, index_k)])
+    place, width = np.dtype(np.int32 if at.num_keys <= 2**31 else np.int64), min(quota["top_k"], at.num_keys)
+    indices = n["xp"].empty((*n["..."], n["T"], width), place)
+    for t in _chunks(n, at.longest):
+        part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
+        where = f", counting queries from {t.start}" if t.start else ""
+        best, keys = _together(comm, functools.partial(_candidates, n, at, quota, place, *part), where)
+        queries = len(best)
+        best, keys = _deal(comm, best), _deal(comm, keys)  # [my queries, ranks * W], by ascending key
+        kept = select_topk(best, **quota)[:, :width]
+        chosen = np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))
+        indices[..., t, :] = _collect(comm, chosen, queries).reshape(indices[..., t, :].shape)
+    return indices
+
+
+def _candidates(n, at, quota, place, index_q, index_k, weights, windows):
+    """What a shard selects -> scores, -inf where there is none, and keys [N, W] of N queries; W as on all."""
+    first, size = at.first[..., None], at.size[..., None]
+    windows = tuple(n["xp"].asarray(np.clip(w - first, 0, size), np.int32) for w in windows)
+    n = {**n, "T": weights.shape[-2], "S": index_k.shape[-2]}
+    scores = _index_scores(n, index_q, index_k, weights, windows, at.first % KEY_TILE)
+    kept = select_topk(scores, **quota)  # [..., T, at most W]
+    best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, np.maximum(kept, 0), -1))
+    keys = kept + n["xp"].asarray(first)[..., None]
+    shape = (math.prod(kept.shape[:-1]), min(quota["top_k"], at.longest))
+    padded = np.full_like(best, -np.inf, shape=shape), np.full_like(keys, -1, place, shape=shape)
+    for wide, x in zip(padded, (best, keys)):
+        wide[:, : x.shape[-1]] = x.reshape(len(wide), x.shape[-1])
+    return padded
 
 
 def _chunks(n, width):
@@ -2461,169 +2610,12 @@ def _collect(comm, mine, num_queries):
     return x
 
 
-def sharded_select(
-    index_q, index_k_shard, weights, top_k, comm,
-    *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
-):  # fmt: skip
-    """lightning_select where the keys are spread over the ranks of comm, an mpi4py communicator.
-
-    index_q [..., T, J, E] and weights [..., T, J] are the same on every rank; index_k_shard [..., S_r, E] are
-    the keys of rank r, which follow those of rank r - 1. k_start and k_end count keys over all ranks. Every
-    rank calls.
-    -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys.
-    What one rank raises, for NaN or anything else, all raise. Of each query every rank sends its candidates,
-    at most top_k of 8 bytes (12 in float64), to the rank that decides the query, and that one sends the
-    answer, 4 * top_k bytes, to all: on R ranks 12 * R * top_k bytes a query at most, and never a key.
-
-        mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
-    """
-
-    def check():
-        n, _, q, k = _index_dims(index_q, index_k_shard, weights, None, None)
-        return n, q, k, _quota(top_k, local_window, num_sink_tokens)
-
-    n, index_q, index_k, quota = _together(comm, check)
-    same = dict(zip(("top_k", "local_window", "num_sink_tokens"), quota))
-    same |= {"J": n["J"], "E": n["E"], "itemsize": _accumulator(index_q, index_k, weights).itemsize}
-    _alike(comm, n, **same)
-    at = _layout(comm, n, n["S"])
-    windows = _together(comm, lambda: _global_windows(n, at, k_start, k_end))
-    return _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights)
-
-
-def _global_windows(n, at, k_start, k_end):
-    given = (w if w is None or isinstance(w, np.ndarray) else w.get() for w in (k_start, k_end))
-    return _windows({**n, "S": at.num_keys, "xp": np}, *given)
-
-
-def _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights):
-    xp, place = n["xp"], np.dtype(np.int32 if at.num_keys <= 2**31 else np.int64)
-    forced = dict(zip(("local_window", "num_sink_tokens"), quota[1:]))
-    indices = xp.empty((*n["..."], n["T"], min(quota[0], at.num_keys)), place)
-    for t in _chunks(n, at.longest):
-        part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
-        where = f", counting queries from {t.start}" if t.start else ""
-        work = functools.partial(_candidates, n, at, quota[0], forced, place, *part)
-        best, keys = _together(comm, work, where)
-        queries = len(best)
-        best, keys = _deal(comm, best), _deal(comm, keys)  # [my queries, ranks * W], by ascending key
-        kept = select_topk(best, quota[0], **forced)[:, : indices.shape[-1]]
-        chosen = np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))
-        indices[..., t, :] = _collect(comm, chosen, queries).reshape(indices[..., t, :].shape)
-    return indices
-
-
-def _candidates(n, at, top_k, forced, place, index_q, index_k, weights, windows):
-    """What a shard selects -> scores, -inf where there is none, and keys [N, W] of N queries; W as on all."""
-    first, size = at.first[..., None], at.size[..., None]
-    windows = tuple(n["xp"].asarray(np.clip(w - first, 0, size), np.int32) for w in windows)
-    n = {**n, "T": weights.shape[-2], "S": index_k.shape[-2]}
-    scores = _index_scores(n, index_q, index_k, weights, windows, at.first % KEY_TILE)
-    kept = select_topk(scores, top_k, **forced)  # [..., T, at most W]
-    best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, np.maximum(kept, 0), -1))
-    keys = kept + n["xp"].asarray(first)[..., None]
-    shape = (math.prod(kept.shape[:-1]), min(top_k, at.longest))
-    padded = np.full_like(best, -np.inf, shape=shape), np.full_like(keys, -1, place, shape=shape)
-    for wide, x in zip(padded, (best, keys)):
-        wide[:, : x.shape[-1]] = x.reshape(len(wide), x.shape[-1])
-    return padded
-
-
-def sharded_attention(
-    q, k_shard, v_shard, index_q, index_k_shard, weights, config, comm,
-    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
-    cache=None, lengths=None, owner=None, layer=0, n_layers=1,
-):  # fmt: skip
-    """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
-
-    q, index_q and weights are the same on every rank; k_shard [..., S_r, G, D], v_shard and index_k_shard are
-    rank r's. The rest is as in dsa_attention and the same on every rank; config selects by equation (1).
-    -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
-    Each rank attends to its own members, and the parts are merged as by merge_attention: beside what
-    sharded_select sends, two sums over the ranks, of H and of H * (Dv + 1) numbers a query.
-    cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
-    rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
-    behind it may hold keys. If any rank raises, all do, and every cache is as it was.
-    """
-    # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
-    # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
-    # chunks to owner=0, 1, ...; what is decoded is short beside it.
-    given = k_start is not None or k_end is not None
-
-    def check():
-        n = _check_sharded(q, k_shard, v_shard, index_q, index_k_shard, weights, config, d_v, scale, sink)
-        return n, *_check_shard(n, cache, lengths, owner, given, comm.size)
-
-    n, new, owner = _together(comm, check)
-    settings = repr((config, layer, n_layers, scale, owner, cache and cache.storage)).encode()
-    same = {name: n[name] for name in ("J", "E", "H", "D", "Dv")} | {"a cache": cache is not None}
-    same["the itemsize of scores"] = _accumulator(index_q, index_k_shard, weights).itemsize
-    same["the itemsize of lse"] = _accumulator(q, k_shard, q if v_shard is None else v_shard).itemsize
-    same["the checksum of config and options"] = zlib.crc32(settings + new.tobytes())
-    _alike(comm, n, **same)
-    with contextlib.ExitStack() as undo:
-        if cache is None:
-            at, index_k = _layout(comm, n, n["S"]), index_k_shard
-            windows = _together(comm, lambda: _global_windows(n, at, k_start, k_end))
-        else:
-            tokens = {"k": k_shard, "index_k": index_k_shard, **({} if v_shard is None else {"v": v_shard})}
-            mine = new * (comm.rank == owner)
-            _together(comm, lambda: undo.enter_context(cache.appended(lengths=mine, **tokens)))
-            at, index_k = _layout(comm, n, cache.lengths), cache.read("index_k")
-            last = (at.first + at.size == at.total)[mine > 0].all()
-            _together(comm, lambda: _expect(last, "owner", owner, "a rank behind which none holds keys"))
-            end = _causal_end(at.total - new, new, n["T"])
-            windows = (np.zeros_like(end), end)
-        indices = _choose_sharded(comm, n, at, config, (layer, n_layers), windows, index_q, index_k, weights)
-        part = (cache,) if cache is not None else (k_shard, v_shard)
-        out, lse = _together(comm, lambda: _attend_shard(at, q, indices, *part, d_v=d_v, scale=scale))
-    for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
-        out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
-    out = out if sink is None else apply_sink(out, lse, sink)
-    return out.astype(q.dtype, copy=False), lse, indices
-
-
-def _check_sharded(q, k, v, index_q, index_k, weights, config, d_v, scale, sink):
-    _expect(isinstance(config, DSAConfig), "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
-    by = config.pattern if config.strategy == "fixed" else config.global_selection
-    _expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
-    return _check_indexer(q, k, index_q, index_k, weights) | _attention_dims(q, k, v, d_v, scale, sink)[0]
-
-
-def _check_shard(n, cache, lengths, owner, given, ranks):
-    """-> how many tokens each sequence of the cache gets, and the rank that keeps them."""
-    if cache is None:
-        _expect(lengths is None and owner is None, "lengths or owner", "given", "None without a cache")
-        return np.zeros(0, np.int64), None
-    _expect(isinstance(cache, KVCache), "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
-    _expect(not given, "k_start or k_end", "an array", "None with a cache")
-    fits = n["..."] == (cache.batch,) and n["T"] == n["S"]
-    _expect(fits, "the new tokens", f"{n['T']} in q, {n['S']} in k", f"as many, of {cache.batch} sequences")
-    owner = ranks - 1 if owner is None else _integer("owner", owner, 0)
-    _expect(owner < ranks, "owner", owner, f"a rank below {ranks}")
-    return cache._new_lengths(n["T"], lengths), owner
-
-
-def _choose_sharded(comm, n, at, config, layer, windows, index_q, index_k, weights):
-    """_choose, on every rank."""
-    S, dense = at.num_keys, config.fallback_dense_threshold
-    alike = (at.total == S).all() or not (config.sparse_ratio or dense)
-    _expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    top_k = config.top_k_at(*layer, S)
-    if (top_k if dense is None else dense) >= S:
-        return n["xp"].asarray(_every_key(windows, S))
-    precision, quota = config.indexer_precision, (top_k, config.local_window, config.num_sink_tokens)
-    index_q, index_k = _together(comm, lambda: [_at_precision(x, precision) for x in (index_q, index_k)])
-    return _sharded_select(comm, n, at, quota, windows, index_q, index_k, weights)
-
-
-def _attend_shard(at, q, indices, k, v=None, **kwargs):
-    """sparse_attention over this rank's shard, k and v or a cache, at indices of all keys."""
+def _attend_shard(at, attend, q, indices, **kwargs):
+    """attend to those of the indices of all keys that are in this rank's shard."""
     first, size = (_library("q", q).asarray(x)[..., None, None] for x in (at.first, at.size))
-    here = (indices >= first) & (indices < first + size)
-    own = np.where(here, indices - first, -1).astype(np.int32)
+    own = np.where((indices >= first) & (indices < first + size), indices - first, -1).astype(np.int32)
     q = q.astype(_accumulator(q), copy=False)  # out is rounded to q's dtype once it is merged
-    return k.attend(q, own, **kwargs) if isinstance(k, KVCache) else sparse_attention(q, k, v, own, **kwargs)
+    return attend(q, indices=own, **kwargs)
 
 
 def _merge_shards(comm, out, lse):
