@@ -2643,7 +2643,8 @@ TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
 }  # fmt: skip
-SCORE_BYTES = 2**28  # scores that lightning_select holds at a time
+SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
+FEW = 8  # queries a sequence whose scoring is bound by memory
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
@@ -2653,8 +2654,12 @@ def _kernel(device, name, constants):
     cupy = sys.modules["cupy"]
     file = Path(__file__).with_name("dsa_kernels.cu")
     _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
-    options = ("-std=c++17", f"-D{name.upper()}", *(f"-D{key}={value}" for key, value in constants))
-    return cupy.RawModule(code=file.read_text(encoding="utf-8"), options=options).get_function(name)
+    arch = ("-arch=sm_90a",) if name.endswith("_wgmma") else ()
+    options = ("-std=c++17", f"-D{name.upper()}", *arch, *(f"-D{key}={value}" for key, value in constants))
+    kernel = cupy.RawModule(code=file.read_text(encoding="utf-8"), options=options).get_function(name)
+    if dict(constants).get("BLOCKS", 1) > 8:  # clusters of so many have to be allowed, by attribute 14
+        cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)
+    return kernel
 
 
 def _launch(name, grid, block, *args, shared=0, **constants):
@@ -2716,12 +2721,23 @@ def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
         index_q, index_k = n["xp"].asarray(E4M3)[index_q], _unpack(index_k, E, 0)
     if alike and dtype.itemsize <= 2 and real == np.float32 and tensor_cores:
         index_q, (index_k, apart) = _aligned(index_q, 16 // dtype.itemsize), _entries(index_k)
-        heads, row = min(-(-J // 8) * 8, 64 if E <= 256 else 32), -(-E * dtype.itemsize // 64) * 64
-        blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
         args = (index_q, index_k, weights, *windows, scores, T, S, offset, apart)
+        row, hopper = E * dtype.itemsize, index_q.device.compute_capability == "90"
+        if hopper and dtype == np.uint8 and E == FP8_BLOCK and J <= 64 and 0 < T <= FEW:
+            sizes = {"J": J, "ALIGNED": int(batch == 1 or apart % 4 == 0)}
+            _launch("index_scores_few_wgmma", (batch * -(-S // 256),), (128,), *args, shared=43008, **sizes)
+            return scores
+        sizes = {"ELEMENT": dtype, "J": J, "E": E}
+        if hopper and J in (32, 64, 128) and row in (128, 256):
+            blocks = batch * -(-T // 192) * -(-S // (512 if dtype == np.uint8 else 256))
+            shared = -(-(512 * row + 3652 + 6 * J) // 1024) * 1024  # struct Shared of the kernel
+            _launch("index_scores_wgmma", (blocks,), (384,), *args, shared=shared, **sizes)
+            return scores
+        heads, row = min(-(-J // 8) * 8, 64 if E <= 256 else 32), -(-row // 64) * 64
+        blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
         shared = 2 * heads * (row + 20)  # 2 of the kernel's struct Stage
-        sizes = {"J": J, "E": E, "PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
-        _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, ELEMENT=dtype, **sizes)
+        sizes |= {"PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
+        _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, **sizes)
     else:
         index_q, index_k = (x.astype(real, copy=False) for x in (index_q, index_k))
         index_q, (index_k, apart) = _aligned(index_q), _entries(index_k)
@@ -2737,15 +2753,27 @@ def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
     indices = n["xp"].empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
     offset = n.get("offset", S - T) if causal else S  # S: up to the end
     args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
-    rows, most = math.prod(n["..."]) * T, scores.device.attributes["MaxSharedMemoryPerBlockOptin"]
-    macros = {
-        "REAL": scores.dtype,
-        "BLOCK": 512 if rows > 128 else 1024,
-        "ROOM": 2**15 if most > 75000 else 2**14,
-    }
-    shared = 8472 + macros["ROOM"] // scores.itemsize * (scores.itemsize + 4)  # struct Shared of the kernel
-    _launch("select_topk", (rows,), (macros["BLOCK"],), *args, shared=shared, **macros)
+    rows, device, size = math.prod(n["..."]) * T, scores.device, scores.itemsize
+    most, blocks = device.attributes["MaxSharedMemoryPerBlockOptin"], _blocks_of_row(device, rows, S)
+    room = 2**15 if most > 75000 else 2**14
+    shared = 8480 + room // size * (size + 4)  # struct Shared of the kernel
+    together = shared + 40000 + -(-(S + 3) // (32 * blocks)) * 4
+    macros = {"REAL": scores.dtype, "ROOM": room, "BLOCK": 512 if blocks > 1 or rows > 128 else 1024}
+    if blocks > 1 and together <= most:
+        grid = (rows * blocks,)
+        _launch("select_topk_cluster", grid, (512,), *args, shared=together, BLOCKS=blocks, **macros)
+    else:
+        _launch("select_topk", (rows,), (macros["BLOCK"],), *args, shared=shared, **macros)
     return indices
+
+
+def _blocks_of_row(device, rows, num_keys):
+    """How many blocks share a row in select_topk: as many as find room, where rows are few and long."""
+    capability = int(device.compute_capability)
+    if capability < 90 or num_keys < 8192:
+        return 1
+    most = 16 if capability in (90, 100, 103) else 8  # blocks in a cluster
+    return next(x for x in (most, 8, 4, 2, 1) if rows * x <= 64 or x == 1)
 
 
 def _gpu_select(n, quota, rows, indices, block):
@@ -2833,7 +2861,8 @@ def _mma_tiles(device, heads, d, d_v, tied, packed):
 
 
 def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
-    """Equation (3) by the kernels attend or, for 8 and more heads of a group in 16 bits, attend_mma.
+    """Equation (3) by the kernels attend; for 8 and more heads of a group in 16 bits attend_mma; and for the
+    latent shapes of V3.2 on Hopper attend_wgmma.
 
     indices [..., T, K], or windows as _windows makes them. Values that are k[..., :Dv] are read once.
     packed=(R, rope): k is uint8 [..., S, 1, _packed_bytes(R + rope, rope)], as _pack makes it, D is R + rope
@@ -2853,6 +2882,10 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         whole = rank % 8 == rope % 8 == 0 and align[0] >= 4 and q.dtype.name == "bfloat16"
         if not packed or whole:
             tiles = _mma_tiles(q.device.id, H // G, D, Dv, tied, packed and width)
+    latent = tied and G == 1 and H >= 32 and D in (512, 576) and Dv == 512 and align[0] == 16
+    wgmma = tiles and latent and rank in (0, 512) and q.device.compute_capability == "90"
+    if wgmma:
+        tiles = 64, 64, 3 * 128 * D + 9072  # struct Plan of attend_wgmma
     most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * dtype.itemsize <= 40960)
     heads, keys, shared = tiles or (min(most, 1 << max(0, H // G - 1).bit_length()), 32, 0)
 
@@ -2875,7 +2908,12 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     scalars = T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, np.float64(scale)
     macros = {"HEADS": heads, "TIED": int(tied), "R8": rank, "ROPE": rope, "OUT": dtype if parts else q.dtype}
     types = {"ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
-    if tiles:
+    if wgmma:
+        macros |= {"D": D, "DV": Dv, "TYPE": q.dtype}
+        resident = min(blocks * splits, q.device.attributes["MultiProcessorCount"])
+        args = (*arrays, *scalars, rows, splits)
+        _launch("attend_wgmma", (resident,), (512,), *args, shared=shared, **macros)
+    elif tiles:
         macros |= {"D": D, "DV": Dv, "KEYS": keys, "TYPE": q.dtype, "VEC": align[0], "VVEC": align[1]}
         _launch("attend_mma", (blocks, splits), (256,), *arrays, *scalars, shared=shared, **macros)
     else:
@@ -2884,7 +2922,9 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         _launch("attend", (blocks, splits), (128,), *arrays, *scalars, D, Dv, shared=shared, **macros)
     if parts:
         counts = splits, rows * H, H, Dv
-        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, *counts, OUT=q.dtype, **types)
+        most = max(1, 512 // dtype.itemsize // types["COLUMNS"])  # that fit a thread's registers
+        types |= {"OUT": q.dtype, "LOADS": min(most, 8 if splits <= 8 else 32)}
+        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, *counts, **types)
     return out, lse
 
 

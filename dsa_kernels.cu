@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // dsa_kernels.cu: the CUDA kernels of dsa.py, which compiles and launches them. Copy it beside that file.
 //
-// Axes and names are dsa.py's. Arrays are C-contiguous where no strides are given; batch axes are flattened into
-// one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a batch
-// entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
+// Axes and names are dsa.py's. Arrays are C-contiguous where no strides are given; batch axes are flattened
+// into one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a
+// batch entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -44,7 +44,7 @@ __device__ void cp_async(void* shared, const void* global) {
 template <int BYTES>  // the same, or zeros where !there: then global is not read
 __device__ void cp_async(unsigned shared, const void* global, bool there) {
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+        asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;"
                      ::"r"(shared), "l"(global), "r"(there ? 16 : 0));
     else
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
@@ -93,6 +93,140 @@ __device__ unsigned cvt_rn_x2(float lo, float hi, __half) {
     unsigned d;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
     return d;
+}
+
+// Hopper (sm_90a): products that a warpgroup of 128 threads starts and waits for, and barriers that copies
+// and threads arrive at. A warpgroup's warp w holds rows 16 w .. 16 w + 15 of d, laid out as by mma_m16n8k16.
+
+typedef unsigned long long u64;
+
+__device__ void mbarrier_init(u64* bar, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(cvta_shared(bar)), "r"(arrivals) : "memory");
+}
+__device__ void mbarrier_arrive(u64* bar) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(cvta_shared(bar)) : "memory");
+}
+__device__ void cp_async_mbarrier_arrive(u64* bar) {  // once what this thread has copied so far is there
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(cvta_shared(bar)) : "memory");
+}
+__device__ void mbarrier_wait(u64* bar, int parity) {  // until its phase 0, 1, 2.. of this parity is complete
+    asm volatile("{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;"
+                 " @!done bra AGAIN; }" ::"r"(cvta_shared(bar)), "r"(parity) : "memory");
+}
+__device__ void bar_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ void bar_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+template <int N> __device__ void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+// A cluster of blocks (sm_90 on). mapa gives an address in another block's shared memory; words stored there
+// count their bytes on a barrier beside them.
+__device__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ void barrier_cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ unsigned mapa(const void* shared, int rank) {
+    unsigned d;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(cvta_shared(shared)), "r"(rank));
+    return d;
+}
+__device__ void st_async(unsigned at, int x, unsigned bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 ::"r"(at), "r"(x), "r"(bar) : "memory");
+}
+__device__ void st_async(unsigned at, int4 x, unsigned bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(bar) : "memory");
+}
+__device__ void mbarrier_arrive_expect_tx(u64* bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+                 ::"r"(cvta_shared(bar)), "r"(bytes) : "memory");
+}
+__device__ void cp_async_bulk(void* shared, const void* global, int bytes, u64* bar) {  // all multiples of 16
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(cvta_shared(shared)), "l"(global), "r"(bytes), "r"(cvta_shared(bar)) : "memory");
+}
+
+__device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> __device__ void wgmma_wait_group() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// A matrix in shared memory, in panels of 128 bytes of each row: [panel][row][128], 1,024-byte aligned, with
+// 16-byte chunks at chunk ^ row % 8. n bytes further are + n / 16; panel_bytes matters where it is transposed.
+__device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
+    return (shared & 0x3FFFF) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+// The registers of d, as operands: their places, and their constraints
+#define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+              "+f"(d[i + 6]), "+f"(d[i + 7])
+#define F32(i) F8(i), F8(i + 8), F8(i + 16), F8(i + 24)
+
+// d [64, 64] += or = a [64, 16] b [16, 64], both contiguous along the 16; d [64, 128] += a [64, 16] b [16, 128]
+// with b contiguous along the 128, a in registers or in shared memory
+#define WGMMA(TYPE, PTX)                                                                                   \
+    __device__ void wgmma_m64n64k16(float (&d)[32], u64 a, u64 b, bool add, TYPE) {                        \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;"                                              \
+                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." PTX                                    \
+                     " {" TEN() TEN(1) TEN(2) "%30, %31}, %32, %33, p, 1, 1, 0, 0; }"                      \
+                     : F32(0) : "l"(a), "l"(b), "r"((int)add));                                            \
+    }                                                                                                      \
+    __device__ void wgmma_m64n128k16(float (&d)[64], const unsigned (&a)[4], u64 b, TYPE) {                \
+        asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;"                                                \
+                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63},"                  \
+                     " {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"                                           \
+                     : F32(0), F32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));              \
+    }                                                                                                      \
+    __device__ void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, TYPE) {                                 \
+        asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;"                                                \
+                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63},"                  \
+                     " %64, %65, p, 1, 1, 0, 1; }"                                                         \
+                     : F32(0), F32(32) : "l"(a), "l"(b));                                                  \
+    }
+WGMMA(bf16, "bf16.bf16")
+WGMMA(__half, "f16.f16")
+// d [64, 64] = a [64, 32] b [32, 64] of e4m3 codes, + d if `add`; a in registers, four codes in each where
+// mma_m16n8k16 has two values; b [64][32] in shared memory
+__device__ void wgmma_m64n64k32_e4m3(float (&d)[32], const unsigned (&a)[4], u64 b, bool add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
+                 "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
+                 TEN() TEN(1) TEN(2) "%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1; }"
+                 : F32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+}
+__device__ void wgmma_wait_group(float (&d)[32]) {  // for all; as an operand, d is not read before
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : F32(0) :: "memory");
+}
+
+// d [64, 128] += a b: of a, 32 bytes of each row, laid out as by mma_m16n8k16; of b, a matrix [128, 32 bytes]
+// in shared memory. Without `add`, d = a b. The last argument says of which type.
+#define WGMMA_M64N128(TYPE, SHAPE, TRANSPOSED)                                                           \
+    __device__ void wgmma_m64n128(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {       \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                   \
+                     " {%64,%65,%66,%67}, %68, p, 1, 1" TRANSPOSED "; }"                                 \
+                     : F32(0), F32(32)                                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));               \
+    }
+WGMMA_M64N128(u8, "k32.f32.e4m3.e4m3", "")
+WGMMA_M64N128(bf16, "k16.f32.bf16.bf16", ", 0")
+WGMMA_M64N128(__half, "k16.f32.f16.f16", ", 0")
+
+template <int PENDING> __device__ void wgmma_wait_group(float (&d)[64]) {  // d is read from here on
+    asm volatile("wgmma.wait_group.sync.aligned %64;" : F32(0), F32(32) : "n"(PENDING) : "memory");
 }
 
 // Types
@@ -231,6 +365,52 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
 }
 #endif
 
+#if defined(INDEX_SCORES_MMA) || defined(INDEX_SCORES_WGMMA)
+struct Span {
+    int first, count;
+    __device__ bool has(int key) const { return (unsigned)(key - first) < (unsigned)count; }
+};
+
+// What a block's queries, at most MANY, see of its tile of keys. They are multiplied TOGETHER at a time.
+template <int MANY, int TOGETHER> struct Visible {
+    Span spans[MANY];                     // of the tile's keys, counted from its first
+    int live[MANY / TOGETHER], num_live;  // the groups of TOGETHER queries of which one sees some key
+
+    __device__ bool any(int group) const {
+        int keys = 0;
+        for (int q = 0; q < TOGETHER; q++) keys += spans[group * TOGETHER + q].count;
+        return keys > 0;
+    }
+    // By the whole block, for queries t0.. and keys s0.. of batch entry b: the above, and -inf to the others.
+    __device__ void find(const int* k_start, const int* k_end, float* scores, i64 b, i64 t0, i64 s0,
+                         int queries, int keys, i64 T, i64 S, i64 offset) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const int groups = (queries + TOGETHER - 1) / TOGETHER;
+        for (int t = threadIdx.x; t < groups * TOGETHER; t += blockDim.x) {
+            Window w = {0, 0};
+            if (t < queries) w = window_of(k_start, k_end, b, t0 + t, T, S, offset);
+            const auto in_tile = [&](i64 s) { return (int)min(max(s - s0, 0LL), (i64)keys); };
+            spans[t] = {in_tile(w.start), max(in_tile(w.end) - in_tile(w.start), 0)};
+        }
+        __syncthreads();
+        if (warp == 0) {
+            int before = 0;
+            for (int x = lane; x - lane < groups; x += 32) {
+                const bool meets = x < groups && any(x);
+                const unsigned who = __ballot_sync(ALL, meets);
+                if (meets) live[before + __popc(who & ((1u << lane) - 1))] = x;
+                before += __popc(who);
+            }
+            if (lane == 0) num_live = before;
+        }
+        for (int t = warp; t < queries; t += blockDim.x / 32)
+            for (int key = lane; key < keys && !any(t / TOGETHER); key += 32)
+                scores[(b * T + t0 + t) * S + s0 + key] = -CUDART_INF_F;
+        __syncthreads();
+    }
+};
+#endif
+
 // ---------------------------------------------------------------------------------------------------------
 // index_scores_mma                                                       eq. (1) of dsa.py on tensor cores
 // in    index_q [B, T, J, PITCH] of ELEMENT, zero from E on; weights [B, T, J] f32; windows [B, T]
@@ -282,49 +462,26 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(16) unsigned char shared[];
     Stage* stages = (Stage*)shared;
-    __shared__ Window windows[QUERIES];
-    __shared__ int live[QUERIES], num_live;
+    __shared__ Visible<QUERIES, 1> seen;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
     const i64 tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + QUERIES - 1) / QUERIES;
     const i64 tile = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
-    const i64 t0 = blockIdx.x / tiles % blocks_t * QUERIES, s0 = tile + warp * TILES * 16;
-    const int queries = min((i64)QUERIES, T - t0);
-    const i64 first = b * T + t0;  // row of the block's first query
+    const i64 t0 = blockIdx.x / tiles % blocks_t * QUERIES, first = b * T + t0;  // row of the first query
 
-    // List the queries whose windows meet this tile; the others see nothing of it.
-    if (threadIdx.x < QUERIES) {
-        const bool real = threadIdx.x < queries;
-        windows[threadIdx.x] = {0, 0};
-        if (real) windows[threadIdx.x] = window_of(k_start, k_end, b, t0 + threadIdx.x, T, S, offset);
-    }
     if constexpr (LOADS * SPAN > PITCH)  // cp.async never writes there
         for (int x = threadIdx.x; x < STAGES * HEADS; x += 128)
             for (int y = PITCH * sizeof(ELEMENT); y < LOADS * 64; y++)
                 stages[x / HEADS].heads[x % HEADS][y] = 0;
-    __syncthreads();
-    if (warp == 0) {
-        int before = 0;
-        for (int t = lane; t < QUERIES; t += 32) {
-            const bool meets = windows[t].meets(tile, min(tile + KEYS, S));
-            const unsigned who = __ballot_sync(ALL, meets);
-            if (meets) live[before + __popc(who & ((1u << lane) - 1))] = t;
-            before += __popc(who);
-        }
-        if (lane == 0) num_live = before;
-    }
-    __syncthreads();
-    if (num_live < queries)
-        for (int t = 0; t < queries; t++)
-            if (!windows[t].meets(tile, min(tile + KEYS, S)))
-                for (i64 s = tile + threadIdx.x; s < min(tile + KEYS, S); s += 128)
-                    scores[(first + t) * S + s] = -CUDART_INF_F;
+    seen.find(k_start, k_end, scores, b, t0, tile, min((i64)QUERIES, T - t0), min((i64)KEYS, S - tile), T, S,
+              offset);
+    const int num_live = seen.num_live;
     if (num_live == 0) return;
 
     const auto fetch = [&](int job) {  // heads group job % GROUPS of live query job / GROUPS
         if (job < num_live * GROUPS) {
             Stage& stage = stages[job % STAGES];
             const int j0 = job % GROUPS * HEADS, heads = min(HEADS, J - j0);
-            const i64 row = (first + live[job / GROUPS]) * J + j0;
+            const i64 row = (first + seen.live[job / GROUPS]) * J + j0;
             constexpr int PIECES = PITCH * sizeof(ELEMENT) / 16;
             const uint4* from = (const uint4*)(index_q + row * PITCH);
             for (int x = threadIdx.x; x < heads * PIECES; x += 128)
@@ -341,8 +498,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const i64 s = s0 + 16 * m + 8 * half + g;
-            const ELEMENT* key = index_k + (b * apart + min(s, S - 1)) * ENTRY;
+            const i64 s = min(tile + warp * TILES * 16 + 16 * m + 8 * half + g, S - 1);
+            const ELEMENT* key = index_k + (b * apart + s) * ENTRY;
 #pragma unroll
             for (int step = 0; step < DEPTH; step++) {
                 keys[m][step][half] = key_pair(key, 16 * step + (FP8 ? 4 * i : 2 * i));
@@ -352,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     float scale[2] = {1, 1};  // of the two keys that this lane stores
     if constexpr (FP8)
         for (int half = 0; half < 2; half++) {
-            const i64 s = min(s0 + 16 * i + 8 * half + g, S - 1);
+            const i64 s = min(tile + warp * TILES * 16 + 16 * i + 8 * half + g, S - 1);
             const unsigned char* bytes = (const unsigned char*)(index_k + (b * apart + s) * ENTRY + E);
             const unsigned low = bytes[0] | bytes[1] << 8, high = bytes[2] | bytes[3] << 8;
             scale[half] = __uint_as_float(low | high << 16);
@@ -397,8 +554,8 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
             }
         }
         // The quad adds up its heads; its lane i stores keys g and g + 8 of tile i.
-        const int t = live[query];
-        float* row = scores + (first + t) * S;
+        const int t = seen.live[query];
+        float* row = scores + (first + t) * S + tile;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float own = 0;
@@ -409,10 +566,279 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                 x += __shfl_xor_sync(ALL, x, 2);
                 own = m == i ? x : own;
             }
-            const i64 s = s0 + 16 * i + 8 * half + g;
-            if (i < TILES && s < S) row[s] = windows[t].sees(s) ? own * scale[half] : -CUDART_INF_F;
+            const int key = warp * TILES * 16 + 16 * i + 8 * half + g;
+            if (i < TILES && tile + key < S)
+                row[key] = seen.spans[t].has(key) ? own * scale[half] : -CUDART_INF_F;
         }
     }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// index_scores_few_wgmma                                       eq. (1) of few queries, in fp8, at memory speed
+// in    index_q [B, T, J, 128] e4m3 codes, weights [B, T, J] f32, J <= 64; windows [B, T]
+//       index_k [B, S, 132]: of each key e4m3 codes and a float32 scale; ALIGNED: all entries, to 16 bytes
+//       apart: from one entry's keys to the next, in keys
+// out   scores [B, T, S] f32, every element written
+// grid  B * ceil(S / 256), key tiles fastest  block 128: a warpgroup multiplies 64 keys by 64 heads at a time
+// smem  struct Few, 42 KB: five blocks on a multiprocessor have 165 KB of keys on their way
+// cost  132 bytes and T * 2*J*E FLOP a key: bound by memory at T = 1. Tensor cores add up e4m3 products in
+//       fewer bits than float32 has: scores are right to about 1e-4 of the largest.
+// ---------------------------------------------------------------------------------------------------------
+#ifdef INDEX_SCORES_FEW_WGMMA
+constexpr int E = 128, ENTRY = E + 4, HEADS = 64, TILES = 4, KEYS = TILES * 64;
+static_assert(J <= HEADS, "the heads of a query are one operand");
+
+struct Few {
+    alignas(1024) u8 heads[HEADS][E];   // as wgmma_matrix has them
+    alignas(16) u8 keys[KEYS * ENTRY];  // as they stand in memory
+    float weights[HEADS];
+    u64 here[TILES];  // of a tile's keys
+};
+static_assert(sizeof(Few) == 43008, "dsa.py asks for as much");
+
+extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
+        const u8* index_q, const u8* index_k, const float* weights, const int* k_start, const int* k_end,
+        float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    Few& sh = *(Few*)shared;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;  // as in PTX
+    const unsigned tiles = (S + KEYS - 1) / KEYS;
+    const i64 b = blockIdx.x / tiles, s0 = blockIdx.x % tiles * (i64)KEYS;
+    const int num_keys = min((i64)KEYS, S - s0);
+
+    // 1. The keys, on their way: whole tiles by one copy each, the rest by words
+    const u8* from = index_k + (b * apart + s0) * ENTRY;
+    constexpr int BYTES = 64 * ENTRY;  // of a tile
+    const int whole = ALIGNED ? num_keys / 64 : 0;
+    if (tid == 0)
+        for (int tile = 0; tile < TILES; tile++) {
+            mbarrier_init(&sh.here[tile], 1);
+            fence_proxy_async();
+            mbarrier_arrive_expect_tx(&sh.here[tile], tile < whole ? BYTES : 0);
+            if (tile < whole)
+                cp_async_bulk(sh.keys + tile * BYTES, from + tile * BYTES, BYTES, &sh.here[tile]);
+        }
+    for (int x = whole * BYTES + tid * 4; x < num_keys * ENTRY; x += 128 * 4)
+        cp_async<4>(sh.keys + x, from + x);
+
+    for (i64 t = 0; t < T; t++) {
+        float* row = scores + (b * T + t) * S;
+        const Window window = window_of(k_start, k_end, b, t, T, S, offset);
+        // 2. The query's heads. Of a key's 32 words, a lane takes 8 i + 2 s and the next as its values of step
+        //    s, which are words 8 s + i and 8 s + 4 + i to wgmma: no two lanes read from one bank.
+        __syncthreads();
+        const uint4* codes = (const uint4*)(index_q + (b * T + t) * J * E);
+#pragma unroll
+        for (int x = 0; x < HEADS / 16; x++) {
+            const int j = x * 16 + tid / 8;
+            const uint4 four = j < J ? codes[x * 128 + tid] : make_uint4(0, 0, 0, 0);
+            const unsigned words[4] = {four.x, four.y, four.z, four.w};
+            for (int y = 0; y < 4; y++)
+                *(unsigned*)(sh.heads[j] + swizzled(tid / 8, tid % 2 * 4 + y) + tid % 8 / 2 * 4) = words[y];
+        }
+        if (tid < HEADS) sh.weights[tid] = tid < J ? weights[(b * T + t) * J + tid] : 0;
+        fence_proxy_async();
+        cp_async_wait_all();
+        __syncthreads();
+        float weight[16];
+#pragma unroll
+        for (int x = 0; x < 16; x++) weight[x] = sh.weights[x / 2 * 8 + 2 * i + x % 2];
+
+        // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i
+        float own[2] = {};
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            unsigned a[4][4];
+            const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + 8 * i;
+            mbarrier_wait(&sh.here[tile], 0);
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+#pragma unroll
+                for (int x = 0; x < 4; x++)  // of this key and, where x is odd, of 8 keys on
+                    a[step][x] = key[x % 2 * 2 * ENTRY + 2 * step + x / 2];
+            float d[32];
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+                wgmma_m64n64k32_e4m3(d, a[step], wgmma_matrix(cvta_shared(sh.heads) + step * 32), step > 0);
+            wgmma_commit_group();
+            wgmma_wait_group(d);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float sum = 0;
+#pragma unroll
+                for (int x = 0; x < 16; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
+                sum += __shfl_xor_sync(ALL, sum, 1);
+                sum += __shfl_xor_sync(ALL, sum, 2);
+                if (tile == i) own[half] = sum;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int key = i * 64 + warp * 16 + half * 8 + g;
+            const float scale = *(const float*)(sh.keys + key * ENTRY + E);
+            if (key < num_keys) row[s0 + key] = window.sees(s0 + key) ? own[half] * scale : -CUDART_INF_F;
+        }
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// index_scores_wgmma                                             eq. (1) of dsa.py on Hopper's tensor cores
+// in    index_q [B, T, J, E] of ELEMENT; weights [B, T, J] f32; windows [B, T]
+//       index_k [B, S, E] of ELEMENT; where that is e4m3 codes [B, S, E + 4], a float32 scale behind each key
+// out   scores [B, T, S] f32, every element written. The tensor cores add up e4m3 products to about 14 bits.
+// grid  B * ceil(T / QUERIES) * ceil(S / KEYS), key tiles fastest: they share the queries in L2
+// block 384: two warpgroups, each with TILES * 64 keys in registers, as A, and one that copies heads as B
+// smem  STAGES times 128 heads, those of TOGETHER queries: 66 KB in fp8 at E=128
+// cost  2*J*E FLOP a (t,s), and for 2*E of them an FMNMX and an FFMA, which set the pace in fp8
+// ---------------------------------------------------------------------------------------------------------
+#ifdef INDEX_SCORES_WGMMA
+constexpr bool FP8 = sizeof(ELEMENT) == 1;
+constexpr int ENTRY = FP8 ? E + 4 : E;  // of ELEMENT, of a key
+constexpr int HEADS = 128, TOGETHER = HEADS / J, QUERIES = 192, STAGES = 4;
+constexpr int TILES = FP8 ? 4 : 2, KEYS = 2 * TILES * 64;  // as many as fit the registers at E=128
+constexpr int STEPS = E * sizeof(ELEMENT) / 32, CHUNKS = 2 * STEPS;  // of 32 and of 16 bytes of a row
+constexpr int PANELS = STEPS / 4, COPIED = 128 / CHUNKS;  // heads, by 128 threads at a time
+static_assert(HEADS % J == 0 && J % 16 == 0, "a product is of 128 heads; 16 are added up at a time");
+static_assert(CHUNKS == 8 || CHUNKS == 16, "128 threads copy 16 or 8 whole heads");
+
+struct Shared {
+    alignas(1024) u8 heads[STAGES][PANELS][HEADS][128];
+    alignas(16) float weights[STAGES][HEADS / 16][4][4];  // [x][i]: of heads 16 x + 2 i + {0, 1, 8, 9}
+    u64 full[STAGES], empty[STAGES];
+    Visible<QUERIES, TOGETHER> seen;
+};
+static_assert(sizeof(Shared) == (STAGES * PANELS * HEADS * 128 + 3652 + 6 * J + 1023) / 1024 * 1024,
+              "dsa.py asks for as much");
+
+extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
+        const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
+        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    Shared& sh = *(Shared*)shared;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
+    const i64 tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + QUERIES - 1) / QUERIES;
+    const i64 tile = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
+    const i64 t0 = blockIdx.x / tiles % blocks_t * QUERIES, first = b * T + t0;  // row of the first query
+    const int queries = min((i64)QUERIES, T - t0), num_keys = min((i64)KEYS, S - tile);
+
+    if (threadIdx.x < STAGES) {
+        mbarrier_init(&sh.full[threadIdx.x], 128);
+        mbarrier_init(&sh.empty[threadIdx.x], 8);
+    }
+    sh.seen.find(k_start, k_end, scores, b, t0, tile, queries, num_keys, T, S, offset);
+    const int jobs = sh.seen.num_live;
+    if (jobs == 0) return;
+
+    if (warp >= 8) {           // copy heads and weights, up to STAGES jobs ahead
+        setmaxnreg_dec<24>();  // with twice inc<240> that is what the block began with: 3 * 168
+        const int thread = threadIdx.x % 128, head = thread / CHUNKS, chunk = thread % CHUNKS;
+        const unsigned at = chunk / 8 * (HEADS * 128) + head * 128 + swizzled(head, chunk % 8);
+        for (int job = 0; job < jobs; job++) {
+            const int stage = job % STAGES, t = sh.seen.live[job] * TOGETHER;
+            const i64 row = (first + t) * J;
+            const uint4* from = (const uint4*)(index_q + row * E) + thread;
+            mbarrier_wait(&sh.empty[stage], job / STAGES % 2 ^ 1);
+#pragma unroll
+            for (int x = 0; x < CHUNKS; x++)
+                cp_async<16>(cvta_shared(sh.heads[stage]) + at + x * COPIED * 128, from + x * 128,
+                             x * COPIED / J < queries - t);
+            float* weight = &sh.weights[stage][thread / 16][thread % 8 / 2][thread / 8 % 2 * 2 + thread % 2];
+            cp_async<4>(cvta_shared(weight), weights + row + thread, thread / J < queries - t);
+            cp_async_mbarrier_arrive(&sh.full[stage]);
+        }
+        return;
+    }
+    setmaxnreg_inc<240>();
+
+    // Keys to registers. Rows are given to keys such that value `half` of tile m, of lane 4 g + i, belongs to
+    // key 4 g + 2 (m % 2) + half of 32: when the quad has added up its heads, lane l stores key l.
+    const int own = warp * TILES * 16;  // the warp's first key
+    const ELEMENT* entries = index_k + (b * apart + tile) * ENTRY;
+    unsigned keys[TILES][STEPS][4];
+    float scale[TILES / 2];
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int s = min(own + m / 2 * 32 + 4 * g + m % 2 * 2 + half, num_keys - 1);
+            const unsigned* key = (const unsigned*)(entries + s * ENTRY);
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {
+                keys[m][step][half] = key[8 * step + i];
+                keys[m][step][half + 2] = key[8 * step + 4 + i];
+            }
+        }
+#pragma unroll
+    for (int pair = 0; pair < TILES / 2; pair++) {
+        const int s = min(own + 32 * pair + lane, num_keys - 1);
+        scale[pair] = FP8 ? *(const float*)(entries + s * ENTRY + E) : 1;
+    }
+
+    float product[2][64];  // of tile m in product[m % 2]: one is multiplied while the other is added up
+    const auto await = [&](int job) {
+        mbarrier_wait(&sh.full[job % STAGES], job / STAGES % 2);
+        fence_proxy_async();
+    };
+    const auto multiply = [&](int m, int job, int step) {
+        const u64 heads = wgmma_matrix(cvta_shared(sh.heads[job % STAGES]));
+        if (step == 0) wgmma_fence();
+        wgmma_m64n128(product[m % 2], keys[m][step], heads + step / 4 * (HEADS * 8) + step % 4 * 2, step > 0,
+                      *index_k);
+        if (step == STEPS - 1) wgmma_commit_group();
+    };
+    await(0);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) multiply(0, 0, step);
+    for (int job = 0; job < jobs; job++) {
+        const int stage = job % STAGES, next = min(job + 1, jobs - 1), t = sh.seen.live[job] * TOGETHER;
+        float sum[TOGETHER][4];  // over this thread's heads, of four keys
+        const auto add_up = [&](int m, int begin, int end) {  // 16 heads at a time
+            const float(&p)[64] = product[m % 2];
+#pragma unroll
+            for (int x = begin; x < end; x++) {
+                const float4 w = *(float4*)sh.weights[stage][x][i];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    float& to = sum[16 * x / J][m % 2 * 2 + half];
+                    to = (16 * x % J ? to : 0) + w.x * relu(p[8 * x + 2 * half]);
+                    to += w.y * relu(p[8 * x + 2 * half + 1]);
+                    to += w.z * relu(p[8 * x + 2 * half + 4]);
+                    to += w.w * relu(p[8 * x + 2 * half + 5]);
+                }
+            }
+        };
+        const auto store = [&](int pair) {
+            const int key = own + 32 * pair + lane;
+            const bool high = i & 2, odd = i & 1;
+            float* row = scores + (first + t) * S + tile + key;
+#pragma unroll
+            for (int q = 0; q < TOGETHER; q++) {  // lane i of a quad gets the sum over its lanes of x[i]
+                const float* x = sum[q];
+                const float x02 = (high ? x[2] : x[0]) + __shfl_xor_sync(ALL, high ? x[0] : x[2], 2);
+                const float x13 = (high ? x[3] : x[1]) + __shfl_xor_sync(ALL, high ? x[1] : x[3], 2);
+                const float total = (odd ? x13 : x02) + __shfl_xor_sync(ALL, odd ? x02 : x13, 1);
+                const float score = sh.seen.spans[t + q].has(key) ? total * scale[pair] : -CUDART_INF_F;
+                if (key < num_keys && t + q < queries) row[q * S] = score;
+            }
+        };
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            if (m == TILES - 1) await(next);
+            wgmma_wait_group<0>(product[m % 2]);
+#pragma unroll
+            for (int step = 0; step < STEPS; step++) {  // in vain where this is the last job's last tile
+                multiply((m + 1) % TILES, m + 1 < TILES ? job : next, step);
+                add_up(m, step * 8 / STEPS, (step + 1) * 8 / STEPS);
+            }
+            if (m % 2) store(m / 2);
+        }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&sh.empty[stage]);
+    }
+    wgmma_wait_group<0>(product[0]);
 }
 #endif
 
@@ -428,23 +854,40 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 //       reach, and those that do are held in shared memory. Where they are too few or too many, the row
 //       itself takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
-#ifdef SELECT_TOPK
-constexpr int WARPS = BLOCK / 32, DIGIT = 11, BINS = 1 << DIGIT, CAPACITY = ROOM / sizeof(REAL);
-constexpr int VEC = BLOCK == 1024 ? 32 / sizeof(REAL) : 4;  // scores that a thread loads at a time
+#if defined(SELECT_TOPK) || defined(SELECT_TOPK_CLUSTER)
+constexpr int WARPS = BLOCK / 32, CAPACITY = ROOM / sizeof(REAL), WIDTH = 16 / sizeof(REAL);
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
 using Rank = Bits<sizeof(REAL)>::type;  // grows with the score, equal for equal scores; 0: not visible
-static_assert(BINS % BLOCK == 0, "each thread looks through as many bins");
-struct alignas(16) Vec { REAL x[16 / sizeof(REAL)]; };
+struct alignas(16) Vec { REAL x[WIDTH]; };
 
-struct Shared {
+constexpr int DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / BLOCK;  // OWN: bins that a thread looks through
+struct alignas(4 * OWN) Counts { int x[OWN]; };
+
+#ifdef SELECT_TOPK
+constexpr int VEC = BLOCK == 1024 ? 2 * WIDTH : 4;  // scores that a thread loads at a time
+struct Exchange {};
+#else
+constexpr int SLICE = BINS / BLOCKS;
+static_assert(BINS == 4 * BLOCK, "each thread sends four counts");
+
+struct Exchange {
+    int round, kept[BLOCKS];
+    u64 gathered[2], spread[2], counted;  // barriers
+    alignas(16) int slice[SLICE], slices[2][BLOCKS][SLICE], all[2][BINS];
+};
+static_assert(sizeof(Exchange) <= 40000, "dsa.py asks for as much");
+#endif
+
+struct Shared : Exchange {
     i64 place;
-    int bins[BINS], sums[2][32];
-    int bin, above, equal;
+    alignas(16) int bins[BINS];  // from the largest digit down
+    int sums[2][32];
+    int bin, above, equal, count;
     Rank rank[CAPACITY];
     int key[CAPACITY];
 };
-static_assert(sizeof(Shared) == 8472 + CAPACITY * (sizeof(REAL) + 4), "dsa.py asks for as much");
+static_assert(sizeof(Shared) <= sizeof(Exchange) + 8480 + CAPACITY * (sizeof(REAL) + 4), "as dsa.py asks");
 
 __device__ Rank rank_of(REAL x) {
     if (!(x > -(REAL)CUDART_INF)) return 0;
@@ -471,12 +914,69 @@ __device__ int sum_before(Shared& sh, int x, int turn, int& total) {
     return sum_of_warp(lane < warp ? sum : 0) + upto - x;
 }
 
+// Where the first `need` visible keys of begin..end end, or, from behind, where the last `need` begin.
+__device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int need,
+                                 bool behind) {
+    int turn = 0, seen = 0, total;
+    if (need == 0) return behind ? end : begin;
+    for (i64 x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
+        const i64 s = behind ? end - 1 - x : begin + x;
+        const bool visible = x < end - begin && rank_of(row[s]);
+        const int before = seen + sum_before(sh, visible, turn, total);
+        if (visible && before == need - 1) sh.place = behind ? s : s + 1;
+        seen += total;
+        if (seen >= need) {
+            __syncthreads();
+            const i64 place = sh.place;
+            __syncthreads();
+            return place;
+        }
+    }
+    __syncthreads();
+    return behind ? begin : end;
+}
+
+#ifdef SELECT_TOPK
+// bins, when all threads have counted
+__device__ const int* add_up(Shared& sh) {
+    __syncthreads();
+    return sh.bins;
+}
+#else
+// The bins of all blocks of the cluster, added up: each adds up a slice of them, and sends it to all. Rounds
+// alternate their memory: who is in the next one has heard from all that they are done with the last.
+__device__ const int* add_up(Shared& sh) {
+    const int x = threadIdx.x, part = blockIdx.x % BLOCKS, at = x * 4 % SLICE, block = x * 4 / SLICE;
+    __syncthreads();
+    const int now = sh.round % 2, parity = sh.round / 2 % 2;
+    if (x == 0) {
+        mbarrier_arrive_expect_tx(&sh.gathered[now], sizeof(sh.bins));
+        mbarrier_arrive_expect_tx(&sh.spread[now], sizeof(sh.bins));
+    }
+    st_async(mapa(&sh.slices[now][part][at], block), *(const int4*)(sh.bins + x * 4),
+             mapa(&sh.gathered[now], block));
+    mbarrier_wait(&sh.gathered[now], parity);
+    for (int y = x; y < SLICE; y += BLOCK) {
+        int sum = 0;
+        for (int r = 0; r < BLOCKS; r++) sum += sh.slices[now][r][y];
+        sh.slice[y] = sum;
+    }
+    __syncthreads();
+    if (x == 0) sh.round++;
+    st_async(mapa(&sh.all[now][part * SLICE + at], block), *(const int4*)(sh.slice + at),
+             mapa(&sh.spread[now], block));
+    mbarrier_wait(&sh.spread[now], parity);
+    return sh.all[now];
+}
+#endif
+
 // The need-th largest of the words that word(i) gives for i < n, 0 apart, in as many of their leading bits as
-// asked for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more.
+// asked for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more, or at most
+// `spare`. The words are those of all blocks that share the row.
 template <class Word> struct Cut { Word at; int need, excess; };
 
 template <class Word, class Words>
-__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word) {
+__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word, int spare = 0) {
     Word prefix = 0, known = 0;
     int equal = need;
     for (int bits = 8 * sizeof(Word); bits > 8 * (int)sizeof(Word) - leading; bits -= DIGIT) {
@@ -484,33 +984,23 @@ __device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words
         for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
         if (threadIdx.x == 0) sh.bin = -1;
         __syncthreads();
-        for (i64 x = threadIdx.x; x - threadIdx.x % 32 < n; x += BLOCK) {
-            const Word w = x < n ? word(x) : 0;
-            const bool counts = w != 0 && (w & known) == prefix;
+        for (i64 x = threadIdx.x; x < n; x += BLOCK) {
+            const Word w = word(x);
             const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
-            const unsigned who = __ballot_sync(ALL, counts), leader = __ffs(who) - 1;
-            if (who == 0) continue;
-            const bool alike = digit == __shfl_sync(ALL, digit, leader);  // then one lane counts for all
-            if (!__all_sync(ALL, alike || !counts)) {
-                if (counts) atomicAdd(&sh.bins[digit], 1);
-            } else if (threadIdx.x % 32 == leader)
-                atomicAdd(&sh.bins[digit], __popc(who));
+            if (w != 0 && (w & known) == prefix) atomicAdd(&sh.bins[BINS - 1 - digit], 1);
         }
-        __syncthreads();
-        constexpr int OWN = BINS / BLOCK;
-        const int top = BINS - 1 - threadIdx.x * OWN;  // from the largest digit down
+        const Counts counts = ((const Counts*)add_up(sh))[threadIdx.x];
         int mine = 0, total;
-        for (int x = 0; x < OWN; x++) mine += sh.bins[top - x];
+        for (int x = 0; x < OWN; x++) mine += counts.x[x];
         int above = sum_before(sh, mine, 0, total);
         if (above < need && need <= above + mine)
             for (int x = 0; x < OWN; x++) {
-                const int count = sh.bins[top - x];
-                if (above < need && need <= above + count) {
-                    sh.bin = top - x;
+                if (above < need && need <= above + counts.x[x]) {
+                    sh.bin = BINS - 1 - (threadIdx.x * OWN + x);
                     sh.above = above;
-                    sh.equal = count;
+                    sh.equal = counts.x[x];
                 }
-                above += count;
+                above += counts.x[x];
             }
         __syncthreads();
         if (sh.bin < 0) return {1, need, 0};  // there are not as many words: all of them
@@ -519,11 +1009,12 @@ __device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words
         need -= sh.above;
         equal = sh.equal;
         __syncthreads();
-        if (equal == need) break;
+        if (equal - need <= spare) break;
     }
     return {prefix ? prefix : 1, need, equal - need};
 }
 
+#ifdef SELECT_TOPK
 // Put what keep(rank, x) accepts of the positions begin <= x < end behind the `placed` that are, in order.
 template <class Load, class Keep, class Put>
 __device__ int compact(Shared& sh, i64 begin, i64 end, int placed, Load load, Keep keep,
@@ -548,28 +1039,6 @@ __device__ int compact(Shared& sh, i64 begin, i64 end, int placed, Load load, Ke
     return placed;
 }
 
-// Where the first `need` visible keys of begin..end end, or, from behind, where the last `need` begin.
-__device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int need,
-                                 bool behind) {
-    int turn = 0, seen = 0, total;
-    if (need == 0) return behind ? end : begin;
-    for (i64 x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
-        const i64 s = behind ? end - 1 - x : begin + x;
-        const bool visible = x < end - begin && rank_of(row[s]);
-        const int before = seen + sum_before(sh, visible, turn, total);
-        if (visible && before == need - 1) sh.place = behind ? s : s + 1;
-        seen += total;
-        if (seen >= need) {
-            __syncthreads();
-            const i64 place = sh.place;
-            __syncthreads();
-            return place;
-        }
-    }
-    __syncthreads();
-    return behind ? begin : end;
-}
-
 constexpr int RESIDENT = BLOCK == 1024 ? 1 : sizeof(REAL) == 8 ? 2 : 3;  // blocks on a multiprocessor
 
 extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
@@ -589,7 +1058,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
 
     const auto load_row = [&](i64 lo, i64 hi) {
         return [=](i64 x, Rank* ranks) {
-            constexpr int WIDTH = 16 / sizeof(REAL);
             if (lo <= x && x + VEC <= hi && (size_t)(row + x) % 16 == 0) {
                 for (int v = 0; v < VEC; v += WIDTH) {
                     const Vec vec = *(const Vec*)(row + x + v);
@@ -660,6 +1128,162 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// select_topk_cluster                          select_topk of few rows: a cluster of BLOCKS blocks shares each
+// in, out  as above
+// grid  B * T * BLOCKS  block 512  (sm_90 on)
+// smem  struct Shared, at most 111 KB; behind it a bit a key of the block's share of the row: is it kept?
+// cost  one read of the row, and of at most 4,096 runs of 16 bytes a block. As many runs as top_k asks for
+//       keys reach `floor`, so at least as many keys do; those are held. Where they are too many for a block,
+//       its share of the row takes their place: it is exact either way. Typically three rounds of add_up.
+// ---------------------------------------------------------------------------------------------------------
+#ifdef SELECT_TOPK_CLUSTER
+constexpr int SAMPLED = 4096;  // runs, at most
+static_assert(SAMPLED <= CAPACITY, "their maxima stand where the candidates will");
+
+// A score that all of this rank and above reach; with -ftz=true, others may.
+__device__ REAL score_of(Rank rank) {
+    constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1), LEAST = (Rank)1 << (sizeof(REAL) == 8 ? 52 : 23);
+    rank = max(rank, LEAST);  // of the least finite score
+    rank = rank & SIGN ? rank ^ SIGN : ~rank;
+    if constexpr (sizeof(REAL) == 8) return __longlong_as_double(rank);
+    else return __uint_as_float(rank);
+}
+
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK, 1) select_topk_cluster(
+        const REAL* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
+        i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
+    extern __shared__ __align__(16) unsigned char bytes[];
+    Shared& sh = *(Shared*)bytes;
+    unsigned* marks = (unsigned*)(bytes + sizeof(Shared));
+    const unsigned of = blockIdx.x / BLOCKS, batch = of / (unsigned)T;
+    const int tid = threadIdx.x, part = blockIdx.x % BLOCKS;
+    const REAL* row = scores + of * S;
+    int* out = indices + of * K;
+    const Window window = window_of(k_start, k_end, batch, of - batch * T, T, S, offset);
+    const i64 start = window.start, end = max(start, window.end);
+
+    if (tid == 0) {
+        for (int x = 0; x < 2; x++) mbarrier_init(&sh.gathered[x], 1), mbarrier_init(&sh.spread[x], 1);
+        mbarrier_init(&sh.counted, 1);
+        mbarrier_arrive_expect_tx(&sh.counted, sizeof(sh.kept));
+        fence_mbarrier_init();
+        sh.round = sh.count = 0;
+    }
+    __syncwarp();
+    barrier_cluster_arrive_relaxed();
+
+    // Forced keys are those below `head` and from `tail` on; the middle is ranked for what top_k leaves.
+    const i64 head = nth_visible(sh, row, start, end, num_sinks, false);
+    const i64 tail = nth_visible(sh, row, head, end, local_window, true);
+    const int need = min(top_k - num_sinks - local_window, S);
+    const bool choose = tail - head > need;
+
+    // 1. The block's share of the keys, counted from `lo`, where 16 bytes begin: begin is its first to be
+    //    visible, from .. to are ranked, at `keys` it ends. Of the ranked ones, whole runs of 16 bytes.
+    const i64 first = start - (i64)((size_t)(row + start) / sizeof(REAL) % WIDTH);
+    const int words = (end - first + 32 * BLOCKS - 1) / (32 * BLOCKS);
+    const i64 lo = first + 32ll * words * part;
+    const auto of_share = [&](i64 s) { return (int)min(max(s - lo, 0ll), 32ll * words); };
+    const int begin = of_share(start), from = of_share(head), to = of_share(tail), keys = of_share(end);
+    row += lo;
+    const int run0 = (from + WIDTH - 1) / WIDTH, runs = max(0, to / WIDTH - run0);
+    const Vec* run = (const Vec*)row + run0;
+    for (int w = tid; w < words; w += BLOCK) marks[w] = 0;
+    barrier_cluster_wait();  // all blocks have their barriers. It empties L1: in front of the loads
+
+    // 2. The maxima of some runs, of 8 in each 8 * every
+    const int every = max(1, (runs + SAMPLED - 1) / SAMPLED), sampled = runs / every;
+    if (choose)
+#pragma unroll 4
+        for (int i = tid; i < sampled; i += BLOCK) {
+            const Vec vec = run[i / 8 * 8 * every + i % 8];
+            REAL top = vec.x[0];
+            for (int v = 1; v < WIDTH; v++) top = fmax(top, vec.x[v]);
+            sh.rank[i] = rank_of(top);
+        }
+    __syncthreads();
+
+    Rank at = 1;        // the least rank that is kept
+    unsigned last = 0;  // and, where it ties, the least ~key
+    int held = -1;      // candidates in shared memory, -1: the share itself
+    if (need == 0) at = ~(Rank)0;
+    else if (choose) {
+        // 3. A score that at least `need` runs reach; the keys that do, in any order, and those beside the runs
+        const auto maximum = [&](i64 x) { return sh.rank[x]; };
+        const REAL floor = score_of(nth_largest<Rank>(sh, sampled, need, 22, maximum, need).at);
+        if (tid < 2 * WIDTH) {
+            const int x = tid < WIDTH ? from + tid : (run0 + runs - 1) * WIDTH + tid;
+            if (x < (tid < WIDTH ? min(run0 * WIDTH, to) : to)) sh.key[atomicAdd(&sh.count, 1)] = x;
+        }
+        constexpr int LOADS = 8;
+        for (int i = tid; i < runs; i += LOADS * BLOCK) {
+            Vec vec[LOADS];
+            unsigned reach = 0;
+#pragma unroll
+            for (int u = 0; u < LOADS; u++)
+                if (i + u * BLOCK < runs) vec[u] = run[i + u * BLOCK];
+#pragma unroll
+            for (int u = 0; u < LOADS; u++)
+#pragma unroll
+                for (int v = 0; v < WIDTH; v++)
+                    if (i + u * BLOCK < runs && vec[u].x[v] >= floor) reach |= 1u << (u * WIDTH + v);
+            int place = reach ? atomicAdd(&sh.count, __popc(reach)) : 0;
+            for (; reach; reach &= reach - 1, place++) {
+                const int bit = __ffs(reach) - 1;
+                if (place < CAPACITY) sh.key[place] = (run0 + i + bit / WIDTH * BLOCK) * WIDTH + bit % WIDTH;
+            }
+        }
+        __syncthreads();
+        held = sh.count <= CAPACITY ? sh.count : -1;
+        for (int x = tid; x < held; x += BLOCK) sh.rank[x] = rank_of(row[sh.key[x]]);
+        // 4. The last of them to be kept
+        const int n = held < 0 ? to - from : held;
+        const auto rank = [&](i64 x) { return held < 0 ? rank_of(row[from + x]) : sh.rank[x]; };
+        const Cut<Rank> cut = nth_largest<Rank>(sh, n, need, 8 * sizeof(Rank), rank);
+        at = cut.at;
+        const auto tied = [&](i64 x) {
+            return rank(x) == at ? ~(unsigned)(lo + (held < 0 ? from + x : sh.key[x])) : 0;
+        };
+        if (cut.excess) last = nth_largest<unsigned>(sh, n, cut.need, 32, tied).at;
+    }
+
+    // 5. Mark what is kept, and write it in order
+    const auto mark = [&](int x) { atomicOr(&marks[x / 32], 1u << x % 32); };
+    const auto best = [&](Rank rank, int x) {
+        return rank > at || (rank > 0 && rank == at && ~(unsigned)(lo + x) >= last);
+    };
+    const auto scan = [&](int x0, int x1, auto accept) {
+#pragma unroll 1
+        for (int x = x0 + tid; x < x1; x += BLOCK)
+            if (accept(rank_of(row[x]), x)) mark(x);
+    };
+    const auto visible = [](Rank rank, int) { return rank > 0; };
+    __syncthreads();
+    scan(begin, from, visible);
+    scan(to, keys, visible);
+    if (held < 0) scan(from, to, best);
+    for (int x = tid; x < held; x += BLOCK)
+        if (best(sh.rank[x], sh.key[x])) mark(sh.key[x]);
+    __syncthreads();
+    const int own = (words + BLOCK - 1) / BLOCK, w0 = tid * own, w1 = min(w0 + own, words);
+    int mine = 0, total, all = 0;
+    for (int w = w0; w < w1; w++) mine += __popc(marks[w]);
+    int place = sum_before(sh, mine, 1, total);
+    if (tid < BLOCKS) st_async(mapa(&sh.kept[part], tid), total, mapa(&sh.counted, tid));
+    mbarrier_wait(&sh.counted, 0);
+    for (int r = 0; r < BLOCKS; r++) {
+        if (r == part) place += all;
+        all += sh.kept[r];
+    }
+    for (int w = w0; w < w1; w++)
+        for (unsigned left = marks[w]; left; left &= left - 1)
+            out[place++] = (int)(lo + 32 * w + __ffs(left) - 1);
+    for (i64 x = all + part * BLOCK + tid; x < K; x += BLOCKS * BLOCK) out[x] = -1;
+}
+#endif
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // attend                                                              eq. (3) of dsa.py
 //     out[t,h] = sum_i softmax_i(scale * q[t,h] . k[key_i, g]) v[key_i, g],   g = h / R;   lse[t,h]
 // in    q [B, T, H, D], k and v with strides (v = k where TIED), or k packed (R8 e4m3 | scales | ROPE bf16)
@@ -671,7 +1295,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
 // macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE
 //         (R8 = 0: k is not packed)
 // ---------------------------------------------------------------------------------------------------------
-#if defined(ATTEND) || defined(ATTEND_MMA)
+#if defined(ATTEND) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
 struct Shape {
     i64 T, S, H, G, slots, chunk;  // slots: of indices, -1: windows
     i64 k_batch, k_key, k_group, v_batch, v_key, v_group;  // strides, in elements
@@ -684,9 +1308,9 @@ struct Job {
     int start, lo, hi;
     const int* keys;
 
-    __device__ Job(const Shape& n, const int* indices, const int* k_start, const int* k_end) {
+    // Job x of split z
+    __device__ Job(const Shape& n, const int* indices, const int* k_start, const int* k_end, i64 x, i64 z) {
         const int per_group = n.H / n.G, tiles = (per_group + HEADS - 1) / HEADS;
-        const i64 x = blockIdx.x;
         row = x / tiles / n.G, b = row / n.T, group = x / tiles % n.G;
         head = x % tiles * HEADS, heads = min(HEADS, per_group - head), head += group * per_group;
         i64 count = n.slots;
@@ -696,13 +1320,26 @@ struct Job {
             start = k_start ? k_start[row] : 0;
             count = end - start;
         }
-        lo = (int)max(0ll, min(blockIdx.y * n.chunk, count)), hi = (int)max(0ll, min(lo + n.chunk, count));
+        lo = (int)max(0ll, min(z * n.chunk, count)), hi = (int)max(0ll, min(lo + n.chunk, count));
     }
+    __device__ int slot(int i) const { return i >= hi ? -1 : keys ? keys[i] : start + i; }
     __device__ int key(int i, i64 S) const {  // -1: absent
-        const int key = i >= hi ? -1 : keys ? keys[i] : start + i;
+        const int key = slot(i);
         return key >= 0 && key < S ? key : -1;
     }
 };
+
+// 8 e4m3 codes times a scale, as bfloat16; exact where it is a power of two, as a code has 4 significant bits
+__device__ uint4 decode8(uint2 codes, float scale) {
+    unsigned r[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const unsigned two = e4m3x2_to_half2((i < 2 ? codes.x : codes.y) >> i % 2 * 16 & 0xFFFF);
+        const float2 x = __half22float2(*(const __half2*)&two);
+        r[i] = cvt_rn_x2(x.x * scale, x.y * scale, bf16());
+    }
+    return make_uint4(r[0], r[1], r[2], r[3]);
+}
 #endif
 
 #ifdef ATTEND
@@ -730,7 +1367,7 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
     __shared__ ACC p[HEADS][ATTEND_KEYS], m[HEADS], total[HEADS], rescale[HEADS];
     __shared__ int ids[ATTEND_KEYS];
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-    const Job job(n, indices, k_start, k_end);
+    const Job job(n, indices, k_start, k_end, blockIdx.x, blockIdx.y);
     const ACC log2e = ACC(1.4426950408889634), c = ACC(scale * 1.4426950408889634), inf = ACC(CUDART_INF_F);
 
     for (int i = tid; i < HEADS * D; i += 128)
@@ -854,27 +1491,6 @@ __device__ void copy_row(char* tile, int row, int stride, const void* src, bool 
     }
 }
 
-// 8 e4m3 codes times a power of two, as bfloat16. Exact: a code has 4 significant bits, and the bits << 4 are
-// a bfloat16 whose exponent has the bias 7 in place of 127.
-__device__ uint4 decode8(uint2 codes, __nv_bfloat162 scale) {
-    const unsigned unbias_bits = 0x7B807B80;  // 2^120, twice
-    const __nv_bfloat162 unbias = *(const __nv_bfloat162*)&unbias_bits;
-    unsigned r[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const unsigned two =
-            __byte_perm(i < 2 ? codes.x : codes.y, 0, i % 2 ? 0x4342 : 0x4140);  // a byte a half
-        const unsigned bits = (two & 0x007F007F) << 4 | (two & 0x00800080) << 8;
-        const __nv_bfloat162 x = __hmul2(__hmul2(*(const __nv_bfloat162*)&bits, unbias), scale);
-        r[i] = *(const unsigned*)&x;
-    }
-    const auto nan = [](unsigned four) { return ((four & 0x7F7F7F7F) + 0x01010101) & 0x80808080; };
-    if (nan(codes.x) | nan(codes.y))
-        for (int i = 0; i < 8; i++)
-            if (nan((i < 4 ? codes.x : codes.y) >> i % 4 * 8 & 255)) r[i / 2] |= 0x7FC0 << i % 2 * 16;
-    return make_uint4(r[0], r[1], r[2], r[3]);
-}
-
 extern "C" __global__ void __launch_bounds__(256, 1)
     attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start,
                const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
@@ -896,7 +1512,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
     const int wm = warp % WM, wn = warp / WM;
     const bool scores = warp < WM * WN;
-    const Job job(n, indices, k_start, k_end);
+    const Job job(n, indices, k_start, k_end, blockIdx.x, blockIdx.y);
     const float c = float(scale * 1.4426950408889634);
     const i64 k_first = job.b * n.k_batch + job.group * n.k_group,
               v_first = job.b * n.v_batch + job.group * n.v_group;
@@ -947,10 +1563,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 char* to = k_s + row * ROW * 2;
 #pragma unroll 4
                 for (int at = tid % 8; at < CODES; at += 8) {
-                    const bf16 scale = __float2bfloat16_rn(*(const float*)(entry + R8 + at * 8 / 128 * 4));
                     const unsigned* e = (const unsigned*)(entry + at * 8);
                     *(uint4*)(to + swizzled(row, at)) =
-                        decode8(make_uint2(e[0], e[1]), __nv_bfloat162(scale, scale));
+                        decode8(make_uint2(e[0], e[1]), *(const float*)(entry + R8 + at * 8 / 128 * 4));
                 }
                 for (int at = CODES + tid % 8; at < UNITS; at += 8) {
                     const unsigned* e = (const unsigned*)(entry + BYTES - 2 * ROPE + (at - CODES) * 16);
@@ -1143,13 +1758,368 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// attend_wgmma                                    eq. (3), as attend_mma, for the latent shapes on Hopper
+// in    one group of keys whose first DV = 512 values are v (TIED); q and k of TYPE, or k packed and q bf16
+// grid  one block a SM: of the B * T * head tiles * Z jobs it takes every gridDim.x-th
+// block 512: warpgroups 0 and 1 multiply, 2 and 3 copy
+// smem  struct Plan: 225 KB at D = 576
+// A tile of 64 keys comes in three parts: two halves of the values, and what a key has beyond them. Warpgroup
+// i % 2 scores tile i and publishes its weights; then both add their half of the values, one with the weights
+// in its registers, the other with those published, once it has begun to score tile i + 1. A part is free for
+// tile i + 2 when the last one to read it is done, so that copies hardly pause.
+// cost  of a tile: 2,176 cycles of products, 2,360 of shared memory, 3,100 of L2 (74 KB); measured 3,100
+// macros  HEADS = 64, D, DV, TYPE, OUT, R8, ROPE
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_WGMMA
+constexpr int KEYS = 64, PANELS = D / 64, HALF = DV / 2, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
+constexpr bool PACKED = R8 > 0;
+static_assert(HEADS == 64, "rows of a wgmma");
+static_assert(DV == 512, "two warpgroups hold 64 x 512 sums, 128 a thread");
+static_assert(D % 64 == 0 && D <= 576, "Q and two tiles of keys fit in shared memory");
+static_assert(!PACKED || (R8 == DV && ROPE == D - DV), "both halves are codes, the third part is not");
+
+struct Plan {
+    char q[PANELS][PANEL], k[2][PANELS][PANEL], p[PANEL];
+    float max[HEADS], sum[2][HEADS];
+    u64 q_full, q_free, full[2][3], free[2][3];  // of Q, and of the parts of both tiles
+};
+static_assert(sizeof(Plan) == 3 * 128 * D + 9072, "dsa.py asks for it");
+
+__device__ bool is_key(int slot, i64 S) { return (unsigned)slot < (unsigned)S; }
+
+// What warpgroup 2 + half copies: this half of the values of all tiles of a job; half 1 also the third part,
+// half 0 also Q. A thread copies 16 bytes of a panel for rows row, row + 16, + 32, + 48.
+__device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE* q, const char* k,
+                                         const Shape& n, int half, int jobs, int before) {
+    const int row = threadIdx.x % 128 / 8, column = threadIdx.x % 8, swizzle = swizzled(row, column);
+    const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
+    int slots[4];
+    const auto look_up = [&](int tile) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) slots[r] = job.slot(job.lo + tile * KEYS + r * 16 + row);
+    };
+    look_up(0);
+    if (half == 0) {
+        if (jobs) mbarrier_wait(&plan.q_free, jobs - 1 & 1);
+        for (int h = row; h < HEADS; h += 16) {
+            const bool there = h < job.heads;
+            const TYPE* from = q + (job.row * n.H + job.head + (there ? h : 0)) * D + column * 8;
+#pragma unroll
+            for (int panel = 0; panel < PANELS; panel++)
+                cp_async<16>(cvta_shared(plan.q[panel]) + h * 128 + swizzle, from + panel * 64, there);
+        }
+        cp_async_mbarrier_arrive(&plan.q_full);
+    }
+
+    constexpr int SIZE = PACKED ? 1 : 2;
+    const unsigned bytes = n.k_key * SIZE;  // from one key to the next
+    const char* first = k + job.b * n.k_batch * SIZE + unsigned(half * HALF * SIZE + column * 16);
+    int buffer;
+    const auto copy = [&](int panel_0, int panels, int at) {  // bytes of each key, `at` from this half on
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const bool there = is_key(slots[r], n.S);
+            const char* from = first + (there ? (i64)slots[r] : 0) * bytes + at;
+            const unsigned to = cvta_shared(plan.k[buffer][panel_0]) + (r * 16 + row) * 128 + swizzle;
+#pragma unroll
+            for (int panel = 0; panel < panels; panel++)
+                cp_async<16>(to + panel * PANEL, from + panel * 128, there);
+        }
+    };
+    uint4 codes[2][2];  // of packed keys: two of the four rows, two blocks of 128 each
+    float2 scales[2];
+    const auto load = [&](int r0) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const bool there = is_key(slots[r0 + r], n.S);
+            const char* from = first + (there ? (i64)slots[r0 + r] : 0) * bytes;
+            scales[r] = make_float2(0, 0);
+            if (there) scales[r] = *(const float2*)(from + (R8 + half * (8 - HALF) - column * 16));
+#pragma unroll
+            for (int block = 0; block < 2; block++) {
+                codes[r][block] = make_uint4(0, 0, 0, 0);
+                if (there) codes[r][block] = *(const uint4*)(from + block * 128);
+            }
+        }
+    };
+    const auto decode = [&](int r0) {
+        char* const to = plan.k[buffer][half * HALF / 64 + column / 4] + (r0 * 16 + row) * 128;
+        const int odd = column / 4;  // these threads begin with the second of their two chunks: other banks
+        const int chunk = swizzled(row, column % 4 * 2 + odd);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+            for (int block = 0; block < 2; block++) {
+                const uint4 x = codes[r][block];
+                const uint2 lo = make_uint2(x.x, x.y), hi = make_uint2(x.z, x.w);
+                const float scale = block ? scales[r].y : scales[r].x;
+                char* at = to + block * 2 * PANEL + r * 2048;
+                *(uint4*)(at + chunk) = decode8(odd ? hi : lo, scale);
+                *(uint4*)(at + (chunk ^ 16)) = decode8(odd ? lo : hi, scale);
+            }
+    };
+    if constexpr (PACKED) load(0);
+    for (int tile = 0; tile < tiles; tile++) {
+        const int g = before + tile;
+        buffer = g % 2;
+        const auto acquire = [&](int part) {
+            if (g >= 2) mbarrier_wait(&plan.free[buffer][part], g / 2 - 1 & 1);
+        };
+        if (half == 1) {
+            acquire(2);
+            copy(DV / 64, PANELS - DV / 64, PACKED ? HALF + R8 / 128 * 4 : HALF * 2);
+            cp_async_mbarrier_arrive(&plan.full[buffer][2]);
+        }
+        acquire(half);
+        if constexpr (PACKED) {  // loads are under way while rows before are decoded, or a buffer waited for
+            decode(0);
+            load(2);
+            look_up(tile + 1);
+            decode(2);
+            load(0);
+            fence_proxy_async();
+            mbarrier_arrive(&plan.full[buffer][half]);
+        } else {
+            copy(half * HALF / 64, HALF / 64, 0);
+            look_up(tile + 1);
+            cp_async_mbarrier_arrive(&plan.full[buffer][half]);
+        }
+    }
+}
+
+// x[j] of lane i of four becomes x[i] of lane j.
+__device__ void transpose_quad(unsigned (&x)[4]) {
+#pragma unroll
+    for (int d = 1; d <= 2; d *= 2) {
+        const bool high = threadIdx.x & d;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j & d) continue;
+            const unsigned got = __shfl_xor_sync(ALL, high ? x[j] : x[j + d], d);
+            if (high) x[j] = got;
+            else x[j + d] = got;
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
+    attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const int* indices, const int* k_start,
+                 const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
+                 i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key,
+                 i64 v_group, double scale, i64 rows, i64 splits) {
+    const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
+    extern __shared__ __align__(1024) char shared[];
+    Plan& plan = *(Plan*)shared;
+    const int tid = threadIdx.x, lane = tid % 32;
+    const int group = __shfl_sync(ALL, tid / 128, 0);  // so that the compiler knows it uniform
+    if (tid == 0) {
+        mbarrier_init(&plan.q_full, 128), mbarrier_init(&plan.q_free, 8);
+        for (int i = 0; i < 6; i++) mbarrier_init(&plan.full[0][i], 128), mbarrier_init(&plan.free[0][i], 4);
+    }
+    __syncthreads();
+    const int per_split = rows * ((H + HEADS - 1) / HEADS), all = per_split * splits;
+    int jobs = 0, g = 0;  // done so far: jobs, tiles
+    if (group >= 2) {
+        setmaxnreg_dec<64>();
+        for (int x = blockIdx.x; x < all; x += gridDim.x, jobs++) {
+            const Job job(n, indices, k_start, k_end, x % per_split, x / per_split);
+            copy_job(plan, job, q, k, n, group - 2, jobs, g);
+            g += (job.hi - job.lo + KEYS - 1) / KEYS;
+        }
+        return;
+    }
+
+    setmaxnreg_inc<192>();
+    const float c = float(scale * 1.4426950408889634);
+    const int row = tid % 128 / 32 * 16 + lane / 4;  // of the heads; this thread's other one is row + 8
+    const int other = 1 - group;                     // the warpgroup, and the buffer of its tiles
+    const u64 q_at = wgmma_matrix(cvta_shared(plan.q)), k_at = wgmma_matrix(cvta_shared(plan.k[group])),
+              p_at = wgmma_matrix(cvta_shared(plan.p)),
+              v_at = wgmma_matrix(cvta_shared(plan.k[group][group * HALF / 64]), PANEL),
+              other_v_at = wgmma_matrix(cvta_shared(plan.k[other][group * HALF / 64]), PANEL);
+    const auto release = [&](int buffer, int part) {
+        if (lane == 0) mbarrier_arrive(&plan.free[buffer][part]);
+    };
+    for (int x = blockIdx.x; x < all; x += gridDim.x, jobs++) {
+        const Job job(n, indices, k_start, k_end, x % per_split, x / per_split);
+        const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
+        float o[2][64] = {}, m[2] = {-CUDART_INF_F, -CUDART_INF_F}, total[2] = {};
+        const auto rescale = [&](const float (&top)[2]) {
+            if (!__any_sync(ALL, top[0] != m[0] || top[1] != m[1])) return;
+            wgmma_wait_group<0>();
+            float factor[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                factor[half] = m[half] == top[half] ? 1 : exp2f(m[half] - top[half]);
+                m[half] = top[half];
+                total[half] *= factor[half];
+            }
+#pragma unroll
+            for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= factor[i / 2 % 2];
+        };
+        const auto start_adding = [&](auto weights, u64 values) {  // o += p v: 16 keys a step, 128 of v a side
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+#pragma unroll
+                for (int side = 0; side < 2; side++) {
+                    const int at = (step * 2048 + side * 2 * PANEL) / 16;
+                    wgmma_m64n128k16(o[side], weights(step), values + at, TYPE());
+                }
+        };
+        const auto take = [&](int parity, bool any) {  // the tile of the other warpgroup
+            if (any) {
+                bar_sync(2 + other, 256);
+                rescale({plan.max[row], plan.max[row + 8]});
+            }
+            mbarrier_wait(&plan.full[other][group], parity);
+            if (any) {
+                fence_proxy_async();
+                start_adding([&](int step) { return p_at + 2 * step; }, other_v_at);
+            }
+            wgmma_commit_group();
+        };
+        int now[2], next[2];  // slots `lane` and 32 + lane of this tile and of the next one
+        const auto look_up = [&](int tile) {
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+                now[r] = next[r], next[r] = job.slot(job.lo + tile * KEYS + r * 32 + lane);
+        };
+        look_up(0), look_up(1);
+        bool any = false;  // keys in this tile
+        mbarrier_wait(&plan.q_full, jobs & 1);
+        for (int tile = 0; tile < tiles; tile++, g++) {
+            const bool had_any = any;
+            const unsigned there[2] = {__ballot_sync(ALL, is_key(now[0], S)),
+                                       __ballot_sync(ALL, is_key(now[1], S))};
+            any = there[0] | there[1];
+            look_up(tile + 2);
+            if (g % 2 != group) {  // taken while the next tile is scored, unless there is none
+                if (tile == tiles - 1) {
+                    take(g / 2 & 1, any);
+                    wgmma_wait_group<0>();
+                    release(other, group);
+                }
+                continue;
+            }
+            // 1. s = q . k, part by part as they come; between them o of the tile before
+            float s[32];
+            const auto score = [&](int part, int panels, bool first) {
+                mbarrier_wait(&plan.full[group][part], g / 2 & 1);
+                fence_proxy_async();
+                wgmma_fence();
+#pragma unroll
+                for (int panel = 0; panel < panels; panel++)
+#pragma unroll
+                    for (int step = 0; step < 4; step++) {
+                        const int at = part * (HALF / 64 * PANEL / 16) + panel * (PANEL / 16) + step * 2;
+                        wgmma_m64n64k16(s, q_at + at, k_at + at, !first || panel > 0 || step > 0, TYPE());
+                    }
+                wgmma_commit_group();
+            };
+            if constexpr (D > DV) score(2, PANELS - DV / 64, true);
+            score(group, HALF / 64, D == DV);
+            if (tile > 0) take((g - 1) / 2 & 1, had_any);
+            score(other, HALF / 64, false);
+            if (tile > 0) {
+                wgmma_wait_group<1>();
+                release(other, group);
+            }
+            wgmma_wait_group<0>();
+            release(group, 2);
+            bar_sync(4 + group, 128);  // nobody here reads the last p any more
+            // 2. the new maxima, in base 2
+#pragma unroll
+            for (int i = 0; i < 32; i++) s[i] *= c;
+            if ((there[0] & there[1]) != ALL)
+#pragma unroll
+                for (int i = 0; i < 32; i++)
+                    if (!(there[i / 16] >> (i / 4 % 4 * 8 + lane % 4 * 2 + i % 2) & 1)) s[i] = -CUDART_INF_F;
+            float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
+#pragma unroll
+            for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                top[half] = fmaxf(top[half], __shfl_xor_sync(ALL, top[half], 1));
+                top[half] = fmaxf(top[half], __shfl_xor_sync(ALL, top[half], 2));
+                if (top[half] <= m[half] + 8) top[half] = m[half];  // p up to 2^8 spares rescaling o
+            }
+            // 3. p = exp2(s - max), for this warpgroup in registers, for the other in shared memory
+            unsigned p[4][4];
+            float sum[2] = {};
+#pragma unroll
+            for (int i = 0; i < 32; i += 2) {
+                const int half = i / 2 % 2;
+                const float safe = top[half] == -CUDART_INF_F ? 0 : top[half];
+                const float p0 = exp2f(s[i] - safe), p1 = exp2f(s[i + 1] - safe);
+                sum[half] += p0 + p1;
+                p[i / 8][i / 2 % 4] = cvt_rn_x2(p0, p1, TYPE());
+            }
+            rescale(top);
+            total[0] += sum[0], total[1] += sum[1];
+            if (any) {  // else as where rows of indices end in -1
+#pragma unroll
+                for (int i = 0; i < 32; i += 2)
+                    *(unsigned*)(plan.p + (row + i / 2 % 2 * 8) * 128 + swizzled(row, i / 4) + lane % 4 * 4) =
+                        p[i / 8][i / 2 % 4];
+                if (lane % 4 == 0) plan.max[row] = top[0], plan.max[row + 8] = top[1];
+                fence_proxy_async();
+                bar_arrive(2 + group, 256);
+                // 4. o += p v
+                start_adding([&](int step) -> const unsigned(&)[4] { return p[step]; }, v_at);
+                wgmma_commit_group();
+                wgmma_wait_group<0>();
+            }
+            release(group, group);
+        }
+        if (lane == 0) mbarrier_arrive(&plan.q_free);
+        // 5. Each row's sum of both warpgroups; then the division, the sink and the cast
+        bar_sync(1, 256);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            total[half] += __shfl_xor_sync(ALL, total[half], 1);
+            total[half] += __shfl_xor_sync(ALL, total[half], 2);
+            if (lane % 4 == 0) plan.sum[group][row + half * 8] = total[half];
+        }
+        bar_sync(1, 256);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int h = row + half * 8;
+            const bool there = h < job.heads;
+            const i64 at = (x / per_split * rows + job.row) * H + job.head + h;
+            const float sum = plan.sum[0][h] + plan.sum[1][h];
+            const float log_sum = sum == 0 ? -CUDART_INF_F : (m[half] + log2f(sum)) * 0.6931471805599453f;
+            float share = sum == 0 ? 0 : 1 / sum;
+            if (sink && there) share *= kept_share(sink[job.head + h], log_sum);
+            if (group == 0 && lane % 4 == 0 && there) lse[at] = log_sum;
+OUT* to = out + at * DV + group * HALF;
+#pragma unroll
+            for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
+                unsigned x[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const float *at = &o[i / 64][i % 64 + 4 * j], y0 = at[0] * share, y1 = at[1] * share;
+                    if constexpr (sizeof(OUT) == 2) x[j] = cvt_rn_x2(y0, y1, TYPE());
+                    else if (there) *(float2*)(to + i / 4 * 8 + j * 8 + lane % 4 * 2) = make_float2(y0, y1);
+                }
+                if constexpr (sizeof(OUT) == 2) {
+                    transpose_quad(x);
+                    if (there) *(uint4*)(to + i / 4 * 8 + lane % 4 * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+                }
+            }
+        }
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // merge_attention                                                     what `splits` blocks found, together
 //     L = logsumexp_i(lses[i]);   out = sum_i exp(lses[i] - L) outs[i], less the sink's share;   lse = L
 // in    outs [splits, rows, DV], lses [splits, rows] of ACC, splits <= 128;
 //       rows = B * T * H; sink [H] of ACC or null
 // out   out [rows, DV] OUT, lse [rows] ACC
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
-// macros  ACC, OUT, COLUMNS = ceil(DV / 128)
+// macros  ACC, OUT, COLUMNS = ceil(DV / 128), LOADS: splits that are read at a time
 // ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
 extern "C" __global__ void __launch_bounds__(128)
@@ -1158,18 +2128,32 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
     __shared__ ACC weights[128];
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
-    ACC top = -inf, total = 0, o[COLUMNS] = {};
-    for (int i = 0; i < splits; i++) top = fmax(top, lses[i * rows + row]);
-    if (top == -inf) top = 0;
-    if (threadIdx.x < splits) weights[threadIdx.x] = exp(lses[threadIdx.x * rows + row] - top);
-    __syncthreads();
-#pragma unroll 8
-    for (int i = 0; i < splits; i++) {
-        total += weights[i];
+    ACC top = -inf, total = 0, o[COLUMNS] = {}, part[LOADS][COLUMNS];
+    const auto load = [&](int first) {
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j++) {
-            const int d = threadIdx.x + 128 * j;
-            if (d < DV) o[j] += weights[i] * outs[(i * rows + row) * DV + d];
+        for (int i = 0; i < LOADS; i++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+                const int d = threadIdx.x + 128 * j;
+                part[i][j] = first + i < splits && d < DV ? outs[((first + i) * rows + row) * DV + d] : 0;
+            }
+    };
+    if (threadIdx.x < splits) weights[threadIdx.x] = lses[threadIdx.x * rows + row];
+    load(0);  // on their way while the weights are found
+    __syncthreads();
+    for (int i = 0; i < splits; i++) top = fmax(top, weights[i]);
+    if (top == -inf) top = 0;
+    __syncthreads();
+    if (threadIdx.x < splits) weights[threadIdx.x] = exp(weights[threadIdx.x] - top);
+    __syncthreads();
+    for (int first = 0; first < splits; first += LOADS) {
+        if (first > 0) load(first);
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const ACC weight = first + i < splits ? weights[first + i] : 0;
+            total += weight;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) o[j] += weight * part[i][j];
         }
     }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
