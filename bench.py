@@ -1553,13 +1553,34 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
 # 10. gpu: the kernels beside torch and the chip's own ceilings
 # ------------------------------------------------------------------------------------------------------------
 
-PREFILL, DECODE = (8192, 32768, 65536, 131072), ((1, 131072), (8, 131072), (32, 32768), (128, 32768))
+PREFILL = 8192, 32768, 65536, 131072
+DECODE = (1, 1, 131072), (1, 1, 2**20), (8, 1, 131072), (32, 1, 32768), (128, 1, 32768), (128, 2, 32768)
+PEERS = {  # what others' kernels took on an H200 on 2026-11-23, by table row; not measured here
+    "index_scores": "DeepGEMM 8.59 ms, 1009 TFLOP/s",
+    "select_topk": "FlashInfer 2.27 ms",
+    "lightning_select": "the two 10.9 ms",
+    "the whole chain": "the three 14.9 ms",
+    "sparse_attention, random keys": "FlashMLA 4.12 to 4.51 ms, 518 to 567 TFLOP/s",
+    "sparse_attention, top_k 512": "FlashMLA at 32,768: 515 TFLOP/s",
+    "sparse_attention, 64 heads": "FlashMLA at 32,768: 509 TFLOP/s",
+    "1 x 131,072": "the three 61.4 us",
+    "1 x 1,048,576": "the three 101.9 us",
+    "8 x 131,072": "the three 107.8 us",
+    "32 x 32,768": "FlashMLA 93 us",
+    "128 x 32,768": "FlashMLA 199 us",
+    "128 x 32,768, 2 tokens": "FlashMLA 373 us",
+}
+FROM = (
+    " Peers: DeepGEMM 54e2261, FlashInfer fb28d72 (deterministic) and FlashMLA 9241ae3, measured by us on an "
+)
+FROM += "H200 with driver 580.159 on 2026-11-23, not by this command"
 STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # STEPS: of decode, in a CUDA graph
 
 
 def exact(x) -> np.ndarray:
-    """A CuPy array or a torch tensor as NumPy's float64."""
-    return np.asarray(x.get() if hasattr(x, "get") else x.double().cpu(), np.float64)
+    """A CuPy array or a torch tensor as NumPy's float64; codes stay codes."""
+    x = x.get() if hasattr(x, "get") else x.double().cpu()
+    return np.asarray(x, None if x.dtype == np.uint8 else np.float64)
 
 
 def tensor(x):
@@ -1671,31 +1692,40 @@ class Chip:
 
 
 class GpuProblem:
-    """V3.2's shapes: t queries at the end of s keys, or one query for each context of a batch."""
+    """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
 
     scores: Any
     indices: Any
-    cache: Any
 
     def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
-        self.chip, self.s, self.batch, self.top_k, draw = chip, s, batch, top_k, chip.draw
+        self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
         self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
-        self.index = draw(*batch, t, J, E), draw(*batch, s, E), draw(*batch, t, J, dtype=np.float32)
+        self.wide = draw(*batch, t, J, E), draw(*batch, s, E), draw(*batch, t, J, dtype=np.float32)
+        codes, scales = dsa.quantize_fp8(self.wide[0])
+        streams = {"k": (1, WIDTH), "index_k": (E,)}
+        self.cache = dsa.KVCache(s, batch=batch[0] if batch else 1, storage="fp8", xp=chip.xp, **streams)
+        self.cache.append(k=self.k if batch else self.k[None], index_k=self.wide[1].reshape(-1, s, E))
+        keys = self.cache.stored("index_k")
+        self.index = codes, keys if batch else keys[0], self.wide[2] * scales[..., 0]
         self.ends = chip.xp.arange(s - t + 1, s + 1)
         n = math.prod((*batch, t))
-        pairs = n * s - t * (t - 1) // 2
-        self.scoring = 2 * J * E * pairs, 2 * self.index[1].size + 4 * pairs  # FLOP, bytes to move
+        pairs = n * s - math.prod(batch) * t * (t - 1) // 2
+        self.scoring = 2 * J * E * pairs, keys.size + 4 * pairs  # FLOP, bytes to move
+        self.scoring_wide = self.scoring[0], 2 * self.wide[1].size + 4 * pairs
         self.selecting = 0, 4 * (pairs + n * top_k)
-        self.both = self.scoring[0], 2 * self.index[1].size + 4 * n * top_k
+        self.both = self.scoring[0], keys.size + 4 * n * top_k
 
-    def attending(self, *more) -> tuple[float, float]:
+    def attending(self, *more, width: int = 2 * WIDTH) -> tuple[float, float]:
         heads, keys = self.q.size // WIDTH, min(self.indices.size, self.k.size // WIDTH)
         own = (
             heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1],
-            2 * (heads * (WIDTH + LATENT) + WIDTH * keys),
+            2 * heads * (WIDTH + LATENT) + width * keys,
         )
         return own[0] + sum(x[0] for x in more), own[1] + sum(x[1] for x in more)
+
+    def score_wide(self):
+        return dsa.index_scores(*self.wide)
 
     def score(self):
         return dsa.index_scores(*self.index)
@@ -1716,9 +1746,9 @@ class GpuProblem:
         indices = self.lightning()
         return *dsa.sparse_attention(self.q, self.k, None, indices, d_v=LATENT), indices
 
-    def everything(self):
-        config = dsa.DSAConfig(top_k=self.top_k)
-        return dsa.dsa_attention(self.q, self.k, None, *self.index, config, d_v=LATENT)
+    def chain_fp8(self):
+        indices = self.lightning()
+        return *self.cache.attend(self.q, indices, d_v=LATENT), indices
 
     def torch_topk(self):
         return torch.topk(tensor(self.scores), self.top_k, sorted=False).values
@@ -1734,22 +1764,28 @@ class GpuProblem:
         return (out,)
 
     def three(self):
-        """Three queries: the index that keeps an axis of one, the keys each sees, and their index keys."""
+        """Three queries: the index that keeps an axis of one, and of the keys that each sees."""
         n = len(self.q)
         for i in sorted({0, n // 3, n - 1}):
-            one: Any = i if self.batch else slice(i, i + 1)
-            seen: Any = i if self.batch else slice(self.s - n + i + 1)
-            yield one, self.k[seen], self.index[1][seen]
+            if self.batch:
+                yield (i, slice(1)), (i, slice(self.s - self.t + 1))
+            else:
+                yield slice(i, i + 1), slice(self.s - n + i + 1)
 
-    def check_scores(self, x) -> None:
-        for one, _, keys in self.three():
-            want = dsa.index_scores(exact(self.index[0][one]), exact(keys), exact(self.index[2][one]))
-            self.chip.bench.check("gpu index_scores", exact(x[one])[:, : len(keys)], want, 1e-4)
+    def check_scores(self, x, index=None) -> None:
+        q, k, weights = index or self.index
+        for one, seen in self.three():
+            want = dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))
+            # Hopper's tensor cores add up products of e4m3 to about 14 bits.
+            self.chip.bench.check("gpu index_scores", exact(x[one])[:, : want.shape[-1]], want, 3e-4)
         self.all_rows("index_scores, -inf", self.chip.xp.isneginf(x).sum(-1), self.s - self.ends)
 
+    def check_wide(self, x) -> None:
+        self.check_scores(x, self.wide)
+
     def check_indices(self, x) -> None:
-        for one, keys, _ in self.three():
-            want = dsa.select_topk(self.scores[one].get()[:, : len(keys)], self.top_k)
+        for one, seen in self.three():
+            want = dsa.select_topk(self.scores[one].get()[:, : len(self.k[seen])], self.top_k)
             self.chip.bench.check("gpu select_topk", x[one].get(), want, 0)
         self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
 
@@ -1761,9 +1797,9 @@ class GpuProblem:
         self.all_rows("lightning_select", x, self.indices)
 
     def check_attention(self, x, stored=lambda k: k, tol: float = 1e-2) -> None:
-        for one, keys, _ in self.three():
+        for one, seen in self.three():
             rows = self.indices[one][0]
-            kept, slots = stored(exact(keys[rows])), np.arange(len(rows))[None]
+            kept, slots = stored(exact(self.k[seen][rows])), np.arange(len(rows))[None]
             out, lse = dsa.sparse_attention(exact(self.q[one]), kept, None, slots, d_v=LATENT)
             self.chip.bench.check("gpu attention", exact(x[0][one]), out, tol)
             for got in x[1:2]:  # torch gives none
@@ -1776,6 +1812,10 @@ class GpuProblem:
         self.check_attention(x)
         self.check_lightning(x[2])
 
+    def check_chain_fp8(self, x) -> None:
+        self.check_fp8(x)
+        self.check_lightning(x[2])
+
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
 
@@ -1785,6 +1825,7 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     P, p, xp = GpuProblem, GpuProblem(chip, s, t, top_k), chip.xp
     stage = functools.partial(chip.stage, cell)
     with chip.alone(f"selection, {s:,}"):
+        stage("index_scores, bfloat16", [p], P.score_wide, P.check_wide, p.scoring_wide)
         stage("index_scores", [p], P.score, P.check_scores, p.scoring)
         p.scores = p.score()
         stage("select_topk", [p], P.select, P.check_indices, p.selecting)
@@ -1794,7 +1835,7 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
         p.scores = None
         stage("lightning_select", [p], P.lightning, P.check_lightning, p.both)
         stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
-        stage("dsa_attention", [p], P.everything, P.check_chain, p.attending(p.both))
+        stage("the whole chain", [p], P.chain, P.check_chain, p.attending(p.both))
     spread = (xp.arange(top_k) + chip.rng.random((t, top_k))) / top_k  # ascending, none twice
     p.indices = (spread * p.ends[:, None]).astype(np.int32)
     few, half = copy.copy(p), copy.copy(p)
@@ -1807,21 +1848,21 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
         stage("torch gather + bmm", [p], P.torch_attend, check, p.attending())
 
 
-def gpu_decode(chip: Chip, cell, s: int, batch: int, top_k: int) -> None:
-    """One query for each context of a batch: STEPS steps in a graph, over STEPS contexts or the batch's."""
-    P, ring = GpuProblem, [GpuProblem(chip, s, 1, top_k, batch) for _ in range(max(1, STEPS // batch))]
+def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None:
+    """t queries for each context of a batch: STEPS steps in a graph, over STEPS contexts or the batch's."""
+    P, ring = GpuProblem, [GpuProblem(chip, s, t, top_k, batch) for _ in range(max(1, STEPS // batch))]
     p, steps = ring[0], [ring[i % len(ring)] for i in range(STEPS)]
     stage = functools.partial(chip.stage, cell, steps=steps, graph=True)
     stage("index_scores", run=P.score, check=P.check_scores, work=p.scoring)
     for x in ring:
         x.scores = x.score()
         x.indices = x.select()
-        x.cache = dsa.KVCache(s, batch=batch, storage="fp8", xp=chip.xp, k=(1, WIDTH))
-        x.cache.append(k=x.k)
     stage("select_topk", run=P.select, check=P.check_indices, work=p.selecting)
     stage("sparse_attention", run=P.attend, check=P.check_attention, work=p.attending())
-    stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=p.attending())
-    stage("chain of three", run=P.chain, check=P.check_chain, work=p.attending(p.both))
+    packed = p.attending(width=p.cache.stored("k").shape[-1])
+    stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=packed)
+    chain = packed[0] + p.both[0], packed[1] + p.both[1]
+    stage("chain of three, fp8", run=P.chain_fp8, check=P.check_chain_fp8, work=chain)
 
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
@@ -1868,11 +1909,11 @@ def gpu(bench: Bench) -> None:
         if dense := [c for c in cells if c.get(DENSE)]:
             flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
             cell["dense, these queries*"] = {"ms": flops / dense[-1][DENSE]["TFLOP/s"] / 1e9}
-    for batch, s in bench.steps(((1, 2048), (8, 2048)) if quick else DECODE, "gpu: decode"):
-        cell = {"at": f"{batch} x {s:,}"}
+    for batch, each, s in bench.steps(((1, 1, 2048), (8, 2, 2048)) if quick else DECODE, "gpu: decode"):
+        cell = {"at": f"{batch} x {s:,}" + f", {each} tokens" * (each > 1)}
         steps.append(cell)
         with chip.alone(f"decode, {cell['at']}"):
-            gpu_decode(chip, cell, s, batch, top_k)
+            gpu_decode(chip, cell, s, batch, each, top_k)
         chip.free()
     bench.results["gpu"] = {"ceilings": ceilings, "prefill": cells, "decode": steps, "failed": chip.failed}
     report_gpu(bench, t, top_k, chip.name.split(",")[0])
@@ -1890,24 +1931,34 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
             share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES) if x else (0, "")
             ms = f"{factor * x['ms']:.{3 if factor * x['ms'] < 1000 else 4}g} {unit}" if x else x
             texts.append(
-                f"{ms}, {x[rate]:.3g} {rate}, {share:.0%}" if share else "FAILED" if x is None else ms
+                f"{ms}, {x[rate]:.{3 if x[rate] < 1000 else 4}g} {rate}, {share:.0%}"
+                if share
+                else "FAILED"
+                if x is None
+                else ms
             )
         return [first, *texts]
 
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
     note = "Random data, medians of CUDA events, results checked first. % of this run's ceilings, "
-    note += f"{top}: a bfloat16 product of 8192^3, and a copy, bytes read plus written."
+    note += (
+        f"{top}: a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
+    )
     names = [name for name in max(prefill, key=len) if name not in ("at", "dense by")]
-    rows = [row(name, [cell.get(name, "") for cell in prefill], "ms", 1) for name in names]
+    rows = [[*row(x, [cell.get(x, "") for cell in prefill], "ms", 1), PEERS.get(x, "")] for x in names]
     dense = [cell["dense by"] for cell in prefill if cell.get(DENSE)]
-    also = " Without more words: 128 heads, selected keys; gather: random keys."
+    also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys; gather: random keys."
     also += f" Dense: whole sequences, heads of 192 and 128, {dense[-1]}; * at its rate." if dense else ""
-    title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, bfloat16, on one {chip}"
-    bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
+    title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, on one {chip}"
+    columns = ["stage", *(cell["at"] for cell in prefill), "peers, 131,072"]
+    bench.table("gpu", title, columns, rows, note + also + FROM + ".")
     names = [name for name in max(decode, key=len) if name != "at"]
-    rows = [row(cell["at"], [cell.get(name, "") for name in names], "us", 1e3) for cell in decode]
-    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more; the chain is of bfloat16."
-    bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
+    rows = [row(x["at"], [x.get(name, "") for name in names], "us", 1e3) for x in decode]
+    rows = [[*cells, PEERS.get(cells[0], "")] for cells in rows]
+    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more. Index keys are fp8."
+    alone = "; FlashMLA's attention alone without a graph."
+    columns = ["batch x context", *names, "peers, fp8"]
+    bench.table("gpu_decode", f"A decode step, on one {chip}", columns, rows, note + also + FROM + alone)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2029,10 +2080,10 @@ COST_OPTIONS: dict[str, dict[str, Any]] = {
     "link": {"default": 50.0, "help": "GB/s into and out of a GPU (50: a port of 400 Gbit/s; assumed)"},
     "latency": {"default": 5.0, "help": "us of a round of a collective (5; assumed)"},
     "message": {"default": 0.5, "help": "us of each message of an all-to-all (0.5; assumed)"},
-    "memory": {"default": 2.85, "help": "TB/s of memory (2.85: index_scores, table gpu_decode)"},
-    "flops": {"default": 414.0, "help": "TFLOP/s of scoring (414: index_scores, table gpu)"},
-    "attend": {"default": 225.0, "help": "TFLOP/s of attention (225: sparse_attention, table gpu)"},
-    "launch": {"default": 20.0, "help": "us of a small kernel (20: select_topk, table gpu_decode)"},
+    "memory": {"default": 3.7, "help": "TB/s of memory (3.7: index_scores, table gpu_decode)"},
+    "flops": {"default": 616.0, "help": "TFLOP/s of scoring (616: index_scores, bfloat16, table gpu)"},
+    "attend": {"default": 516.0, "help": "TFLOP/s of attention (516: sparse_attention, table gpu)"},
+    "launch": {"default": 11.0, "help": "us of a small kernel (11: select_topk, table gpu_decode)"},
 }
 for keywords in COST_OPTIONS.values():
     keywords |= {"type": float, "metavar": "X"}
