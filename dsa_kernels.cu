@@ -1787,10 +1787,18 @@ static_assert(sizeof(Plan) == 3 * 128 * D + 9072, "dsa.py asks for it");
 
 __device__ bool is_key(int slot, i64 S) { return (unsigned)slot < (unsigned)S; }
 
+// How often a buffer was used before. A job begins with buffer 0 whatever came before it: who scores a tile,
+// and so the order of its sums, depends on nothing but its place in the job.
+struct Uses {
+    int even = 0, odd = 0;
+    __device__ int before(int tile) const { return (tile % 2 ? odd : even) + tile / 2; }
+    __device__ void add(int tiles) { even += (tiles + 1) / 2, odd += tiles / 2; }
+};
+
 // What warpgroup 2 + half copies: this half of the values of all tiles of a job; half 1 also the third part,
 // half 0 also Q. A thread copies 16 bytes of a panel for rows row, row + 16, + 32, + 48.
 __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE* q, const char* k,
-                                         const Shape& n, int half, int jobs, int before) {
+                                         const Shape& n, int half, int jobs, Uses uses) {
     const int row = threadIdx.x % 128 / 8, column = threadIdx.x % 8, swizzle = swizzled(row, column);
     const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
     int slots[4];
@@ -1860,10 +1868,10 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
     };
     if constexpr (PACKED) load(0);
     for (int tile = 0; tile < tiles; tile++) {
-        const int g = before + tile;
-        buffer = g % 2;
+        const int used = uses.before(tile);
+        buffer = tile % 2;
         const auto acquire = [&](int part) {
-            if (g >= 2) mbarrier_wait(&plan.free[buffer][part], g / 2 - 1 & 1);
+            if (used) mbarrier_wait(&plan.free[buffer][part], used - 1 & 1);
         };
         if (half == 1) {
             acquire(2);
@@ -1918,13 +1926,14 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     }
     __syncthreads();
     const int per_split = rows * ((H + HEADS - 1) / HEADS), all = per_split * splits;
-    int jobs = 0, g = 0;  // done so far: jobs, tiles
+    int jobs = 0;  // done so far
+    Uses uses;
     if (group >= 2) {
         setmaxnreg_dec<64>();
         for (int x = blockIdx.x; x < all; x += gridDim.x, jobs++) {
             const Job job(n, indices, k_start, k_end, x % per_split, x / per_split);
-            copy_job(plan, job, q, k, n, group - 2, jobs, g);
-            g += (job.hi - job.lo + KEYS - 1) / KEYS;
+            copy_job(plan, job, q, k, n, group - 2, jobs, uses);
+            uses.add((job.hi - job.lo + KEYS - 1) / KEYS);
         }
         return;
     }
@@ -1988,15 +1997,15 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         look_up(0), look_up(1);
         bool any = false;  // keys in this tile
         mbarrier_wait(&plan.q_full, jobs & 1);
-        for (int tile = 0; tile < tiles; tile++, g++) {
+        for (int tile = 0; tile < tiles; tile++) {
             const bool had_any = any;
             const unsigned there[2] = {__ballot_sync(ALL, is_key(now[0], S)),
                                        __ballot_sync(ALL, is_key(now[1], S))};
             any = there[0] | there[1];
             look_up(tile + 2);
-            if (g % 2 != group) {  // taken while the next tile is scored, unless there is none
+            if (tile % 2 != group) {  // taken while the next tile is scored, unless there is none
                 if (tile == tiles - 1) {
-                    take(g / 2 & 1, any);
+                    take(uses.before(tile) & 1, any);
                     wgmma_wait_group<0>();
                     release(other, group);
                 }
@@ -2005,7 +2014,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             // 1. s = q . k, part by part as they come; between them o of the tile before
             float s[32];
             const auto score = [&](int part, int panels, bool first) {
-                mbarrier_wait(&plan.full[group][part], g / 2 & 1);
+                mbarrier_wait(&plan.full[group][part], uses.before(tile) & 1);
                 fence_proxy_async();
                 wgmma_fence();
 #pragma unroll
@@ -2019,7 +2028,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             };
             if constexpr (D > DV) score(2, PANELS - DV / 64, true);
             score(group, HALF / 64, D == DV);
-            if (tile > 0) take((g - 1) / 2 & 1, had_any);
+            if (tile > 0) take(uses.before(tile - 1) & 1, had_any);
             score(other, HALF / 64, false);
             if (tile > 0) {
                 wgmma_wait_group<1>();
@@ -2072,6 +2081,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             }
             release(group, group);
         }
+        uses.add(tiles);
         if (lane == 0) mbarrier_arrive(&plan.q_free);
         // 5. Each row's sum of both warpgroups; then the division, the sink and the cast
         bar_sync(1, 256);

@@ -3444,6 +3444,31 @@ def test_offsets_beyond_32_bits(dsa, cupy):
         assert_close(found[1].get(), exact[1], 1e-4)
 
 
+def test_neither_place_nor_chip_nor_run_changes_a_bit(dsa, cupy, monkeypatch):
+    """A sequence anywhere in a batch, again, and on a GPU of fewer multiprocessors."""
+    rng = np.random.default_rng(14)
+    shapes = (3, 5, 128, 576), (3, 900, 1, 576), (3, 5, 64, 128), (3, 900, 128)
+    *x, index_q, index_k = (cupy.asarray(normal(rng, *shape).astype(BFLOAT16)) for shape in shapes)
+    index = index_q, index_k, cupy.asarray(normal(rng, 3, 5, 64).astype(F32))
+    launch = dsa._launch
+
+    def run(q, k, *index):
+        indices = dsa.lightning_select(*index, 200)
+        return indices, *dsa.sparse_attention(q, k, None, indices, d_v=512)
+
+    def fewer(name, grid, *args, **kwargs):
+        launch(name, (7,) if name == "attend_wgmma" else grid, *args, **kwargs)
+
+    expected = back(run(*x, *index))
+    again = back(run(*x, *index))
+    assert_same(again, expected)
+    turned = back(run(*(cupy.ascontiguousarray(y[[2, 0, 1]]) for y in (*x, *index))))
+    assert_same(turned, tuple(y[[2, 0, 1]] for y in expected))
+    monkeypatch.setattr(dsa, "_launch", fewer)
+    on_fewer = back(run(*x, *index))
+    assert_same(on_fewer, expected)
+
+
 def test_stages_in_a_cuda_graph(dsa, cupy):
     """Once warm, a captured decode step gives what the stages give, also for what is written in later."""
     rng, config = np.random.default_rng(4), {"d_v": 64}
