@@ -23,8 +23,6 @@ Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape
 GPU      the same functions take CuPy arrays of the current device, and launch the kernels of dsa_kernels.cu
          (section 12) on the current stream. The stages do not wait for results, so what stands in an array
          is no error there: an index that is no key is absent, NaN is never selected.
-
-Not here yet: kernels for section 10, which trains the indexer.
 """
 
 from __future__ import annotations
@@ -2185,13 +2183,16 @@ def _read_safetensors(path, layer):
 # gets from many queries is added up block by block, in order: no number of threads changes a bit.
 
 
-def sparse_attention_backward(q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None):
+def sparse_attention_backward(
+    q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None, deterministic=True
+):
     """The gradients of out, lse = sparse_attention(q, k, v, indices, ...), for dout [..., T, H, Dv], out's.
 
     With P = exp(scale * q.k - logaddexp(lse, sink)) and dS = P * (dout.v - dout.out), summed over all slots:
     dq = scale * dS k, dk = scale * dS q, dv = P dout, dsink = -exp(sink - logaddexp(lse, sink)) * dout.out
     -> dq, dk, dv, dsink, like q, k, v, sink in shape and dtype; dv is None where v is, and dk holds both
     parts; dsink is None without sink. Slots of -1 scatter nowhere. Errors as in sparse_attention.
+    deterministic=False lets a GPU add up what a key gets in any order, by atomics, without sorting first.
 
     >>> one, v, slots = np.ones((1, 1, 1)), np.array([[[1.0]], [[3.0]]]), np.array([[0, 1]])
     >>> out, lse = sparse_attention(one, 0 * v, v, slots)
@@ -2204,11 +2205,10 @@ def sparse_attention_backward(q, k, v, indices, out, lse, dout, *, d_v=None, sca
     outs = {"out": (out, "... T H Dv"), "lse": (lse, "... T H"), "dout": (dout, "... T H Dv")}
     _dims(q=(q, "... T H D"), v=(v, "... S G Dv"), **outs)
     _check_indices("indices", indices, n)
-    _expect_numpy("sparse_attention_backward", n)
     dtype, r, D = _accumulator(q, k, v), n["H"] // n["G"], n["D"]
     width = D if tied else D + n["Dv"]  # of [dk | dv]
-    dq, dkv = np.zeros(q.shape, dtype), np.zeros((*k.shape[:-1], width), dtype)
-    z = np.full(n["H"], -np.inf, dtype) if sink is None else sink.astype(dtype)
+    dq, dkv = (np.zeros_like(q, dtype, shape=shape) for shape in (q.shape, (*k.shape[:-1], width)))
+    z = np.full_like(q, -np.inf, dtype, shape=n["H"]) if sink is None else sink.astype(dtype)
     dz = np.zeros_like(z)
 
     def work(b, t0, t1):
@@ -2234,7 +2234,11 @@ def sparse_attention_backward(q, k, v, indices, out, lse, dout, *, d_v=None, sca
         dkv[b][keys] += sums
         dz[:] -= from_z
 
-    _for_blocks(n["..."], n["T"], _slot_rows(indices, n["G"] * (D + n["Dv"]) + n["H"]), work, add)
+    if n["xp"] is np:
+        _for_blocks(n["..."], n["T"], _slot_rows(indices, n["G"] * (D + n["Dv"]) + n["H"]), work, add)
+    else:
+        heads = (q, k, None if tied else v, out, dout)
+        _gpu_attention_backward(n, *heads, indices, lse, z, scale, dq, dkv, dz, deterministic)
     dk, dv = dkv[..., :D].astype(k.dtype), None if tied else dkv[..., D:].astype(v.dtype)
     return dq.astype(q.dtype), dk, dv, None if sink is None else dz.astype(sink.dtype)
 
@@ -2251,7 +2255,8 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     """
     n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
     windows, scale = _support(n, k_start, k_end, indices), _scale(n, scale)
-    _expect_numpy("attention_target", n)
+    if n["xp"] is not np:
+        return _gpu_attention_target(n, q, k, indices, windows, scale)
     dtype, width = _accumulator(q, k), n["S"] if indices is None else indices.shape[-1]
     target, mass = np.zeros((*n["..."], n["T"], width), dtype), _mass(n, q, k, scale, windows)
 
@@ -2273,12 +2278,15 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     return target
 
 
-def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=None, k_end=None):
+def indexer_loss(
+    index_q, index_k, weights, target, *, indices=None, k_start=None, k_end=None, deterministic=True
+):
     """KL(p || softmax(I)), summed over all rows, of the scores I of (1); and its gradients, in closed form.
 
     target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
     that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
-    -> loss, (d_index_q, d_index_k, d_weights), these in shape and dtype like what they belong to
+    -> loss, (d_index_q, d_index_k, d_weights), these in shape and dtype like what they belong to; the loss a
+    float, on a GPU an array without axes. deterministic: as in sparse_attention_backward.
 
     >>> one = np.ones((1, 1, 1))
     >>> loss, grads = indexer_loss(one, np.log([[1.0], [3.0]]), one[0], np.array([[0.25, 0.75]]))
@@ -2289,7 +2297,8 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
     parts["weights"] = (weights, "... T J")
     n = _dims(**parts, target=(target, "... T S" if indices is None else "... T K"))
     windows = _support(n, k_start, k_end, indices)
-    _expect_numpy("indexer_loss", n)
+    if n["xp"] is not np:
+        return _gpu_indexer_loss(n, index_q, index_k, weights, target, indices, windows, deterministic)
     dtype = _accumulator(index_q, index_k, weights)
     d_q, d_k, d_w = (np.zeros(x.shape, dtype) for x in (index_q, index_k, weights))
     losses = np.zeros((*n["..."], n["T"]))
@@ -2309,10 +2318,8 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
         q = q.reshape(M * n["J"], n["E"]) if indices is None else q  # one product where all share the keys
         r = (q @ keys.swapaxes(-1, -2)).reshape(M, n["J"], N)
         on = np.maximum(r, 0, out=r)
-        scores = np.where(sees, (w[:, None] @ on)[:, 0], -np.inf)  # [T, N]                             (1)
-        p, (soft, lse) = np.where(sees, p, 0).astype(dtype), _softmax(scores)
-        losses[b][t0:t1] = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
-        d_scores = np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
+        scores = (w[:, None] @ on)[:, 0]  # [T, N]                                                      (1)
+        losses[b][t0:t1], d_scores = _kl(p, scores, sees)
         d_w[b][t0:t1] = (on @ d_scores[..., None])[..., 0]
         d_r = d_scores[:, None] * w[..., None]  # [T, J, N]
         d_r *= on > 0
@@ -2330,6 +2337,14 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
     return float(losses.sum()), tuple(grads)
 
 
+def _kl(p, scores, sees):
+    """KL(p || softmax(scores)) of each row [T] over the keys it sees, and its slope along scores [T, N]."""
+    scores, p = np.where(sees, scores, -np.inf), np.where(sees, p, 0).astype(scores.dtype)
+    soft, lse = _softmax(scores)
+    losses = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
+    return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
+
+
 def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
     """indexer_loss of the scorer SELECTORS["learned"], w_out . relu(w_q q + w_k k + b).
 
@@ -2340,11 +2355,10 @@ def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
     and weights = w_out.
     """
     n = _dims(q=(q, "... T H D"), k=(k, "... S G D"))
-    _expect_numpy("learned_loss", n)
     with _one_blas_thread():
         q, k, hidden_q, hidden_k = _hidden_units(SimpleNamespace(q=q, k=k, n=n), *mlp)
     F, w_out = len(mlp[3]), mlp[3].astype(hidden_q.dtype)
-    unit = np.broadcast_to(np.eye(F, dtype=q.dtype), (*hidden_q.shape, F))
+    unit = np.broadcast_to(n["xp"].eye(F, dtype=q.dtype), (*hidden_q.shape, F))
     index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]
     index_k = np.concatenate([hidden_k, np.ones_like(hidden_k[..., :1])], -1)  # [..., S, F + 1]
     weights, windows = np.broadcast_to(w_out, hidden_q.shape), {"k_start": k_start, "k_end": k_end}
@@ -2356,24 +2370,20 @@ def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
     return loss, tuple(d.astype(x.dtype) for d, x in zip(grads, mlp))
 
 
-def _expect_numpy(name, n):
-    _expect(n["xp"] is np, f"{name}'s arrays", "CuPy's", "NumPy's: it has no kernel", NotImplementedError)
-
-
 def _support(n, k_start, k_end, indices):
     """The windows, which hide nothing by default where indices say what a query sees."""
     if indices is not None:
         _check_indices("indices", indices, n)
         fits = n.get("K", indices.shape[-1]) == indices.shape[-1]
         _expect(fits, "indices", f"of shape {indices.shape}", f"K = {n.get('K')} of target")
-        k_end = np.full(n["T"], n["S"]) if k_end is None else k_end
+        k_end = n["xp"].full(n["T"], n["S"]) if k_end is None else k_end
     return _windows(n, k_start, k_end)
 
 
 def _visible(rows, start, end):
-    """Keys [T, K], or [1, K] of all queries, with -1 for those outside the windows [T] -> [T, K] int64."""
+    """Keys [..., T, K], or [1, K] of all queries, with -1 for those outside the windows [..., T], int64."""
     rows = rows.astype(np.int64)
-    return np.where((rows >= start[:, None]) & (rows < end[:, None]), rows, -1)
+    return np.where((rows >= start[..., None]) & (rows < end[..., None]), rows, -1)
 
 
 def _slot_rows(slots, numbers):
@@ -2645,6 +2655,9 @@ TYPES = {
 }  # fmt: skip
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 FEW = 8  # queries a sequence whose scoring is bound by memory
+SLOT_BYTES = 2**32  # what the slots of a chunk of queries hold in training
+CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+UNITS = {1: "char", 2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
@@ -2954,3 +2967,163 @@ def _gpu_codes(x, out, scales, offsets, width, block, scale, least):
     macros = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": _accumulator(x)}
     scalars = (rows, width, rope, *strides, *offsets, float(least))
     _launch("quantize_fp8", (-(-warps // 8),), (256,), x, out, scales, *scalars, **macros)
+
+
+# Training: _gpu_* of what section 10 does for a block of queries, here for as many as SLOT_BYTES hold.
+
+
+def _gpu_attention_backward(n, q, k, v, out, dout, indices, lse, z, scale, dq, dkv, dz, deterministic):
+    """Adds the gradients to dq, dkv and dz. v is None where the values are k[..., :Dv]."""
+    xp, (S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ("S", "H", "G", "D", "Dv"))
+    acc, K, width, r = dq.dtype, indices.shape[-1], dkv.shape[-1], H // G
+    kind, (q, k, v, out, dout) = _factors(q, k, v, out, dout)
+    lse, none = xp.ascontiguousarray(lse, acc), (indices < 0) | (indices >= S)
+    indices = np.where(none, -1, indices).astype(np.int32)
+    numbers = K * (G * width * (kind.itemsize + acc.itemsize) + 2 * H * (kind.itemsize + acc.itemsize))
+    for b, t in _query_chunks(n, numbers):
+        rows, M = indices[b][t], t.stop - t.start
+        keys = _gathered(k[b], rows)  # [M * G, K, D]
+        values = keys[..., :Dv] if v is None else _gathered(v[b], rows)
+        heads = [x[b][t].reshape(M * G, r, -1) for x in (q, dout)]
+        s, dp = (
+            _product(x, y.swapaxes(1, 2), xp.empty((M * G, r, K), acc)) for x, y in zip(heads, (keys, values))
+        )
+        pairs, from_z = xp.empty((M * G, 2, r, K), kind), xp.empty((M, H), acc)
+        args = (s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, K, H, G, Dv)
+        _launch("attend_backward", (M * H,), (256,), *args, np.float64(scale), TYPE=kind, ACC=acc)
+        _product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        dz -= from_z.sum(0)
+        slots, pairs_by_key = xp.empty((M * G, K, width), acc), pairs.reshape(M * G, 2 * r, K).swapaxes(1, 2)
+        if v is None:  # one product: [dS, P]^T [q, dout]
+            both = xp.zeros((M * G, 2, r, D), kind)
+            both[:, 0], both[:, 1, :, :Dv] = heads
+            _product(pairs_by_key, both.reshape(M * G, 2 * r, D), slots)
+        else:
+            _product(pairs_by_key[..., :r], heads[0], slots[..., :D])
+            _product(pairs_by_key[..., r:], heads[1], slots[..., D:])
+        _add_by_key(rows, slots, dkv[b], deterministic)
+
+
+def _gpu_attention_target(n, q, k, indices, windows, scale):
+    """attention_target, from the products of all heads by kernels attention_lse and attention_target."""
+    xp, (S, H, G, D) = sys.modules["cupy"], (n[axis] for axis in ("S", "H", "G", "D"))
+    acc, r, N = _accumulator(q, k), H // G, S if indices is None else indices.shape[-1]
+    target, (start, end) = xp.zeros((*n["..."], n["T"], N), acc), _explicit(n, windows)
+    kind, (q, k) = _factors(q, k)
+    for b, t in _query_chunks(n, N * (H * acc.itemsize + (0 if indices is None else G * D * kind.itemsize))):
+        M = t.stop - t.start
+        rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], start[b][t], end[b][t])
+        if indices is None:  # a group's heads of all queries share the keys
+            heads = xp.ascontiguousarray(q[b][t].reshape(M, G, r, D).swapaxes(0, 1)).reshape(G, M * r, D)
+            keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)
+        else:
+            heads, keys, strides = q[b][t].reshape(M * G, r, D), _gathered(k[b], rows), (H * N, r * N)
+        s = _product(heads, keys.swapaxes(1, 2), xp.empty((*heads.shape[:2], N), acc))
+        sees, lse, shape = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
+        _launch("attention_lse", (-(-M * H // 8),), (256,), s, sees, lse, M, *shape, ACC=acc)
+        _launch("attention_target", (M * -(-N // 256),), (256,), s, sees, lse, target[b][t], *shape, ACC=acc)
+    return target
+
+
+def _gpu_indexer_loss(n, index_q, index_k, weights, target, indices, windows, deterministic):
+    """indexer_loss."""
+    xp, (T, S, J, E) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "J", "E"))
+    acc, like, N = _accumulator(index_q, index_k, weights), (index_q, index_k, weights), target.shape[-1]
+    kind, (index_q, index_k) = _factors(index_q, index_k)
+    d_q, d_k, d_w = (xp.zeros(x.shape, y) for x, y in zip(like, (kind, acc, acc)))
+    losses, (start, end) = xp.zeros((*n["..."], T)), _explicit(n, windows)
+    slot_bytes = 0 if indices is None else E * (kind.itemsize + acc.itemsize)
+    for b, t in _query_chunks(n, N * (J * (acc.itemsize + kind.itemsize) + 4 * acc.itemsize + slot_bytes)):
+        M, window = t.stop - t.start, (start[b][t], end[b][t])
+        rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], *window)  # [M, N]
+        sees = rows >= 0
+        some = sees.any(1)
+        w = np.where(some[:, None], weights[b][t].astype(acc), 0)
+        if indices is None:  # one product for all queries; what nobody sees, or sees nothing, is 0
+            q = _gathered(index_q[b][t].reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
+            keys = _gathered(index_k[b][:, None], np.where(sees.any(0), xp.arange(S), -1)[None])
+            q = q.reshape(1, M * J, E)
+        else:
+            q, keys = index_q[b][t], _gathered(index_k[b][:, None], rows)  # [M, J, E], [M, N, E]
+        r = _product(q, keys.swapaxes(1, 2), xp.empty((*q.shape[:2], N), acc))
+        scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
+        _launch("weigh_heads", (M * -(-N // 256),), (256,), r, w, scores, N, J, ACC=acc)
+        losses[b][t], d_scores = _kl(target[b][t], scores, sees)
+        args = (r, xp.ascontiguousarray(d_scores), w, d_r, d_w[b][t], N, J)
+        _launch("indexer_backward", (M * J,), (256,), *args, TYPE=kind, ACC=acc)
+        _product(d_r, keys, d_q[b][t].reshape(q.shape))
+        slots = _product(d_r.swapaxes(1, 2), q, xp.empty((len(q), N, E), acc))
+        if indices is None:
+            d_k[b] += slots[0]
+        else:
+            _add_by_key(rows.astype(np.int32), slots, d_k[b][:, None], deterministic)
+    return losses.sum(), tuple(d.astype(x.dtype) for d, x in zip((d_q, d_k, d_w), like))
+
+
+def _query_chunks(n, bytes_each):
+    """b and a slice of its queries, as many as hold SLOT_BYTES; none where there is nothing to multiply."""
+    sizes = [n[axis] for axis in ("S", "H", "G", "D", "Dv", "J", "E") if axis in n]
+    most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
+    for b in np.ndindex(*n["..."]) if bytes_each and all(sizes) else ():
+        for t in range(0, n["T"], most):
+            yield b, slice(t, min(t + most, n["T"]))
+
+
+def _factors(*arrays):
+    """The arrays, contiguous, in a dtype that cuBLAS multiplies: the one they have, or the accumulator's."""
+    xp, given = sys.modules["cupy"], [x for x in arrays if x is not None]
+    kind, *others = {x.dtype for x in given}
+    if others or (kind.name == "bfloat16" and int(given[0].device.compute_capability) < 80):
+        kind = _accumulator(*given)
+    return kind, [None if x is None else xp.ascontiguousarray(x, kind) for x in arrays]
+
+
+def _gathered(x, rows):
+    """x [S, G, D] at rows [M, K] -> [M * G, K, D], zeros where a row is no key."""
+    xp, (S, G, D), (M, K) = sys.modules["cupy"], x.shape, rows.shape
+    taken = xp.empty((M * G, K, D), x.dtype)
+    unit = math.gcd(16, x.data.ptr, D * x.itemsize)  # bytes at a time
+    args = (x, rows.astype(np.int32, copy=False), taken, K, S, G, D * x.itemsize // unit)
+    _launch("gather", (-(-K // 8), M * G), (256,), *args, UNIT=UNITS[unit])
+    return taken
+
+
+def _product(a, b, out):
+    """out[...] = a @ b by cuBLAS, for a [N, m, k] and b [N, k, n] of one dtype; sums are the accumulator's.
+
+    Of each of the last two axes of a and b one is contiguous; out [N, m, n] may be wider than they are.
+    """
+    cupy = sys.modules["cupy"]
+    cublas, one, (N, m, k) = cupy.cuda.cublas, np.ones(1, _accumulator(a)), a.shape
+    compute = cublas.CUBLAS_COMPUTE_64F if one.itemsize == 8 else cublas.CUBLAS_COMPUTE_32F
+
+    def operand(x):
+        """Is it transposed?, a pointer, the type, the lengths of a row and of a matrix."""
+        rows, columns = x.shape[1:]
+        matrix, row, column = (stride // x.itemsize for stride in x.strides)
+        straight = (column == 1 or columns == 1) and (row >= columns or rows == 1)
+        row = max(row, columns) if straight else column
+        return int(not straight), x.data.ptr, CUDA_R[x.dtype.name], row, matrix
+
+    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
+    # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
+    sizes, zero = (out.shape[2], m, k), np.zeros_like(one)
+    cublas.gemmStridedBatchedEx(
+        cupy.cuda.get_cublas_handle(), b_t, a_t, *sizes, one.ctypes.data, *b_is, *a_is,
+        zero.ctypes.data, *out_is, N, compute, cublas.CUBLAS_GEMM_DEFAULT,
+    )  # fmt: skip
+    return out
+
+
+def _add_by_key(rows, slots, sums, deterministic):
+    """sums [S, G, W] += slots [M * G, K, W] of the keys rows [M, K], -1 for none."""
+    xp, (M, K), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
+    if not deterministic:
+        _launch("add_by_atomics", (-(-K // 8), M * G), (256,), slots, rows, sums, K, G, width, ACC=acc)
+        return
+    place = xp.arange(M)[:, None] * (G * K) + xp.arange(K)  # of the first group
+    order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())  # by key, then by query
+    first = xp.searchsorted(order, xp.arange(S + 1) << 32)
+    order &= 2**32 - 1
+    args = (slots, order, first, sums, K, G, width)
+    _launch("add_by_key", (S * G,), (128,), *args, ACC=acc, COLUMNS=-(-width // 128))

@@ -2242,3 +2242,240 @@ extern "C" __global__ void __launch_bounds__(256)
     for (i64 i = first + lane; i < end; i += 32) out[row * out_stride + i] = e4m3_code(x[i], scale);
 }
 #endif
+
+// ---------------------------------------------------------------------------------------------------------
+// Training, section 10 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
+// queries at a time; what stands between them is here. `ACC` is float, or double for float64.
+// ---------------------------------------------------------------------------------------------------------
+#if defined(ATTEND_BACKWARD) || defined(INDEXER_BACKWARD)
+__device__ ACC sum_of_block(ACC x) {  // of 256 threads, always in the same order
+    __shared__ ACC parts[8];
+    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    ACC sum = 0;
+    for (int w = 0; w < 8; w++) sum += parts[w];
+    return sum;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// gather                                                                 the keys of each query, side by side
+// in    x [S, G, width] of UNIT, 2 to 16 bytes; rows [M, K] i32
+// out   out [M, G, K, width] of UNIT, every element written: zeros where a row is no key
+// grid  (ceil(K / 8), M * G)  block 256: a warp copies a key
+// ---------------------------------------------------------------------------------------------------------
+#ifdef GATHER
+extern "C" __global__ void __launch_bounds__(256)
+gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 K, i64 S, i64 G, i64 width) {
+    const i64 slot = blockIdx.x * 8 + threadIdx.x / 32, at = blockIdx.y * K + slot;
+    if (slot >= K) return;
+    const i64 g = blockIdx.y % (unsigned)G, key = rows[blockIdx.y / (unsigned)G * K + slot];
+    const bool there = key >= 0 && key < S;
+#pragma unroll 4
+    for (i64 i = threadIdx.x % 32; i < width; i += 32)  // x shall stay in L2, out need not
+        __stcs(out + at * width + i, there ? x[(key * G + g) * width + i] : UNIT());
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_backward                                                  sparse_attention_backward, a slot at a time
+//     P = exp(scale s - logaddexp(lse, sink));   dS = scale P (dp - delta),   delta = dout . out
+// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, negative where absent; out and dout
+//       [M, H, DV] of TYPE, lse [M, H] of ACC; sink [H] of ACC, -inf for none
+// out   pairs [M, G, 2, H / G, K] of TYPE: dS, then P, 0 where absent
+//       from_sink [M, H] of ACC: exp(sink - logaddexp(lse, sink)) delta
+// grid  M * H  block 256: a head of a query
+// cost  12 bytes a slot in 16 bits: bound by memory
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_BACKWARD
+extern "C" __global__ void __launch_bounds__(256)
+attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int* __restrict__ rows,
+                const TYPE* out, const ACC* lse, const TYPE* dout, const ACC* sink, TYPE* __restrict__ pairs,
+                ACC* from_sink, i64 K, i64 H, i64 G, i64 DV, double scale) {
+    const i64 at = blockIdx.x, m = at / H, h = at % H, r = H / G;
+    const ACC inf = ACC(CUDART_INF_F), log_sum = lse[at], z = sink[h];
+    ACC delta = 0;
+    for (i64 d = threadIdx.x; d < DV; d += 256)
+        delta += ACC(widen(dout[at * DV + d])) * ACC(widen(out[at * DV + d]));
+    delta = sum_of_block(delta);
+    const ACC top = log_sum > z ? log_sum : z;
+    const ACC whole = fabs(top) == inf ? top : top + log1p(exp(-fabs(log_sum - z)));
+    if (threadIdx.x == 0) from_sink[at] = log_sum == -inf ? 0 : delta / (1 + exp(log_sum - z));
+    TYPE* to = pairs + (at / r * 2 * r + h % r) * K;
+#pragma unroll 4
+    for (i64 i = threadIdx.x; i < K; i += 256) {
+        const bool there = rows[m * K + i] >= 0;
+        const ACC p = there ? exp(ACC(scale) * s[at * K + i] - whole) : 0;
+        to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - delta) : 0);
+        to[r * K + i] = Rounded<TYPE>::of(p);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attention_lse                                            of each head, over the keys that its query sees
+//     lse[m,h] = logsumexp_n(scale s)
+// in    s = q . k of ACC, of query m, head h = g R + i and key n at m s_query + g s_group + i N + n;
+//       sees [M, N] bool
+// out   lse [M, H] of ACC, every element written
+// grid  ceil(M * H / 8)  block 256: a warp a head of a query
+// attention_target                                     the mean over heads of exp(scale s - lse), where seen
+// in    the same, and lse
+// out   target [M, N] of ACC, every element written: 0 where not seen
+// grid  M * ceil(N / 256)  block 256: a thread a key
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTENTION_LSE
+constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
+
+extern "C" __global__ void __launch_bounds__(256)
+attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query, i64 s_group,
+              double scale) {
+    const i64 at = blockIdx.x * 8ll + threadIdx.x / 32, m = at / H, h = at % H;
+    if (m >= M) return;
+    const ACC c = scale, inf = ACC(CUDART_INF_F);
+    s += m * s_query + h / R * s_group + h % R * N;
+    sees += m * N;
+    ACC top = -inf, total = 0;  // of this lane: the maximum so far, and the sum of exp(logit - top)
+    for (i64 n0 = threadIdx.x % 32; n0 < N; n0 += 32 * LOADS) {
+        ACC logit[LOADS], before = top;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const i64 n = min(n0 + 32 * i, N - 1);
+            const ACC x = c * s[n];
+            logit[i] = n0 + 32 * i < N && sees[n] ? x : -inf;
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
+        if (top == -inf) continue;
+        total *= exp(before - top);
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
+    }
+    ACC all = top;
+    for (int d = 16; d; d /= 2) all = fmax(all, __shfl_xor_sync(ALL, all, d));
+    total = top == -inf ? 0 : total * exp(top - all);
+    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(ALL, total, d);
+    if (threadIdx.x % 32 == 0) lse[at] = all + log(total);
+}
+#endif
+
+#ifdef ATTENTION_TARGET
+extern "C" __global__ void __launch_bounds__(256)
+attention_target(const ACC* s, const bool* sees, const ACC* lse, ACC* target, i64 N, i64 H, i64 R,
+                 i64 s_query, i64 s_group, double scale) {
+    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
+    if (n >= N) return;
+    s += m * s_query + n;
+    lse += m * H;
+    ACC sum = 0;
+    for (i64 g = 0; g < H / R; g++)
+#pragma unroll 8
+        for (int i = 0; i < R; i++) sum += exp(ACC(scale) * s[g * s_group + i * N] - lse[g * R + i]);
+    target[m * N + n] = sees[m * N + n] ? sum / H : 0;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// weigh_heads                                                                    eq. (1), from its products
+//     scores[m,n] = sum_j weights[m,j] * relu(r[m,j,n])
+// in    r [M, J, N], weights [M, J] of ACC
+// out   scores [M, N] of ACC, every element written
+// grid  M * ceil(N / 256)  block 256: a thread a key
+// ---------------------------------------------------------------------------------------------------------
+#ifdef WEIGH_HEADS
+extern "C" __global__ void __launch_bounds__(256)
+weigh_heads(const ACC* r, const ACC* weights, ACC* scores, i64 N, i64 J) {
+    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
+    if (n >= N) return;
+    ACC sum = 0;
+#pragma unroll 8
+    for (i64 j = 0; j < J; j++) sum += weights[m * J + j] * relu(r[(m * J + j) * N + n]);
+    scores[m * N + n] = sum;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// indexer_backward                                                               indexer_loss, a head at a time
+//     d_r = dI w [r > 0],   d_w = sum_s dI relu(r)
+// in    r = index_q . index_k [M, J, N], d_scores [M, N], weights [M, J] of ACC
+// out   d_r [M, J, N] of TYPE, d_w [M, J] of ACC, every element written
+// grid  M * J  block 256: a head of a query
+// ---------------------------------------------------------------------------------------------------------
+#ifdef INDEXER_BACKWARD
+extern "C" __global__ void __launch_bounds__(256)
+indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
+                 TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
+    const i64 at = blockIdx.x, m = at / J;
+    const ACC weight = weights[at];
+    ACC sum = 0;
+#pragma unroll 4
+    for (i64 n = threadIdx.x; n < N; n += 256) {
+        const ACC x = r[at * N + n], d = d_scores[m * N + n];
+        const bool on = x > 0;
+        sum += on ? d * x : 0;
+        d_r[at * N + n] = Rounded<TYPE>::of(on ? d * weight : 0);
+    }
+    sum = sum_of_block(sum);
+    if (threadIdx.x == 0) d_w[at] = sum;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// add_by_key                                       what the slots of many queries bring to their keys, added up
+// in    x [M * G * K, width] of ACC; order [N] i64: the rows of x, for the first group, by key, and of one key
+//       in the order of the queries; first [S + 1] i64: where each key's begin
+// out   sums [S, G, width] of ACC grow by it, one row after the other, so that runs agree bit for bit
+// grid  S * G  block 128
+// add_by_atomics                                                                       the same, in any order
+// in    rows [M, K] i32 in place of order and first, negative where absent
+// grid  (ceil(K / 8), M * G)  block 256: a warp a slot
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ADD_BY_KEY
+constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
+
+extern "C" __global__ void __launch_bounds__(128)
+add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
+    const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
+    if (begin == end) return;
+    sums += blockIdx.x * width;
+    x += g * K * width;
+    ACC sum[COLUMNS], part[LOADS][COLUMNS];
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+        const int d = threadIdx.x + 128 * j;
+        sum[j] = d < width ? sums[d] : 0;
+    }
+    for (i64 i = begin; i < end; i += LOADS) {
+#pragma unroll
+        for (int l = 0; l < LOADS; l++) {
+            const ACC* row = x + order[min(i + l, end - 1)] * width;
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) {
+                const int d = threadIdx.x + 128 * j;
+                part[l][j] = i + l < end && d < width ? row[d] : 0;
+            }
+        }
+#pragma unroll
+        for (int l = 0; l < LOADS; l++)
+#pragma unroll
+            for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
+    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+        const int d = threadIdx.x + 128 * j;
+        if (d < width) sums[d] = sum[j];
+    }
+}
+#endif
+
+#ifdef ADD_BY_ATOMICS
+extern "C" __global__ void __launch_bounds__(256)
+add_by_atomics(const ACC* x, const int* rows, ACC* sums, i64 K, i64 G, i64 width) {
+    const i64 slot = blockIdx.x * 8 + threadIdx.x / 32, at = blockIdx.y * K + slot;
+    if (slot >= K) return;
+    const i64 g = blockIdx.y % (unsigned)G, key = rows[blockIdx.y / (unsigned)G * K + slot];
+    for (i64 d = threadIdx.x % 32; d < width && key >= 0; d += 32)
+        atomicAdd(&sums[(key * G + g) * width + d], x[at * width + d]);
+}
+#endif
