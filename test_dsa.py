@@ -3096,7 +3096,8 @@ def ranks_select(dsa, comm):
 
     def behind(*args, **same):
         at = layout(*args, **same)
-        return at._replace(first=at.first + far, total=at.total + far, num_keys=at.num_keys + far)
+        at.first, at.total, at.num_keys = at.first + far, at.total + far, at.num_keys + far
+        return at
 
     dsa._layout = behind
     rng, _, p = sharded_problem(2)
