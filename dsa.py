@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import inspect
 import json
@@ -2581,13 +2582,27 @@ def _candidates(n, at, quota, place, index_q, index_k, weights, windows):
 
 
 def _exchange(collective, x, shape, sent=None, received=None, **op):
-    """The array of this shape that an MPI collective makes of every rank's x."""
-    x = np.ascontiguousarray(x)
+    """The array of this shape that an MPI collective makes of every rank's x.
+
+    Where MPI is not CUDA-aware, CuPy arrays go through the host's memory; where it is, it still knows nothing
+    of streams, and has to be called after what is under way to x has ended.
+    """
+    xp, x = _library("x", x), x.ravel()
+    x = x if xp is np or _cuda_aware() else x.get()
     y = np.empty_like(x, shape=shape)
     if not isinstance(x, np.ndarray):
-        sys.modules["cupy"].cuda.get_current_stream().synchronize()  # MPI knows no streams
+        xp.cuda.get_current_stream().synchronize()
     collective([x, sent], [y, received], **op)
-    return y
+    return xp.asarray(y)
+
+
+@functools.cache
+def _cuda_aware():
+    """Whether MPI says that it reads GPUs' memory, by a function that Open MPI, MPICH and their kin have."""
+    from mpi4py import MPI
+
+    ask = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
+    return bool(ask and ask())
 
 
 def _merge_shards(comm, out, lse):
