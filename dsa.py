@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import inspect
 import json
@@ -2431,16 +2432,13 @@ def sharded_select(
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
-
-    def check():
-        n, _, q, k = _index_dims(index_q, index_k_shard, weights, k_start, k_end)
-        _quota(**quota)
-        return n, (q, k, weights)
-
     quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    n, indexer = _together(comm, check)
-    at = _layout(comm, n, n["S"], indexer, **quota)
-    return _select_sharded(comm, n, at, quota, _whole_windows(n, at, k_start, k_end), *indexer)
+    with _together(comm):
+        n, _, index_q, index_k = _index_dims(index_q, index_k_shard, weights, k_start, k_end)
+        _quota(**quota)
+    at = _layout(comm, n, n["S"], (index_q, index_k, weights), **quota)
+    windows = _whole_windows(n, at, k_start, k_end)
+    return _select_sharded(comm, n, at, quota, windows, index_q, index_k, weights)
 
 
 def sharded_attention(
@@ -2462,93 +2460,89 @@ def sharded_attention(
     # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
     # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
     # chunks to owner=0, 1, ...; what is decoded is short beside it.
-    last, kwargs = comm.size - 1, {"d_v": d_v, "scale": scale, "sink": sink}
     main, indexer = (q, k_shard, v_shard), (index_q, index_k_shard, weights)
-
-    def check():
+    with _together(comm):
         given = lengths is not None or owner is not None
         _expect(cache is not None or not given, "lengths or owner", "given", "None without a cache")
-        keeps = last if owner is None else _integer("owner", owner, 0)
-        _expect(keeps <= last, "owner", owner, f"a rank up to {last}")
+        owner = comm.size - 1 if owner is None else _integer("owner", owner, 0)
+        _expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
         _check_type("config", config, DSAConfig)
+        by, kwargs = config._selector(), {"d_v": d_v, "scale": scale, "sink": sink}
+        _expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
         n, new = _dsa_dims(main, indexer, kwargs, (k_start, k_end), cache, lengths)
         _windows(n, k_start, k_end)  # their shapes; below they count the keys of all ranks
-        by = config._selector()
-        _expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
-        return n, keeps, np.full(n["..."], n["T"]) if new is None else new
-
-    n, owner, new = _together(comm, check)
+        new = np.full(n["..."], n["T"]) if new is None else new
+    mine = new * (comm.rank == owner)
     same = {"config": config, "layer": (layer, n_layers), "scale": scale, "owner": owner}
     same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
-    mine = new * (comm.rank == owner)
-    sizes = n["S"] if cache is None else cache.lengths + mine
-    at = _layout(comm, n, sizes, (*main, *indexer), **same)
-    by_length = config.sparse_ratio or config.fallback_dense_threshold
-    alike = not by_length or (at.total == at.num_keys).all()
+    at = _layout(comm, n, n["S"] if cache is None else cache.lengths + mine, (*main, *indexer), **same)
+    behind = at.shards[owner + 1 :, new > 0]
+    _expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
+    alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     _expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
+    tokens = {"k": k_shard, "index_k": index_k_shard} | ({} if v_shard is None else {"v": v_shard})
     attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
     with contextlib.ExitStack() as undo:
-        if cache is not None:
-            behind = at.shards[owner + 1 :].any(0) & (new > 0)
-            _expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
-            tokens = {"k": k_shard, "index_k": index_k_shard} | ({} if v_shard is None else {"v": v_shard})
-            _together(comm, lambda: undo.enter_context(cache.appended(lengths=mine, **tokens)))
-            indexer, attend = (index_q, cache.read("index_k"), weights), cache.attend
-            k_end = _causal_end(at.total - new, new, n["T"])
+        with _together(comm):
+            if cache is not None:
+                undo.enter_context(cache.appended(lengths=mine, **tokens))
+                index_k_shard, attend = cache.read("index_k"), cache.attend
+                k_end = _causal_end(at.total - new, new, n["T"])
+            index_q, index_k = (_at_precision(x, config.indexer_precision) for x in (index_q, index_k_shard))
         windows = _whole_windows(n, at, k_start, k_end)
         quota, dense = config._quota_at(layer, n_layers, at.num_keys)
         if dense:
             indices = n["xp"].asarray(_every_key(windows, at.num_keys))
         else:
-            indices = _select_sharded(comm, n, at, quota, windows, *indexer, config.indexer_precision)
-        out, lse = _together(comm, lambda: _attend_shard(at, attend, q, indices, d_v=d_v, scale=scale))
+            indices = _select_sharded(comm, n, at, quota, windows, index_q, index_k, weights)
+        with _together(comm):
+            first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
+            own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
+            wide = q.astype(_accumulator(q), copy=False)  # out is rounded to q's dtype once it is merged
+            out, lse = attend(wide, indices=own.astype(np.int32), d_v=d_v, scale=scale)
     for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
         out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
     out = out if sink is None else apply_sink(out, lse, sink)
     return out.astype(q.dtype, copy=False), lse, indices
 
 
-def _together(comm, work, where=""):
-    """work(), or on every rank the error of the first rank on which it raised: none waits for another."""
-    result = error = told = None
+@contextlib.contextmanager
+def _together(comm, where=""):
+    """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
+    error, kinds = None, (TypeError, ValueError, IndexError, MemoryError)
     try:
-        result = work()
+        yield
     except Exception as raised:
-        kinds = [x for x in (TypeError, ValueError, IndexError, MemoryError) if isinstance(raised, x)]
-        error, told = raised, ([*kinds, RuntimeError][0], f"rank {comm.rank}{where}: {raised}")
+        error = raised
     failed = np.empty(comm.size, bool)
-    comm.Allgather(np.array([told is not None]), failed)
-    for kind, text in filter(None, comm.allgather(told) if failed.any() else ()):
+    comm.Allgather(np.array([error is not None]), failed)
+    if failed.any():
+        kind = next((x for x in kinds if isinstance(error, x)), RuntimeError)
+        first = int(failed.argmax())
+        kind, text = comm.bcast((kind, f"rank {first}{where}: {error}"), first)
         raise kind(text) from error
-    return result
-
-
-class _Layout(NamedTuple):
-    """Where this rank's shard stands in each sequence of the batch."""
-
-    shards: Any  # keys of every rank [ranks, ...]
-    first: Any  # the place of this rank's first key [...]
-    size: Any  # and how many it holds
-    total: Any  # keys of all ranks [...]
-    longest: int  # keys of the largest shard
-    num_keys: int  # and of the longest sequence
 
 
 def _layout(comm, n, sizes, arrays, **same):
     """Agree on where shards of `sizes` keys stand. ValueError on every rank if they were not called alike."""
-    same |= {axis: size for axis, size in n.items() if axis not in ("S", "xp")}
+    same |= {**n, "S": None, "xp": n["xp"].__name__}
     same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
     sums, shards = np.empty(comm.size, np.int64), np.empty((comm.size, *n["..."]), np.int64)
     comm.Allgather(np.array([zlib.crc32(repr(same).encode())]), sums)
     ranks = comm.allgather(same) if (sums != sums[0]).any() else [same]
     for name in same:
         values = [rank[name] for rank in ranks]
-        alike = all(value == values[0] for value in values)
-        _expect(alike, f"{name}, by rank,", values, "the same on every rank")
+        _expect(values.count(values[0]) == len(ranks), f"{name}, by rank,", values, "the same on every rank")
     comm.Allgather(np.array(np.broadcast_to(sizes, n["..."]), np.int64), shards)
     total = shards.sum(0)
-    most = (int(x.max(initial=0)) for x in (shards, total))
-    return _Layout(shards, shards[: comm.rank].sum(0), shards[comm.rank], total, *most)
+    return SimpleNamespace(
+        shards=shards,  # how many keys each rank holds of each sequence of the batch [ranks, ...]
+        first=shards[: comm.rank].sum(0),  # the place of this rank's first key [...]
+        size=shards[comm.rank],
+        total=total,
+        longest=int(shards.max(initial=0)),  # keys of the largest shard
+        num_keys=int(total.max(initial=0)),  # and of the longest sequence
+    )
 
 
 def _whole_windows(n, at, *windows):
@@ -2557,90 +2551,80 @@ def _whole_windows(n, at, *windows):
     return _windows({**n, "S": at.num_keys, "xp": np}, *host)
 
 
-def _select_sharded(comm, n, at, quota, windows, index_q, index_k, weights, precision="fp32"):
-    work = functools.partial(_at_precision, precision=precision)
-    index_q, index_k = _together(comm, lambda: [work(x) for x in (index_q, index_k)])
-    place, width = np.dtype(np.int32 if at.num_keys <= 2**31 else np.int64), min(quota["top_k"], at.num_keys)
-    indices = n["xp"].empty((*n["..."], n["T"], width), place)
-    for t in _chunks(n, at.longest):
-        part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
-        where = f", counting queries from {t.start}" if t.start else ""
-        best, keys = _together(comm, functools.partial(_candidates, n, at, quota, place, *part), where)
-        queries = len(best)
-        best, keys = _deal(comm, best), _deal(comm, keys)  # [my queries, ranks * W], by ascending key
-        kept = select_topk(best, **quota)[:, :width]
-        chosen = np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))
-        indices[..., t, :] = _collect(comm, chosen, queries).reshape(indices[..., t, :].shape)
-    return indices
-
-
-def _candidates(n, at, quota, place, index_q, index_k, weights, windows):
-    """What a shard selects -> scores, -inf where there is none, and keys [N, W] of N queries; W as on all."""
-    first, size = at.first[..., None], at.size[..., None]
-    windows = tuple(n["xp"].asarray(np.clip(w - first, 0, size), np.int32) for w in windows)
-    n = {**n, "T": weights.shape[-2], "S": index_k.shape[-2]}
-    scores = _index_scores(n, index_q, index_k, weights, windows, at.first % KEY_TILE)
-    kept = select_topk(scores, **quota)  # [..., T, at most W]
-    best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, np.maximum(kept, 0), -1))
-    keys = kept + n["xp"].asarray(first)[..., None]
-    shape = (math.prod(kept.shape[:-1]), min(quota["top_k"], at.longest))
-    padded = np.full_like(best, -np.inf, shape=shape), np.full_like(keys, -1, place, shape=shape)
-    for wide, x in zip(padded, (best, keys)):
-        wide[:, : x.shape[-1]] = x.reshape(len(wide), x.shape[-1])
-    return padded
-
-
 def _chunks(n, width):
     """Slices of the queries: with `width` numbers for each, over the batch, a chunk fills SHARD_BUFFER."""
     step = max(1, SHARD_BUFFER // max(1, math.prod(n["..."]) * width))
     return [slice(t, min(t + step, n["T"])) for t in range(0, n["T"], step)]
 
 
-def _ready(x):
-    """x as a buffer that MPI, which knows no CUDA streams, may read."""
-    x = np.ascontiguousarray(x)
+def _select_sharded(comm, n, at, quota, windows, index_q, index_k, weights):
+    """Equation (2) over the keys of all ranks, each of which decides for some queries -> [..., T, K]."""
+    place, width = np.int32 if at.num_keys <= 2**31 else np.int64, min(quota["top_k"], at.num_keys)
+    indices = n["xp"].empty((*n["..."], n["T"], width), place)
+    for t in _chunks(n, at.longest):
+        with _together(comm, f", counting queries from {t.start}" if t.start else ""):
+            part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
+            offers = _candidates(n, at, quota, place, *part)
+        N, W = offers[0].shape
+        rows = np.diff(N * np.arange(comm.size + 1) // comm.size)  # for how many queries each rank decides
+        mine = rows[comm.rank]
+        dealt = (_exchange(comm.Alltoallv, x, (comm.size, mine, W), W * rows).swapaxes(0, 1) for x in offers)
+        best, keys = (x.reshape(mine, comm.size * W) for x in dealt)  # by rank, and thus by ascending key
+        kept = select_topk(best, **quota)[:, :width]
+        chosen = np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))
+        indices[..., t, :] = _exchange(comm.Allgatherv, chosen, indices[..., t, :].shape, None, width * rows)
+    return indices
+
+
+def _candidates(n, at, quota, place, index_q, index_k, weights, windows):
+    """What a shard selects -> scores, -inf where there is none, and keys [N, W] of N queries; W as on all."""
+    xp, first, size = n["xp"], at.first[..., None], at.size[..., None]
+    windows = [xp.asarray(np.clip(w - first, 0, size), np.int32) for w in windows]
+    n = {**n, "T": weights.shape[-2], "S": index_k.shape[-2]}
+    scores = _index_scores(n, index_q, index_k, weights, windows, at.first % KEY_TILE)
+    kept = select_topk(scores, **quota)  # [..., T, at most W]
+    shape = (*kept.shape[:-1], min(quota["top_k"], at.longest))
+    best, keys = xp.full(shape, -np.inf, scores.dtype), xp.zeros(shape, place)
+    found = np.take_along_axis(scores, np.maximum(kept, 0), -1)
+    best[..., : kept.shape[-1]] = np.where(kept < 0, -np.inf, found)
+    keys[..., : kept.shape[-1]] = kept + xp.asarray(first)[..., None]
+    return [x.reshape(math.prod(shape[:-1]), shape[-1]) for x in (best, keys)]
+
+
+def _exchange(collective, x, shape, sent=None, received=None, **op):
+    """The array of this shape that an MPI collective makes of every rank's x.
+
+    Where MPI is not CUDA-aware, CuPy arrays go through the host's memory; where it is, it still knows nothing
+    of streams, and has to be called after what is under way to x has ended.
+    """
+    xp, x = _library("x", x), x.ravel()
+    x = x if xp is np or _cuda_aware() else x.get()
+    y = np.empty_like(x, shape=shape)
     if not isinstance(x, np.ndarray):
-        sys.modules["cupy"].cuda.get_current_stream().synchronize()
-    return x
+        xp.cuda.get_current_stream().synchronize()
+    collective([x, sent], [y, received], **op)
+    return xp.asarray(y)
 
 
-def _deal(comm, x):
-    """x [N, W] of every rank -> [n, ranks * W] for my n of the N queries: what every rank has on them."""
-    rows, width = np.diff(len(x) * np.arange(comm.size + 1) // comm.size), x.shape[1]
-    mine = np.empty_like(x, shape=(comm.size, rows[comm.rank], width))
-    comm.Alltoallv([_ready(x), rows * width], [mine, np.full(comm.size, rows[comm.rank] * width)])
-    return mine.swapaxes(0, 1).reshape(rows[comm.rank], comm.size * width)
+@functools.cache
+def _cuda_aware():
+    """Whether MPI says that it reads GPUs' memory, by a function that Open MPI, MPICH and their kin have."""
+    from mpi4py import MPI
 
-
-def _collect(comm, mine, num_queries):
-    """What _deal's queries came to: mine [n, W] of every rank -> [N, W] on every rank."""
-    rows = np.diff(num_queries * np.arange(comm.size + 1) // comm.size)
-    x = np.empty_like(mine, shape=(num_queries, mine.shape[1]))
-    comm.Allgatherv(_ready(mine), [x, rows * mine.shape[1]])
-    return x
-
-
-def _attend_shard(at, attend, q, indices, **kwargs):
-    """attend to those of the indices of all keys that are in this rank's shard."""
-    first, size = (_library("q", q).asarray(x)[..., None, None] for x in (at.first, at.size))
-    own = np.where((indices >= first) & (indices < first + size), indices - first, -1).astype(np.int32)
-    q = q.astype(_accumulator(q), copy=False)  # out is rounded to q's dtype once it is merged
-    return attend(q, indices=own, **kwargs)
+    ask = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
+    return bool(ask and ask())
 
 
 def _merge_shards(comm, out, lse):
     """merge_attention of every rank's out [..., T, H, Dv] and lse [..., T, H], on every rank."""
     from mpi4py import MPI
 
-    lse = _ready(lse)
-    top = np.empty_like(lse)
-    comm.Allreduce(lse, top, op=MPI.MAX)
     with np.errstate(all="ignore"):
+        top = _exchange(comm.Allreduce, lse, lse.shape, op=MPI.MAX)
         top[top == -np.inf] = 0
         share = np.exp(lse - top)[..., None]
-        part = _ready(np.concatenate([out * share, share], axis=-1))
-        whole = np.empty_like(part)
-        comm.Allreduce(part, whole)
+        part = np.concatenate([out * share, share], axis=-1)
+        whole = _exchange(comm.Allreduce, part, part.shape)
         total = whole[..., -1:]
         return whole[..., :-1] / np.where(total == 0, 1, total), top + np.log(total[..., 0])
 

@@ -3041,6 +3041,47 @@ def test_sharded_is_as_one(dsa, what, ranks):
     assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
 
 
+@functools.cache
+def mpi_reads_gpus():
+    done = mpi(1, "print(dsa._cuda_aware())")
+    assert done.stdout in ("True\n", "False\n"), done.stdout + done.stderr
+    return done.stdout == "True\n"
+
+
+def test_mpi_is_asked_whether_it_reads_gpus(dsa):
+    """Every MPI has an answer, if only by lacking the function; without a GPU most say no."""
+    mpi_reads_gpus()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("what", ["select", "attention", "cache"])
+@pytest.mark.parametrize("aware", [True, False], ids=["cuda_aware", "through_the_host"])
+def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks, aware):
+    """The same as on one GPU: MPI is given CuPy arrays as they are, or copies in the host's memory."""
+    if aware and not mpi_reads_gpus():
+        pytest.skip("needs an MPI that says that it is CUDA-aware")
+    code = f"dsa._cuda_aware = lambda: {aware}; test_dsa.ranks_{what}(dsa, comm, test_dsa.gpu_of(comm))"
+    done = mpi(ranks, f"{code}; print('fine')", timeout=300)
+    assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
+
+
+def gpu_of(comm):
+    """CuPy, on a GPU that is this rank's alone where there are enough."""
+    cupy = poisoned(importlib.import_module("cupy"))
+    cupy.cuda.Device(comm.rank % cupy.cuda.runtime.getDeviceCount()).use()
+    return cupy
+
+
+def on(xp, function):
+    """function, to which NumPy arrays go as xp's, but for lengths, and from which they come back."""
+
+    def call(*args, **kwargs):
+        moved = {name: x if name == "lengths" else to(xp, x) for name, x in kwargs.items()}
+        return back(function(*to(xp, args), **moved))
+
+    return function if xp is np else call
+
+
 def test_a_rank_that_raises_ends_all(dsa):
     """Also outside dsa.py and while the others wait in an exchange: python -m mpi4py sees to it."""
     one = "x = np.ones((3, 1, 1)); comm.rank == 1 and comm.this_is_wrong; "
@@ -3087,41 +3128,44 @@ def sharded_problem(seed):
     return rng, dtype, p
 
 
-def ranks_select(dsa, comm):
+def ranks_select(dsa, comm, xp=np):
     """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
+    select, alone = on(xp, dsa.sharded_select), on(xp, dsa.lightning_select)
     score, scores = dsa._index_scores, []
 
     def scored(*args):
-        scores.append(score(*args))
-        return scores[-1]
+        x = score(*args)
+        scores.append(x if xp is np else x.get())
+        return x
 
     for seed in range(60):
         rng, _, p = sharded_problem(seed)
         dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**26
         (index_k,) = sharded(comm, rng, (p.index_k, -2))
         dsa._index_scores = scored
-        actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
+        actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
         dsa._index_scores = score
-        assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
+        assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
         first = comm.exscan(index_k.shape[-2]) or 0
-        expected = dsa.index_scores(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
+        expected = on(xp, dsa.index_scores)(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
         assert_same(np.concatenate(scores, axis=-2), expected)
         scores.clear()
     layout, far = dsa._layout, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
 
     def behind(*args, **same):
         at = layout(*args, **same)
-        return at._replace(first=at.first + far, total=at.total + far, num_keys=at.num_keys + far)
+        at.first, at.total, at.num_keys = at.first + far, at.total + far, at.num_keys + far
+        return at
 
     dsa._layout = behind
     rng, _, p = sharded_problem(2)
     (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
-    actual = dsa.sharded_select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
+    actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
     dsa._layout = layout
-    assert_same(actual, dsa.lightning_select(*p.index, p.top_k) + np.int64(far))
+    assert_same(actual, alone(*p.index, p.top_k) + np.int64(far))
 
 
-def ranks_attention(dsa, comm):
+def ranks_attention(dsa, comm, xp=np):
     """dsa_attention: indices bit for bit, out and lse to rounding, and the same bits on every rank."""
     for seed in range(60):
         rng, dtype, p = sharded_problem(seed)
@@ -3137,8 +3181,8 @@ def ranks_attention(dsa, comm):
         kwargs = p.windows | p.latent | {"sink": sink, "layer": 1, "n_layers": 3}
         kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
         shards, whole = (p.q, k, v, p.index_q, index_k, p.weights), (p.q, *p.kv, *p.index)
-        out, lse, indices = dsa.sharded_attention(*shards, config, comm, **kwargs)
-        expected = dsa.dsa_attention(*whole, config, **kwargs)
+        out, lse, indices = on(xp, dsa.sharded_attention)(*shards, config, comm, **kwargs)
+        expected = on(xp, dsa.dsa_attention)(*whole, config, **kwargs)
         assert_same(indices, expected[2])
         assert (out.dtype, lse.dtype) == (expected[0].dtype, expected[1].dtype)
         assert_attention((out, lse), expected[:2], dtype)
@@ -3151,14 +3195,15 @@ def ranks_attention(dsa, comm):
         assert first == [out.tobytes(), lse.tobytes()]
 
 
-def ranks_cache(dsa, comm):
+def ranks_cache(dsa, comm, xp=np):
     """A prompt in chunks over the ranks, then decoding on the last, is as one cache; errors change none."""
+    attend, alone = on(xp, dsa.sharded_attention), on(xp, dsa.dsa_attention)
     for seed, storage in enumerate(("float64", "float32", "fp8", "float32")):
         rng, dtype = np.random.default_rng(seed), F64 if storage == "float64" else F32
         p = tokens(seed, (2,), 24, dtype, seed % 2 == 0)
         config = dsa.DSAConfig(top_k=5, strategy="hybrid", local_window=2, num_sink_tokens=1)
         kind = "HybridKVCache" if seed == 3 else "KVCache"
-        kwargs = {"capacity": 2, "grow": True, "storage": storage}
+        kwargs = {"capacity": 2, "grow": True, "storage": storage, "xp": xp}
         kwargs |= {"local_window": 2} if seed == 3 else {"qk_rope_head_dim": 1}
         one, mine = (new_cache(dsa, kind, p, **kwargs) for _ in range(2))
         done = 0
@@ -3170,12 +3215,12 @@ def ranks_cache(dsa, comm):
             before = snapshot(mine)
             bad = [x.copy() for x in arrays[3:]]
             bad[0][lengths > 0, 0] = NAN if one.lengths.max() > 8 else 0
-            if one.lengths.max() > 8 and lengths.any():
+            if one.lengths.max() > 8 and lengths.any() and xp is np:  # a GPU does not look for NaN
                 with pytest.raises(ValueError, match=r"rank \d.*NaN"):
-                    dsa.sharded_attention(*arrays[:3], *bad, config, comm, cache=mine, owner=owner, **options)
+                    attend(*arrays[:3], *bad, config, comm, cache=mine, owner=owner, **options)
             assert snapshot(mine) == before
-            actual = dsa.sharded_attention(*arrays, config, comm, cache=mine, owner=owner, **options)
-            expected = dsa.dsa_attention(*arrays, config, cache=one, **options)
+            actual = attend(*arrays, config, comm, cache=mine, owner=owner, **options)
+            expected = alone(*arrays, config, cache=one, **options)
             assert_same(actual[2], expected[2])
             assert_attention(actual[:2], expected[:2], dtype)
             assert comm.allreduce(mine.lengths).tolist() == one.lengths.tolist()
@@ -3183,7 +3228,7 @@ def ranks_cache(dsa, comm):
         if comm.size > 1:
             before = snapshot(mine)
             with pytest.raises(ValueError, match=r"^owner is 0, expected a rank behind which"):
-                dsa.sharded_attention(*arrays, config, comm, cache=mine, owner=0, **p.latent)
+                attend(*arrays, config, comm, cache=mine, owner=0, **p.latent)
             assert snapshot(mine) == before
 
 
