@@ -2498,8 +2498,10 @@ def sharded_attention(
         with _together(comm):
             first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
             own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
-            wide = q.astype(_accumulator(q), copy=False)  # out is rounded to q's dtype once it is merged
+            # out is rounded once it is merged; on a GPU before, too, where 16 bits are what tensor cores take
+            wide = q.astype(_accumulator(q), copy=False) if n["xp"] is np else q
             out, lse = attend(wide, indices=own.astype(np.int32), d_v=d_v, scale=scale)
+            out = out.astype(lse.dtype, copy=False)
     for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
         out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
     out = out if sink is None else apply_sink(out, lse, sink)
