@@ -877,11 +877,12 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     return _attend(n, q, scale, sink, parts, _accumulator(q, k, v))
 
 
-def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
+def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
 
     Slots of -1 are absent wherever they stand, an index that repeats counts as often as it stands, and a key
     in no row is never looked at. IndexError for other indices outside [0, S). Otherwise as dense_attention.
+    out_dtype: by default q's; float32 for parts of 16 bits that are yet to be merged.
 
     >>> k, v = np.zeros((3, 1, 1)), np.array([[[1.0]], [[2.0]], [[6.0]]])
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
@@ -890,8 +891,9 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
     tied = v is None
     n, v, scale = _attention_dims(q, k, v, d_v, scale, sink)
     _check_indices("indices", indices, n)
+    out_dtype = _out_dtype(out_dtype, q, _accumulator(q, k, v))
     if n["xp"] is not np:
-        return _gpu_attention(n, q, k, v, indices, None, scale, sink)
+        return _gpu_attention(n, q, k, v, indices, None, scale, sink, out_dtype=out_dtype)
 
     width = max(1, min(KEY_TILE, indices.shape[-1]))
     own = threading.local()  # each thread gathers into its own buffers: fresh ones would cost as much again
@@ -924,7 +926,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None):
         for t, row in enumerate(rows, t0):
             yield t, t + 1, gathered(b, row[row >= 0])
 
-    return _attend(n, q, scale, sink, parts, _accumulator(q, k, v))
+    return _attend(n, q, scale, sink, parts, _accumulator(q, k, v), out_dtype)
 
 
 def _attention_dims(q, k, v, d_v, scale, sink):
@@ -937,6 +939,12 @@ def _attention_dims(q, k, v, d_v, scale, sink):
     extra = {} if sink is None else {"sink": (sink, "H")}
     n = _dims(q=(q, "... T H D"), k=(k, "... S G D"), v=(v, "... S G Dv"), **extra)
     return n, v, _scale(n, scale)
+
+
+def _out_dtype(out_dtype, q, accumulator):
+    dtype = np.dtype(q.dtype if out_dtype is None else out_dtype)
+    _expect(dtype in (q.dtype, accumulator), "out_dtype", dtype, f"{q.dtype} or {accumulator}", TypeError)
+    return dtype
 
 
 def _scale(n, scale):
@@ -958,13 +966,13 @@ def _group_rows(q, groups, scale, dtype):
     return np.multiply(rows, scale, dtype=dtype).reshape(groups, -1, D)
 
 
-def _attend(n, q, scale, sink, parts, dtype):
+def _attend(n, q, scale, sink, parts, dtype, out_dtype=None):
     """Attend in blocks of queries. parts(b, t0, t1) yields a, z and tiles: what the queries a..z attend to.
 
     A tile: keys [N, G, D], values [N, G, Dv], and either None or which of them each query sees, [N, z - a].
     """
     T, H, G = n["T"], n["H"], n["G"]
-    out = np.empty((*n["..."], T, H, n["Dv"]), q.dtype)
+    out = np.empty((*n["..."], T, H, n["Dv"]), q.dtype if out_dtype is None else out_dtype)
     lse = np.empty((*n["..."], T, H), dtype)
 
     def work(b, t0, t1):
@@ -1511,15 +1519,16 @@ class KVCache:
         end = self.xp.asarray(_causal_end(self._lengths - new, new, num_tokens))
         return np.zeros_like(end), end
 
-    def attend(self, q, indices, *, d_v=None, scale=None, sink=None):
+    def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
         n = _dims(q=(q, "B T H D"))
         _expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
         shape = {"...": (self.batch,), "T": n["T"], "S": int(self._lengths.max()), "xp": self.xp}
         _check_indices("indices", indices, shape)
+        kwargs = {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype}
         if self.xp is not np and "k" in self._data:
-            return self._attend_resident(q, indices, d_v=d_v, scale=scale, sink=sink)
+            return self._attend_resident(q, indices, **kwargs)
         parts, indices = [], indices if self.xp is np else indices.get()
         for b, length in enumerate(self._lengths):
             used = np.unique(indices[b][indices[b] >= 0])
@@ -1527,20 +1536,23 @@ class KVCache:
             rows = {name: self._decode(name, x) for name, x in self._rows(b, used).items()}
             own = self.xp.asarray(np.where(indices[b] < 0, -1, np.searchsorted(used, indices[b])))
             k, v = rows["k"], rows.get("v")
-            parts.append(sparse_attention(q[b], k, v, own, d_v=d_v, scale=scale, sink=sink))
+            parts.append(sparse_attention(q[b], k, v, own, **kwargs))
         return tuple(np.stack(x) for x in zip(*parts))
 
-    def _attend_resident(self, q, indices, *, d_v, scale, sink):
+    def _attend_resident(self, q, indices, d_v, scale, sink, out_dtype):
         """attend where kernels read the streams as they are stored."""
         if self.storage != "fp8" or "v" in self.streams or self.streams["k"][0] > 1:
             k, v = self.read("k"), self.read("v") if "v" in self.streams else None
-            return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink)
+            kwargs = {"scale": scale, "sink": sink, "out_dtype": out_dtype}
+            return sparse_attention(q, k, v, indices, d_v=d_v, **kwargs)
         k, D, rope = self.stored("k"), self.streams["k"][-1], self.qk_rope_head_dim
         n = _dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
         _expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
         _expect(_integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
         n |= {"S": k.shape[1], "G": 1, "Dv": d_v}
-        return _gpu_attention(n, q, k, None, indices, None, _scale(n, scale), sink, packed=(D - rope, rope))
+        out_dtype = _out_dtype(out_dtype, q, _accumulator(q))
+        args = (n, q, k, None, indices, None, _scale(n, scale), sink)
+        return _gpu_attention(*args, packed=(D - rope, rope), out_dtype=out_dtype)
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
@@ -2498,10 +2510,8 @@ def sharded_attention(
         with _together(comm):
             first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
             own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
-            # out is rounded once it is merged; on a GPU before, too, where 16 bits are what tensor cores take
-            wide = q.astype(_accumulator(q), copy=False) if n["xp"] is np else q
-            out, lse = attend(wide, indices=own.astype(np.int32), d_v=d_v, scale=scale)
-            out = out.astype(lse.dtype, copy=False)
+            kwargs |= {"sink": None, "out_dtype": _accumulator(q)}  # q's, once it is merged
+            out, lse = attend(q, indices=own.astype(np.int32), **kwargs)
     for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
         out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
     out = out if sink is None else apply_sink(out, lse, sink)
@@ -2601,11 +2611,11 @@ def _exchange(collective, x, shape, sent=None, received=None, **op):
     """
     xp, x = _library("x", x), x.ravel()
     x = x if xp is np or _cuda_aware() else x.get()
-    y = np.empty_like(x, shape=shape)
+    y = np.empty_like(x, shape=math.prod(shape))
     if not isinstance(x, np.ndarray):
         xp.cuda.get_current_stream().synchronize()
     collective([x, sent], [y, received], **op)
-    return xp.asarray(y)
+    return xp.asarray(y).reshape(shape)
 
 
 @functools.cache
@@ -2859,7 +2869,7 @@ def _mma_tiles(device, heads, d, d_v, tied, packed):
     return None
 
 
-def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
+def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None, out_dtype=None):
     """Equation (3) by the kernels attend; for 8 and more heads of a group in 16 bits attend_mma; and for the
     latent shapes of V3.2 on Hopper attend_wgmma.
 
@@ -2895,7 +2905,7 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
-    out, lse = xp.empty((*n["..."], T, H, Dv), q.dtype), xp.empty((*n["..."], T, H), dtype)
+    out, lse = xp.empty((*n["..."], T, H, Dv), out_dtype or q.dtype), xp.empty((*n["..."], T, H), dtype)
     sink = None if sink is None else xp.ascontiguousarray(sink, dtype)
     parts = None
     if splits > 1:
@@ -2905,7 +2915,13 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
         sink if parts is None else None, *(parts or (out, lse)),
     )  # fmt: skip
     scalars = T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, np.float64(scale)
-    macros = {"HEADS": heads, "TIED": int(tied), "R8": rank, "ROPE": rope, "OUT": dtype if parts else q.dtype}
+    macros = {
+        "HEADS": heads,
+        "TIED": int(tied),
+        "R8": rank,
+        "ROPE": rope,
+        "OUT": dtype if parts else out.dtype,
+    }
     types = {"ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
     if wgmma:
         macros |= {"D": D, "DV": Dv, "TYPE": q.dtype}
@@ -2922,7 +2938,7 @@ def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None):
     if parts:
         counts = splits, rows * H, H, Dv
         most = max(1, 512 // dtype.itemsize // types["COLUMNS"])  # that fit a thread's registers
-        types |= {"OUT": q.dtype, "LOADS": min(most, 8 if splits <= 8 else 32)}
+        types |= {"OUT": out.dtype, "LOADS": min(most, 8 if splits <= 8 else 32)}
         _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, *counts, **types)
     return out, lse
 

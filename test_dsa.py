@@ -2569,6 +2569,18 @@ def rounding(trains, dtype):
     return TOLERANCE[dtype] * (4 if dtype.itemsize == 2 and trains.xp is not np else 1)
 
 
+@given(p=problems(dtypes=[F16, BFLOAT16]), seed=seeds)
+def test_out_in_float32_is_what_is_rounded(trains, p, seed):
+    """Parts that are merged later lose nothing before; any third dtype is refused."""
+    indices = drawn_indices(p, seed)
+    out, lse = sparse(trains, p, indices)
+    wide = sparse(trains, p, indices, out_dtype=F32)
+    assert wide[0].dtype == F32
+    assert_same((wide[0].astype(out.dtype), wide[1]), (out, lse))
+    with pytest.raises(TypeError, match="out_dtype is float64, expected .* or float32"):
+        sparse(trains, p, indices, out_dtype="float64")
+
+
 def attention_grads_by_loops(p, indices, out, lse, dout, sink):
     """Section 6 of the specification, slot by slot, from out and lse as they are."""
     H, G, scale = p.q.shape[-2], p.k.shape[-2], p.q.shape[-1] ** -0.5 if p.scale is None else p.scale
