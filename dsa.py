@@ -911,7 +911,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
             yield k[b][lo + s :][: len(seen)], v[b][lo + s :][: len(seen)], seen
 
     def parts(b, t0, t1):
-        rows = indices[b][t0:t1]
+        rows = indices[b][t0:t1].astype(np.int64)
         there = rows >= 0
         count = np.count_nonzero(there)
         # To gather a key costs as much as to stream about 2.5 of them. Where the block's keys lie close
@@ -2206,6 +2206,7 @@ def sparse_attention_backward(
     -> dq, dk, dv, dsink, like q, k, v, sink in shape and dtype; dv is None where v is, and dk holds both
     parts; dsink is None without sink. Slots of -1 scatter nowhere. Errors as in sparse_attention.
     deterministic=False lets a GPU add up what a key gets in any order, by atomics, without sorting first.
+    Of bfloat16 a GPU rounds P and dS to it, for its tensor cores, and sums in float32.
 
     >>> one, v, slots = np.ones((1, 1, 1)), np.array([[[1.0]], [[3.0]]]), np.array([[0, 1]])
     >>> out, lse = sparse_attention(one, 0 * v, v, slots)
@@ -2220,8 +2221,8 @@ def sparse_attention_backward(
     _check_indices("indices", indices, n)
     dtype, r, D = _accumulator(q, k, v), n["H"] // n["G"], n["D"]
     width = D if tied else D + n["Dv"]  # of [dk | dv]
-    dq, dkv = (np.zeros_like(q, dtype, shape=shape) for shape in (q.shape, (*k.shape[:-1], width)))
-    z = np.full_like(q, -np.inf, dtype, shape=n["H"]) if sink is None else sink.astype(dtype)
+    dq, dkv = (n["xp"].zeros(shape, dtype) for shape in (q.shape, (*k.shape[:-1], width)))
+    z = n["xp"].full(n["H"], -np.inf, dtype) if sink is None else sink.astype(dtype)
     dz = np.zeros_like(z)
 
     def work(b, t0, t1):
@@ -2651,9 +2652,9 @@ TYPES = {
 }  # fmt: skip
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 FEW = 8  # queries a sequence whose scoring is bound by memory
-SLOT_BYTES = 2**32  # what the slots of a chunk of queries hold in training
+SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cuBLAS's numbers of dtypes
-UNITS = {1: "char", 2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
+UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
@@ -2842,7 +2843,8 @@ def _gpu_indices(indices, num_keys):
     """indices as int32, contiguous; what stands outside [0, num_keys) stays so."""
     xp = sys.modules["cupy"]
     if indices.dtype != np.int32:
-        indices = xp.where((indices >= 0) & (indices < num_keys), indices.astype(np.int32), np.int32(-1))
+        wide = indices.astype(np.int64)
+        indices = xp.where((wide >= 0) & (wide < num_keys), wide, -1).astype(np.int32)
     return xp.ascontiguousarray(indices)
 
 
@@ -2971,38 +2973,37 @@ def _gpu_codes(x, out, scales, offsets, width, block, scale, least):
     _launch("quantize_fp8", (-(-warps // 8),), (256,), x, out, scales, *scalars, **macros)
 
 
-# Training: _gpu_* of what section 10 does for a block of queries, here for as many as SLOT_BYTES hold.
+# Training: what section 10 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
+# of a query, or all keys.
 
 
 def _gpu_attention_backward(n, q, k, v, out, dout, indices, lse, z, scale, dq, dkv, dz, deterministic):
     """Adds the gradients to dq, dkv and dz. v is None where the values are k[..., :Dv]."""
     xp, (S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ("S", "H", "G", "D", "Dv"))
-    acc, K, width, r = dq.dtype, indices.shape[-1], dkv.shape[-1], H // G
-    kind, (q, k, v, out, dout) = _factors(q, k, v, out, dout)
-    lse, none = xp.ascontiguousarray(lse, acc), (indices < 0) | (indices >= S)
-    indices = np.where(none, -1, indices).astype(np.int32)
-    numbers = K * (G * width * (kind.itemsize + acc.itemsize) + 2 * H * (kind.itemsize + acc.itemsize))
-    for b, t in _query_chunks(n, numbers):
-        rows, M = indices[b][t], t.stop - t.start
-        keys = _gathered(k[b], rows)  # [M * G, K, D]
+    acc, N, width, r = dq.dtype, indices.shape[-1], dkv.shape[-1], H // G
+    kind, (q, k, v, out, dout) = _factors(acc, q, k, v, out, dout)
+    lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
+    for b, t in _query_chunks(n, 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * both_bytes + 32)):
+        M, rows = t.stop - t.start, indices[b][t].astype(np.int64)
+        rows = np.where((rows >= 0) & (rows < S), rows, -1).astype(np.int32)
+        keys = _gathered(k[b], rows)  # [M * G, N, D]
         values = keys[..., :Dv] if v is None else _gathered(v[b], rows)
-        heads = [x[b][t].reshape(M * G, r, -1) for x in (q, dout)]
-        s, dp = (
-            _product(x, y.swapaxes(1, 2), xp.empty((M * G, r, K), acc)) for x, y in zip(heads, (keys, values))
-        )
-        pairs, from_z = xp.empty((M * G, 2, r, K), kind), xp.empty((M, H), acc)
-        args = (s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, K, H, G, Dv)
+        q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
+        s = _product(q_t, keys.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
+        dp = _product(dout_t, values.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
+        pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)
+        args = (s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, N, H, G, Dv)
         _launch("attend_backward", (M * H,), (256,), *args, np.float64(scale), TYPE=kind, ACC=acc)
         _product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
         dz -= from_z.sum(0)
-        slots, pairs_by_key = xp.empty((M * G, K, width), acc), pairs.reshape(M * G, 2 * r, K).swapaxes(1, 2)
+        slots, pairs_by_key = xp.empty((M * G, N, width), acc), pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
         if v is None:  # one product: [dS, P]^T [q, dout]
             both = xp.zeros((M * G, 2, r, D), kind)
-            both[:, 0], both[:, 1, :, :Dv] = heads
+            both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
             _product(pairs_by_key, both.reshape(M * G, 2 * r, D), slots)
         else:
-            _product(pairs_by_key[..., :r], heads[0], slots[..., :D])
-            _product(pairs_by_key[..., r:], heads[1], slots[..., D:])
+            _product(pairs_by_key[..., :r], q_t, slots[..., :D])
+            _product(pairs_by_key[..., r:], dout_t, slots[..., D:])
         _add_by_key(rows, slots, dkv[b], deterministic)
 
 
@@ -3011,8 +3012,9 @@ def _gpu_attention_target(n, q, k, indices, windows, scale):
     xp, (S, H, G, D) = sys.modules["cupy"], (n[axis] for axis in ("S", "H", "G", "D"))
     acc, r, N = _accumulator(q, k), H // G, S if indices is None else indices.shape[-1]
     target, (start, end) = xp.zeros((*n["..."], n["T"], N), acc), _explicit(n, windows)
-    kind, (q, k) = _factors(q, k)
-    for b, t in _query_chunks(n, N * (H * acc.itemsize + (0 if indices is None else G * D * kind.itemsize))):
+    kind, (q, k) = _factors(acc, q, k)
+    key_bytes = 32 if indices is None else 32 + G * D * kind.itemsize
+    for b, t in _query_chunks(n, N * (H * acc.itemsize + key_bytes)):
         M = t.stop - t.start
         rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], start[b][t], end[b][t])
         if indices is None:  # a group's heads of all queries share the keys
@@ -3021,27 +3023,27 @@ def _gpu_attention_target(n, q, k, indices, windows, scale):
         else:
             heads, keys, strides = q[b][t].reshape(M * G, r, D), _gathered(k[b], rows), (H * N, r * N)
         s = _product(heads, keys.swapaxes(1, 2), xp.empty((*heads.shape[:2], N), acc))
-        sees, lse, shape = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
-        _launch("attention_lse", (-(-M * H // 8),), (256,), s, sees, lse, M, *shape, ACC=acc)
-        _launch("attention_target", (M * -(-N // 256),), (256,), s, sees, lse, target[b][t], *shape, ACC=acc)
+        sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
+        _launch("attention_lse", (-(-M * H // 8),), (256,), s, sees, lse, M, *sizes, ACC=acc)
+        _launch("attention_target", (M * -(-N // 256),), (256,), s, sees, lse, target[b][t], *sizes, ACC=acc)
     return target
 
 
 def _gpu_indexer_loss(n, index_q, index_k, weights, target, indices, windows, deterministic):
-    """indexer_loss."""
+    """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
     xp, (T, S, J, E) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "J", "E"))
-    acc, like, N = _accumulator(index_q, index_k, weights), (index_q, index_k, weights), target.shape[-1]
-    kind, (index_q, index_k) = _factors(index_q, index_k)
-    d_q, d_k, d_w = (xp.zeros(x.shape, y) for x, y in zip(like, (kind, acc, acc)))
-    losses, (start, end) = xp.zeros((*n["..."], T)), _explicit(n, windows)
-    slot_bytes = 0 if indices is None else E * (kind.itemsize + acc.itemsize)
-    for b, t in _query_chunks(n, N * (J * (acc.itemsize + kind.itemsize) + 4 * acc.itemsize + slot_bytes)):
+    like, N = (index_q, index_k, weights), target.shape[-1]
+    acc, losses, (start, end) = _accumulator(*like), xp.zeros((*n["..."], T)), _explicit(n, windows)
+    kind, (index_q, index_k) = _factors(acc, index_q, index_k)
+    d_q, d_k, d_w = (xp.zeros(x.shape, acc) for x in like)
+    both_bytes = kind.itemsize + acc.itemsize
+    for b, t in _query_chunks(n, N * ((J + (indices is not None) * E) * both_bytes + 10 * acc.itemsize + 32)):
         M, window = t.stop - t.start, (start[b][t], end[b][t])
-        rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], *window)  # [M, N]
-        sees = rows >= 0
+        rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], *window).astype(np.int32)
+        sees = rows >= 0  # [M, N]
         some = sees.any(1)
         w = np.where(some[:, None], weights[b][t].astype(acc), 0)
-        if indices is None:  # one product for all queries; what nobody sees, or sees nothing, is 0
+        if indices is None:  # what nobody sees, or sees nothing, is 0
             q = _gathered(index_q[b][t].reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
             keys = _gathered(index_k[b][:, None], np.where(sees.any(0), xp.arange(S), -1)[None])
             q = q.reshape(1, M * J, E)
@@ -3051,42 +3053,44 @@ def _gpu_indexer_loss(n, index_q, index_k, weights, target, indices, windows, de
         scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
         _launch("weigh_heads", (M * -(-N // 256),), (256,), r, w, scores, N, J, ACC=acc)
         losses[b][t], d_scores = _kl(target[b][t], scores, sees)
-        args = (r, xp.ascontiguousarray(d_scores), w, d_r, d_w[b][t], N, J)
+        args = (r, d_scores, w, d_r, d_w[b][t], N, J)
         _launch("indexer_backward", (M * J,), (256,), *args, TYPE=kind, ACC=acc)
         _product(d_r, keys, d_q[b][t].reshape(q.shape))
         slots = _product(d_r.swapaxes(1, 2), q, xp.empty((len(q), N, E), acc))
         if indices is None:
             d_k[b] += slots[0]
         else:
-            _add_by_key(rows.astype(np.int32), slots, d_k[b][:, None], deterministic)
-    return losses.sum(), tuple(d.astype(x.dtype) for d, x in zip((d_q, d_k, d_w), like))
+            _add_by_key(rows, slots, d_k[b][:, None], deterministic)
+    return losses.sum(), tuple(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
 def _query_chunks(n, bytes_each):
-    """b and a slice of its queries, as many as hold SLOT_BYTES; none where there is nothing to multiply."""
-    sizes = [n[axis] for axis in ("S", "H", "G", "D", "Dv", "J", "E") if axis in n]
+    """b and a slice of its queries, as many as hold SLOT_BYTES; and M * G is a grid's y, which ends there."""
     most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
-    for b in np.ndindex(*n["..."]) if bytes_each and all(sizes) else ():
+    for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
         for t in range(0, n["T"], most):
             yield b, slice(t, min(t + most, n["T"]))
 
 
-def _factors(*arrays):
-    """The arrays, contiguous, in a dtype that cuBLAS multiplies: the one they have, or the accumulator's."""
+def _factors(acc, *arrays):
+    """The arrays, contiguous, in a dtype that cuBLAS multiplies and sums in acc: the one they have, or acc.
+
+    Not float16: gradients of its scores are often so small that it would round them to 0.
+    """
     xp, given = sys.modules["cupy"], [x for x in arrays if x is not None]
     kind, *others = {x.dtype for x in given}
-    if others or (kind.name == "bfloat16" and int(given[0].device.compute_capability) < 80):
-        kind = _accumulator(*given)
+    bfloat16 = kind.name == "bfloat16" and int(given[0].device.compute_capability) >= 80
+    kind = kind if bfloat16 and not others and acc == np.float32 else acc
     return kind, [None if x is None else xp.ascontiguousarray(x, kind) for x in arrays]
 
 
 def _gathered(x, rows):
-    """x [S, G, D] at rows [M, K] -> [M * G, K, D], zeros where a row is no key."""
-    xp, (S, G, D), (M, K) = sys.modules["cupy"], x.shape, rows.shape
-    taken = xp.empty((M * G, K, D), x.dtype)
+    """x [S, G, D] at rows [M, N] -> [M * G, N, D], zeros where a row is no key."""
+    xp, (S, G, D), (M, N) = sys.modules["cupy"], x.shape, rows.shape
+    taken = xp.empty((M * G, N, D), x.dtype)
     unit = math.gcd(16, x.data.ptr, D * x.itemsize)  # bytes at a time
-    args = (x, rows.astype(np.int32, copy=False), taken, K, S, G, D * x.itemsize // unit)
-    _launch("gather", (-(-K // 8), M * G), (256,), *args, UNIT=UNITS[unit])
+    args = (x, rows.astype(np.int32, copy=False), taken, N, S, G, D * x.itemsize // unit)
+    _launch("gather", (-(-N // 8), M * G), (256,), *args, UNIT=UNITS[unit])
     return taken
 
 
@@ -3107,6 +3111,9 @@ def _product(a, b, out):
         row = max(row, columns) if straight else column
         return int(not straight), x.data.ptr, CUDA_R[x.dtype.name], row, matrix
 
+    if 0 in (*out.shape, k):
+        out[...] = 0
+        return out
     (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
     sizes, zero = (out.shape[2], m, k), np.zeros_like(one)
@@ -3118,14 +3125,16 @@ def _product(a, b, out):
 
 
 def _add_by_key(rows, slots, sums, deterministic):
-    """sums [S, G, W] += slots [M * G, K, W] of the keys rows [M, K], -1 for none."""
-    xp, (M, K), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
-    if not deterministic:
-        _launch("add_by_atomics", (-(-K // 8), M * G), (256,), slots, rows, sums, K, G, width, ACC=acc)
+    """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N], -1 for none."""
+    xp, (M, N), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
+    if not slots.size:
         return
-    place = xp.arange(M)[:, None] * (G * K) + xp.arange(K)  # of the first group
+    if not deterministic:
+        _launch("add_by_atomics", (-(-N // 8), M * G), (256,), slots, rows, sums, N, G, width, ACC=acc)
+        return
+    place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
     order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())  # by key, then by query
     first = xp.searchsorted(order, xp.arange(S + 1) << 32)
     order &= 2**32 - 1
-    args = (slots, order, first, sums, K, G, width)
+    args = (slots, order, first, sums, N, G, width)
     _launch("add_by_key", (S * G,), (128,), *args, ACC=acc, COLUMNS=-(-width // 128))

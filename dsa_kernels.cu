@@ -2263,7 +2263,7 @@ __device__ ACC sum_of_block(ACC x) {  // of 256 threads, always in the same orde
 // gather                                                                 the keys of each query, side by side
 // in    x [S, G, width] of UNIT, 2 to 16 bytes; rows [M, K] i32
 // out   out [M, G, K, width] of UNIT, every element written: zeros where a row is no key
-// grid  (ceil(K / 8), M * G)  block 256: a warp copies a key
+// grid  (ceil(K / 8), M * G)  block 256: a warp copies a key    (M * G on y: at most 65,535)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef GATHER
 extern "C" __global__ void __launch_bounds__(256)
@@ -2299,7 +2299,7 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
     for (i64 d = threadIdx.x; d < DV; d += 256)
         delta += ACC(widen(dout[at * DV + d])) * ACC(widen(out[at * DV + d]));
     delta = sum_of_block(delta);
-    const ACC top = log_sum > z ? log_sum : z;
+    const ACC top = log_sum < z ? z : log_sum;  // NaN stays NaN
     const ACC whole = fabs(top) == inf ? top : top + log1p(exp(-fabs(log_sum - z)));
     if (threadIdx.x == 0) from_sink[at] = log_sum == -inf ? 0 : delta / (1 + exp(log_sum - z));
     TYPE* to = pairs + (at / r * 2 * r + h % r) * K;
@@ -2320,10 +2320,6 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
 //       sees [M, N] bool
 // out   lse [M, H] of ACC, every element written
 // grid  ceil(M * H / 8)  block 256: a warp a head of a query
-// attention_target                                     the mean over heads of exp(scale s - lse), where seen
-// in    the same, and lse
-// out   target [M, N] of ACC, every element written: 0 where not seen
-// grid  M * ceil(N / 256)  block 256: a thread a key
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ATTENTION_LSE
 constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
@@ -2360,6 +2356,12 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
 }
 #endif
 
+// ---------------------------------------------------------------------------------------------------------
+// attention_target                                     the mean over heads of exp(scale s - lse), where seen
+// in    as attention_lse, and its lse
+// out   target [M, N] of ACC, every element written: 0 where not seen
+// grid  M * ceil(N / 256)  block 256: a thread a key
+// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTENTION_TARGET
 extern "C" __global__ void __launch_bounds__(256)
 attention_target(const ACC* s, const bool* sees, const ACC* lse, ACC* target, i64 N, i64 H, i64 R,
