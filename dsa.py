@@ -1900,15 +1900,11 @@ class DSALayer:
         self.weights, n = _named_weights(weights, d)
         self.dim, self.kv_lora_rank = n["dim"], n["kv_lora_rank"]
         self.has_indexer = "indexer.wk" in self.weights
-        self.streams: dict[str, Any] = {"k": (1, n["kv_lora_rank+qk_rope_head_dim"])}
-        if self.has_indexer:
-            self.streams["index_k"] = (d.index_head_dim,)
-        self._frequencies = d.frequencies()
-        self._hadamard: Any = np.ones((1, 1))
-        while len(self._hadamard) < d.index_head_dim and d.hadamard:
-            self._hadamard = np.kron([[1, 1], [1, -1]], self._hadamard)
-        self.xp = n["xp"]
-        self._hadamard = self.xp.asarray(self._hadamard)
+        index_k = {"index_k": (d.index_head_dim,)} if self.has_indexer else {}
+        self.streams = {"k": (1, n["kv_lora_rank+qk_rope_head_dim"]), **index_k}
+        self.xp, i = n["xp"], np.arange(d.index_head_dim)
+        signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
+        self._hadamard = self.xp.asarray(signs * d.index_head_dim**-0.5)
 
     @classmethod
     def from_safetensors(cls, path, layer=0, **dims):
@@ -2021,7 +2017,7 @@ class DSALayer:
         """
         d, batch = self.dims, x.shape[:2]
         nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        angles = (start[:, None] + np.arange(batch[1]))[..., None] * self._frequencies  # [B, T, rope / 2]
+        angles = (start[:, None] + np.arange(batch[1]))[..., None] * d.frequencies()  # [B, T, rope / 2]
         qr = _rms_norm(_by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
         q = (qr @ w["wq_b"].T).reshape(*batch, d.n_heads, nope + rope)
         q[..., nope:] = _rotate(q[..., nope:], angles, interleaved=True)
@@ -2033,7 +2029,7 @@ class DSALayer:
 
         def prepared(u):  # a vector of the indexer [B, T, J, E]
             u[..., :rope] = _rotate(u[..., :rope], angles, d.index_rope_interleaved)
-            u = u @ (self._hadamard * E**-0.5).astype(u.dtype) if d.hadamard else u
+            u = u @ self._hadamard.astype(u.dtype) if d.hadamard else u
             return _at_precision(u, d.indexer_precision)
 
         index_k = _by_rows(x, w["indexer.wk"])
@@ -2084,10 +2080,8 @@ class DSALayer:
             keys, values = np.split(kv, [d.qk_nope_head_dim], axis=-1)
             keys = np.concatenate([keys, k_pe], -1)[..., None, :]  # [B, h, S, 1, nope + rope]
             same = np.broadcast_to(indices, (*q_h.shape[:3], indices.shape[-1]))
-            attended = sparse_attention(
-                q_h[..., None, :], keys, values[..., None, :], same, scale=d.softmax_scale()
-            )
-            out[:, h : h + some] = attended[0][..., 0, :]
+            heads = (q_h[..., None, :], keys, values[..., None, :])
+            out[:, h : h + some] = sparse_attention(*heads, same, scale=d.softmax_scale())[0][..., 0, :]
         return out
 
 
