@@ -1435,19 +1435,21 @@ class KVCache:
         _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         if storage == "bfloat16":
             try:
-                import ml_dtypes  # gives NumPy the dtype of this name
+                import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
             except ImportError:
                 raise ImportError("storage 'bfloat16' needs ml_dtypes: pip install ml_dtypes") from None
-            self.dtype = np.dtype(ml_dtypes.bfloat16)
-        else:
-            self.dtype = np.dtype(storage.replace("fp8", "uint8"))
+        self.dtype = np.dtype(storage.replace("fp8", "uint8"))
         self.storage, self.grow, self.closed = storage, bool(grow), False
         for name, shape in streams.items():
             fits = isinstance(shape, tuple) and len(shape) > 0
             _expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = _integer("qk_rope_head_dim", qk_rope_head_dim, 0)
-        self._stored = self.streams if storage != "fp8" else dict(map(self._packed, self.streams))
+        self._stored = dict(self.streams)  # but in fp8 the last axis is of bytes
+        for name, shape in self.streams.items() if storage == "fp8" else ():
+            rope = self._rope(name)
+            _expect(shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
+            self._stored[name] = (*shape[:-1], _packed_bytes(shape[-1], rope))
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
         self._allocate(capacity)
@@ -1587,12 +1589,6 @@ class KVCache:
         """The streams that are in memory as a whole, and the shapes in which they are stored."""
         return self._stored
 
-    def _packed(self, name):
-        """A stream and the shape of a token's bytes in fp8."""
-        shape, rope = self.streams[name], self._rope(name)
-        _expect(shape and shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
-        return name, (*shape[:-1], _packed_bytes(shape[-1], rope))
-
     def _rope(self, name):
         """How many of a stream's last values fp8 leaves in bfloat16."""
         return self.qk_rope_head_dim if name == "k" else 0
@@ -1641,8 +1637,8 @@ class HybridKVCache(KVCache):
         self.local_window = _integer("local_window", local_window, 0)
         self.path = path
         self._file: Any = None
-        self._slow: Any = None
-        self._slot_of: Any = None
+        self._slow: Any
+        self._slot_of: Any
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         super().__init__(capacity, **kwargs)
 
@@ -1669,37 +1665,35 @@ class HybridKVCache(KVCache):
         return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
 
     def _allocate(self, capacity):
-        first = self._slow is None
-        if first:
+        if self.capacity == 0:
             self._open_tiers()
         # The capacity is the first axis, so that a growing file keeps what it holds in place.
         shape = (capacity, self.batch, self._fast.shape[1])
-        slow = (self._mapped if self.xp is np else self._pinned)(shape, first)
+        slow = self._mapped(shape) if self.xp is np else self._pinned(shape)
         slot_of = np.full((self.batch, capacity), -1)
         slot_of[:, : self.capacity] = self._slot_of
         super()._allocate(capacity)  # the last that can fail
         self._slow, self._slot_of = slow, slot_of
 
-    def _mapped(self, shape, first):
+    def _mapped(self, shape):
         nbytes = math.prod(shape) * self.dtype.itemsize
         try:
             _reserve(self._file, nbytes)  # so that a full disk is an error here, not a crash at a later write
         except OSError as error:
-            if first:
+            if self.capacity == 0:
                 self._file.close()
-                if os.path.exists(self.path):
-                    os.unlink(self.path)
+                Path(self.path).unlink(missing_ok=True)
             message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
             raise OSError(error.errno, message, str(self.path)) from error
         return np.asarray(np.memmap(self._file, self.dtype, "r+", shape=shape))
 
-    def _pinned(self, shape, first):
+    def _pinned(self, shape):
         """An array of CuPy's in memory of the host, where its kernels reach it."""
         cuda, nbytes = self.xp.cuda, math.prod(shape) * self.dtype.itemsize
         memory = cuda.alloc_pinned_memory(nbytes)
         pointer = cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, memory), 0)
         slow = self.xp.ndarray(shape, self.dtype, pointer)
-        if not first:
+        if self.capacity:
             slow[: self.capacity] = self._slow
             cuda.get_current_stream().synchronize()  # before the old memory goes to whoever asks next
         return slow
@@ -1771,7 +1765,7 @@ class HybridKVCache(KVCache):
         self._clock += 1
         self._stamp[self._stamp == self.PINNED] = self._clock - 1
         for b, (old, new) in enumerate(zip(self._lengths.tolist(), lengths.tolist())):
-            gone = self._slot_of[b, new : max(old, new)]
+            gone = self._slot_of[b, new:old]
             self._stamp[gone[gone >= 0]] = -1
             gone[:] = -1
         for b, new in enumerate(lengths.tolist()):
