@@ -1273,15 +1273,9 @@ FP8_BLOCK = 128  # values that share a scale
 PRECISIONS = ("fp32", "fp16", "fp8")  # of the indexer
 
 
-def _e4m3():
-    """The value of each code: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, two NaN."""
-    exponent, mantissa = np.arange(128) >> 3, np.arange(128) & 7
-    x = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
-    x[127] = np.nan
-    return np.concatenate([x, -x]).astype(np.float32)
-
-
-E4M3 = _e4m3()
+# The value of each code: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, two NaN.
+E4M3 = np.array([math.ldexp(i % 8 + 8 * (i > 7), max(i // 8, 1) - 10) for i in range(127)] + [math.nan])
+E4M3 = np.concatenate([E4M3, -E4M3]).astype(np.float32)
 
 
 def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
