@@ -371,10 +371,8 @@ def _index_dims(index_q, index_k, weights, k_start, k_end):
     arrays = {"index_q": (index_q, "... T J E", *dtypes), "index_k": (index_k, f"... S {entry}", *dtypes)}
     n = _dims(**arrays, weights=(weights, "... T J"))
     if coded:
-        fits = n["entry"] == n["E"] + 4 and n["E"] <= FP8_BLOCK
-        _expect(
-            fits, "index_k", f"of shape {index_k.shape}", f"[..., S, E + 4] with E = {n['E']} of at most 128"
-        )
+        fits, entries = n["entry"] == n["E"] + 4 and n["E"] <= FP8_BLOCK, f"[..., S, E + 4] with E = {n['E']}"
+        _expect(fits, "index_k", f"of shape {index_k.shape}", f"{entries} of at most 128")
         if n["xp"] is np:
             index_q, index_k = E4M3[index_q], _unpack(index_k, n["E"], 0)
     return n, _windows(n, k_start, k_end), index_q, index_k
@@ -462,15 +460,12 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     causal = not (k_start is None and k_end is None)
     if not causal and n["xp"] is np:
         k_end = np.full(n["T"], n["S"])
-    windows = _windows(n, k_start, k_end)
-
-    def score(b, t0, t1, lo, hi):
-        return scores[b][t0:t1, lo:hi].astype(_accumulator(scores), copy=False)
-
-    quota = _quota(top_k, local_window, num_sink_tokens)
+    windows, quota = _windows(n, k_start, k_end), _quota(top_k, local_window, num_sink_tokens)
     if n["xp"] is not np:
         return _gpu_select_topk(n, scores, quota, windows, causal)
-    return _select(n, quota, _scored_rows(windows, score), block=64)
+    dtype = _accumulator(scores)
+    rows = _scored_rows(windows, lambda b, t0, t1, lo, hi: scores[b][t0:t1, lo:hi].astype(dtype, copy=False))
+    return _select(n, quota, rows, block=64)
 
 
 def lightning_select(
@@ -723,8 +718,7 @@ def _lsh(args, bits=64, oversample=4, seed=0):
     def score(b, t0, t1, lo, hi):
         x = q[b][t0:t1] @ k[b][lo:hi].T
         agree = sign_q[b][t0:t1] @ sign_k[b][lo:hi].T  # bits - 2 * Hamming distance
-        for t, window in enumerate(zip(*((w[b][t0:t1] - lo).tolist() for w in args.windows))):
-            start, end = window
+        for t, (start, end) in enumerate(zip(*((w[b][t0:t1] - lo).tolist() for w in args.windows))):
             if end - start > many:
                 far = np.ones_like(x[t, start:end], bool)
                 far[_top_k(agree[t : t + 1, start:end], many)] = False
@@ -744,12 +738,11 @@ def _learned(args, mlp=None, hidden=16, seed=0):
         rng, F = np.random.default_rng(_integer("seed", seed, 0)), _integer("hidden", hidden, 1)
         width = args.n["G"] * args.n["D"]
         mlp = [args.n["xp"].asarray(rng.standard_normal(shape)) for shape in ((F, width), (F, width), F, F)]
-    q, _, hidden_q, hidden_k = _hidden_units(args, *mlp)
-    w_out = mlp[3]
+    _, _, hidden_q, hidden_k = _hidden_units(args, *mlp)
 
     def score(b, t0, t1, lo, hi):
-        x = np.zeros_like(q, shape=(t1 - t0, hi - lo))
-        for f, weight in enumerate(w_out.tolist()):
+        x = np.zeros_like(hidden_q, shape=(t1 - t0, hi - lo))
+        for f, weight in enumerate(mlp[3].tolist()):
             x += weight * np.maximum(hidden_q[b][t0:t1, f, None] + hidden_k[b][lo:hi, f], 0)
         return x
 
@@ -767,7 +760,7 @@ def _pattern(args, order):
     """A static pattern: order(start [T, 1], end [T, 1], keys) -> scores [T, keys]."""
 
     def score(b, t0, t1, lo, hi):
-        start, end = args.windows[0][b][t0:t1, None], args.windows[1][b][t0:t1, None]
+        start, end = (w[b][t0:t1, None] for w in args.windows)
         x = order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
         return np.broadcast_to(x, (t1 - t0, hi - lo))
 
@@ -837,9 +830,7 @@ def _softmax(x):
     return p / total, top + np.log(total)
 
 
-KINDS = (
-    _lightning, _approximate, _lsh, _learned, _hierarchical, _window, _strided, _global, _random, _oracle,
-)  # fmt: skip
+KINDS = _lightning, _approximate, _lsh, _learned, _hierarchical, _window, _strided, _global, _random, _oracle
 SELECTORS = {kind.__name__[1:]: _selector(kind) for kind in KINDS}
 
 # ----------------------------------------------------------------------------------------------------------
@@ -863,7 +854,8 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     if n["xp"] is not np:
         return _gpu_attention(n, q, k, v, None, windows, scale, sink)
 
-    def tiles(b, start, end):
+    def tiles(b, t0, t1):
+        start, end = (w[b][t0:t1] for w in windows)
         lo, hi = _span(start, end)
         for s0 in range(lo, hi, KEY_TILE):
             s1 = min(s0 + KEY_TILE, hi)
@@ -871,10 +863,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
             all_see = start.max() <= s0 and s1 <= end.min()
             yield k[b][s0:s1], v[b][s0:s1], None if all_see else (s >= start) & (s < end)
 
-    def parts(b, t0, t1):
-        yield t0, t1, tiles(b, windows[0][b][t0:t1], windows[1][b][t0:t1])
-
-    return _attend(n, q, scale, sink, parts, _accumulator(q, k, v))
+    return _attend(n, q, scale, sink, lambda b, t0, t1: [(t0, t1, tiles(b, t0, t1))], _accumulator(q, k, v))
 
 
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
@@ -1138,10 +1127,9 @@ class DSAConfig:
         else:
             fits = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool) and 0 < ratio <= 1
             _expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
-        if self.strategy == "hybrid":
-            _expect(self.local_window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
-        if self.strategy == "dynamic":
-            _expect(self.local_window == 0, "local_window", self.local_window, "0, or strategy 'hybrid'")
+        strategy, window = self.strategy, self.local_window
+        _expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
+        _expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
 
     def top_k_at(self, layer=0, n_layers=1, num_keys=None):
         """top_k of one layer; num_keys is needed for a sparse_ratio. At least the window and the sink tokens.
@@ -1198,8 +1186,9 @@ def dsa_attention(
     n, lengths = _dsa_dims((q, k, v), (index_q, index_k, weights), kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(_choose, config, (layer, n_layers), candidates, options)
     if cache is None:
-        windows = (k_start, k_end) if lengths is None else padded_window(lengths, n["T"])
-        windows = _windows(n, *(w if lengths is None else n["xp"].asarray(w) for w in windows))
+        if lengths is not None:
+            k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
+        windows = _windows(n, k_start, k_end)
         indices = choose(q, k, index_q, index_k, weights, windows, lengths)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
     with cache.appended(lengths=lengths, k=k, index_k=index_k, **({} if v is None else {"v": v})):
@@ -1213,12 +1202,8 @@ def _dsa_dims(main, indexer, kwargs, windows, cache, lengths):
     q, k, _ = main
     n = _check_indexer(q, k, *indexer) | _attention_dims(*main, **kwargs)[0]
     if cache is not None or lengths is not None:
-        _expect(
-            all(w is None for w in windows),
-            "k_start or k_end",
-            "an array",
-            "None with lengths or with a cache",
-        )
+        alone = all(w is None for w in windows)
+        _expect(alone, "k_start or k_end", "an array", "None with lengths or with a cache")
         fits = len(n["..."]) == 1 and n["T"] == n["S"]
         _expect(fits, "q", f"of shape {q.shape}", f"[B, T, H, D] of the same T as k, of shape {k.shape}")
         lengths = None if lengths is None else _lengths(lengths, n["..."][0], n["T"])
@@ -1245,8 +1230,8 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
         parts = []
         for b, length in enumerate(lengths):
             near = None if candidates is None else candidates[b]
-            own = (index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows], lengths[b : b + 1])
-            parts.append(_choose(config, layer, near, options, q[b], k[b, :length], *own))
+            own = (q[b], k[b, :length], index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows])
+            parts.append(_choose(config, layer, near, options, *own, lengths=None))
         widest = max(x.shape[-1] for x in parts)
         indices = np.full_like(parts[0], -1, shape=(*q.shape[:2], widest))
         for row, part in zip(indices, parts):
