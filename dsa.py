@@ -195,27 +195,26 @@ def _for_blocks(batch, num_queries, block, work, add=lambda b, result: None):
     taken, whose bits would otherwise depend on who comes first.
     """
 
-    def run(job):
+    def run(b, t):
         with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
-            return work(job[0], job[1], min(job[1] + block, num_queries))
+            return b, work(b, t, min(t + block, num_queries))
 
     jobs = [(b, t) for b in np.ndindex(*batch) for t in range(0, num_queries, block)]
     with np.errstate(all="ignore"), _one_blas_thread() as alone:
         threads = min(get_num_threads(), len(jobs)) if alone else 1
         if threads <= 1:
             for job in jobs:
-                add(job[0], run(job))
+                add(*run(*job))
             return
         with ThreadPoolExecutor(threads) as pool:
             # So few are under way that results which wait to be added take little memory.
             under_way: collections.deque = collections.deque()
             for job in jobs:
-                under_way.append((job[0], pool.submit(run, job)))
+                under_way.append(pool.submit(run, *job))
                 if len(under_way) > 2 * threads:
-                    b, done = under_way.popleft()
-                    add(b, done.result())
-            for b, done in under_way:  # an error in a thread is raised here, or above
-                add(b, done.result())
+                    add(*under_way.popleft().result())
+            for done in under_way:  # an error in a thread is raised here, or above
+                add(*done.result())
 
 
 # ----------------------------------------------------------------------------------------------------------
