@@ -235,9 +235,8 @@ def _windows(n, k_start, k_end):
             windows.append(np.broadcast_to(default.clip(0), shape) if xp is np else None)
             continue
         _check_integers(name, w, xp)
-        lead = w.shape[:-1]
-        fits = w.ndim and w.shape[-1] == n["T"] and len(lead) <= len(n["..."])
-        fits = fits and all(a in (1, b) for a, b in zip(lead[::-1], n["..."][::-1]))
+        fits = 0 < w.ndim <= len(shape) and w.shape[-1] == n["T"]
+        fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
         _expect(fits, name, f"of shape {w.shape}", f"{shape}")
         w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
         w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
@@ -247,8 +246,6 @@ def _windows(n, k_start, k_end):
 
 def _explicit(n, windows):
     """Windows that stand for a default on a GPU, as arrays."""
-    if n["xp"] is np:
-        return windows
     defaults = _windows({**n, "xp": np}, None, None)
     return tuple(n["xp"].asarray(default) if w is None else w for w, default in zip(windows, defaults))
 
@@ -316,7 +313,9 @@ def pad_batch(sequences, multiple=64):
 
 
 def _lengths(lengths, batch=None, most=None):
-    """lengths as int64 [B], each at least 0 and at most `most`."""
+    """lengths as int64 [B], each at least 0 and at most `most`; None in a batch: `most` everywhere."""
+    if lengths is None and batch is not None and most is not None:
+        return np.full(batch, most)
     lengths = np.asarray(lengths)
     _check_integers("lengths", lengths)
     fits = lengths.ndim == 1 and batch in (None, len(lengths))
@@ -1458,7 +1457,7 @@ class KVCache:
             expected = (self.batch, *count, *shape)
             _expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
         (count,) = count
-        new = self._new_lengths(count, lengths)
+        new = _lengths(lengths, self.batch, count)
         need = int((self._lengths + new).max())
         if need > self.capacity:
             most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
@@ -1493,7 +1492,7 @@ class KVCache:
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
         self._check_open()
         num_tokens = _integer("num_tokens", num_tokens, 0)
-        new = self._new_lengths(num_tokens, lengths)
+        new = _lengths(lengths, self.batch, num_tokens)
         most = self._lengths.tolist()
         _expect((new <= most).all(), "num_tokens", new.tolist(), f"at most the tokens held, {most}")
         end = self.xp.asarray(_causal_end(self._lengths - new, new, num_tokens))
@@ -1556,9 +1555,6 @@ class KVCache:
 
     def _check_open(self):
         _expect(not self.closed, "the cache", "closed", "an open one")
-
-    def _new_lengths(self, count, lengths):
-        return np.full(self.batch, count) if lengths is None else _lengths(lengths, self.batch, count)
 
     def _set_lengths(self, lengths):
         self._lengths = lengths
@@ -1942,7 +1938,7 @@ class DSALayer:
         _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
-        new = np.full(n["B"], n["T"]) if lengths is None else _lengths(lengths, n["B"], n["T"])
+        new = _lengths(lengths, n["B"], n["T"])
         real = np.arange(n["T"]) < new[:, None]
         finite = self.xp is not np or np.isfinite(x[real]).all()  # on a GPU that would wait for it
         _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
