@@ -61,17 +61,15 @@ ROW_BUFFER = 2**22  # scores of a block of queries that are held at a time
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def _library(name, x):
-    """numpy or cupy, whose array x is; CuPy is never imported to find out."""
+def _library(name, x, others=None):
+    """numpy or cupy, whose array x is, as the others are; CuPy is never imported to find out."""
     cupy = sys.modules.get("cupy", np)
     isarray = isinstance(x, (np.ndarray, cupy.ndarray))
     _expect(isarray, name, f"a {type(x).__module__}.{type(x).__name__}", "a NumPy or CuPy array", TypeError)
-    return np if isinstance(x, np.ndarray) else cupy
-
-
-def _check_library(name, x, xp):
-    library = _library(name, x)
-    _expect(library is xp, name, f"a {library.__name__} array", f"one of {xp.__name__}, as others", TypeError)
+    xp = np if isinstance(x, np.ndarray) else cupy
+    others = others or xp
+    _expect(xp is others, name, f"a {xp.__name__} array", f"one of {others.__name__}, as others", TypeError)
+    return xp
 
 
 def _expect(ok, name, value, expected, error=ValueError):
@@ -83,14 +81,14 @@ def _check_type(name, x, kind):
     _expect(isinstance(x, kind), name, f"a {type(x).__name__}", f"a {kind.__name__}", TypeError)
 
 
-def _dims(**arrays):
+def _dims(xp=None, **arrays):
     """Check q=(q, "... T H D"), ... against each other -> the size of each axis; "..." is the batch shape,
     "xp" the library of the arrays, numpy or cupy.
     """
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for name, (x, axes, *dtypes) in arrays.items():
-        _check_library(name, x, n.setdefault("xp", _library(name, x)))
+        n["xp"] = xp = _library(name, x, xp)
         allowed = dtypes or FLOATS
         _expect(x.dtype.name in allowed, name, f"of dtype {x.dtype}", f"one of {allowed}", TypeError)
         batch, last = axes.startswith("..."), axes.replace("...", "").split()
@@ -111,7 +109,7 @@ def _accumulator(*arrays):
 
 
 def _check_integers(name, x, xp=np):
-    _check_library(name, x, xp)
+    _library(name, x, xp)
     _expect(x.dtype.kind in "iu", name, f"of dtype {x.dtype}", "integers", TypeError)
 
 
@@ -1302,8 +1300,7 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     [224.0, -0.5]
     """
     xp = _check_bytes("codes", codes)
-    _dims(scales=(scales, "... N"))
-    _check_library("scales", scales, xp)
+    _dims(xp, scales=(scales, "... N"))
     shape = (*codes.shape[:-1], -(-codes.shape[-1] // _integer("block", block, 1)))
     _expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = xp.repeat(scales.astype(np.float32), block, axis=-1)[..., : codes.shape[-1]]
@@ -1452,8 +1449,7 @@ class KVCache:
         _expect(given == own, "the streams given", given, f"the cache's {own}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, shape in self.streams.items():
-            _dims(**{name: (tokens[name], "...")})
-            _check_library(name, tokens[name], self.xp)
+            _dims(self.xp, **{name: (tokens[name], "...")})
             expected = (self.batch, *count, *shape)
             _expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
         (count,) = count
@@ -1932,8 +1928,7 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        n, dtype = _dims(x=(x, "B T dim")), _accumulator(x, *self.weights.values())
-        _check_library("x", x, self.xp)
+        n, dtype = _dims(self.xp, x=(x, "B T dim")), _accumulator(x, *self.weights.values())
         _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
         _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
