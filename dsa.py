@@ -1937,7 +1937,14 @@ class DSALayer:
         real = np.arange(n["T"]) < new[:, None]
         finite = self.xp is not np or np.isfinite(x[real]).all()  # on a GPU that would wait for it
         _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
-        start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
+        start = np.zeros(n["B"], np.int64)
+        if cache is not None:
+            _check_type("cache", cache, KVCache)
+            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+            needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
+            own = f"{needs}, as new_cache makes it"
+            _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
+            start = cache.lengths
         k_end = _causal_end(start, new, n["T"])
         if indices is not None:
             shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
@@ -1952,15 +1959,6 @@ class DSALayer:
             y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
         return y.astype(x.dtype), indices
 
-    def _lengths_in(self, cache, batch):
-        """The lengths of a cache, which has to be one for this layer."""
-        _check_type("cache", cache, KVCache)
-        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-        needs = (self.streams, self.dims.qk_rope_head_dim, batch)
-        own = f"{needs}, as new_cache makes it"
-        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
-        return cache.lengths
-
     def _select(self, indexer, index_k, cache, k_end):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
         rounded = self.xp is not np and self.dims.indexer_precision == "fp8"
@@ -1971,8 +1969,7 @@ class DSALayer:
         elif cache is not None:
             index_k = cache.read("index_k")
             index_k = index_k.astype(indexer["index_q"].dtype, copy=False) if rounded else index_k
-        window = {"k_start": np.zeros_like(k_end), "k_end": k_end}
-        return lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, **window)
+        return lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, k_end=k_end)
 
     def _project(self, w, x, start, selects=True):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
@@ -2075,12 +2072,11 @@ def _rotate(x, angles, interleaved):
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    d = x.shape[-1]
-    halves = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    xp = _library("x", x)
+    d, xp = x.shape[-1], _library("x", x)
+    i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
     cos, sin = (xp.asarray(f(angles)[:, :, None], x.dtype) for f in (np.cos, np.sin))
-    out, (a, b) = np.empty_like(x), (x[..., half] for half in halves)
-    out[..., halves[0]], out[..., halves[1]] = a * cos - b * sin, a * sin + b * cos
+    out, a, b = np.empty_like(x), x[..., i], x[..., j]
+    out[..., i], out[..., j] = a * cos - b * sin, a * sin + b * cos
     return out
 
 
