@@ -1648,7 +1648,13 @@ class HybridKVCache(KVCache):
     def _mapped(self, shape):
         nbytes = math.prod(shape) * self.dtype.itemsize
         try:
-            _reserve(self._file, nbytes)  # so that a full disk is an error here, not a crash at a later write
+            # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, nbytes)
+            self._file.seek(0, os.SEEK_END)
+            while (missing := nbytes - self._file.tell()) > 0:
+                self._file.write(bytes(min(missing, 2**20)))
+            self._file.flush()
         except OSError as error:
             if self.capacity == 0:
                 self._file.close()
@@ -1745,17 +1751,6 @@ class HybridKVCache(KVCache):
             rows = self._slow[self.xp.asarray(window[slots < 0]), b]
             self._admit(b, window[slots < 0], rows, self.PINNED)
         self._lengths = lengths
-
-
-def _reserve(file, nbytes):
-    """Make the file at least nbytes long, with room on the disk for all of them."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        return
-    file.seek(0, os.SEEK_END)
-    while (missing := nbytes - file.tell()) > 0:
-        file.write(bytes(min(missing, 2**20)))
-    file.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------
