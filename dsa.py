@@ -624,11 +624,10 @@ def _selector(kind):
         indexer = (index_q, index_k, weights)
         fits = options.keys() <= known.keys()
         _expect(fits, "the options", sorted(options), f"some of {list(known)}", TypeError)
+        windows = _windows(n, k_start, k_end)
         if kind is _lightning and n["xp"] is not np:
-            _check_indexer(q, k, *indexer)
-            forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-            return lightning_select(*indexer, top_k, **forced, k_start=k_start, k_end=k_end)
-        windows = _explicit(n, _windows(n, k_start, k_end))
+            return _gpu_lightning_select(_check_indexer(q, k, *indexer), *indexer, quota, windows)
+        windows = _explicit(n, windows)
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
@@ -757,8 +756,7 @@ def _pattern(args, order):
 
     def score(b, t0, t1, lo, hi):
         start, end = (w[b][t0:t1, None] for w in args.windows)
-        x = order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
-        return np.broadcast_to(x, (t1 - t0, hi - lo))
+        return order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
 
     return _scored_rows(args.windows, score)
 
@@ -1117,13 +1115,12 @@ class DSAConfig:
                 _integer(field, getattr(self, field), low)
         except TypeError as error:
             raise ValueError(*error.args) from None
-        ratio = self.sparse_ratio
+        ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
-            _quota(self.top_k, self.local_window, self.num_sink_tokens)
+            _quota(self.top_k, window, self.num_sink_tokens)
         else:
             fits = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool) and 0 < ratio <= 1
             _expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
-        strategy, window = self.strategy, self.local_window
         _expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
         _expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
 
@@ -1252,7 +1249,6 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
 
 FP8_BLOCK = 128  # values that share a scale
 PRECISIONS = ("fp32", "fp16", "fp8")  # of the indexer
-
 
 # The value of each code: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, two NaN.
 E4M3 = np.array([math.ldexp(i % 8 + 8 * (i > 7), max(i // 8, 1) - 10) for i in range(127)] + [math.nan])
