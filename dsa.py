@@ -1448,8 +1448,7 @@ class KVCache:
             _dims(self.xp, **{name: (tokens[name], "...")})
             expected = (self.batch, *count, *shape)
             _expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
-        (count,) = count
-        new = _lengths(lengths, self.batch, count)
+        new = _lengths(lengths, self.batch, *count)
         need = int((self._lengths + new).max())
         if need > self.capacity:
             most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
