@@ -244,6 +244,8 @@ def _windows(n, k_start, k_end):
 
 def _explicit(n, windows):
     """Windows that stand for a default on a GPU, as arrays."""
+    if n["xp"] is np:
+        return windows
     defaults = _windows({**n, "xp": np}, None, None)
     return tuple(n["xp"].asarray(default) if w is None else w for w, default in zip(windows, defaults))
 
@@ -523,11 +525,10 @@ def _select(n, quota, rows, *, block):
                 table[more] = keys[_top_k(x if len(more) == len(x) else x[more], top_k)]
             elif len(more):
                 place = np.cumsum(seen[more], axis=1)  # 1 is the first visible key, count the last
-                forced = (place <= num_sink_tokens) | (place > count[more, None] - local_window)
-                forced &= seen[more]
-                best = _top_k(np.where(forced, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
-                forced = np.nonzero(forced)[1].reshape(len(more), -1)
-                table[more] = keys[np.sort(np.concatenate([forced, best], axis=1), axis=1)]
+                kept = ((place <= num_sink_tokens) | (place > count[more, None] - local_window)) & seen[more]
+                best = _top_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
+                np.put_along_axis(kept, best, True, axis=1)
+                table[more] = keys[np.nonzero(kept)[1].reshape(len(more), top_k)]
 
     _for_blocks(n["..."], n["T"], block, work)
     return indices
@@ -548,12 +549,11 @@ def _top_k(x, top_k):
         reach = x >= _largest(x[:, ::16], m)
         count = np.count_nonzero(reach, axis=1)
         if count.min() >= top_k:
-            flat, width = np.flatnonzero(reach), count.max()  # who goes on, row by row, side by side
-            shift = np.arange(len(x)) * width - np.cumsum(count) + count
-            place = np.repeat(shift, count) + np.arange(len(flat))
-            columns, reached = np.zeros(len(x) * width, np.intp), np.full(len(x) * width, -np.inf, x.dtype)
+            place = np.arange(count.max()) < count[:, None]  # who goes on, side by side
+            columns, reached = np.zeros(place.shape, np.intp), np.full(place.shape, -np.inf, x.dtype)
+            flat = np.flatnonzero(reach)
             columns[place], reached[place] = flat % x.shape[1], x.ravel()[flat]
-            columns, x = columns.reshape(-1, width), reached.reshape(-1, width)
+            x = reached
     kth = _largest(x, top_k)
     best = x >= kth
     for t in np.flatnonzero(best.sum(1) > top_k):  # ties go to the lowest index
@@ -715,9 +715,8 @@ def _lsh(args, bits=64, oversample=4, seed=0):
         agree = sign_q[b][t0:t1] @ sign_k[b][lo:hi].T  # bits - 2 * Hamming distance
         for t, (start, end) in enumerate(zip(*((w[b][t0:t1] - lo).tolist() for w in args.windows))):
             if end - start > many:
-                far = np.ones_like(x[t, start:end], bool)
+                far = ~np.isnan(x[t, start:end])  # NaN is an error, and not to be hidden
                 far[_top_k(agree[t : t + 1, start:end], many)] = False
-                far &= ~np.isnan(x[t, start:end])  # which is an error, and not to be hidden
                 x[t, start:end][far] = np.finfo(x.dtype).min  # seen, but behind every candidate
         return x
 
