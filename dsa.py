@@ -528,7 +528,7 @@ def _select(n, quota, rows, *, block):
                 kept = ((place <= num_sink_tokens) | (place > count[more, None] - local_window)) & seen[more]
                 best = _top_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
                 np.put_along_axis(kept, best, True, axis=1)
-                table[more] = keys[np.nonzero(kept)[1].reshape(len(more), top_k)]
+                table[more] = keys[np.flatnonzero(kept).reshape(len(more), top_k) % len(keys)]
 
     _for_blocks(n["..."], n["T"], block, work)
     return indices
