@@ -61,17 +61,15 @@ ROW_BUFFER = 2**22  # scores of a block of queries that are held at a time
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def _library(name, x):
-    """numpy or cupy, whose array x is; CuPy is never imported to find out."""
+def _library(name, x, others=None):
+    """numpy or cupy, whose array x is, as the others are; CuPy is never imported to find out."""
     cupy = sys.modules.get("cupy", np)
     isarray = isinstance(x, (np.ndarray, cupy.ndarray))
     _expect(isarray, name, f"a {type(x).__module__}.{type(x).__name__}", "a NumPy or CuPy array", TypeError)
-    return np if isinstance(x, np.ndarray) else cupy
-
-
-def _check_library(name, x, xp):
-    library = _library(name, x)
-    _expect(library is xp, name, f"a {library.__name__} array", f"one of {xp.__name__}, as others", TypeError)
+    xp = np if isinstance(x, np.ndarray) else cupy
+    others = others or xp
+    _expect(xp is others, name, f"a {xp.__name__} array", f"one of {others.__name__}, as others", TypeError)
+    return xp
 
 
 def _expect(ok, name, value, expected, error=ValueError):
@@ -83,14 +81,14 @@ def _check_type(name, x, kind):
     _expect(isinstance(x, kind), name, f"a {type(x).__name__}", f"a {kind.__name__}", TypeError)
 
 
-def _dims(**arrays):
+def _dims(xp=None, **arrays):
     """Check q=(q, "... T H D"), ... against each other -> the size of each axis; "..." is the batch shape,
     "xp" the library of the arrays, numpy or cupy.
     """
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for name, (x, axes, *dtypes) in arrays.items():
-        _check_library(name, x, n.setdefault("xp", _library(name, x)))
+        n["xp"] = xp = _library(name, x, xp)
         allowed = dtypes or FLOATS
         _expect(x.dtype.name in allowed, name, f"of dtype {x.dtype}", f"one of {allowed}", TypeError)
         batch, last = axes.startswith("..."), axes.replace("...", "").split()
@@ -111,7 +109,7 @@ def _accumulator(*arrays):
 
 
 def _check_integers(name, x, xp=np):
-    _check_library(name, x, xp)
+    _library(name, x, xp)
     _expect(x.dtype.kind in "iu", name, f"of dtype {x.dtype}", "integers", TypeError)
 
 
@@ -195,27 +193,26 @@ def _for_blocks(batch, num_queries, block, work, add=lambda b, result: None):
     taken, whose bits would otherwise depend on who comes first.
     """
 
-    def run(job):
+    def run(b, t):
         with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
-            return work(job[0], job[1], min(job[1] + block, num_queries))
+            return b, work(b, t, min(t + block, num_queries))
 
     jobs = [(b, t) for b in np.ndindex(*batch) for t in range(0, num_queries, block)]
     with np.errstate(all="ignore"), _one_blas_thread() as alone:
         threads = min(get_num_threads(), len(jobs)) if alone else 1
         if threads <= 1:
             for job in jobs:
-                add(job[0], run(job))
+                add(*run(*job))
             return
         with ThreadPoolExecutor(threads) as pool:
             # So few are under way that results which wait to be added take little memory.
             under_way: collections.deque = collections.deque()
             for job in jobs:
-                under_way.append((job[0], pool.submit(run, job)))
+                under_way.append(pool.submit(run, *job))
                 if len(under_way) > 2 * threads:
-                    b, done = under_way.popleft()
-                    add(b, done.result())
-            for b, done in under_way:  # an error in a thread is raised here, or above
-                add(b, done.result())
+                    add(*under_way.popleft().result())
+            for done in under_way:  # an error in a thread is raised here, or above
+                add(*done.result())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -236,9 +233,8 @@ def _windows(n, k_start, k_end):
             windows.append(np.broadcast_to(default.clip(0), shape) if xp is np else None)
             continue
         _check_integers(name, w, xp)
-        lead = w.shape[:-1]
-        fits = w.ndim and w.shape[-1] == n["T"] and len(lead) <= len(n["..."])
-        fits = fits and all(a in (1, b) for a, b in zip(lead[::-1], n["..."][::-1]))
+        fits = 0 < w.ndim <= len(shape) and w.shape[-1] == n["T"]
+        fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
         _expect(fits, name, f"of shape {w.shape}", f"{shape}")
         w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
         w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
@@ -317,7 +313,9 @@ def pad_batch(sequences, multiple=64):
 
 
 def _lengths(lengths, batch=None, most=None):
-    """lengths as int64 [B], each at least 0 and at most `most`."""
+    """lengths as int64 [B], each at least 0 and at most `most`; None in a batch: `most` everywhere."""
+    if lengths is None and batch is not None and most is not None:
+        return np.full(batch, most)
     lengths = np.asarray(lengths)
     _check_integers("lengths", lengths)
     fits = lengths.ndim == 1 and batch in (None, len(lengths))
@@ -371,10 +369,8 @@ def _index_dims(index_q, index_k, weights, k_start, k_end):
     arrays = {"index_q": (index_q, "... T J E", *dtypes), "index_k": (index_k, f"... S {entry}", *dtypes)}
     n = _dims(**arrays, weights=(weights, "... T J"))
     if coded:
-        fits = n["entry"] == n["E"] + 4 and n["E"] <= FP8_BLOCK
-        _expect(
-            fits, "index_k", f"of shape {index_k.shape}", f"[..., S, E + 4] with E = {n['E']} of at most 128"
-        )
+        fits, entries = n["entry"] == n["E"] + 4 and n["E"] <= FP8_BLOCK, f"[..., S, E + 4] with E = {n['E']}"
+        _expect(fits, "index_k", f"of shape {index_k.shape}", f"{entries} of at most 128")
         if n["xp"] is np:
             index_q, index_k = E4M3[index_q], _unpack(index_k, n["E"], 0)
     return n, _windows(n, k_start, k_end), index_q, index_k
@@ -462,15 +458,12 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     causal = not (k_start is None and k_end is None)
     if not causal and n["xp"] is np:
         k_end = np.full(n["T"], n["S"])
-    windows = _windows(n, k_start, k_end)
-
-    def score(b, t0, t1, lo, hi):
-        return scores[b][t0:t1, lo:hi].astype(_accumulator(scores), copy=False)
-
-    quota = _quota(top_k, local_window, num_sink_tokens)
+    windows, quota = _windows(n, k_start, k_end), _quota(top_k, local_window, num_sink_tokens)
     if n["xp"] is not np:
         return _gpu_select_topk(n, scores, quota, windows, causal)
-    return _select(n, quota, _scored_rows(windows, score), block=64)
+    dtype = _accumulator(scores)
+    rows = _scored_rows(windows, lambda b, t0, t1, lo, hi: scores[b][t0:t1, lo:hi].astype(dtype, copy=False))
+    return _select(n, quota, rows, block=64)
 
 
 def lightning_select(
@@ -532,11 +525,10 @@ def _select(n, quota, rows, *, block):
                 table[more] = keys[_top_k(x if len(more) == len(x) else x[more], top_k)]
             elif len(more):
                 place = np.cumsum(seen[more], axis=1)  # 1 is the first visible key, count the last
-                forced = (place <= num_sink_tokens) | (place > count[more, None] - local_window)
-                forced &= seen[more]
-                best = _top_k(np.where(forced, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
-                forced = np.nonzero(forced)[1].reshape(len(more), -1)
-                table[more] = keys[np.sort(np.concatenate([forced, best], axis=1), axis=1)]
+                kept = ((place <= num_sink_tokens) | (place > count[more, None] - local_window)) & seen[more]
+                best = _top_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
+                np.put_along_axis(kept, best, True, axis=1)
+                table[more] = keys[np.flatnonzero(kept).reshape(len(more), top_k) % len(keys)]
 
     _for_blocks(n["..."], n["T"], block, work)
     return indices
@@ -557,12 +549,11 @@ def _top_k(x, top_k):
         reach = x >= _largest(x[:, ::16], m)
         count = np.count_nonzero(reach, axis=1)
         if count.min() >= top_k:
-            flat, width = np.flatnonzero(reach), count.max()  # who goes on, row by row, side by side
-            shift = np.arange(len(x)) * width - np.cumsum(count) + count
-            place = np.repeat(shift, count) + np.arange(len(flat))
-            columns, reached = np.zeros(len(x) * width, np.intp), np.full(len(x) * width, -np.inf, x.dtype)
+            place = np.arange(count.max()) < count[:, None]  # who goes on, side by side
+            columns, reached = np.zeros(place.shape, np.intp), np.full(place.shape, -np.inf, x.dtype)
+            flat = np.flatnonzero(reach)
             columns[place], reached[place] = flat % x.shape[1], x.ravel()[flat]
-            columns, x = columns.reshape(-1, width), reached.reshape(-1, width)
+            x = reached
     kth = _largest(x, top_k)
     best = x >= kth
     for t in np.flatnonzero(best.sum(1) > top_k):  # ties go to the lowest index
@@ -633,11 +624,10 @@ def _selector(kind):
         indexer = (index_q, index_k, weights)
         fits = options.keys() <= known.keys()
         _expect(fits, "the options", sorted(options), f"some of {list(known)}", TypeError)
+        windows = _windows(n, k_start, k_end)
         if kind is _lightning and n["xp"] is not np:
-            _check_indexer(q, k, *indexer)
-            forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-            return lightning_select(*indexer, top_k, **forced, k_start=k_start, k_end=k_end)
-        windows = _explicit(n, _windows(n, k_start, k_end))
+            return _gpu_lightning_select(_check_indexer(q, k, *indexer), *indexer, quota, windows)
+        windows = _explicit(n, windows)
         args = SimpleNamespace(q=q, k=k, indexer=indexer, n=n, windows=windows, quota=quota)
         with np.errstate(all="ignore"):  # keys that nobody sees may hold anything
             rows = kind(args, **options)
@@ -723,12 +713,10 @@ def _lsh(args, bits=64, oversample=4, seed=0):
     def score(b, t0, t1, lo, hi):
         x = q[b][t0:t1] @ k[b][lo:hi].T
         agree = sign_q[b][t0:t1] @ sign_k[b][lo:hi].T  # bits - 2 * Hamming distance
-        for t, window in enumerate(zip(*((w[b][t0:t1] - lo).tolist() for w in args.windows))):
-            start, end = window
+        for t, (start, end) in enumerate(zip(*((w[b][t0:t1] - lo).tolist() for w in args.windows))):
             if end - start > many:
-                far = np.ones_like(x[t, start:end], bool)
+                far = ~np.isnan(x[t, start:end])  # NaN is an error, and not to be hidden
                 far[_top_k(agree[t : t + 1, start:end], many)] = False
-                far &= ~np.isnan(x[t, start:end])  # which is an error, and not to be hidden
                 x[t, start:end][far] = np.finfo(x.dtype).min  # seen, but behind every candidate
         return x
 
@@ -744,12 +732,11 @@ def _learned(args, mlp=None, hidden=16, seed=0):
         rng, F = np.random.default_rng(_integer("seed", seed, 0)), _integer("hidden", hidden, 1)
         width = args.n["G"] * args.n["D"]
         mlp = [args.n["xp"].asarray(rng.standard_normal(shape)) for shape in ((F, width), (F, width), F, F)]
-    q, _, hidden_q, hidden_k = _hidden_units(args, *mlp)
-    w_out = mlp[3]
+    _, _, hidden_q, hidden_k = _hidden_units(args, *mlp)
 
     def score(b, t0, t1, lo, hi):
-        x = np.zeros_like(q, shape=(t1 - t0, hi - lo))
-        for f, weight in enumerate(w_out.tolist()):
+        x = np.zeros_like(hidden_q, shape=(t1 - t0, hi - lo))
+        for f, weight in enumerate(mlp[3].tolist()):
             x += weight * np.maximum(hidden_q[b][t0:t1, f, None] + hidden_k[b][lo:hi, f], 0)
         return x
 
@@ -767,9 +754,8 @@ def _pattern(args, order):
     """A static pattern: order(start [T, 1], end [T, 1], keys) -> scores [T, keys]."""
 
     def score(b, t0, t1, lo, hi):
-        start, end = args.windows[0][b][t0:t1, None], args.windows[1][b][t0:t1, None]
-        x = order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
-        return np.broadcast_to(x, (t1 - t0, hi - lo))
+        start, end = (w[b][t0:t1, None] for w in args.windows)
+        return order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
 
     return _scored_rows(args.windows, score)
 
@@ -837,9 +823,7 @@ def _softmax(x):
     return p / total, top + np.log(total)
 
 
-KINDS = (
-    _lightning, _approximate, _lsh, _learned, _hierarchical, _window, _strided, _global, _random, _oracle,
-)  # fmt: skip
+KINDS = _lightning, _approximate, _lsh, _learned, _hierarchical, _window, _strided, _global, _random, _oracle
 SELECTORS = {kind.__name__[1:]: _selector(kind) for kind in KINDS}
 
 # ----------------------------------------------------------------------------------------------------------
@@ -863,7 +847,8 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     if n["xp"] is not np:
         return _gpu_attention(n, q, k, v, None, windows, scale, sink)
 
-    def tiles(b, start, end):
+    def tiles(b, t0, t1):
+        start, end = (w[b][t0:t1] for w in windows)
         lo, hi = _span(start, end)
         for s0 in range(lo, hi, KEY_TILE):
             s1 = min(s0 + KEY_TILE, hi)
@@ -871,10 +856,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
             all_see = start.max() <= s0 and s1 <= end.min()
             yield k[b][s0:s1], v[b][s0:s1], None if all_see else (s >= start) & (s < end)
 
-    def parts(b, t0, t1):
-        yield t0, t1, tiles(b, windows[0][b][t0:t1], windows[1][b][t0:t1])
-
-    return _attend(n, q, scale, sink, parts, _accumulator(q, k, v))
+    return _attend(n, q, scale, sink, lambda b, t0, t1: [(t0, t1, tiles(b, t0, t1))], _accumulator(q, k, v))
 
 
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
@@ -1132,16 +1114,14 @@ class DSAConfig:
                 _integer(field, getattr(self, field), low)
         except TypeError as error:
             raise ValueError(*error.args) from None
-        ratio = self.sparse_ratio
+        ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
-            _quota(self.top_k, self.local_window, self.num_sink_tokens)
+            _quota(self.top_k, window, self.num_sink_tokens)
         else:
             fits = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool) and 0 < ratio <= 1
             _expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
-        if self.strategy == "hybrid":
-            _expect(self.local_window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
-        if self.strategy == "dynamic":
-            _expect(self.local_window == 0, "local_window", self.local_window, "0, or strategy 'hybrid'")
+        _expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
+        _expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
 
     def top_k_at(self, layer=0, n_layers=1, num_keys=None):
         """top_k of one layer; num_keys is needed for a sparse_ratio. At least the window and the sink tokens.
@@ -1198,8 +1178,9 @@ def dsa_attention(
     n, lengths = _dsa_dims((q, k, v), (index_q, index_k, weights), kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(_choose, config, (layer, n_layers), candidates, options)
     if cache is None:
-        windows = (k_start, k_end) if lengths is None else padded_window(lengths, n["T"])
-        windows = _windows(n, *(w if lengths is None else n["xp"].asarray(w) for w in windows))
+        if lengths is not None:
+            k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
+        windows = _windows(n, k_start, k_end)
         indices = choose(q, k, index_q, index_k, weights, windows, lengths)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
     with cache.appended(lengths=lengths, k=k, index_k=index_k, **({} if v is None else {"v": v})):
@@ -1213,12 +1194,8 @@ def _dsa_dims(main, indexer, kwargs, windows, cache, lengths):
     q, k, _ = main
     n = _check_indexer(q, k, *indexer) | _attention_dims(*main, **kwargs)[0]
     if cache is not None or lengths is not None:
-        _expect(
-            all(w is None for w in windows),
-            "k_start or k_end",
-            "an array",
-            "None with lengths or with a cache",
-        )
+        alone = all(w is None for w in windows)
+        _expect(alone, "k_start or k_end", "an array", "None with lengths or with a cache")
         fits = len(n["..."]) == 1 and n["T"] == n["S"]
         _expect(fits, "q", f"of shape {q.shape}", f"[B, T, H, D] of the same T as k, of shape {k.shape}")
         lengths = None if lengths is None else _lengths(lengths, n["..."][0], n["T"])
@@ -1245,8 +1222,8 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
         parts = []
         for b, length in enumerate(lengths):
             near = None if candidates is None else candidates[b]
-            own = (index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows], lengths[b : b + 1])
-            parts.append(_choose(config, layer, near, options, q[b], k[b, :length], *own))
+            own = (q[b], k[b, :length], index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows])
+            parts.append(_choose(config, layer, near, options, *own, lengths=None))
         widest = max(x.shape[-1] for x in parts)
         indices = np.full_like(parts[0], -1, shape=(*q.shape[:2], widest))
         for row, part in zip(indices, parts):
@@ -1272,16 +1249,9 @@ def _choose(config, layer, candidates, options, q, k, index_q, index_k, weights,
 FP8_BLOCK = 128  # values that share a scale
 PRECISIONS = ("fp32", "fp16", "fp8")  # of the indexer
 
-
-def _e4m3():
-    """The value of each code: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, two NaN."""
-    exponent, mantissa = np.arange(128) >> 3, np.arange(128) & 7
-    x = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
-    x[127] = np.nan
-    return np.concatenate([x, -x]).astype(np.float32)
-
-
-E4M3 = _e4m3()
+# The value of each code: a sign, 4 bits of exponent with bias 7, 3 of mantissa; no infinity, two NaN.
+E4M3 = np.array([math.ldexp(i % 8 + 8 * (i > 7), max(i // 8, 1) - 10) for i in range(127)] + [math.nan])
+E4M3 = np.concatenate([E4M3, -E4M3]).astype(np.float32)
 
 
 def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
@@ -1325,8 +1295,7 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     [224.0, -0.5]
     """
     xp = _check_bytes("codes", codes)
-    _dims(scales=(scales, "... N"))
-    _check_library("scales", scales, xp)
+    _dims(xp, scales=(scales, "... N"))
     shape = (*codes.shape[:-1], -(-codes.shape[-1] // _integer("block", block, 1)))
     _expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = xp.repeat(scales.astype(np.float32), block, axis=-1)[..., : codes.shape[-1]]
@@ -1435,19 +1404,21 @@ class KVCache:
         _expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         if storage == "bfloat16":
             try:
-                import ml_dtypes  # gives NumPy the dtype of this name
+                import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
             except ImportError:
                 raise ImportError("storage 'bfloat16' needs ml_dtypes: pip install ml_dtypes") from None
-            self.dtype = np.dtype(ml_dtypes.bfloat16)
-        else:
-            self.dtype = np.dtype(storage.replace("fp8", "uint8"))
+        self.dtype = np.dtype(storage.replace("fp8", "uint8"))
         self.storage, self.grow, self.closed = storage, bool(grow), False
         for name, shape in streams.items():
             fits = isinstance(shape, tuple) and len(shape) > 0
             _expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         self.streams = {name: tuple(_integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = _integer("qk_rope_head_dim", qk_rope_head_dim, 0)
-        self._stored = self.streams if storage != "fp8" else dict(map(self._packed, self.streams))
+        self._stored = dict(self.streams)  # but in fp8 the last axis is of bytes
+        for name, shape in self.streams.items() if storage == "fp8" else ():
+            rope = self._rope(name)
+            _expect(shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
+            self._stored[name] = (*shape[:-1], _packed_bytes(shape[-1], rope))
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
         self._allocate(capacity)
@@ -1473,12 +1444,10 @@ class KVCache:
         _expect(given == own, "the streams given", given, f"the cache's {own}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, shape in self.streams.items():
-            _dims(**{name: (tokens[name], "...")})
-            _check_library(name, tokens[name], self.xp)
+            _dims(self.xp, **{name: (tokens[name], "...")})
             expected = (self.batch, *count, *shape)
             _expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
-        (count,) = count
-        new = self._new_lengths(count, lengths)
+        new = _lengths(lengths, self.batch, *count)
         need = int((self._lengths + new).max())
         if need > self.capacity:
             most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
@@ -1513,7 +1482,7 @@ class KVCache:
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
         self._check_open()
         num_tokens = _integer("num_tokens", num_tokens, 0)
-        new = self._new_lengths(num_tokens, lengths)
+        new = _lengths(lengths, self.batch, num_tokens)
         most = self._lengths.tolist()
         _expect((new <= most).all(), "num_tokens", new.tolist(), f"at most the tokens held, {most}")
         end = self.xp.asarray(_causal_end(self._lengths - new, new, num_tokens))
@@ -1577,21 +1546,12 @@ class KVCache:
     def _check_open(self):
         _expect(not self.closed, "the cache", "closed", "an open one")
 
-    def _new_lengths(self, count, lengths):
-        return np.full(self.batch, count) if lengths is None else _lengths(lengths, self.batch, count)
-
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
     def _resident(self):
         """The streams that are in memory as a whole, and the shapes in which they are stored."""
         return self._stored
-
-    def _packed(self, name):
-        """A stream and the shape of a token's bytes in fp8."""
-        shape, rope = self.streams[name], self._rope(name)
-        _expect(shape and shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
-        return name, (*shape[:-1], _packed_bytes(shape[-1], rope))
 
     def _rope(self, name):
         """How many of a stream's last values fp8 leaves in bfloat16."""
@@ -1641,8 +1601,8 @@ class HybridKVCache(KVCache):
         self.local_window = _integer("local_window", local_window, 0)
         self.path = path
         self._file: Any = None
-        self._slow: Any = None
-        self._slot_of: Any = None
+        self._slow: Any
+        self._slot_of: Any
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         super().__init__(capacity, **kwargs)
 
@@ -1669,37 +1629,41 @@ class HybridKVCache(KVCache):
         return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
 
     def _allocate(self, capacity):
-        first = self._slow is None
-        if first:
+        if self.capacity == 0:
             self._open_tiers()
         # The capacity is the first axis, so that a growing file keeps what it holds in place.
         shape = (capacity, self.batch, self._fast.shape[1])
-        slow = (self._mapped if self.xp is np else self._pinned)(shape, first)
+        slow = self._mapped(shape) if self.xp is np else self._pinned(shape)
         slot_of = np.full((self.batch, capacity), -1)
         slot_of[:, : self.capacity] = self._slot_of
         super()._allocate(capacity)  # the last that can fail
         self._slow, self._slot_of = slow, slot_of
 
-    def _mapped(self, shape, first):
+    def _mapped(self, shape):
         nbytes = math.prod(shape) * self.dtype.itemsize
         try:
-            _reserve(self._file, nbytes)  # so that a full disk is an error here, not a crash at a later write
+            # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, nbytes)
+            self._file.seek(0, os.SEEK_END)
+            while (missing := nbytes - self._file.tell()) > 0:
+                self._file.write(bytes(min(missing, 2**20)))
+            self._file.flush()
         except OSError as error:
-            if first:
+            if self.capacity == 0:
                 self._file.close()
-                if os.path.exists(self.path):
-                    os.unlink(self.path)
+                Path(self.path).unlink(missing_ok=True)
             message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
             raise OSError(error.errno, message, str(self.path)) from error
         return np.asarray(np.memmap(self._file, self.dtype, "r+", shape=shape))
 
-    def _pinned(self, shape, first):
+    def _pinned(self, shape):
         """An array of CuPy's in memory of the host, where its kernels reach it."""
         cuda, nbytes = self.xp.cuda, math.prod(shape) * self.dtype.itemsize
         memory = cuda.alloc_pinned_memory(nbytes)
         pointer = cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, memory), 0)
         slow = self.xp.ndarray(shape, self.dtype, pointer)
-        if not first:
+        if self.capacity:
             slow[: self.capacity] = self._slow
             cuda.get_current_stream().synchronize()  # before the old memory goes to whoever asks next
         return slow
@@ -1771,7 +1735,7 @@ class HybridKVCache(KVCache):
         self._clock += 1
         self._stamp[self._stamp == self.PINNED] = self._clock - 1
         for b, (old, new) in enumerate(zip(self._lengths.tolist(), lengths.tolist())):
-            gone = self._slot_of[b, new : max(old, new)]
+            gone = self._slot_of[b, new:old]
             self._stamp[gone[gone >= 0]] = -1
             gone[:] = -1
         for b, new in enumerate(lengths.tolist()):
@@ -1781,17 +1745,6 @@ class HybridKVCache(KVCache):
             rows = self._slow[self.xp.asarray(window[slots < 0]), b]
             self._admit(b, window[slots < 0], rows, self.PINNED)
         self._lengths = lengths
-
-
-def _reserve(file, nbytes):
-    """Make the file at least nbytes long, with room on the disk for all of them."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        return
-    file.seek(0, os.SEEK_END)
-    while (missing := nbytes - file.tell()) > 0:
-        file.write(bytes(min(missing, 2**20)))
-    file.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1900,15 +1853,11 @@ class DSALayer:
         self.weights, n = _named_weights(weights, d)
         self.dim, self.kv_lora_rank = n["dim"], n["kv_lora_rank"]
         self.has_indexer = "indexer.wk" in self.weights
-        self.streams: dict[str, Any] = {"k": (1, n["kv_lora_rank+qk_rope_head_dim"])}
-        if self.has_indexer:
-            self.streams["index_k"] = (d.index_head_dim,)
-        self._frequencies = d.frequencies()
-        self._hadamard: Any = np.ones((1, 1))
-        while len(self._hadamard) < d.index_head_dim and d.hadamard:
-            self._hadamard = np.kron([[1, 1], [1, -1]], self._hadamard)
-        self.xp = n["xp"]
-        self._hadamard = self.xp.asarray(self._hadamard)
+        index_k = {"index_k": (d.index_head_dim,)} if self.has_indexer else {}
+        self.streams = {"k": (1, n["kv_lora_rank+qk_rope_head_dim"]), **index_k}
+        self.xp, i = n["xp"], np.arange(d.index_head_dim)
+        signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
+        self._hadamard = self.xp.asarray(signs * d.index_head_dim**-0.5)
 
     @classmethod
     def from_safetensors(cls, path, layer=0, **dims):
@@ -1968,17 +1917,23 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        n, dtype = _dims(x=(x, "B T dim")), _accumulator(x, *self.weights.values())
-        _check_library("x", x, self.xp)
+        n, dtype = _dims(self.xp, x=(x, "B T dim")), _accumulator(x, *self.weights.values())
         _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
         _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
-        new = np.full(n["B"], n["T"]) if lengths is None else _lengths(lengths, n["B"], n["T"])
+        new = _lengths(lengths, n["B"], n["T"])
         real = np.arange(n["T"]) < new[:, None]
         finite = self.xp is not np or np.isfinite(x[real]).all()  # on a GPU that would wait for it
         _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
-        start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
+        start = np.zeros(n["B"], np.int64)
+        if cache is not None:
+            _check_type("cache", cache, KVCache)
+            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+            needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
+            own = f"{needs}, as new_cache makes it"
+            _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
+            start = cache.lengths
         k_end = _causal_end(start, new, n["T"])
         if indices is not None:
             shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
@@ -1993,15 +1948,6 @@ class DSALayer:
             y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
         return y.astype(x.dtype), indices
 
-    def _lengths_in(self, cache, batch):
-        """The lengths of a cache, which has to be one for this layer."""
-        _check_type("cache", cache, KVCache)
-        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-        needs = (self.streams, self.dims.qk_rope_head_dim, batch)
-        own = f"{needs}, as new_cache makes it"
-        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
-        return cache.lengths
-
     def _select(self, indexer, index_k, cache, k_end):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
         rounded = self.xp is not np and self.dims.indexer_precision == "fp8"
@@ -2012,8 +1958,7 @@ class DSALayer:
         elif cache is not None:
             index_k = cache.read("index_k")
             index_k = index_k.astype(indexer["index_q"].dtype, copy=False) if rounded else index_k
-        window = {"k_start": np.zeros_like(k_end), "k_end": k_end}
-        return lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, **window)
+        return lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, k_end=k_end)
 
     def _project(self, w, x, start, selects=True):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
@@ -2021,7 +1966,7 @@ class DSALayer:
         """
         d, batch = self.dims, x.shape[:2]
         nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        angles = (start[:, None] + np.arange(batch[1]))[..., None] * self._frequencies  # [B, T, rope / 2]
+        angles = (start[:, None] + np.arange(batch[1]))[..., None] * d.frequencies()  # [B, T, rope / 2]
         qr = _rms_norm(_by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
         q = (qr @ w["wq_b"].T).reshape(*batch, d.n_heads, nope + rope)
         q[..., nope:] = _rotate(q[..., nope:], angles, interleaved=True)
@@ -2033,7 +1978,7 @@ class DSALayer:
 
         def prepared(u):  # a vector of the indexer [B, T, J, E]
             u[..., :rope] = _rotate(u[..., :rope], angles, d.index_rope_interleaved)
-            u = u @ (self._hadamard * E**-0.5).astype(u.dtype) if d.hadamard else u
+            u = u @ self._hadamard.astype(u.dtype) if d.hadamard else u
             return _at_precision(u, d.indexer_precision)
 
         index_k = _by_rows(x, w["indexer.wk"])
@@ -2084,10 +2029,8 @@ class DSALayer:
             keys, values = np.split(kv, [d.qk_nope_head_dim], axis=-1)
             keys = np.concatenate([keys, k_pe], -1)[..., None, :]  # [B, h, S, 1, nope + rope]
             same = np.broadcast_to(indices, (*q_h.shape[:3], indices.shape[-1]))
-            attended = sparse_attention(
-                q_h[..., None, :], keys, values[..., None, :], same, scale=d.softmax_scale()
-            )
-            out[:, h : h + some] = attended[0][..., 0, :]
+            heads = (q_h[..., None, :], keys, values[..., None, :])
+            out[:, h : h + some] = sparse_attention(*heads, same, scale=d.softmax_scale())[0][..., 0, :]
         return out
 
 
@@ -2118,12 +2061,11 @@ def _rotate(x, angles, interleaved):
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    d = x.shape[-1]
-    halves = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    xp = _library("x", x)
+    d, xp = x.shape[-1], _library("x", x)
+    i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
     cos, sin = (xp.asarray(f(angles)[:, :, None], x.dtype) for f in (np.cos, np.sin))
-    out, (a, b) = np.empty_like(x), (x[..., half] for half in halves)
-    out[..., halves[0]], out[..., halves[1]] = a * cos - b * sin, a * sin + b * cos
+    out, a, b = np.empty_like(x), x[..., i], x[..., j]
+    out[..., i], out[..., j] = a * cos - b * sin, a * sin + b * cos
     return out
 
 
