@@ -2172,9 +2172,9 @@ COST_OPTIONS: dict[str, dict[str, Any]] = {
     "link": {"default": 50.0, "help": "GB/s into and out of a GPU (50: a port of 400 Gbit/s; assumed)"},
     "latency": {"default": 5.0, "help": "us of a round of a collective (5; assumed)"},
     "message": {"default": 0.5, "help": "us of each message of an all-to-all (0.5; assumed)"},
-    "memory": {"default": 3.7, "help": "TB/s of memory (3.7: index_scores, table gpu_decode)"},
-    "flops": {"default": 616.0, "help": "TFLOP/s of scoring (616: index_scores, bfloat16, table gpu)"},
-    "attend": {"default": 516.0, "help": "TFLOP/s of attention (516: sparse_attention, table gpu)"},
+    "memory": {"default": 2.77, "help": "TB/s of memory (2.77: index_scores, table gpu_decode)"},
+    "flops": {"default": 630.0, "help": "TFLOP/s of scoring (630: index_scores, bfloat16, table gpu)"},
+    "attend": {"default": 523.0, "help": "TFLOP/s of attention (523: sparse_attention, table gpu)"},
     "launch": {"default": 11.0, "help": "us of a small kernel (11: select_topk, table gpu_decode)"},
 }
 for keywords in COST_OPTIONS.values():
@@ -2233,7 +2233,7 @@ def report_model(bench: Bench) -> None:
                 held = size(V32_LAYERS * 2 * values(MLA | INDEX_KEYS) * s / r)
                 rows.append([f"{t:,} x {s // 10**6}M", f"{r:,}", held, *stages, total, first])
     note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
-    note += f"{args.message:g} us a message. Measured on one H200: {args.memory:g} TB/s, {args.flops:g} "
+    note += f"{args.message:g} us a message. Measured on one H100: {args.memory:g} TB/s, {args.flops:g} "
     note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
     note += "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree "
     note += "take longer than scoring."
