@@ -59,7 +59,9 @@ try:
     from rich.table import Table as RichTable
     from threadpoolctl import threadpool_info, threadpool_limits
 except ImportError as e:
-    sys.exit(f"bench.py needs {e.name}: pip install matplotlib rich safetensors tokenizers threadpoolctl")
+    sys.exit(
+        f'bench.py needs {e.name}: pip install -e ".[bench]", or matplotlib rich threadpoolctl ml_dtypes'
+    )
 try:
     import torch
 except ImportError:
@@ -1602,7 +1604,7 @@ class Chip:
             runtime = cupy.cuda.runtime
             name = runtime.getDeviceProperties(runtime.getDevice())["name"].decode()
         except (ImportError, RuntimeError) as e:
-            how = 'pip install "dsa-reference[cuda13]", or in a clone pip install -e ".[cuda13]"'
+            how = 'pip install -e ".[cuda13]", or cuda12'
             raise MissingPackage(f"needs CuPy, ml_dtypes and a GPU ({e}): {how}") from None
         self.bench, self.xp, self.bf16 = bench, cupy, np.dtype(ml_dtypes.bfloat16)
         self.torch = torch is not None and torch.cuda.is_available()
@@ -2317,7 +2319,10 @@ def finish(bench: Bench) -> None:
     """Write the JSON, say where everything is, and rewrite the README's blocks of the parts that ran."""
     seconds, out = bench.results["seconds"], bench.args.out
     checks = {what: {"count": count, "largest_error": e} for what, (count, e) in bench.checks.items()}
-    (out / "bench.json").write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
+    name = "-".join(["bench", *bench.args.parts]) + ".json"  # a part that runs alone leaves the main job's
+    if not seconds:
+        return
+    (out / name).write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
     count, worst = (
         sum(c for c, _ in bench.checks.values()),
         max([0.0, *(e for _, e in bench.checks.values())]),
@@ -2326,7 +2331,7 @@ def finish(bench: Bench) -> None:
     times = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
     bench.console.print(f"{count:,} answers checked, largest relative error {worst:.1e}. {times}.", **say)
     figures = [file for table in bench.tables.values() for file, _ in table.figures]
-    bench.console.print(f"Written to {out}: {' '.join(['bench.json', *figures])}", **say)
+    bench.console.print(f"Written to {out}: {' '.join([name, *figures])}", **say)
     if bench.args.update_readme:
         update_readme(bench, [t for name in seconds for t in PARTS[name].tables])
 

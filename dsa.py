@@ -751,24 +751,24 @@ def _hidden_units(args, w_q, w_k, bias, w_out):
 
 
 def _pattern(args, order):
-    """A static pattern: order(start [T, 1], end [T, 1], keys) -> scores [T, keys]."""
+    """A static pattern: order(start [T, 1], end [T, 1], keys, queries [T, 1]) -> scores [T, keys]."""
 
     def score(b, t0, t1, lo, hi):
-        start, end = (w[b][t0:t1, None] for w in args.windows)
-        return order(start, end, args.n["xp"].arange(lo, hi)).astype(np.float64)
+        (start, end), arange = (w[b][t0:t1, None] for w in args.windows), args.n["xp"].arange
+        return order(start, end, arange(lo, hi), arange(t0, t1)[:, None]).astype(np.float64)
 
     return _scored_rows(args.windows, score)
 
 
 def _window(args):
     """The last top_k keys."""
-    return _pattern(args, lambda start, end, s: s)
+    return _pattern(args, lambda start, end, s, t: s)
 
 
 def _strided(args):
     """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
 
-    def order(start, end, s):
+    def order(start, end, s, t):
         stride = np.maximum(1, -(-(end - start) // args.quota[0]))
         return -((end - 1 - s) % stride)
 
@@ -777,15 +777,18 @@ def _strided(args):
 
 def _global(args):
     """The first top_k keys, as global tokens that every query sees."""
-    return _pattern(args, lambda start, end, s: -s)
+    return _pattern(args, lambda start, end, s, t: -s)
 
 
 def _random(args, seed=0):
     """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
-    seed = np.random.default_rng(_integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
+    seed, n = np.random.default_rng(_integer("seed", seed, 0)).integers(2**63, dtype=np.uint64), args.n
 
-    def order(start, end, s):
+    def order(start, end, s, t):
+        # A causal window ends behind its query's own place, however the sequence is cut; of others that place
+        # goes into the hash, as queries that see the same keys are to choose differently.
         x = ((end - start).astype(np.uint64) << np.uint64(32)) + (s - start).astype(np.uint64)
+        x += (t + (n["S"] - n["T"] + 1) - end).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
         x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
@@ -1079,20 +1082,30 @@ SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, 
 
 @dataclass(frozen=True)
 class DSAConfig:
-    """How dsa_attention selects. ValueError for an invalid value or combination."""
+    """How dsa_attention selects. ValueError for an invalid value or combination.
+
+    top_k keys of each query, or ceil(sparse_ratio * S) where a ratio is given (see SELECTION_RATIOS), are
+    chosen by strategy: "dynamic", by global_selection; "hybrid", the same beside a local_window of the last
+    keys; "fixed", by pattern. num_sink_tokens first keys are always kept. global_selection: "lightning" (1),
+    "approximate", "lsh", "learned" or "hierarchical"; pattern: "window", "strided", "global" or "random".
+    indexer_precision: "fp32", "fp16" or "fp8", to which index_q and index_k are rounded.
+    fallback_dense_threshold: every key is kept while S is at most that (None: top_k). progressive_sparsity:
+    more keys in the first layers, see top_k_at. batch_pad_to_multiple: what lists of sequences are padded to.
+    cache_strategy: "lru", how a HybridKVCache chooses whom it keeps in its fast tier.
+    """
 
     top_k: int = 2048
-    sparse_ratio: float | None = None  # if set, top_k = ceil(sparse_ratio * S); see SELECTION_RATIOS
-    strategy: str = "dynamic"  # "fixed": pattern; "dynamic": global_selection; "hybrid": and a local window
-    local_window: int = 0  # last keys that are always kept; 128 and 256 are usual for hybrid
-    num_sink_tokens: int = 0  # first keys that are always kept
-    global_selection: str = "lightning"  # "approximate", "lsh", "learned", "hierarchical"
-    pattern: str = "window"  # of strategy "fixed": or "strided", "global", "random"
-    batch_pad_to_multiple: int = 64  # what lists of sequences are padded to
-    cache_strategy: str = "lru"  # what a HybridKVCache keeps in its fast tier
-    indexer_precision: str = "fp32"  # "fp16", "fp8": index_q and index_k are rounded to it
-    fallback_dense_threshold: int | None = None  # dense while S <= this (indices are [T, S]); None: top_k
-    progressive_sparsity: bool = False  # see top_k_at
+    sparse_ratio: float | None = None
+    strategy: str = "dynamic"
+    local_window: int = 0  # 128 and 256 are usual for hybrid
+    num_sink_tokens: int = 0
+    global_selection: str = "lightning"
+    pattern: str = "window"
+    batch_pad_to_multiple: int = 64
+    cache_strategy: str = "lru"
+    indexer_precision: str = "fp32"
+    fallback_dense_threshold: int | None = None
+    progressive_sparsity: bool = False
 
     def __post_init__(self):
         choices = {
@@ -2143,6 +2156,7 @@ def sparse_attention_backward(
 ):
     """The gradients of out, lse = sparse_attention(q, k, v, indices, ...), for dout [..., T, H, Dv], out's.
 
+    q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv] (or None), indices [..., T, K], lse [..., T, H].
     With P = exp(scale * q.k - logaddexp(lse, sink)) and dS = P * (dout.v - dout.out), summed over all slots:
     dq = scale * dS k, dk = scale * dS q, dv = P dout, dsink = -exp(sink - logaddexp(lse, sink)) * dout.out
     -> dq, dk, dv, dsink, like q, k, v, sink in shape and dtype; dv is None where v is, and dk holds both
@@ -2239,6 +2253,7 @@ def indexer_loss(
 ):
     """KL(p || softmax(I)), summed over all rows, of the scores I of (1); and its gradients, in closed form.
 
+    index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
     target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
     that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
     -> loss, (d_index_q, d_index_k, d_weights), these in shape and dtype like what they belong to; the loss a
@@ -2383,7 +2398,8 @@ def sharded_select(
     rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
     Of each query every rank sends its candidates, at most top_k of 8 bytes (12 in float64), to the rank that
-    decides, and that one sends 4 * top_k bytes to all: on R ranks at most 12 * R * top_k bytes, never a key.
+    decides, and that one sends 4 * top_k bytes to all: on R ranks at most 12 * R * top_k bytes, in float64
+    16, and never a key.
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """

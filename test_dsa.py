@@ -79,6 +79,7 @@ STAGES = [
     "merge_attention",
 ]
 STAGES += ["apply_sink"]
+CALLED: set[str] = set()  # those that some test has called
 
 
 def pytest_addoption(parser):
@@ -109,6 +110,17 @@ def pytest_sessionstart(session):
         print(f"{name} has no {', '.join(missing)}: skipped")
 
 
+def pytest_terminal_summary(terminalreporter, config):
+    """Of another module, what has been tested, lest a function that no test could reach passes for right."""
+    module = sys.modules.get(config.getoption("--impl", "dsa"))
+    if module is None or module.__name__ == "dsa" or config.pluginmanager.hasplugin("dsession"):
+        return  # under xdist other processes know
+    for name in (name for name in STAGES if hasattr(module, name) and name not in CALLED):
+        terminalreporter.write_line(
+            f"{name} was NOT tested: every test of it needs a function that is missing"
+        )
+
+
 class Stages:
     """The module under test: NumPy arrays go in, read-only or moved to `xp`, and come back as NumPy."""
 
@@ -118,6 +130,7 @@ class Stages:
     def __getattr__(self, name):
         if name not in self.names:
             raise AttributeError(name)
+        CALLED.add(name)
         function = getattr(self.module, name, None)
         if function is None:
             pytest.skip(f"{self.module.__name__} has no {name}")
@@ -1281,6 +1294,16 @@ def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
     if name not in ("window", "strided", "global", "random"):
         with pytest.raises(ValueError, match="NaN"):
             by_selector(dsa, p, name, top_k=4)
+
+
+def test_random_chooses_anew_for_each_query(dsa):
+    """Also where all queries see the same keys, and each key as often as any other."""
+    T, S, K = 200, 60, 15
+    x, end = np.zeros((T, 1, 1)), np.full(T, S)
+    kept = dsa.SELECTORS["random"](x, np.zeros((S, 1, 1)), K, k_start=np.zeros(T, int), k_end=end)
+    assert len({tuple(row) for row in kept.tolist()}) == T
+    counts = np.bincount(kept.ravel(), minlength=S)  # binomial: 50 with a deviation of 6.1
+    assert counts.min() > 50 - 5 * 6.1 and counts.max() < 50 + 5 * 6.1
 
 
 @pytest.mark.parametrize("name", ["window", "strided", "global", "random"])
@@ -3872,21 +3895,22 @@ def compiled(name, constants, arch):
 ARCHS = ["sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+NEEDS = {"mma": ARCHS[1:], "wgmma": ["sm_90a"], "cluster": ARCHS[2:]}  # for the launchers to take a kernel
+
+
 @pytest.mark.parametrize(
-    "name, constants", KERNELS, ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values()))
+    "name, constants, arch",
+    [(*kernel, arch) for kernel in KERNELS for arch in NEEDS.get(kernel[0].split("_")[-1], ARCHS)],
+    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )
-def test_every_kernel_compiles(name, constants, arch):
+def test_every_kernel_compiles(dsa, name, constants, arch):
     """Without a GPU, for GPUs that are nowhere near; on sm_90a nothing spills to local memory."""
-    needs = {"mma": ARCHS[1:], "wgmma": ["sm_90a"], "cluster": ARCHS[2:]}  # for the launchers to take it
-    if arch not in needs.get(name.split("_")[-1], ARCHS):
-        return
     log = compiled(name, constants, arch)
     if arch == "sm_90a":
         assert " 0 bytes spill stores" in log and "serialized" not in log, log
 
 
-def test_no_kernel_is_forgotten():
+def test_no_kernel_is_forgotten(dsa):
     """Every kernel of dsa_kernels.cu is among those that are compiled."""
     source = Path(__file__).with_name("dsa_kernels.cu").read_text()
     assert {name.lower() for name in re.findall(r"^#ifdef (\w+)$", source, re.M)} == {
