@@ -59,9 +59,8 @@ try:
     from rich.table import Table as RichTable
     from threadpoolctl import threadpool_info, threadpool_limits
 except ImportError as e:
-    sys.exit(
-        f'bench.py needs {e.name}: pip install -e ".[bench]", or matplotlib rich threadpoolctl ml_dtypes'
-    )
+    how = 'pip install -e ".[bench]", or matplotlib rich threadpoolctl ml_dtypes'
+    sys.exit(f"bench.py needs {e.name}: {how}")
 try:
     import torch
 except ImportError:
@@ -1574,10 +1573,8 @@ PEERS = {  # by table row: what others' kernels took on an H200 on 2026-11-23; T
     "128 x 32,768": "FlashMLA 199 us",
     "128 x 32,768, 2 tokens": "FlashMLA 373 us",
 }
-FROM = (
-    " Peers: DeepGEMM 54e2261, FlashInfer fb28d72 (deterministic) and FlashMLA 9241ae3, measured by us on an "
-)
-FROM += "H200 with driver 580.159 on 2026-11-23, not by this command"
+FROM = " Peers: DeepGEMM 54e2261, FlashInfer fb28d72 (deterministic) and FlashMLA 9241ae3, measured by us "
+FROM += "on an H200 with driver 580.159 on 2026-11-23, not by this command"
 STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # STEPS: of decode, in a CUDA graph
 
 
@@ -1780,6 +1777,11 @@ class GpuProblem:
             else:
                 yield slice(i, i + 1), slice(self.s - n + i + 1)
 
+    def kept(self, keys, one, seen):
+        """The keys that a query has chosen, in float64, and the slots that select all of them."""
+        rows = self.indices[one][0]
+        return exact(keys[seen][rows]), np.arange(len(rows))[None]
+
     def check_scores(self, x, index=None) -> None:
         q, k, weights = index or self.index
         for one, seen in self.three():
@@ -1807,9 +1809,8 @@ class GpuProblem:
 
     def check_attention(self, x, stored=lambda k: k, tol: float = 1e-2) -> None:
         for one, seen in self.three():
-            rows = self.indices[one][0]
-            kept, slots = stored(exact(self.k[seen][rows])), np.arange(len(rows))[None]
-            out, lse = dsa.sparse_attention(exact(self.q[one]), kept, None, slots, d_v=LATENT)
+            kept, slots = self.kept(self.k, one, seen)
+            out, lse = dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
             self.chip.bench.check("gpu attention", exact(x[0][one]), out, tol)
             for got in x[1:2]:  # torch gives none
                 self.chip.bench.check("gpu attention, lse", exact(got[one]), lse, 1e-3)
@@ -1825,7 +1826,7 @@ class GpuProblem:
         self.check_fp8(x)
         self.check_lightning(x[2])
 
-    def learn(self) -> "GpuProblem":
+    def learn(self) -> None:
         """What the gradients need: the result, its slope, and the indexer's target."""
         self.out, self.lse = self.attend()
         self.dout = self.chip.draw(*self.out.shape)
@@ -1834,15 +1835,11 @@ class GpuProblem:
         self.going_back = 2 * pairs * (3 * WIDTH + 2 * LATENT), 0
         self.targeting = 2 * pairs * WIDTH, 0
         self.teaching = 6 * math.prod(self.wide[0].shape[-2:]) * self.indices.size, 0
-        return self
 
     def backward(self, deterministic: bool = True):
         rest = self.indices, self.out, self.lse, self.dout
         kwargs = {"d_v": LATENT, "deterministic": deterministic}
         return dsa.sparse_attention_backward(self.q, self.k, None, *rest, **kwargs)[:2]
-
-    def backward_by_atomics(self):
-        return self.backward(deterministic=False)
 
     def find_target(self):
         return dsa.attention_target(self.q, self.k, indices=self.indices)
@@ -1857,7 +1854,7 @@ class GpuProblem:
     def check_backward(self, x) -> None:
         """dq of three queries, and dk of three keys out of all the queries that have chosen them."""
         for one, seen in self.three():
-            kept, slots = exact(self.k[seen][self.indices[one][0]]), np.arange(self.indices.shape[-1])[None]
+            kept, slots = self.kept(self.k, one, seen)
             rest = [exact(y[one]) for y in (self.out, self.lse, self.dout)]
             want = dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[0]
             self.chip.bench.check("gpu sparse_attention_backward, dq", exact(x[0][one]), want, 2e-2)
@@ -1870,7 +1867,7 @@ class GpuProblem:
 
     def check_target(self, x) -> None:
         for one, seen in self.three():
-            kept, slots = exact(self.k[seen][self.indices[one][0]]), np.arange(self.indices.shape[-1])[None]
+            kept, slots = self.kept(self.k, one, seen)
             want = dsa.attention_target(exact(self.q[one]), kept, indices=slots)
             self.chip.bench.check("gpu attention_target", exact(x[one]), want, 1e-3)
 
@@ -1878,7 +1875,7 @@ class GpuProblem:
         """As check_backward; a key's gradient there is the sum of those of queries with its slot alone."""
         index_q, index_k, weights = self.wide
         for one, seen in self.three():
-            kept, slots = exact(index_k[seen][self.indices[one][0]]), np.arange(self.indices.shape[-1])[None]
+            kept, slots = self.kept(index_k, one, seen)
             index = exact(index_q[one]), kept, exact(weights[one])
             want = dsa.indexer_loss(*index, exact(self.target[one]), indices=slots)[1]
             self.chip.bench.check("gpu indexer_loss, index_q", exact(x[0][one]), want[0], 2e-2)
@@ -1929,7 +1926,8 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
         with chip.alone(f"gradients, {s:,}"):
             p.learn()
             stage("sparse_attention_backward", [p], P.backward, P.check_backward, p.going_back)
-            stage("the same, by atomics", [p], P.backward_by_atomics, P.check_backward, p.going_back)
+            atomics = functools.partial(P.backward, deterministic=False)
+            stage("the same, by atomics", [p], atomics, P.check_backward, p.going_back)
             stage("attention_target", [p], P.find_target, P.check_target, p.targeting)
             stage("indexer_loss", [p], P.teach, P.check_lesson, p.teaching)
 
@@ -2015,22 +2013,21 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
         """Of each cell time, rate, and share of the ceiling that is nearer."""
         texts = []
         for x in cells:
-            share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES) if x else (0, "")
-            ms = f"{factor * x['ms']:.{3 if factor * x['ms'] < 1000 else 4}g} {unit}" if x else x
-            texts.append(
-                f"{ms}, {x[rate]:.{3 if x[rate] < 1000 else 4}g} {rate}, {share:.0%}"
-                if share
-                else "FAILED"
-                if x is None
-                else ms
-            )
+            if not x:  # not measured here, or failed
+                texts.append("FAILED" if x is None else x)
+                continue
+            share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
+            texts.append(f"{digits(factor * x['ms'])} {unit}")
+            texts[-1] += f", {digits(x[rate])} {rate}, {share:.0%}" if share else ""
         return [first, *texts]
+
+    def digits(x: float) -> str:
+        return f"{x:.{3 if x < 1000 else 4}g}"
 
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
     note = "Random data, medians of CUDA events, results checked first. % of this run's ceilings, "
-    note += (
-        f"{top}: a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
-    )
+    note += f"{top}: a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus "
+    note += "written."
     names = [name for name in max(prefill, key=len) if name not in ("at", "dense by")]
     rows = [[*row(x, [cell.get(x, "") for cell in prefill], "ms", 1), PEERS.get(x, "")] for x in names]
     dense = [cell["dense by"] for cell in prefill if cell.get(DENSE)]
@@ -2042,9 +2039,8 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     names = [name for name in max(decode, key=len) if name != "at"]
     rows = [row(x["at"], [x.get(name, "") for name in names], "us", 1e3) for x in decode]
     rows = [[*cells, PEERS.get(cells[0], "")] for cells in rows]
-    also = (
-        f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). Index keys: fp8."
-    )
+    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). Index keys: "
+    also += "fp8."
     alone = "; FlashMLA's attention alone without a graph."
     columns = ["batch x context", *names, "peers, fp8"]
     bench.table("gpu_decode", f"A decode step, on one {chip}", columns, rows, note + also + FROM + alone)

@@ -2611,7 +2611,7 @@ TYPES = {
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 FEW = 8  # queries a sequence whose scoring is bound by memory
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
-CUDA_R = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 

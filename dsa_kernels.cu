@@ -2102,7 +2102,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             float share = sum == 0 ? 0 : 1 / sum;
             if (sink && there) share *= kept_share(sink[job.head + h], log_sum);
             if (group == 0 && lane % 4 == 0 && there) lse[at] = log_sum;
-OUT* to = out + at * DV + group * HALF;
+            OUT* to = out + at * DV + group * HALF;
 #pragma unroll
             for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
                 unsigned x[4];
