@@ -2566,11 +2566,16 @@ def _exchange(collective, x, shape, sent=None, received=None, **op):
     """The array of this shape that an MPI collective makes of every rank's x.
 
     Where MPI is not CUDA-aware, CuPy arrays go through the host's memory; where it is, it still knows nothing
-    of streams, and has to be called after what is under way to x has ended.
+    of streams, and has to be called after what is under way to x has ended. No buffer's address is null, as
+    that of an empty CuPy array is: given one on some ranks only, Intel's MPI was seen to wait forever.
     """
+
+    def room(size):
+        return np.empty_like(x, shape=max(1, size))[:size]
+
     xp, x = _library("x", x), x.ravel()
     x = x if xp is np or _cuda_aware() else x.get()
-    y = np.empty_like(x, shape=math.prod(shape))
+    x, y = x if x.size else room(0), room(math.prod(shape))
     if not isinstance(x, np.ndarray):
         xp.cuda.get_current_stream().synchronize()
     collective([x, sent], [y, received], **op)

@@ -726,7 +726,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 
     if (threadIdx.x < STAGES) {
         mbarrier_init(&sh.full[threadIdx.x], 128);
-        mbarrier_init(&sh.empty[threadIdx.x], 8);
+        mbarrier_init(&sh.empty[threadIdx.x], 256);
     }
     sh.seen.find(k_start, k_end, scores, b, t0, tile, queries, num_keys, T, S, offset);
     const int jobs = sh.seen.num_live;
@@ -835,8 +835,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
             }
             if (m % 2) store(m / 2);
         }
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&sh.empty[stage]);
+        mbarrier_arrive(&sh.empty[stage]);
     }
     wgmma_wait_group<0>(product[0]);
 }
