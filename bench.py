@@ -2171,8 +2171,8 @@ COST_OPTIONS: dict[str, dict[str, Any]] = {
     "latency": {"default": 5.0, "help": "us of a round of a collective (5; assumed)"},
     "message": {"default": 0.5, "help": "us of each message of an all-to-all (0.5; assumed)"},
     "memory": {"default": 2.77, "help": "TB/s of memory (2.77: index_scores, table gpu_decode)"},
-    "flops": {"default": 630.0, "help": "TFLOP/s of scoring (630: index_scores, bfloat16, table gpu)"},
-    "attend": {"default": 523.0, "help": "TFLOP/s of attention (523: sparse_attention, table gpu)"},
+    "flops": {"default": 635.0, "help": "TFLOP/s of scoring (635: index_scores, bfloat16, table gpu)"},
+    "attend": {"default": 515.0, "help": "TFLOP/s of attention (515: sparse_attention, table gpu)"},
     "launch": {"default": 11.0, "help": "us of a small kernel (11: select_topk, table gpu_decode)"},
 }
 for keywords in COST_OPTIONS.values():

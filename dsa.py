@@ -2399,7 +2399,7 @@ def sharded_select(
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
     Of each query every rank sends its candidates, at most top_k of 8 bytes (12 in float64), to the rank that
     decides, and that one sends 4 * top_k bytes to all: on R ranks at most 12 * R * top_k bytes, in float64
-    16, and never a key.
+    16, with int64 8 more, and never a key.
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
@@ -2469,7 +2469,8 @@ def sharded_attention(
         with _together(comm):
             first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
             own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
-            kwargs |= {"sink": None, "out_dtype": _accumulator(q)}  # q's, once it is merged
+            kept = [cache] if cache is not None else [x for x in (k_shard, v_shard) if x is not None]
+            kwargs |= {"sink": None, "out_dtype": _accumulator(q, *kept)}  # q's, once it is merged
             out, lse = attend(q, indices=own.astype(np.int32), **kwargs)
     for t in _chunks(n, n["H"] * (n["Dv"] + 1)):
         out[..., t, :, :], lse[..., t, :] = _merge_shards(comm, out[..., t, :, :], lse[..., t, :])
@@ -2548,7 +2549,7 @@ def _select_sharded(comm, n, at, quota, windows, index_q, index_k, weights):
 
 
 def _candidates(n, at, quota, place, index_q, index_k, weights, windows):
-    """What a shard selects -> scores, -inf where there is none, and keys [N, W] of N queries; W as on all."""
+    """What a shard selects -> scores and keys [N, W] of N queries, -inf where none is; W on all ranks."""
     xp, first, size = n["xp"], at.first[..., None], at.size[..., None]
     windows = [xp.asarray(np.clip(w - first, 0, size), np.int32) for w in windows]
     n = {**n, "T": weights.shape[-2], "S": index_k.shape[-2]}
@@ -2565,20 +2566,17 @@ def _candidates(n, at, quota, place, index_q, index_k, weights, windows):
 def _exchange(collective, x, shape, sent=None, received=None, **op):
     """The array of this shape that an MPI collective makes of every rank's x.
 
+    sent, received: how many numbers go to each rank and come from it, where that is not the same for all.
     Where MPI is not CUDA-aware, CuPy arrays go through the host's memory; where it is, it still knows nothing
     of streams, and has to be called after what is under way to x has ended. No buffer's address is null, as
-    that of an empty CuPy array is: given one on some ranks only, Intel's MPI was seen to wait forever.
+    that of an empty CuPy array is: where some ranks gave one, Intel's MPI was seen to wait forever.
     """
-
-    def room(size):
-        return np.empty_like(x, shape=max(1, size))[:size]
-
     xp, x = _library("x", x), x.ravel()
     x = x if xp is np or _cuda_aware() else x.get()
-    x, y = x if x.size else room(0), room(math.prod(shape))
+    empty, y = (np.empty_like(x, shape=size + 1)[:-1] for size in (0, math.prod(shape)))
     if not isinstance(x, np.ndarray):
         xp.cuda.get_current_stream().synchronize()
-    collective([x, sent], [y, received], **op)
+    collective([x if x.size else empty, sent], [y, received], **op)
     return xp.asarray(y).reshape(shape)
 
 

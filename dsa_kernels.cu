@@ -835,7 +835,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
             }
             if (m % 2) store(m / 2);
         }
-        mbarrier_arrive(&sh.empty[stage]);  // not one lane for its warp: racecheck takes that for a race
+        mbarrier_arrive(&sh.empty[stage]);  // all, as all read weights: racecheck reports one for a warp
     }
     wgmma_wait_group<0>(product[0]);
 }
@@ -1946,7 +1946,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
               v_at = wgmma_matrix(cvta_shared(plan.k[group][group * HALF / 64]), PANEL),
               other_v_at = wgmma_matrix(cvta_shared(plan.k[other][group * HALF / 64]), PANEL);
     const auto release = [&](int buffer, int part) {
-        if (lane == 0) mbarrier_arrive(&plan.free[buffer][part]);
+        if (lane == 0) mbarrier_arrive(&plan.free[buffer][part]);  // only products read it, of whole warps
     };
     for (int x = blockIdx.x; x < all; x += gridDim.x, jobs++) {
         const Job job(n, indices, k_start, k_end, x % per_split, x / per_split);

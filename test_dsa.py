@@ -3187,10 +3187,18 @@ def test_mpi_is_asked_whether_it_reads_gpus(dsa):
 def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks, aware):
     """The same as on one GPU: MPI is given CuPy arrays as they are, or copies in the host's memory."""
     if aware and not mpi_reads_gpus():
-        pytest.skip("needs an MPI that says that it is CUDA-aware")
+        pytest.skip('needs an MPI that says that it is CUDA-aware: README, "Beyond one machine"')
     code = f"dsa._cuda_aware = lambda: {aware}; test_dsa.ranks_{what}(dsa, comm, test_dsa.gpu_of(comm))"
     done = mpi(ranks, f"{code}; print('fine')", timeout=300)
     assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
+
+
+def test_no_buffer_that_mpi_gets_is_null(dsa, cupy, monkeypatch):
+    """Also of nothing: where a rank decided for no query, its null buffer hung Intel's MPI."""
+    monkeypatch.setattr(dsa, "_cuda_aware", lambda: True)
+    seen = []
+    dsa._exchange(lambda *both: seen.extend(x.data.ptr for x, _ in both), cupy.empty((0, 3)), (2, 0, 3))
+    assert len(seen) == 2 and all(seen)
 
 
 def gpu_of(comm):
@@ -3303,6 +3311,7 @@ def ranks_attention(dsa, comm, xp=np):
         config = dsa.DSAConfig(p.top_k, indexer_precision=precision, fallback_dense_threshold=dense, **hybrid)
         if seed % 11 == 5:
             config = replace(config, sparse_ratio=0.02, progressive_sparsity=True)
+        p = replace(p, k=p.k.astype(F64)) if seed % 9 == 2 else p  # dtypes may differ
         k, v, index_k = sharded(comm, rng, (p.k, -3), (p.values, -3), (p.index_k, -2))
         v = None if p.v is None else v
         sink = normal(rng, 4).astype(dtype)
