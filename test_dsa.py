@@ -3196,7 +3196,7 @@ def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks, aware):
 def test_no_buffer_that_mpi_gets_is_null(dsa, cupy, monkeypatch):
     """Also of nothing: where a rank decided for no query, its null buffer hung Intel's MPI."""
     monkeypatch.setattr(dsa, "_cuda_aware", lambda: True)
-    seen = []
+    seen: list[int] = []
     dsa._exchange(lambda *both: seen.extend(x.data.ptr for x, _ in both), cupy.empty((0, 3)), (2, 0, 3))
     assert len(seen) == 2 and all(seen)
 
