@@ -1871,6 +1871,7 @@ class DSALayer:
         self.xp, i = n["xp"], np.arange(d.index_head_dim)
         signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
         self._hadamard = self.xp.asarray(signs * d.index_head_dim**-0.5)
+        self._frequencies = d.frequencies()
 
     @classmethod
     def from_safetensors(cls, path, layer=0, **dims):
@@ -1979,7 +1980,7 @@ class DSALayer:
         """
         d, batch = self.dims, x.shape[:2]
         nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        angles = (start[:, None] + np.arange(batch[1]))[..., None] * d.frequencies()  # [B, T, rope / 2]
+        angles = (start[:, None] + np.arange(batch[1]))[..., None] * self._frequencies  # [B, T, rope / 2]
         qr = _rms_norm(_by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
         q = (qr @ w["wq_b"].T).reshape(*batch, d.n_heads, nope + rope)
         q[..., nope:] = _rotate(q[..., nope:], angles, interleaved=True)
@@ -2573,10 +2574,11 @@ def _exchange(collective, x, shape, sent=None, received=None, **op):
     """
     xp, x = _library("x", x), x.ravel()
     x = x if xp is np or _cuda_aware() else x.get()
-    empty, y = (np.empty_like(x, shape=size + 1)[:-1] for size in (0, math.prod(shape)))
+    x = x if x.size else np.empty_like(x, shape=1)[:-1]
+    y = np.empty_like(x, shape=math.prod(shape) + 1)[:-1]
     if not isinstance(x, np.ndarray):
         xp.cuda.get_current_stream().synchronize()
-    collective([x if x.size else empty, sent], [y, received], **op)
+    collective([x, sent], [y, received], **op)
     return xp.asarray(y).reshape(shape)
 
 

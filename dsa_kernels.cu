@@ -281,6 +281,22 @@ __device__ int sum_of_warp(int x) {
     return x;
 #endif
 }
+template <class T> __device__ T sum_of_warp(T x) {
+    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
+    return x;
+}
+template <class T> __device__ T max_of_warp(T x) {
+    for (int d = 16; d; d /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, d));
+    return x;
+}
+__device__ float sum_of_quad(float x) {  // of four lanes, which hold a row of d
+    x += __shfl_xor_sync(ALL, x, 1);
+    return x + __shfl_xor_sync(ALL, x, 2);
+}
+__device__ float max_of_quad(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL, x, 2));
+}
 
 // A tile of rows of 2-byte values in shared memory. Its 16-byte chunks are stored at chunk ^ (row % 8),
 // so that ldmatrix, which reads one chunk of 8 rows, touches all banks. A row is a multiple of 8 chunks.
@@ -561,9 +577,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
             float own = 0;
 #pragma unroll
             for (int m = 0; m < TILES; m++) {
-                float x = sum[m][half];
-                x += __shfl_xor_sync(ALL, x, 1);
-                x += __shfl_xor_sync(ALL, x, 2);
+                const float x = sum_of_quad(sum[m][half]);
                 own = m == i ? x : own;
             }
             const int key = warp * TILES * 16 + 16 * i + 8 * half + g;
@@ -669,8 +683,7 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
                 float sum = 0;
 #pragma unroll
                 for (int x = 0; x < 16; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
-                sum += __shfl_xor_sync(ALL, sum, 1);
-                sum += __shfl_xor_sync(ALL, sum, 2);
+                sum = sum_of_quad(sum);
                 if (tile == i) own[half] = sum;
             }
         }
@@ -914,8 +927,7 @@ __device__ int sum_before(Shared& sh, int x, int turn, int& total) {
 }
 
 // Where the first `need` visible keys of begin..end end, or, from behind, where the last `need` begin.
-__device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int need,
-                                 bool behind) {
+__device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int need, bool behind) {
     int turn = 0, seen = 0, total;
     if (need == 0) return behind ? end : begin;
     for (i64 x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
@@ -1397,9 +1409,7 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
         __syncthreads();
         for (int h = warp; h < HEADS; h += 4) {  // online softmax: a warp takes a head, its lanes the keys
             const ACC x = p[h][lane], before = m[h];
-            ACC top = x;
-            for (int w = 16; w; w /= 2) top = fmax(top, __shfl_xor_sync(ALL, top, w));
-            top = fmax(top, before);
+            const ACC top = fmax(max_of_warp(x), before);
             const ACC safe = top == -inf ? ACC(0) : top, share = exp2(x - safe), factor = exp2(before - safe);
             ACC sum = share;
             for (int w = 16; w; w /= 2) sum += __shfl_xor_sync(ALL, sum, w);
@@ -1639,8 +1649,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
                     for (int y = 0; y < NT; y++)
                         top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
-                    top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
-                    top = fmaxf(top, __shfl_xor_sync(ALL, top, 2));
+                    top = max_of_quad(top);
                     if (lane % 4 == 0) max_s[wn * HEADS + (wm * MT + x) * 16 + half * 8 + lane / 4] = top;
                 }
         }
@@ -1710,9 +1719,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
-                float sum = total[x][half];
-                sum += __shfl_xor_sync(ALL, sum, 1);
-                sum += __shfl_xor_sync(ALL, sum, 2);
+                const float sum = sum_of_quad(total[x][half]);
                 if (lane % 4 == 0) max_s[wn * HEADS + row] = sum;
                 if (lane % 4 == 0 && wn == 0) rescale_s[row] = m[x][half];
             }
@@ -2048,8 +2055,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                top[half] = fmaxf(top[half], __shfl_xor_sync(ALL, top[half], 1));
-                top[half] = fmaxf(top[half], __shfl_xor_sync(ALL, top[half], 2));
+                top[half] = max_of_quad(top[half]);
                 if (top[half] <= m[half] + 8) top[half] = m[half];  // p up to 2^8 spares rescaling o
             }
             // 3. p = exp2(s - max), for this warpgroup in registers, for the other in shared memory
@@ -2086,8 +2092,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         bar_sync(1, 256);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            total[half] += __shfl_xor_sync(ALL, total[half], 1);
-            total[half] += __shfl_xor_sync(ALL, total[half], 2);
+            total[half] = sum_of_quad(total[half]);
             if (lane % 4 == 0) plan.sum[group][row + half * 8] = total[half];
         }
         bar_sync(1, 256);
@@ -2232,7 +2237,7 @@ extern "C" __global__ void __launch_bounds__(256)
     ACC most = 0;
     for (i64 i = first + lane; i < end; i += 32)
         most = fmax(most, fabs(ACC(widen(x[i]))));  // passes over NaN
-    for (int w = 16; w; w /= 2) most = fmax(most, __shfl_xor_sync(ALL, most, w));
+    most = max_of_warp(most);
     float scale = fminf(fmaxf(float(most), least), 0x1.fffffep127f) / 448.0f;
     if (UE8M0)  // up to a power of two
         scale = __uint_as_float((__float_as_uint(scale) + 0x7FFFFF) & 0xFF800000);
@@ -2249,7 +2254,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #if defined(ATTEND_BACKWARD) || defined(INDEXER_BACKWARD)
 __device__ ACC sum_of_block(ACC x) {  // of 256 threads, always in the same order
     __shared__ ACC parts[8];
-    for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
+    x = sum_of_warp(x);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     ACC sum = 0;
@@ -2347,10 +2352,8 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
 #pragma unroll
         for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
     }
-    ACC all = top;
-    for (int d = 16; d; d /= 2) all = fmax(all, __shfl_xor_sync(ALL, all, d));
-    total = top == -inf ? 0 : total * exp(top - all);
-    for (int d = 16; d; d /= 2) total += __shfl_xor_sync(ALL, total, d);
+    const ACC all = max_of_warp(top);
+    total = sum_of_warp(top == -inf ? ACC(0) : total * exp(top - all));
     if (threadIdx.x % 32 == 0) lse[at] = all + log(total);
 }
 #endif

@@ -136,13 +136,13 @@ class Stages:
         if function is None:
             pytest.skip(f"{self.module.__name__} has no {name}")
         return lambda *args, **kwargs: self.back(
-            function(*map(self.give, args), **{key: self.give(x) for key, x in kwargs.items()})
+            function(*map(self.give, args), **{key: self.give(x, key) for key, x in kwargs.items()})
         )
 
-    def give(self, x):
+    def give(self, x, name=None):
         if isinstance(x, (list, tuple)):
             return [self.give(part) for part in x]
-        if not isinstance(x, np.ndarray):
+        if not isinstance(x, np.ndarray) or name == "lengths":  # which stay with the host
             return x
         if self.xp is not np:
             return self.xp.asarray(x)
@@ -3142,6 +3142,9 @@ def test_training_holds_no_queries_times_keys(dsa, what):
 # ------------------------------------------------------------------------------------------------------------
 
 
+SHARDED = ["sharded_select", "sharded_attention", "index_scores", "lightning_select", "dsa_attention"]
+
+
 def mpi(ranks, code, timeout=150):
     """The ended run of `code` on so many ranks of this machine."""
     scripts = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -3208,16 +3211,6 @@ def gpu_of(comm):
     return cupy
 
 
-def on(xp, function):
-    """function, to which NumPy arrays go as xp's, but for lengths, and from which they come back."""
-
-    def call(*args, **kwargs):
-        moved = {name: x if name == "lengths" else to(xp, x) for name, x in kwargs.items()}
-        return back(function(*to(xp, args), **moved))
-
-    return function if xp is np else call
-
-
 def test_a_rank_that_raises_ends_all(dsa):
     """Also outside dsa.py and while the others wait in an exchange: python -m mpi4py sees to it."""
     one = "x = np.ones((3, 1, 1)); comm.rank == 1 and comm.this_is_wrong; "
@@ -3266,7 +3259,8 @@ def sharded_problem(seed):
 
 def ranks_select(dsa, comm, xp=np):
     """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
-    select, alone = on(xp, dsa.sharded_select), on(xp, dsa.lightning_select)
+    stages = Stages(dsa, xp, SHARDED)
+    select, alone = stages.sharded_select, stages.lightning_select
     score, scores = dsa._index_scores, []
 
     def scored(*args):
@@ -3283,7 +3277,7 @@ def ranks_select(dsa, comm, xp=np):
         dsa._index_scores = score
         assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
         first = comm.exscan(index_k.shape[-2]) or 0
-        expected = on(xp, dsa.index_scores)(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
+        expected = stages.index_scores(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
         assert_same(np.concatenate(scores, axis=-2), expected)
         scores.clear()
     layout, far = dsa._layout, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
@@ -3303,6 +3297,7 @@ def ranks_select(dsa, comm, xp=np):
 
 def ranks_attention(dsa, comm, xp=np):
     """dsa_attention: indices bit for bit, out and lse to rounding, and the same bits on every rank."""
+    stages = Stages(dsa, xp, SHARDED)
     for seed in range(60):
         rng, dtype, p = sharded_problem(seed)
         dsa.SHARD_BUFFER = 500 if seed % 4 == 3 else 2**26
@@ -3318,8 +3313,8 @@ def ranks_attention(dsa, comm, xp=np):
         kwargs = p.windows | p.latent | {"sink": sink, "layer": 1, "n_layers": 3}
         kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
         shards, whole = (p.q, k, v, p.index_q, index_k, p.weights), (p.q, *p.kv, *p.index)
-        out, lse, indices = on(xp, dsa.sharded_attention)(*shards, config, comm, **kwargs)
-        expected = on(xp, dsa.dsa_attention)(*whole, config, **kwargs)
+        out, lse, indices = stages.sharded_attention(*shards, config, comm, **kwargs)
+        expected = stages.dsa_attention(*whole, config, **kwargs)
         assert_same(indices, expected[2])
         assert (out.dtype, lse.dtype) == (expected[0].dtype, expected[1].dtype)
         assert_attention((out, lse), expected[:2], dtype)
@@ -3334,7 +3329,8 @@ def ranks_attention(dsa, comm, xp=np):
 
 def ranks_cache(dsa, comm, xp=np):
     """A prompt in chunks over the ranks, then decoding on the last, is as one cache; errors change none."""
-    attend, alone = on(xp, dsa.sharded_attention), on(xp, dsa.dsa_attention)
+    stages = Stages(dsa, xp, SHARDED)
+    attend, alone = stages.sharded_attention, stages.dsa_attention
     for seed, storage in enumerate(("float64", "float32", "fp8", "float32")):
         rng, dtype = np.random.default_rng(seed), F64 if storage == "float64" else F32
         p = tokens(seed, (2,), 24, dtype, seed % 2 == 0)
