@@ -189,7 +189,7 @@ class Bench:
 
     def figure(self, name: str, file: str, finding: str, fig) -> None:
         """Save a figure under the finding as its title; it belongs to table `name`."""
-        fig.suptitle(textwrap.fill(finding, 115), fontsize=10.5)
+        fig.suptitle(textwrap.fill(finding, 130), fontsize=10)
         fig.savefig(self.args.out / file)
         plt.close(fig)
         self.tables[name].figures.append((file, finding))
@@ -228,36 +228,26 @@ def race(runs: dict[str, Any], budget: float = 1.0, least: int = 3, most: int = 
 
 
 @contextlib.contextmanager
-def clocked(owners: dict[str, Any]):
-    """Meanwhile count seconds of functions, {name: whose attribute it is} -> {name: seconds}.
-
-    What a counted function calls counts as its own.
-    """
-    spent, inside = dict.fromkeys(owners, 0.0), list[str]()
-    before = {name: getattr(owner, name) for name, owner in owners.items()}
+def clocked(*names: str):
+    """Meanwhile count the seconds that these functions of dsa take -> {name: seconds}."""
+    spent, before = dict.fromkeys(names, 0.0), {name: getattr(dsa, name) for name in names}
 
     def wrap(name):
-        @functools.wraps(before[name])
         def run(*args, **kwargs):
-            if inside:
-                return before[name](*args, **kwargs)
-            inside.append(name)
             start = time.perf_counter()
-            try:
-                return before[name](*args, **kwargs)
-            finally:
-                spent[name] += time.perf_counter() - start
-                inside.clear()
+            result = before[name](*args, **kwargs)
+            spent[name] += time.perf_counter() - start
+            return result
 
-        return run
+        return functools.wraps(before[name])(run)
 
+    for name in names:
+        setattr(dsa, name, wrap(name))
     try:
-        for name, owner in owners.items():
-            setattr(owner, name, wrap(name))
         yield spent
     finally:
-        for name, owner in owners.items():
-            setattr(owner, name, before[name])
+        for name, run in before.items():
+            setattr(dsa, name, run)
 
 
 def weighed(run) -> tuple[int, Any]:
@@ -266,7 +256,7 @@ def weighed(run) -> tuple[int, Any]:
     result = run()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak - sum(x.nbytes for x in (result if isinstance(result, tuple) else (result,))), result
+    return peak - sum(x.nbytes for x in result), result
 
 
 def size(n: float) -> str:
@@ -303,23 +293,16 @@ def log2_axis(ax, ticks, text: str) -> None:
     ax.set_xlabel(text)
 
 
-def git(*words: str) -> str:
-    """What git prints; nothing where there is no git, repository or commit."""
-    try:
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def provenance() -> dict[str, str]:
     """Command, machine, versions, date and commit: what it takes to believe or repeat a number."""
     cpu = re.search(r"model name\s*: (.*)", CPUINFO)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     blas = [b for b in threadpool_info() if b["user_api"] == "blas"]
     core = os.environ.get("OPENBLAS_CORETYPE")
-    commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
-    commit = os.environ.get("BENCH_COMMIT", commit)  # for a copy without .git
+    git = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True)
+    commit, changes = os.environ.get("BENCH_COMMIT", "none"), ""  # for a copy without .git
+    if shutil.which("git") and (done := git(["git", "rev-parse", "--short", "HEAD"])).returncode == 0:
+        commit, changes = done.stdout.strip(), git(["git", "status", "--porcelain"]).stdout
     command = shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update")])
     kernel = f"OPENBLAS_CORETYPE={core}"
     by = f"your {kernel}" if CORETYPE_BY_USER else f"{kernel}, which bench.py set as this CPU has AVX-512"
@@ -332,7 +315,7 @@ def provenance() -> dict[str, str]:
         "kernel by": by if core else "OpenBLAS's own choice",
         "threads": str(dsa.get_num_threads()),
         "date": datetime.date.today().isoformat(),
-        "commit": (commit or "none") + ("+dirty" if changes else ""),
+        "commit": commit + ("+dirty" if changes else ""),
     }
 
 
@@ -400,18 +383,13 @@ def part(help: str, *tables: str, default: bool = True, takes: str = "", options
     return register
 
 
-def at_least(least: float, kind: Any = int):
-    """For argparse: a number of this kind, of at least this size."""
+def at_least(least: int):
+    """For argparse: a whole number of at least this size."""
 
-    def read(text: str):
-        try:
-            x = kind(text)
-        except ValueError:
-            x = math.nan
-        if not least <= x < math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}, expected {what} of at least {least:g}")
-        return x
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}")
+        return int(text)
 
     return read
 
@@ -515,7 +493,7 @@ class MiniLM:
 
     def embed(self, text: str) -> np.ndarray:
         """A sentence as one unit vector: the mean of its token states."""
-        return unit(self(self.tokenize(text))[0].mean(0))
+        return unit(self.inputs(self.tokenize(text))[-1].mean(0))
 
 
 def parallel(work, items):
@@ -710,26 +688,25 @@ def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
         ratios = [f"{c['ratio']:.1f}x", f"{c['flops ratio']:.1f}x"]
         noisy = f"{c['spread']:.0%}" + " noisy" * (c["spread"] > NOISY)
         rows.append([f"{c['kind']} {c['n']:,}", *times, *ratios, noisy])
-    columns = ["newest of", "dense, ms", *(f"{x} SDPA" for x in peers), "DSA, ms", *STAGES]
+    columns = ["newest of", "dense", *peers, "DSA", *STAGES]
     columns += ["faster", "by FLOPs", "spread"]
     chunk, last = of_kind(cells, "chunk"), cells[0]
     cross = {kind: crossover(of_kind(cells, kind)) for kind in shapes}
     dense, sparse = whole_prompt(chunk, min(PROMPT, chunk[-1]["n"]))
-    faster = "; ".join(f"{kind} ({shapes[kind]}): {n}" for kind, n in cross.items())
+    faster = "; ".join(f"{kind}: {n}" for kind, n in cross.items())
     alone = f"; {shapes['16 heads']}, otherwise alike" if "16 heads" in shapes else ""
     note = (
-        f"Milliseconds a query. chunk: the newest {last['queries']} queries of a context, one block for each "
-        f"thread; token: a single one, which takes one core. {shapes['chunk']}{alone}; keys of {WIDTH}, "
-        f"values their first {LATENT}, top_k {TOP_K}, float32, random data. DSA: the whole call; its three "
-        "stages alone, beside it. by FLOPs: what the ratio would be if all products ran at one rate. "
-        "Methods take turns, at least three times each; medians; spread: from fastest to slowest, the worst "
-        f"of dense{', torch' if torch else ''} and DSA. DSA is faster from so many tokens on: {faster}. "
-        f"A whole prompt of {min(PROMPT, chunk[-1]['n']):,} tokens, one layer, not run but summed over these "
-        f"contexts: dense {span(dense)}, DSA {span(sparse)}, {dense / sparse:.1f}x."
+        f"chunk: the newest {last['queries']} queries, a block for each thread; token: "
+        f"one, on one core. {shapes['chunk']}{alone}; keys of {WIDTH}, values their first "
+        f"{LATENT}, top_k {TOP_K}, float32, random data. DSA: the whole call; beside it its stages alone. by "
+        "FLOPs: the ratio if all products ran at one rate. Methods take turns, thrice or more; medians; "
+        f"spread: from fastest to slowest, of dense{', torch' if torch else ''} or DSA. DSA is faster from "
+        f"so many tokens on: {faster}. A whole prompt of {min(PROMPT, chunk[-1]['n']):,}, one layer, not run "
+        f"but summed over these contexts: dense {span(dense)}, DSA {span(sparse)}, {dense / sparse:.1f}x."
     )
     if torch and last["n"] > 8192:
-        note += " torch: beyond 8,192 an eighth of the heads, times eight."
-    bench.table("speed", "Time of a query against the length of its context", columns, rows, note)
+        note += " torch: its SDPA; beyond 8,192 an eighth of the heads, times eight."
+    bench.table("speed", "Milliseconds a query, against the length of its context", columns, rows, note)
     tokens = of_kind(cells, "token")
     rows = [
         [f"{c['n']:,}", *map(size, c["bytes"]), *map(size, one["bytes"]), *map(size, one["read"]),
@@ -755,24 +732,26 @@ def draw_speed(bench: Bench, cells) -> None:
     shares = [[1e3 * c[s].median for c in chunk] for s in STAGES]
     texts = ["DSA: index scores", "DSA: top-k", "DSA: attention to 2,048 keys"]
     left.stackplot(n, shares, labels=texts, colors=[COLOURS[s] for s in STAGES], lw=0)
-    left.set(
-        xlabel="tokens in the context, thousands of 1,024", ylabel="milliseconds a query", ylim=(0, None)
-    )
+    left.set(ylabel="milliseconds a query", ylim=(0, None))
     left.set_title(f"Time of one of the newest {last['queries']} queries")
     left.legend(loc="upper left")
     colours = {"chunk": "#0b62c4", "token": "#3fa7e8"}
     for kind in dict.fromkeys(c["kind"] for c in cells):
         own, colour = of_kind(cells, kind), colours.get(kind, "#f08c00")
         x = [c["n"] / 1024 for c in own]
-        text = {"chunk": "a prefill chunk", "token": "one decoded token"}.get(kind, f"{kind}, a chunk")
+        text = {"chunk": "a chunk of a prompt", "token": "one decoded token"}.get(kind, f"a chunk, {kind}")
         right.plot(x, [c["ratio"] for c in own], color=colour, label=text)
-        if kind != "token":
+        if kind == "chunk":
             flops = [c["flops ratio"] for c in own]
-            right.plot(x, flops, color=colour, ls=":", marker="", label="the same, by FLOPs alone")
+            right.plot(x, flops, color="#343a40", ls=":", marker="", label="by FLOPs alone")
     right.axhline(1, color="#343a40", lw=0.8, marker="")
-    right.set(xlabel="tokens in the context, thousands of 1,024", ylim=(0, None))
+    right.set(ylim=(0, None))
     right.set_title(f"How many times faster DSA is; from {crossover(chunk)} tokens on it is")
     right.legend(loc="upper left")
+    for ax in (left, right):
+        at = [x for x in n if x >= n[-1] / 8]
+        ax.set_xticks(at, [f"{x:g}k" for x in at])
+        ax.set_xlabel("tokens in the context")
     finding = (
         f"DeepSeek-V3.2's shape on a CPU: at {last['n']:,} tokens a query takes {span(last['dense'].median)} "
         f"dense, {span(last['DSA'].median)} with DSA: {last['ratio']:.1f}x faster"
@@ -1011,7 +990,7 @@ class Haystack:
         self.fixed: dict[tuple[str, float, int], np.ndarray] = {}  # what static patterns keep
 
     def states(self, ids):
-        return unit(self.model(ids)[0][1:-1])
+        return unit(self.model.inputs(ids)[-1][1:-1])
 
     def narrow(self, states):
         """What the indexer sees of a state: the principal axes of the text, at unit length."""
@@ -1110,11 +1089,11 @@ def needle(bench: Bench) -> None:
     columns += [*(f"all, {r:.0%}" for r in ratios), f"attention, {first:.0%}"]
     title = "Needle in a haystack: share of facts retrieved, by length and by share of the keys kept"
     bench.table("needle", title, columns, rows, note)
-    shares = {
+    grids = {
         f"{m} {r:g}": {"retrieved": found[m, r].tolist(), "attention": on_fact[m, r]} for m, r in methods
     }
     longest = {f"{m} {r:g}": float(found[m, r][:, -1].mean()) for m, r in methods}
-    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": shares, "longest": longest}
+    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": grids, "longest": longest}
     draw_needle(bench, found, lengths, depths, (ratios[0], ratios[-1]), len(needles))
 
 
@@ -1194,8 +1173,9 @@ def converge(bench: Bench) -> None:
             ax.plot(x, bound, color=COLOURS[name], ls=":", marker="", label=f"{name}: bound")
         log2_axis(ax, sizes, f"K, keys kept of {n}")
         ax.set_yscale("symlog", linthresh=0.02)
-        ax.set(title=source + (", layer 4 of 6" if source == "real text" else ""), ylim=(0, None))
+        ax.set_title(source + (", layer 4 of 6" if source == "real text" else ""))
         ax.legend(loc="lower left")
+    axes[0, 0].set_ylim(0, None)
     axes[0, 0].set_ylabel("largest |sparse - dense| of a head, mean")
     finding = f"At K = n = {n} the error is 0, and on the way under 2 * missed mass * largest |v|"
     bench.figure("converge", "converge.png", finding, fig)
@@ -1253,7 +1233,7 @@ def memory(bench: Bench) -> None:
     }
     heads = ["bytes a token", "keys and values", "index keys", "held", "read a step", "working set"]
     heads += [f"cache of {small:,}, measured", "computed", f"a step at {small:,}, measured", "computed"]
-    found = []
+    found: list[list[str]] = []
     for name, streams in bench.steps(kinds.items(), "memory"):
         index = 2 * values(INDEX_KEYS) if "index_k" in streams else 0
         kv = 2 * values(streams) - index
@@ -1364,26 +1344,19 @@ class LayerRun:
         return self.layers[indexer](last[:, self.chunk - count :], cache, **kwargs)
 
     def tokens(self) -> int:
-        """How many tokens to prefill: the two cores are checked against each other, and one is timed."""
+        """How many tokens to prefill, once both forms of the core have agreed."""
         (cache,) = self.fill(STORED[:1], 2 * self.top_k)
-        expanded, _ = self.newest(cache, "float32", NEWEST, core="expanded")
-        y, _ = self.newest(cache, "float32", NEWEST, core="absorbed")
+        y, expanded = (self.newest(cache, "float32", NEWEST, core=x)[0] for x in ("absorbed", "expanded"))
         self.bench.check("layer: absorbed and expanded core", y, expanded, 1e-4)
-        run = functools.partial(self.newest, cache, "float32", NEWEST, core="absorbed")
-        # As measured, a run takes what n + 32 NEWEST tokens of these take.
-        each, quick = race({"": run})[""].median / NEWEST, self.bench.args.quick
-        able = 4 * self.top_k if quick else min(16384, max(120 / each - 32 * NEWEST, 1.5 * self.top_k))
-        n = int(self.bench.args.tokens or able) // self.chunk * self.chunk
+        n = (self.bench.args.tokens or self.top_k * 11 // 4) // self.chunk * self.chunk
         caches = 4 * n * sum(self.layers[i].new_cache(1, 1, s).bytes_per_token for s, i in STORED)
         if n < self.top_k or caches > self.left:
             raise SystemExit(f"--tokens: {n:,}, expected {self.top_k:,} or more, and as memory allows")
-        about = f"{size(caches)} of caches, about {span((n + 32 * NEWEST) * each)}"
-        self.bench.say(f"layer: prefill of {n:,}, decode at {4 * n:,}: {about}")
         return n
 
     def staged(self, run):
         """Seconds of the stages, the rest, and all; and run's result."""
-        with clocked(dict.fromkeys(LAYER_STAGES, dsa)) as spent:
+        with clocked(*LAYER_STAGES) as spent:
             start = time.perf_counter()
             result = run()
             total = time.perf_counter() - start
@@ -1400,7 +1373,7 @@ def layer(bench: Bench) -> None:
     cache, prefill, most = float32.new_cache(1, n), np.zeros(len(LAYER_STAGES) + 2), 0
     for i in bench.steps(range(n // run.chunk), "layer: prefill"):
         x = run.states(i)
-        nbytes, (seconds, (y, indices)) = weighed(lambda x=x: run.staged(lambda: float32(x, cache)))
+        seconds, (nbytes, (y, indices)) = run.staged(lambda x=x: weighed(lambda: float32(x, cache)))
         prefill, most = prefill + seconds, max(most, nbytes)
     last, kept = run.newest(cache, "float32", 1)
     bench.check("layer: last token of the prefill, decoded", last, y[:, -1:], 1e-4)
@@ -1457,34 +1430,17 @@ def layer(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 TRAINED_BY = ("trained", "warm-up only", "before training")
-RIVALS = ("approximate", "lsh", "window", "strided", "random")  # what a trained indexer has to beat
 J, E, INSIDE = 8, 64, 64  # the indexer's J and E, and the K of its sparse stage
 
 
-class Scorer:
-    """Parameters, Adam, and a loss whose gradients dsa.py gives."""
-
-    def __init__(self, rng, shapes, scales):
-        self.parts = [(s * rng.standard_normal(n)).astype(np.float32) for n, s in zip(shapes, scales)]
-        self.moments = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parts]
-        self.steps = 0
-
-    def step(self, grads, rate: float) -> None:
-        self.steps += 1
-        for p, g, (mean, square) in zip(self.parts, grads, self.moments, strict=True):
-            mean += 0.1 * (g - mean)
-            square += 0.01 * (g * g - square)
-            root = np.sqrt(square / (1 - 0.99**self.steps)) + 1e-8
-            p -= rate * mean / (1 - 0.9**self.steps) / root
-
-
-class Indexer(Scorer):
+class Indexer:
     """index_q = x Wq, index_k = x Wk, weights = x Ww of a layer's input x [..., T, dim], whose last is 1."""
 
     def __init__(self, rng, dim: int):
-        shapes = ((dim, J * E), (dim, E), (dim, J))
-        super().__init__(rng, shapes, (1.8 * dim**-0.5, 1.8 * dim**-0.5, 0.1 * (dim * J * E) ** -0.5))
+        shapes = zip(((dim, J * E), (dim, E), (dim, J)), (1.8, 1.8, 0.1 * (J * E) ** -0.5), strict=True)
+        self.parts = [(s * dim**-0.5 * rng.standard_normal(n)).astype(np.float32) for n, s in shapes]
         self.parts[2][-1] = (J * E) ** -0.5  # of the constant: all heads begin alike
+        self.moments, self.steps = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parts], 0
 
     def __call__(self, x_q, x_k) -> tuple[Any, Any, Any]:
         index_q = (x_q @ self.parts[0]).reshape(*x_q.shape[:-1], J, E)
@@ -1492,24 +1448,19 @@ class Indexer(Scorer):
 
     def loss(self, x_q, x_k, target, **where):
         """KL a query, and its gradients: the chain rule through the three projections."""
-        index = self(x_q, x_k)
-        loss, grads = dsa.indexer_loss(*index, target, **where)
+        loss, grads = dsa.indexer_loss(*self(x_q, x_k), target, **where)
         rows, pairs = target[..., 0].size, zip((x_q, x_k, x_q), grads, strict=True)
         flat = ((x.reshape(-1, x.shape[-1]), d) for x, d in pairs)
         return loss / rows, [x.T @ d.reshape(len(x), -1) / rows for x, d in flat]
 
-
-class Learned(Scorer):
-    """The MLP of SELECTORS["learned"], on q and k."""
-
-    def __init__(self, rng, q, k, hidden: int):
-        dim, spread = q.shape[-1] * q.shape[-2], (q.shape[-1] * q.shape[-2]) ** -0.5
-        scales = (spread / q.std(), spread / k.std(), 1.0, hidden**-0.5)
-        super().__init__(rng, ((hidden, dim), (hidden, dim), hidden, hidden), scales)
-
-    def loss(self, q, k, target, **where):
-        loss, grads = dsa.learned_loss(q, k, self.parts, target, **where)
-        return loss / target[..., 0].size, [g / target[..., 0].size for g in grads]
+    def step(self, grads, rate: float) -> None:
+        """Adam."""
+        self.steps += 1
+        for p, g, (mean, square) in zip(self.parts, grads, self.moments, strict=True):
+            mean += 0.1 * (g - mean)
+            square += 0.01 * (g * g - square)
+            root = np.sqrt(square / (1 - 0.99**self.steps)) + 1e-8
+            p -= rate * mean / (1 - 0.9**self.steps) / root
 
 
 class Lesson:
@@ -1526,10 +1477,10 @@ class Lesson:
         return w, np.sort(rng.choice(self.x.shape[1], (len(w), rows)), axis=1)
 
 
-def train_layer(bench: Bench, rng, lesson: Lesson, steps, judge):
+def train_layer(rng, lesson: Lesson, steps, judge):
     """Dense warm-up, then the sparse stage on its own selection; judge(step, indexer) in between."""
     indexer, (warm, sparse) = Indexer(rng, lesson.x.shape[-1]), steps
-    n, marks = lesson.x.shape[1], sorted({0, warm, warm + sparse, *range(0, warm, max(1, warm // 5))})
+    n, marks = lesson.x.shape[1], {0, warm, warm + sparse, *range(0, warm, max(1, warm // 5))}
     for i in range(warm + sparse + 1):
         if i in marks:
             judge(i, indexer)
@@ -1552,30 +1503,27 @@ def train_layer(bench: Bench, rng, lesson: Lesson, steps, judge):
 
 def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
     """The KL beside plain NumPy in float64, and its gradient along itself beside a central difference."""
-    where = everything(x_q.shape[0], len(x_k))
 
     def plain(parts):
         q, k, w = (x @ p for x, p in zip((x_q, x_k, x_q), parts, strict=True))
-        r = np.maximum(q.reshape(len(q), J, E) @ k.T, 0)
-        scores = np.einsum("tjs,tj->ts", r, w)
+        scores = np.einsum("tjs,tj->ts", np.maximum(q.reshape(len(q), J, E) @ k.T, 0), w)
         scores -= scores.max(1, keepdims=True)
         log_q = scores - np.log(np.exp(scores).sum(1, keepdims=True))
         return (target * (np.log(target) - log_q)).sum(1).mean()
 
-    loss, grads = indexer.loss(x_q, x_k, target, **where)
+    loss, grads = indexer.loss(x_q, x_k, target, **everything(len(x_q), len(x_k)))
     parts = [p.astype(np.float64) for p in indexer.parts]
     bench.check("indexer_loss, model", loss, plain(parts), 1e-3)
-    size = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads))
-    ahead, behind = ([p + s * g / size for p, g in zip(parts, grads)] for s in (1e-5, -1e-5))
-    bench.check("its gradient, model", size, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
+    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads))
+    ahead, behind = ([p + s * g / norm for p, g in zip(parts, grads)] for s in (1e-5, -1e-5))
+    bench.check("its gradient, model", norm, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
 
 
 @part("an indexer trained on the model's attention, judged on held-out text", "train", default=False,
       takes="four minutes")  # fmt: skip
 def train(bench: Bench) -> None:
-    quick, n = bench.args.quick, MiniLM.WINDOW
-    sizes = (16, 32, 64, 128)
-    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((400, 60), 80, 72)
+    quick, n, sizes = bench.args.quick, MiniLM.WINDOW, (16, 32, 64, 128)
+    steps, lessons = ((30, 6), 6) if quick else ((400, 60), 72)
     starts = np.arange(0, len(bench.text_ids) - n + 1, n)  # windows that do not overlap
     split = max(1, len(starts) * 4 // 5)  # the last fifth of the text is held out, whole topics of it
     spread = ((0, split, lessons), (split, len(starts), 2 if quick else 8))
@@ -1585,14 +1533,11 @@ def train(bench: Bench) -> None:
         return bench.model.inputs(bench.text_ids[i : i + n])
 
     texts = [list(bench.steps(parallel(read, p), "train: reading", len(p))) for p in parts]
-    count = bench.model.config["num_hidden_layers"]
-    names = [*TRAINED_BY, "learned, trained", *ORDER]
-    mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in names for k in sizes}
+    mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in (*TRAINED_BY, *ORDER) for k in sizes}
     curve: dict[int, list[tuple[float, float]]] = {}
     stages = dict(zip((sum(steps), steps[0], 0), TRAINED_BY, strict=True))
-    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in ("learned, trained", *TRAINED_BY)}
-    for layer in bench.steps(range(2 if quick else count), "train: layers"):
-        rng = np.random.default_rng(layer)
+    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in TRAINED_BY}
+    for layer in bench.steps(range(2 if quick else bench.model.config["num_hidden_layers"]), "train: layers"):
         lesson, exam = (Lesson(bench, layer, np.stack([x[layer] for x in text])) for text in texts)
         rows = np.arange(0, exam.x.shape[1], 8)
         q, k, truth = exam.q[:, rows], exam.k, exam.target[:, rows]
@@ -1604,89 +1549,64 @@ def train(bench: Bench) -> None:
                 raise WrongAnswer(f"not {indices.shape[-1]} different ascending indices")
             return float(np.take_along_axis(truth, indices.astype(np.int64), -1).sum(-1).mean())
 
-        def judge(step, indexer, exam=exam, rows=rows, truth=truth, where=where, q=q, k=k, captured=captured):
-            index: tuple[Any, Any, Any] = indexer(exam.x[:, rows], exam.x)
-            loss = indexer.loss(exam.x[:, rows], exam.x, truth, **where)[0]
+        def judge(
+            step,
+            indexer: Indexer,
+            exam=exam,
+            rows=rows,
+            truth=truth,
+            where=where,
+            q=q,
+            k=k,
+            captured=captured,
+        ):
+            x, index = (exam.x[:, rows], exam.x), indexer(exam.x[:, rows], exam.x)
             found = {s: captured(dsa.lightning_select(*index, s, **where)) for s in sizes}
-            curve.setdefault(step, []).append((loss, found[INSIDE]))
+            curve.setdefault(step, []).append((indexer.loss(*x, truth, **where)[0], found[INSIDE]))
             if step in stages:
                 own = dsa.lightning_select(*index, INSIDE, **where)
-                inside = dsa.attention_target(q, k, indices=own)
-                inside = indexer.loss(exam.x[:, rows], exam.x, inside, indices=own)[0]
-                kl[stages[step]].append((loss, inside))
+                inside = indexer.loss(*x, dsa.attention_target(q, k, indices=own), indices=own)[0]
+                kl[stages[step]].append((curve[step][-1][0], inside))
                 for top_k, share in found.items():
                     mass[stages[step], top_k].append(share)
 
-        indexer = train_layer(bench, rng, lesson, steps, judge)
+        indexer = train_layer(np.random.default_rng(layer), lesson, steps, judge)
         check_loss(bench, indexer, exam.x[0, rows], exam.x[0], truth[0])
-        mlp = Learned(rng, lesson.q, lesson.k, 16)
-        for i in range(mlp_steps):
-            w, r = lesson.draw(rng)
-            side = everything(r.shape[1], lesson.x.shape[1])
-            _, grads = mlp.loss(lesson.q[w, r], lesson.k[w[:, 0]], lesson.target[w, r], **side)
-            mlp.step(grads, 1e-2 * (1 - i / mlp_steps))
-        kl["learned, trained"].append((mlp.loss(q, k, truth, **where)[0],))
-        for top_k in sizes:
-            learned = dsa.SELECTORS["learned"](q, k, top_k, mlp=mlp.parts, **where)
-            mass["learned, trained", top_k].append(captured(learned))
-            for s in ORDER:
-                mass[s, top_k].append(captured(choose(s, q, k, top_k, rows)))
-    report_train(bench, names, sizes, mass, kl, curve, (*steps, mlp_steps), parts)
+        for s, top_k in itertools.product(ORDER, sizes):
+            mass[s, top_k].append(captured(choose(s, q, k, top_k, rows)))
+    report_train(bench, sizes, mass, kl, curve, steps, parts)
 
 
-def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> None:
-    *steps, mlp_steps = steps
+def report_train(bench: Bench, sizes, mass, kl, curve, steps, parts) -> None:
     mean = {cell: float(np.mean(x)) for cell, x in mass.items()}
-    names = sorted(names, key=lambda s: -mean[s, INSIDE])
-    rows = []
-    for s in names:
-        nats = [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else []
-        rows.append([s, *nats, *[""] * (2 - len(nats)), *(f"{mean[s, k]:.1%}" for k in sizes)])
-    best = {k: max((mean[s, k], s) for s in RIVALS)[1] for k in sizes}
-    ahead = ", ".join(f"{100 * (mean['trained', k] - mean[best[k], k]):+.1f} ({best[k]})" for k in sizes)
-    behind = [
-        f"layer {layer + 1} K={k}: {s} by {100 * (mass[s, k][layer] - own):.1f}"
-        for k in sizes for layer, own in enumerate(mass["trained", k])
-        for s in RIVALS if mass[s, k][layer] >= own
-    ]  # fmt: skip
+    names = sorted({s for s, _ in mass}, key=lambda s: -mean[s, INSIDE])
+    nats = {s: [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else ["", ""] for s in names}
+    rows = [[s, *nats[s], *(f"{mean[s, k]:.1%}" for k in sizes)] for s in names]
     note = (
         f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
         "every 8th query, of the last fifth of the text. KL: nats a query, over all keys and inside the "
         f"indexer's own {INSIDE}. trained: {J} index heads of {E}, random at first, {steps[0]} steps "
         f"of Adam on {len(parts[0])} windows of the rest (warm-up), then {steps[1]} on the model's attention "
-        f"inside its own {INSIDE} keys, which are all that this stage looks at. "
-        f"Over the best of {', '.join(RIVALS)}, in points at K = {', '.join(map(str, sizes))}: {ahead}. "
-        f"Single layers in which one of them keeps more: {'; '.join(behind[:6]) or 'none'}"
-        f"{f'; and {len(behind) - 6} more' if len(behind) > 6 else ''}. "
-        "lightning: as in the table above, the model's own heads as index heads, 384 numbers a key, not "
-        f"{E}. learned: the MLP, random or trained {mlp_steps} steps."
+        f"inside its own {INSIDE} keys, which are all that this stage looks at. lightning: the model's own "
+        f"heads as index heads, 384 numbers a key, not {E}. learned: a random MLP."
     )
     columns = ["selector", "KL", f"KL inside {INSIDE}", *(f"mass K={k}" for k in sizes)]
     bench.table("train", "An indexer trained on a real model, on text it has not seen", columns, rows, note)
-    bench.results["train"] = {
-        "mass_by_layer": [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()],
-        "kl_by_layer": kl, "curve_by_layer": curve, "ahead": ahead, "behind_in": behind,
-    }  # fmt: skip
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    shares = [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()]
+    bench.results["train"] = {"mass_by_layer": shares, "kl_by_layer": kl, "curve_by_layer": curve}
+    fig, left = plt.subplots(figsize=(8, 3.6))
     points = sorted(curve)
-    ax, losses, shares = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
+    ax, losses, found = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
     left.plot(points, losses, color=COLOURS["dense"])
-    left.set(xlabel="step", ylabel="KL a query, nats", yscale="log")
+    left.set(xlabel="step; shaded: the sparse stage", ylabel="KL a query, nats", yscale="log")
     left.axvspan(steps[0], sum(steps), color="#f1f3f5", zorder=0)
-    left.text(steps[0], losses.max() / 3, "sparse stage ", ha="right", fontsize=8)
-    ax.plot(points, shares, color=COLOURS["trained"], lw=2.8)
-    for s, va in (("oracle", "bottom"), ("approximate", "top")):
+    ax.plot(points, found, color=COLOURS["trained"], lw=2.8)
+    for s, va in (("oracle", "bottom"), ("approximate", "top"), ("window", "top"), ("random", "top")):
         ax.axhline(mean[s, INSIDE], color=COLOURS[s], ls="--", lw=1, marker="")
         ax.text(sum(steps), mean[s, INSIDE], s, va=va, ha="right", fontsize=8, color=COLOURS[s])
     ax.set(ylim=(0, None), ylabel=f"mass at K = {INSIDE}")
     ax.yaxis.label.set_color(COLOURS["trained"])
     ax.grid(False)
-    for s in names:
-        style = {"color": COLOURS[s], "lw": 2.8 if s == "trained" else 1.2, "label": s}
-        right.plot(sizes, [mean[s, k] for k in sizes], ls="--" if s == "oracle" else "-", **style)
-    log2_axis(right, sizes, "K, keys kept of 512")
-    right.set(ylim=(0, None), ylabel="share of the attention mass kept")
-    right.legend(bbox_to_anchor=(1.0, 1.04), loc="upper left")
     finding = (
         f"On text it has not seen, a trained indexer keeps {mean['trained', INSIDE]:.1%} of the mass with "
         f"{INSIDE} of 512 keys, {mean[TRAINED_BY[2], INSIDE]:.1%} before training; the most there is: "
@@ -1702,25 +1622,7 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
 PREFILL = 8192, 32768, 65536, 131072
 DECODE = [(1, 1, 131072), (1, 1, 2**20), (1, 1, 2**22), (8, 1, 131072)]  # batch, queries of each, context
 DECODE += [(32, 1, 32768), (128, 1, 32768), (128, 2, 32768)]
-PEERS = {  # by table row: what others' kernels took on an H200 on 2026-11-23; TileLang's as others report it
-    "index_scores": "DeepGEMM 8.59 ms, 1009 TFLOP/s",
-    "select_topk": "FlashInfer 2.27 ms",
-    "lightning_select": "the two 10.9 ms",
-    "the whole chain": "the three 14.9 ms",
-    "sparse_attention, random keys": "FlashMLA 4.12 to 4.51 ms, 518 to 567 TFLOP/s",
-    "sparse_attention, top_k 512": "FlashMLA at 32,768: 515 TFLOP/s",
-    "sparse_attention, 64 heads": "FlashMLA at 32,768: 509 TFLOP/s",
-    "sparse_attention_backward": "TileLang, by others: about 115 TFLOP/s",
-    "1 x 131,072": "the three 61.4 us",
-    "1 x 1,048,576": "the three 101.9 us",
-    "8 x 131,072": "the three 107.8 us",
-    "32 x 32,768": "FlashMLA 93 us",
-    "128 x 32,768": "FlashMLA 199 us",
-    "128 x 32,768, 2 tokens": "FlashMLA 373 us",
-}
-FROM = " Peers: DeepGEMM 54e2261, FlashInfer fb28d72 (deterministic) and FlashMLA 9241ae3, measured by us "
-FROM += "on an H200 with driver 580.159 on 2026-11-23, not by this command"
-STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # STEPS: of decode, in a CUDA graph
+STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # of decode, in a CUDA graph
 
 
 def exact(x) -> np.ndarray:
@@ -1751,12 +1653,10 @@ class Chip:
         self.bench, self.xp, self.bf16 = bench, cupy, np.dtype(ml_dtypes.bfloat16)
         self.torch = torch is not None and torch.cuda.is_available()
         self.rng, self.failed = cupy.random.default_rng(0), list[str]()
-        smi, cuda = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv"], runtime.runtimeGetVersion()
-        there = shutil.which(smi[0])
-        text = subprocess.run(smi, capture_output=True, text=True).stdout if there else ""
-        driver = re.search(r"\d+\.[\d.]+", text)
-        self.name = f"{name}, driver {driver[0] if driver else 'unknown'}, CUDA {cuda // 1000}."
-        self.name += f"{cuda % 1000 // 10}, CuPy {cupy.__version__}"
+        driver, cuda = (
+            f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion())
+        )
+        self.name = f"{name}, driver of CUDA {driver}, CUDA {cuda}, CuPy {cupy.__version__}"
 
     def draw(self, *shape: int, dtype=None):
         x = self.xp.empty(shape, dtype or self.bf16)
@@ -1764,8 +1664,8 @@ class Chip:
             part[...] = self.rng.standard_normal(part.shape, np.float32).astype(x.dtype)
         return x
 
-    def clock(self, run, stream=None) -> tuple[float, int]:
-        """Median milliseconds of run() by CUDA events, which are all queued before the last is waited for."""
+    def clock(self, run, stream=None) -> Laps:
+        """run(), several times, by CUDA events, which are all queued before the last is waited for."""
 
         def laps(n):
             marks = [self.xp.cuda.Event() for _ in range(n + 1)]
@@ -1774,18 +1674,16 @@ class Chip:
                 run()
                 mark.record(stream)
             marks[-1].synchronize()
-            return [self.xp.cuda.get_elapsed_time(*pair) for pair in itertools.pairwise(marks)]
+            return Laps(self.xp.cuda.get_elapsed_time(*pair) / 1e3 for pair in itertools.pairwise(marks))
 
-        many = 5 if self.bench.args.quick else min(30, max(1, int(4000 / max(laps(2)))))
-        return float(np.median(laps(many))), many
+        return laps(5 if self.bench.args.quick else min(30, max(3, int(4 / max(laps(2))))))
 
     def ceilings(self) -> dict[str, float]:
         """What the chip reaches in this run: a bfloat16 product of 8192^3, and a copy, read plus written."""
         x, long = self.draw(8192, 8192), self.draw(4, 2**28)
         x, other = tensor(x) if self.torch else x, self.xp.empty_like(long)
-        product, _ = self.clock(lambda: x @ x)
-        copied, _ = self.clock(lambda: self.xp.copyto(other, long))
-        return {"TFLOP/s": 2 * 8192**3 / product / 1e9, "TB/s": 2 * long.nbytes / copied / 1e9}
+        product, copied = self.clock(lambda: x @ x), self.clock(lambda: self.xp.copyto(other, long))
+        return dict(zip(RATES, (2e-12 * 8192**3 / product.median, 2e-12 * long.nbytes / copied.median)))
 
     @contextlib.contextmanager
     def alone(self, what: str):
@@ -1794,7 +1692,7 @@ class Chip:
             yield
         except Exception as e:
             self.failed.append(f"{what}: {type(e).__name__}: {e}")
-            self.bench.console.print(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}", highlight=False)
+            self.bench.say(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}")
 
     def free(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
@@ -1814,9 +1712,9 @@ class Chip:
                 results = launch()
             for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
                 check(p, x)
-            ms, repeats = self.clock(launch, stream)
-            cell[name] = {"ms": ms / len(steps), "repeats": repeats}
-            cell[name] |= {rate: n * len(steps) / ms / 1e9 for rate, n in zip(RATES, work, strict=True)}
+            laps = Laps(x / len(steps) for x in self.clock(launch, stream))
+            cell[name] = {"seconds": laps.median, "spread": laps.spread, "repeats": len(laps)}
+            cell[name] |= {rate: n / laps.median / 1e12 for rate, n in zip(RATES, work, strict=True)}
 
     def captured(self, run):
         """run as a CUDA graph -> what launches it, its results after a launch, its stream."""
@@ -1840,14 +1738,8 @@ class Chip:
 class GpuProblem:
     """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
 
-    scores: Any
-    indices: Any
-    out: Any
-    lse: Any
-    dout: Any
-    target: Any
-
     def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
+        self.scores = self.indices = self.out = self.lse = self.dout = None  # type: Any
         self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
         self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
@@ -1868,20 +1760,9 @@ class GpuProblem:
 
     def attending(self, *more, width: int = 2 * WIDTH) -> tuple[float, float]:
         heads, keys = self.q.size // WIDTH, min(self.indices.size, self.k.size // WIDTH)
-        own = (
-            heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1],
-            2 * heads * (WIDTH + LATENT) + width * keys,
-        )
-        return own[0] + sum(x[0] for x in more), own[1] + sum(x[1] for x in more)
-
-    def score_wide(self):
-        return dsa.index_scores(*self.wide)
-
-    def score(self):
-        return dsa.index_scores(*self.index)
-
-    def select(self):
-        return dsa.select_topk(self.scores, self.top_k)
+        flops = heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1]
+        moved = 2 * heads * (WIDTH + LATENT) + width * keys
+        return flops + sum(x[0] for x in more), moved + sum(x[1] for x in more)
 
     def lightning(self):
         return dsa.lightning_select(*self.index, self.top_k)
@@ -1892,26 +1773,13 @@ class GpuProblem:
     def attend_fp8(self):
         return self.cache.attend(self.q, self.indices, d_v=LATENT)
 
-    def chain(self):
-        indices = self.lightning()
-        return *dsa.sparse_attention(self.q, self.k, None, indices, d_v=LATENT), indices
-
-    def chain_fp8(self):
-        indices = self.lightning()
-        return *self.cache.attend(self.q, indices, d_v=LATENT), indices
-
-    def torch_topk(self):
-        return torch.topk(tensor(self.scores), self.top_k, sorted=False).values
-
-    def torch_attend(self, step: int = 256):
-        """Gather, then bmm, as far as memory goes."""
-        q, k, rows = tensor(self.q), tensor(self.k)[:, 0], tensor(self.indices).long()
-        out = torch.empty(*q.shape[:-1], LATENT, dtype=q.dtype, device=q.device)
-        for i in range(0, len(q), step):
-            near = k[rows[i : i + step]]  # [n, K, D]
-            p = torch.softmax(q[i : i + step] @ near.mT * WIDTH**-0.5, -1)
-            torch.matmul(p, near[..., :LATENT], out=out[i : i + step])
-        return (out,)
+    def chain(self, attend):
+        """Both stages; the indices on the way are those of select_topk, or the run has failed."""
+        mine, self.indices = self.indices, self.lightning()
+        try:
+            return *attend(self), self.indices
+        finally:
+            self.indices = mine
 
     def three(self):
         """Three queries: the index that keeps an axis of one, and of the keys that each sees."""
@@ -1927,115 +1795,75 @@ class GpuProblem:
         rows = self.indices[one][0]
         return exact(keys[seen][rows]), np.arange(len(rows))[None]
 
+    def check(self, what: str, tol: float, got, want) -> None:
+        """Of three queries, in float64: each array of got beside that of want(one, seen)."""
+        for one, seen in self.three():
+            for mine, exactly in zip(got, want(one, seen), strict=True):
+                mine = exact(mine[one])[..., : exactly.shape[-1]]
+                self.chip.bench.check(f"gpu {what}", mine, exactly, tol)
+
     def check_scores(self, x, index=None) -> None:
         q, k, weights = index or self.index
-        for one, seen in self.three():
-            want = dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))
-            # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
-            tol = 1e-3 if q.dtype == np.uint8 else 3e-4
-            self.chip.bench.check("gpu index_scores", exact(x[one])[:, : want.shape[-1]], want, tol)
+        # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
+        tol = 1e-3 if q.dtype == np.uint8 else 3e-4
+
+        def want(one, seen):
+            return [dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))]
+
+        self.check("index_scores", tol, [x], want)
         self.all_rows("index_scores, -inf", self.chip.xp.isneginf(x).sum(-1), self.s - self.ends)
 
-    def check_wide(self, x) -> None:
-        self.check_scores(x, self.wide)
-
     def check_indices(self, x) -> None:
-        for one, seen in self.three():
-            want = dsa.select_topk(self.scores[one].get()[:, : len(self.k[seen])], self.top_k)
-            self.chip.bench.check("gpu select_topk", x[one].get(), want, 0)
+        def want(one, seen):
+            return [dsa.select_topk(self.scores[one].get()[:, : len(self.k[seen])], self.top_k)]
+
+        self.check("select_topk", 0, [x], want)
         self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
 
-    def check_torch_topk(self, x) -> None:
-        mine = torch.take_along_dim(tensor(self.scores), tensor(self.indices).long(), -1)
-        self.all_rows("torch.topk", mine.sort().values, x.sort().values)
-
-    def check_lightning(self, x) -> None:
-        self.all_rows("lightning_select", x, self.indices)
-
-    def check_attention(self, x, stored=lambda k: k, tol: float = 1e-2) -> None:
-        for one, seen in self.three():
+    def check_attention(self, x, stored=lambda k: k) -> None:
+        def want(one, seen):
             kept, slots = self.kept(self.k, one, seen)
-            out, lse = dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
-            self.chip.bench.check("gpu attention", exact(x[0][one]), out, tol)
-            for got in x[1:2]:  # torch gives none
-                self.chip.bench.check("gpu attention, lse", exact(got[one]), lse, 1e-3)
+            return dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
+
+        self.check("attention", 1e-2, x[:1], lambda *at: want(*at)[:1])
+        self.check("attention, lse", 1e-3, x[1:2], lambda *at: want(*at)[1:])
 
     def check_fp8(self, x) -> None:
         self.check_attention(x, lambda k: dsa.unpack_kv_fp8(dsa.pack_kv_fp8(k)).astype(np.float64))
 
-    def check_chain(self, x) -> None:
-        self.check_attention(x)
-        self.check_lightning(x[2])
+    def check_same(self, x) -> None:
+        self.all_rows("lightning_select", x, self.indices)
 
-    def check_chain_fp8(self, x) -> None:
-        self.check_fp8(x)
-        self.check_lightning(x[2])
+    def check_chain(self, x, fp8: bool = False) -> None:
+        (self.check_fp8 if fp8 else self.check_attention)(x)
+        self.check_same(x[2])
 
     def learn(self) -> None:
-        """What the gradients need: the result, its slope, and the indexer's target."""
+        """What the gradients need: the result, and its slope."""
         self.out, self.lse = self.attend()
         self.dout = self.chip.draw(*self.out.shape)
-        self.target = self.find_target()
-        pairs = self.q.size // WIDTH * self.indices.shape[-1]  # of a query's head and a key
-        self.going_back = 2 * pairs * (3 * WIDTH + 2 * LATENT), 0
-        self.targeting = 2 * pairs * WIDTH, 0
-        self.teaching = 6 * math.prod(self.wide[0].shape[-2:]) * self.indices.size, 0
+        self.going_back = 2 * self.q.size // WIDTH * self.indices.shape[-1] * (3 * WIDTH + 2 * LATENT), 0
 
     def backward(self, deterministic: bool = True):
         rest = self.indices, self.out, self.lse, self.dout
         kwargs = {"d_v": LATENT, "deterministic": deterministic}
         return dsa.sparse_attention_backward(self.q, self.k, None, *rest, **kwargs)[:2]
 
-    def find_target(self):
-        return dsa.attention_target(self.q, self.k, indices=self.indices)
-
-    def teach(self):
-        return dsa.indexer_loss(*self.wide, self.target, indices=self.indices)[1]
-
-    def those_of(self, key: int):
-        """The queries that have chosen a key, and the slot in which each has it."""
-        return self.chip.xp.nonzero(self.indices == key)
-
     def check_backward(self, x) -> None:
         """dq of three queries, and dk of three keys out of all the queries that have chosen them."""
-        for one, seen in self.three():
+
+        def want(one, seen):
             kept, slots = self.kept(self.k, one, seen)
             rest = [exact(y[one]) for y in (self.out, self.lse, self.dout)]
-            want = dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[0]
-            self.chip.bench.check("gpu sparse_attention_backward, dq", exact(x[0][one]), want, 2e-2)
+            return dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[:1]
+
+        self.check("sparse_attention_backward, dq", 2e-2, x[:1], want)
         for key in (0, self.s // 3, self.s - self.t):
-            who, _ = self.those_of(key)
+            who, _ = self.chip.xp.nonzero(self.indices == key)
             q, *rest = (exact(y[who]) for y in (self.q, self.out, self.lse, self.dout))
             k, slots = exact(self.k[key : key + 1]), np.zeros((len(q), 1), np.int64)
-            want = dsa.sparse_attention_backward(q, k, None, slots, *rest, d_v=LATENT)[1]
-            self.chip.bench.check("gpu sparse_attention_backward, dk", exact(x[1][key : key + 1]), want, 2e-2)
-
-    def check_target(self, x) -> None:
-        for one, seen in self.three():
-            kept, slots = self.kept(self.k, one, seen)
-            want = dsa.attention_target(exact(self.q[one]), kept, indices=slots)
-            self.chip.bench.check("gpu attention_target", exact(x[one]), want, 1e-3)
-
-    def check_lesson(self, x) -> None:
-        """As check_backward; a key's gradient there is the sum of those of queries with its slot alone."""
-        index_q, index_k, weights = self.wide
-        for one, seen in self.three():
-            kept, slots = self.kept(index_k, one, seen)
-            index = exact(index_q[one]), kept, exact(weights[one])
-            want = dsa.indexer_loss(*index, exact(self.target[one]), indices=slots)[1]
-            self.chip.bench.check("gpu indexer_loss, index_q", exact(x[0][one]), want[0], 2e-2)
-            self.chip.bench.check("gpu indexer_loss, weights", exact(x[2][one]), want[2], 2e-2)
-        key = self.s // 3
-        who, at = self.those_of(key)
-        q, w, rows, p = (exact(y[who]) for y in (index_q, weights, self.indices, self.target))
-        want, k = 0.0, exact(index_k)
-        for i, slot in enumerate(at.get()):
-            dots = q[i] @ k[rows[i].astype(np.int64)].T  # [J, K]
-            scores = w[i] @ np.maximum(dots, 0)
-            share = np.exp(scores - scores.max())
-            slope = share[slot] / share.sum() - p[i, slot]
-            want = want + (slope * w[i] * (dots[:, slot] > 0)) @ q[i]
-        self.chip.bench.check("gpu indexer_loss, index_k", exact(x[1][key]), want, 2e-2)
+            dk = dsa.sparse_attention_backward(q, k, None, slots, *rest, d_v=LATENT)[1]
+            self.chip.bench.check("gpu sparse_attention_backward, dk", exact(x[1][key : key + 1]), dk, 2e-2)
 
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
@@ -2046,17 +1874,16 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     P, p, xp = GpuProblem, GpuProblem(chip, s, t, top_k), chip.xp
     stage = functools.partial(chip.stage, cell)
     with chip.alone(f"selection, {s:,}"):
-        stage("index_scores, bfloat16", [p], P.score_wide, P.check_wide, p.scoring_wide)
-        stage("index_scores", [p], P.score, P.check_scores, p.scoring)
-        p.scores = p.score()
-        stage("select_topk", [p], P.select, P.check_indices, p.selecting)
-        p.indices = p.select()
-        if chip.torch:
-            stage("torch.topk", [p], P.torch_topk, P.check_torch_topk, p.selecting)
+        run, check = (lambda p: dsa.index_scores(*p.wide)), (lambda p, x: p.check_scores(x, p.wide))
+        stage("index_scores, bfloat16", [p], run, check, p.scoring_wide)
+        stage("index_scores", [p], lambda p: dsa.index_scores(*p.index), P.check_scores, p.scoring)
+        p.scores = dsa.index_scores(*p.index)
+        stage("select_topk", [p], lambda p: dsa.select_topk(p.scores, top_k), P.check_indices, p.selecting)
+        p.indices = dsa.select_topk(p.scores, top_k)
         p.scores = None
-        stage("lightning_select", [p], P.lightning, P.check_lightning, p.both)
+        stage("lightning_select", [p], P.lightning, P.check_same, p.both)
         stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
-        stage("the whole chain", [p], P.chain, P.check_chain, p.attending(p.both))
+        stage("the whole chain", [p], lambda p: p.chain(P.attend), P.check_chain, p.attending(p.both))
     spread = (xp.arange(top_k) + chip.rng.random((t, top_k))) / top_k  # ascending, none twice
     p.indices = (spread * p.ends[:, None]).astype(np.int32)
     few, half = copy.copy(p), copy.copy(p)
@@ -2064,17 +1891,12 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
     for what, x in list(cases.items())[: 3 if more else 1]:
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
-    if chip.torch:
-        check = functools.partial(P.check_attention, tol=3e-2)
-        stage("torch gather + bmm", [p], P.torch_attend, check, p.attending())
     if more:
         with chip.alone(f"gradients, {s:,}"):
             p.learn()
             stage("sparse_attention_backward", [p], P.backward, P.check_backward, p.going_back)
             atomics = functools.partial(P.backward, deterministic=False)
             stage("the same, by atomics", [p], atomics, P.check_backward, p.going_back)
-            stage("attention_target", [p], P.find_target, P.check_target, p.targeting)
-            stage("indexer_loss", [p], P.teach, P.check_lesson, p.teaching)
 
 
 def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None:
@@ -2083,16 +1905,17 @@ def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None
     P, ring = GpuProblem, [GpuProblem(chip, s, t, top_k, batch) for _ in range(many)]
     p, steps = ring[0], [ring[i % len(ring)] for i in range(STEPS)]
     stage = functools.partial(chip.stage, cell, steps=steps, graph=True)
-    stage("index_scores", run=P.score, check=P.check_scores, work=p.scoring)
+    stage("index_scores", run=lambda p: dsa.index_scores(*p.index), check=P.check_scores, work=p.scoring)
     for x in ring:
-        x.scores = x.score()
-        x.indices = x.select()
-    stage("select_topk", run=P.select, check=P.check_indices, work=p.selecting)
+        x.scores = dsa.index_scores(*x.index)
+        x.indices = dsa.select_topk(x.scores, top_k)
+    select = functools.partial(stage, "select_topk", run=lambda p: dsa.select_topk(p.scores, top_k))
+    select(check=P.check_indices, work=p.selecting)
     stage("sparse_attention", run=P.attend, check=P.check_attention, work=p.attending())
     packed = p.attending(width=p.cache.stored("k").shape[-1])
     stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=packed)
-    chain = packed[0] + p.both[0], packed[1] + p.both[1]
-    stage("chain of three, fp8", run=P.chain_fp8, check=P.check_chain_fp8, work=chain)
+    chain, check = (packed[0] + p.both[0], packed[1] + p.both[1]), functools.partial(P.check_chain, fp8=True)
+    stage("chain of three, fp8", run=lambda p: p.chain(P.attend_fp8), check=check, work=chain)
 
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
@@ -2106,14 +1929,10 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
         last = [exact(x[0, :2]).swapaxes(0, 1) for x in (q[:, :, -1:], k, v, out[:, :, -1:])]  # of two heads
         chip.bench.check("gpu torch SDPA", last[3], dsa.dense_attention(*last[:3])[0], 3e-2)
 
-    backend: Any = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-    cell["dense by"] = "cuDNN"
-    try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            attend(q, k, v, is_causal=True)
-    except RuntimeError:
-        backend, cell["dense by"] = contextlib.nullcontext(), "torch's choice, as cuDNN refuses"
-    with backend:
+    backend = (
+        SDPBackend.CUDNN_ATTENTION if torch.backends.cuda.cudnn_sdp_enabled() else SDPBackend.FLASH_ATTENTION
+    )
+    with sdpa_kernel(backend):
         run, flops = (lambda _: attend(q, k, v, is_causal=True)), V32["H"] * s * (s + 1) * sum(widths[1:])
         chip.stage(cell, DENSE, [None], run, check, (flops, 0))
 
@@ -2123,7 +1942,7 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
 def gpu(bench: Bench) -> None:
     chip, quick = Chip(bench), bench.args.quick
     bench.results["provenance"]["gpu"] = chip.name
-    bench.console.print(f"[dim]{'gpu':17}[/] {escape(chip.name)}", highlight=False)
+    bench.say(f"[dim]{'gpu':10} {escape(chip.name)}[/]")
     lengths, t, top_k = ((2048, 4096), 256, 256) if quick else (PREFILL, 4096, V32["top_k"])
     ceilings = chip.ceilings()
     cells: list[dict[str, Any]] = []
@@ -2139,7 +1958,7 @@ def gpu(bench: Bench) -> None:
                 torch_dense(chip, cell, s)
         if dense := [c for c in cells if c.get(DENSE)]:
             flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
-            cell["dense, these queries*"] = {"ms": flops / dense[-1][DENSE]["TFLOP/s"] / 1e9}
+            cell["dense, these queries*"] = {"seconds": flops / dense[-1][DENSE]["TFLOP/s"] / 1e12}
     for batch, each, s in bench.steps([(1, 1, 2048), (8, 2, 2048)] if quick else DECODE, "gpu: decode"):
         cell = {"at": f"{batch} x {s:,}" + f", {each} tokens" * (each > 1)}
         steps.append(cell)
@@ -2155,7 +1974,7 @@ def gpu(bench: Bench) -> None:
 def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     ceilings, prefill, decode = (bench.results["gpu"][x] for x in ("ceilings", "prefill", "decode"))
 
-    def row(first, cells, unit, factor):
+    def row(first, cells):
         """Of each cell time, rate, and share of the ceiling that is nearer."""
         texts = []
         for x in cells:
@@ -2163,37 +1982,31 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
                 texts.append("FAILED" if x is None else x)
                 continue
             share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
-            texts.append(f"{digits(factor * x['ms'])} {unit}")
-            texts[-1] += f", {digits(x[rate])} {rate}, {share:.0%}" if share else ""
+            texts.append(span(x["seconds"]) + (f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""))
+            texts[-1] += " ~" * (x.get("spread", 0) > NOISY)
         return [first, *texts]
 
-    def digits(x: float) -> str:
-        return f"{x:.{3 if x < 1000 else 4}g}"
-
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
-    note = "Random data, medians of CUDA events, results checked first. % of this run's ceilings, "
-    note += f"{top}: a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus "
-    note += "written."
-    names = [name for name in max(prefill, key=len) if name not in ("at", "dense by")]
-    rows = [[*row(x, [cell.get(x, "") for cell in prefill], "ms", 1), PEERS.get(x, "")] for x in names]
-    dense = [cell["dense by"] for cell in prefill if cell.get(DENSE)]
-    also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys; from gather on: random."
-    also += f" Dense: whole sequences, heads of 192 and 128, {dense[-1]}; * at its rate." if dense else ""
+    note = (
+        f"Random data, medians of CUDA events, ~: spread over {NOISY:.0%}. % of this run's ceilings, {top}: "
+    )
+    note += "a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
+    names = [name for name in max(prefill, key=len) if name != "at"]
+    rows = [row(x, [cell.get(x, "") for cell in prefill]) for x in names]
+    also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys."
+    also += " Dense: whole sequences, heads of 192 and 128; * at its rate." if DENSE in prefill[0] else ""
     title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, on one {chip}"
-    columns = ["stage", *(cell["at"] for cell in prefill), "peers, 131,072"]
-    bench.table("gpu", title, columns, rows, note + also + FROM + ".")
+    bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
     names = [name for name in max(decode, key=len) if name != "at"]
-    rows = [row(x["at"], [x.get(name, "") for name in names], "us", 1e3) for x in decode]
-    rows = [[*cells, PEERS.get(cells[0], "")] for cells in rows]
-    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). Index keys: "
-    also += "fp8."
-    alone = "; FlashMLA's attention alone without a graph."
-    columns = ["batch x context", *names, "peers, fp8"]
-    bench.table("gpu_decode", f"A decode step, on one {chip}", columns, rows, note + also + FROM + alone)
+    rows = [row(x["at"], [x.get(name, "") for name in names]) for x in decode]
+    also = (
+        f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest); fp8 index keys."
+    )
+    bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. sharded: what MPI costs on this machine, and a model of what it costs on many
+# 11. sharded: what MPI costs on this machine
 # ------------------------------------------------------------------------------------------------------------
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
@@ -2202,7 +2015,6 @@ MPI_CALLS = {  # what sharded_attention asks of its communicator, and for what
     "Allgather": "agree, wait", "allgather": "agree, wait", "bcast": "agree, wait",
 }  # fmt: skip
 SHARD_STAGES = ("total", "attend", "exchange", "merge", "agree, wait", "score, select")
-V32_LAYERS = 61
 
 
 def sharded_keys(first: int, last: int, block: int = 1024):
@@ -2257,7 +2069,7 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
     for _ in range(repeat + 1):
         ranks = ClockedRank(comm)
         comm.Barrier()
-        with clocked({"sparse_attention": dsa}) as inside:
+        with clocked("sparse_attention") as inside:
             start = time.perf_counter()
             out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, ranks, d_v=512)
             total = time.perf_counter() - start
@@ -2290,58 +2102,8 @@ def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def sharded_cost(a: argparse.Namespace, s: int, ranks: int, t: int) -> dict[str, tuple[float, float]]:
-    """Bytes and seconds of each stage of one layer on one GPU; the formulas are in sharded's help."""
-    n, J, E, H, K = s / ranks, V32["J"], V32["E"], V32["H"], V32["top_k"]
-    chunk = min(t, max(1, int(dsa.SHARD_BUFFER / n)))
-    chunks, mine = math.ceil(t / chunk), math.ceil(chunk / ranks)  # queries that the busiest rank decides
-    kept, rounds, launch = min(K, n), math.ceil(math.log2(ranks)), a.launch * 1e-6
-    memory, link, latency = a.memory * 1e12, a.link * 1e9, a.latency * 1e-6
-    keys, scores = chunks * n * 2 * E, t * n * 8  # of a chunk all keys are read; scores written and read
-    compute = t * n * 2 * J * (E + 1) / (a.flops * 1e12)
-    scoring = max(keys / memory, compute) + scores / memory + 2 * chunks * launch
-    sent = chunks * mine * (ranks - 1) * 8 * kept + t * 4 * K * (ranks - 1) / ranks
-    exchange = sent / link + chunks * (2 * (ranks - 1) * a.message * 1e-6 + rounds * latency)
-    decided = chunks * mine * ranks * kept * 12
-    decide = decided / memory + chunks * launch
-    gathered = t * K / ranks * 2 * 576
-    attention = max(gathered / memory, t * K / ranks * H * 2 * (576 + 512) / (a.attend * 1e12)) + launch
-    merged = 2 * (ranks - 1) / ranks * t * 4 * H * (512 + 2)
-    merge = merged / link + 4 * rounds * latency
-    agree, words = (7 + chunks) * rounds * latency, (7 + chunks) * ranks * 8
-    return {
-        "scoring": (keys + scores, scoring), "exchange": (sent, exchange), "decide": (decided, decide),
-        "attention": (gathered, attention), "merge": (merged, merge), "agree": (words, agree),
-    }  # fmt: skip
-
-
-COST_OPTIONS: dict[str, dict[str, Any]] = {
-    "link": {"default": 50.0, "help": "GB/s into and out of a GPU (50: a port of 400 Gbit/s; assumed)"},
-    "latency": {"default": 5.0, "help": "us of a round of a collective (5; assumed)"},
-    "message": {"default": 0.5, "help": "us of each message of an all-to-all (0.5; assumed)"},
-    "memory": {"default": 2.77, "help": "TB/s of memory (2.77: index_scores, table gpu_decode)"},
-    "flops": {"default": 635.0, "help": "TFLOP/s of scoring (635: index_scores, bfloat16, table gpu)"},
-    "attend": {"default": 515.0, "help": "TFLOP/s of attention (515: sparse_attention, table gpu)"},
-    "launch": {"default": 11.0, "help": "us of a small kernel (11: select_topk, table gpu_decode)"},
-}
-for keywords in COST_OPTIONS.values():
-    keywords |= {"type": at_least(1e-9, float), "metavar": "X"}
-COMMUNICATION = ("exchange", "merge", "agree")
-
-
-@part("MPI: ranks on this machine, and a model of 8 to 1,024 GPUs", "sharded", "sharded_model",
-      default=False, takes="a minute or two", options=COST_OPTIONS)  # fmt: skip
+@part("MPI: ranks of this machine", "sharded", default=False, takes="a minute or two")
 def sharded(bench: Bench) -> None:
-    """The model: one V3.2 layer on R GPUs, each with n = S/R of S keys, and T queries, 1 or 4,096 in prefill.
-    K = 2048, k = min(K, n), J = 64, E = H = 128, r = log2 R; c chunks of T' = min(T, SHARD_BUFFER / n)
-    queries, of which a rank decides m = ceil(T'/R).
-      scoring    max(2 c E n / memory, 2 T n J (E + 1) / flops) + 8 T n / memory + 2 c launch
-      exchange   (8 c m (R-1) k + 4 T K (R-1)/R) / link + c (2 (R-1) message + r latency)
-      decide     12 c m R k / memory + c launch
-      attention  max(1152 T K/R / memory, 2176 T K H / R / attend) + launch     (the kept spread evenly)
-      merge      2 (R-1)/R 4 T H (512 + 2) / link + 4 r latency
-      agree      (7 + c) r latency     (errors and sizes, before anything that could wait for ever)
-    Nothing overlaps. Index keys and latents of two bytes a number, scores of four."""
     quick, cells, alone = bench.args.quick, [], 0.0
     s, runs = (8192, ((1, 3), (32, 1))) if quick else (65536, ((1, 7), (256, 3)))
     for t, repeat in bench.steps(runs, "sharded"):
@@ -2351,54 +2113,16 @@ def sharded(bench: Bench) -> None:
             bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
             alone = cell["alone"] if ranks == 1 else alone
             cells.append(cell | {"alone": alone})
-    rows = [
-        [f"{c['t']} x {s:,}", str(c["ranks"]), span(c["alone"]), *(span(c[x]) for x in SHARD_STAGES)]
-        for c in cells
-    ]
-    note = "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. One process: "
-    note += "dsa_attention on all cores, no MPI. Ranks share the cores and the memory: this shows what "
-    note += "sharding costs, not what it gains. Mean over ranks. Indices equal, out within 1e-5. "
-    note += cells[0]["mpi"]
-    columns = ["queries x keys", "ranks", "one process", *SHARD_STAGES]
-    bench.table("sharded", "One selection and attention over ranks of this machine", columns, rows, note)
+    names = ["alone", *SHARD_STAGES]
+    rows = [[f"{c['t']} x {s:,}", str(c["ranks"]), *(span(c[x]) for x in names)] for c in cells]
+    note = (
+        "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. Alone: no MPI, all "
+        "cores. Ranks share the cores and the memory: this shows what sharding costs, not what it gains. "
+        f"Mean over ranks. Indices equal, out within 1e-5. {cells[0]['mpi']}"
+    )
+    title = "One selection and attention over ranks of this machine"
+    bench.table("sharded", title, ["queries x keys", "ranks", *names], rows, note)
     bench.results["sharded"] = cells
-    report_model(bench)
-
-
-def report_model(bench: Bench) -> None:
-    args, rows, curves = bench.args, [], {}
-    sizes, ranks = (10**6, 10**7, 10**8), [2**i for i in range(3, 11)]
-    for t, s in itertools.product((1, 4096), sizes):
-        costs = [sharded_cost(args, s, r, t) for r in ranks]
-        talk = [sum(c[x][1] for x in COMMUNICATION) for c in costs]
-        curves[t, s] = [c["scoring"][1] for c in costs], talk
-        over = next((r for r, c, x in zip(ranks, costs, talk) if x > c["scoring"][1]), None)
-        for r, c in zip(ranks, costs):
-            if r in (8, 64, 1024):
-                stages = [f"{size(b)}, {span(x)}" for b, x in c.values()]
-                total, first = span(sum(x for _, x in c.values())), f"{over:,}" if over else "none"
-                held = size(V32_LAYERS * 2 * values(MLA | INDEX_KEYS) * s / r)
-                rows.append([f"{t:,} x {s // 10**6}M", f"{r:,}", held, *stages, total, first])
-    note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
-    note += f"{args.message:g} us a message. Measured on one H100: {args.memory:g} TB/s, {args.flops:g} "
-    note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
-    note += "bench.py sharded --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and "
-    note += "agree take longer than scoring."
-    columns = ["queries x keys", "GPUs", f"cache, {V32_LAYERS} layers", *c, "a layer", "overtaken at"]
-    title = "Model: one V3.2 layer over many GPUs, bytes and time of each GPU"
-    bench.table("sharded_model", title, columns, rows, note)
-    bench.results["sharded_model"] = {f"{t} x {s}": y for (t, s), y in curves.items()}
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    for ax, t in zip(axes, (1, 4096)):
-        for s, colour in zip(sizes, ("#3fa7e8", "#0b62c4", "#111111")):
-            scoring, talk = curves[t, s]
-            ax.plot(ranks, scoring, color=colour, label=f"scoring, {s // 10**6}M keys")
-            ax.plot(ranks, talk, color=colour, ls=":", marker="", label="communication")
-        log2_axis(ax, ranks, "GPUs")
-        ax.set(yscale="log", ylabel="seconds a layer", title="a decode step" if t == 1 else f"{t:,} queries")
-    axes[0].legend(fontsize=7)
-    finding = "Communication overtakes scoring where the lines cross: the more keys, the more GPUs"
-    bench.figure("sharded_model", "sharded.png", finding, fig)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2430,11 +2154,8 @@ def answer(bench: Bench) -> None:
         text = f"keeps: facts found in {found['lengths'][-1]:,} tokens, {least:.0%} of keys"
         rows.append([text, f"{share['dense 1']:.0%}", f"{share[f'DSA {least:g}']:.0%}", also])
     if rows:
-        note = (
-            "Speed: DeepSeek-V3.2's shape, one layer, float32, on this CPU. Below, and in the figures: where "
-        )
-        note += "these come from."
-        bench.table("answer", "What DSA saves, and what it keeps", ["", "dense", "DSA", ""], rows, note)
+        heads = ["one layer of DeepSeek-V3.2's shape, float32, here", "dense", "DSA", ""]
+        bench.table("answer", "What DSA saves, and what it keeps", heads, rows)
 
 
 class Parser(argparse.ArgumentParser):
@@ -2547,6 +2268,8 @@ def finish(bench: Bench, file: Path) -> None:
         answer(bench)
         for name in ["answer"] * ("answer" in bench.tables) + shown:
             bench.show(name)
+    if not bench.results["seconds"]:
+        return
     count = sum(c for c, _ in bench.checks.values())
     worst = max((e for _, e in bench.checks.values()), default=0.0)
     times = ", ".join(f"{name} {s:.0f} s" for name, s in bench.results["seconds"].items())
