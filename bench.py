@@ -303,7 +303,7 @@ def provenance() -> dict[str, str]:
     commit, changes = os.environ.get("BENCH_COMMIT", "none"), ""  # for a copy without .git
     if shutil.which("git") and (done := git(["git", "rev-parse", "--short", "HEAD"])).returncode == 0:
         commit, changes = done.stdout.strip(), git(["git", "status", "--porcelain"]).stdout
-    command = shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update")])
+    command = re.sub(r" --(update|out[ =]\S+)", "", shlex.join(["python", "bench.py", *sys.argv[1:]]))
     kernel = f"OPENBLAS_CORETYPE={core}"
     by = f"your {kernel}" if CORETYPE_BY_USER else f"{kernel}, which bench.py set as this CPU has AVX-512"
     return {
@@ -348,8 +348,9 @@ def update(bench: Bench) -> None:
             for file, _ in table.figures:
                 shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
             lines = [f"**{table.title}**", "", *lines, *(x for image in figures for x in ("", image))]
-            lines += ["", table.note.replace("|", "\\|")] if table.note else []
-            lines += ["", f"<sub>`{p['command']}` on {on}; {p['date']}, commit {p['commit']}.</sub>"]
+            by = f"<sub>`{p['command']}` on {on}; {p['date']}, commit {p['commit']}.</sub>"
+            for words in [table.note.replace("|", "\\|"), by] if table.note else [by]:
+                lines += ["", textwrap.fill(words, 118, break_long_words=False, break_on_hyphens=False)]
             for part, new in ((name, "\n".join(lines)), (f"{name}:figure", "\n".join(figures[:1]))):
                 if page.parent == HERE:
                     new = new.replace("](", "](.github/")
@@ -998,7 +999,7 @@ class Haystack:
 
     def place(self, fact: np.ndarray, n: int, depth: float):
         """A fact written over the first n tokens at a depth, in one window: (start, window, ids)."""
-        start = min(int(depth * n), n - len(fact))
+        start = min(int(depth * n) + int(fact.sum()) % 97, n - len(fact))  # not all on one slot of a pattern
         first = start // MiniLM.WINDOW * MiniLM.WINDOW
         window = slice(first, min(first + MiniLM.WINDOW, n))
         start = min(start, window.stop - len(fact))
@@ -1815,7 +1816,7 @@ class GpuProblem:
 
     def check_indices(self, x) -> None:
         def want(one, seen):
-            return [dsa.select_topk(self.scores[one].get()[:, : len(self.k[seen])], self.top_k)]
+            return [dsa.select_topk(exact(self.scores[one])[:, : len(self.k[seen])], self.top_k)]
 
         self.check("select_topk", 0, [x], want)
         self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
@@ -1919,7 +1920,7 @@ def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None
 
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
-    """Causal attention over a whole sequence, as MHA of 192 and 128 wide heads, by cuDNN where torch can."""
+    """Causal attention over a whole sequence, as MHA of 192 and 128 wide heads, by cuDNN where it can."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     widths, attend = (192, 192, 128), torch.nn.functional.scaled_dot_product_attention
@@ -1929,10 +1930,7 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
         last = [exact(x[0, :2]).swapaxes(0, 1) for x in (q[:, :, -1:], k, v, out[:, :, -1:])]  # of two heads
         chip.bench.check("gpu torch SDPA", last[3], dsa.dense_attention(*last[:3])[0], 3e-2)
 
-    backend = (
-        SDPBackend.CUDNN_ATTENTION if torch.backends.cuda.cudnn_sdp_enabled() else SDPBackend.FLASH_ATTENTION
-    )
-    with sdpa_kernel(backend):
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
         run, flops = (lambda _: attend(q, k, v, is_causal=True)), V32["H"] * s * (s + 1) * sum(widths[1:])
         chip.stage(cell, DENSE, [None], run, check, (flops, 0))
 
