@@ -733,6 +733,8 @@ def draw_speed(bench: Bench, cells) -> None:
     shares = [[1e3 * c[s].median for c in chunk] for s in STAGES]
     texts = ["DSA: index scores", "DSA: top-k", "DSA: attention to 2,048 keys"]
     left.stackplot(n, shares, labels=texts, colors=[COLOURS[s] for s in STAGES], lw=0)
+    whole = [1e3 * c["DSA"].median for c in chunk]
+    left.plot(n, whole, color=COLOURS["attend"], ls="--", marker="", label="DSA: the whole call")
     left.set(ylabel="milliseconds a query", ylim=(0, None))
     left.set_title(f"Time of one of the newest {last['queries']} queries")
     left.legend(loc="upper left")
