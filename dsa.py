@@ -1764,23 +1764,31 @@ class HybridKVCache(KVCache):
 # 9. One DeepSeek-V3.2 layer
 # ----------------------------------------------------------------------------------------------------------
 
-WEIGHTS = {  # the name in DeepSeek's code: the name in the checkpoint, axes: fields of LayerDims, or free
-    "wq_a": ("q_a_proj", "q_lora_rank dim"),
-    "q_norm": ("q_a_layernorm", "q_lora_rank"),
-    "wq_b": ("q_b_proj", "n_heads*(qk_nope_head_dim+qk_rope_head_dim) q_lora_rank"),
-    "wkv_a": ("kv_a_proj_with_mqa", "kv_lora_rank+qk_rope_head_dim dim"),
-    "kv_norm": ("kv_a_layernorm", "kv_lora_rank"),
-    "wkv_b": ("kv_b_proj", "n_heads*(qk_nope_head_dim+v_head_dim) kv_lora_rank"),
-    "wo": ("o_proj", "dim n_heads*v_head_dim"),
-    "indexer.wq_b": ("indexer.wq_b", "index_n_heads*index_head_dim q_lora_rank"),
-    "indexer.wk": ("indexer.wk", "index_head_dim dim"),
-    "indexer.k_norm": ("indexer.k_norm", "index_head_dim"),
-    "indexer.k_norm.bias": ("indexer.k_norm.bias", "index_head_dim"),
-    "indexer.weights_proj": ("indexer.weights_proj", "index_n_heads dim"),
+WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, under which a layer holds it
+    "q_a_proj": "wq_a",
+    "q_a_layernorm": "q_norm",
+    "q_b_proj": "wq_b",
+    "kv_a_proj_with_mqa": "wkv_a",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "wkv_b",
+    "o_proj": "wo",
 }
-LAYER_PREFIX = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_attn|attn)\.")
-SCALES = ".weight_scale_inv"  # ends the name of the scales, of 128 x 128 blocks, of an fp8 weight
-SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
+PREFIX = re.compile(r"(?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?")
+SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
+BUFFER = re.compile(
+    r"(^|\.)(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
+)
+SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}
+REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
+    r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
+    r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
+    r"\.(qweight|qzeros|scales|g_idx) ": "AWQ or GPTQ",
+    r"weight_packed | (U8|F4)$": "4 bits packed in bytes (NVFP4, MXFP4 or int4)",
+    r" I8$": "int8",
+    r"\b(w_)?(k_b|v_b|uk|uv|kc|vc)(_proj)?\b|embed_q|unembed_out": "a split kv_b_proj",
+    r"(?<!k_norm)\.bias ": "projections with a bias",
+    r"\bq_proj\b": "queries of full rank, without q_a_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -1794,13 +1802,15 @@ class LayerDims:
     index_n_heads: int = 64
     index_head_dim: int = 128
     index_topk: int = 2048
-    norm_eps: float = 1e-6  # of RMSNorm and LayerNorm
+    norm_eps: float = 1e-6  # of the latents' RMSNorm
+    index_norm_eps: float = 1e-6  # of the index key's LayerNorm
     rope_theta: float = 10000.0
     rope_factor: float = 40.0  # by how much YaRN extended original_seq_len; 1: no YaRN
     original_seq_len: int = 4096
     beta_fast: float = 32  # pairs that turn more often than this in original_seq_len keep their frequency
     beta_slow: float = 1  # those that turn less often are slowed by rope_factor
-    mscale: float = 1.0
+    mscale: float = 1.0  # of YaRN's factor in the softmax scale; 0: no factor
+    rope_attention_factor: float = 1.0  # on cos and sin
     index_rope_interleaved: bool = False  # True: the indexer of the GLM-5 family
     hadamard: bool = False  # spread outliers of the indexer's vectors, for fp8; no exact score changes
     indexer_precision: str = "fp32"  # as in DSAConfig
@@ -1824,6 +1834,55 @@ class LayerDims:
         ordered = self.beta_fast >= self.beta_slow
         _expect(ordered, "beta_fast", self.beta_fast, f"at least beta_slow = {self.beta_slow}")
         _expect(precision in PRECISIONS, "indexer_precision", repr(precision), f"one of {PRECISIONS}")
+
+    @classmethod
+    def from_config(cls, config, **dims):
+        """The dims in a checkpoint's config.json: its path, its folder's, or what it holds, a dict.
+
+        dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
+        """
+        if not isinstance(config, dict):
+            path = Path(config).expanduser()
+            path = path / "config.json" if path.is_dir() else path
+            config = json_object(path, path.read_bytes())
+        config = config.get("text_config") or config  # of a model that also sees
+        same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
+        found = {name: config.get(name) for name in (*same, "index_topk")} | yarn_dims(config)
+        found |= {"n_heads": config.get("num_attention_heads"), "norm_eps": config.get("rms_norm_eps")}
+        layout, model = config.get("indexer_rope_interleave"), str(config.get("model_type", "deepseek"))
+        if layout is None and "index_rope_interleaved" not in dims:  # transformers drops it on saving
+            known = model.startswith(("glm", "deepseek"))
+            _expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
+            layout = model.startswith("glm")
+        found["index_rope_interleaved"] = layout
+        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
+
+    def shapes(self, dim=7168, q_lora_rank=1536, kv_lora_rank=512):
+        """The shape of each weight, by its name in a layer.
+
+        >>> LayerDims().shapes()["wkv_b"]
+        (32768, 512)
+        """
+        nope, rope, J, E = (
+            self.qk_nope_head_dim,
+            self.qk_rope_head_dim,
+            self.index_n_heads,
+            self.index_head_dim,
+        )
+        return {
+            "wq_a": (q_lora_rank, dim),
+            "q_norm": (q_lora_rank,),
+            "wq_b": (self.n_heads * (nope + rope), q_lora_rank),
+            "wkv_a": (kv_lora_rank + rope, dim),
+            "kv_norm": (kv_lora_rank,),
+            "wkv_b": (self.n_heads * (nope + self.v_head_dim), kv_lora_rank),
+            "wo": (dim, self.n_heads * self.v_head_dim),
+            "indexer.wq_b": (J * E, q_lora_rank),
+            "indexer.wk": (E, dim),
+            "indexer.k_norm": (E,),
+            "indexer.k_norm.bias": (E,),
+            "indexer.weights_proj": (J, dim),
+        }
 
     def softmax_scale(self):
         """(nope + rope)^-0.5, with YaRN times the square of its factor.
@@ -1853,116 +1912,166 @@ class DSALayer:
     """DeepSeek-V3.2's attention layer: MLA over the keys that the lightning indexer selects.
 
     weights: arrays [out, in] under the names of the checkpoint or of DeepSeek's code, see WEIGHTS, also
-    with model.layers.N.self_attn. before them; dims: the fields of LayerDims. ValueError for a weight that
-    is missing, superfluous or of a wrong shape. A layer without indexer.* weights takes its selection from
-    another layer: layer(x, indices=indices).
+    with model.layers.N.self_attn. before them; dims: the fields of LayerDims, whose shapes() are expected.
+    ValueError for a weight that is missing, superfluous or of a wrong shape. A layer without indexer.*
+    weights takes its selection from another layer: layer(x, indices=indices).
+    config: a DSAConfig selects in place of index_topk, always by the layer's own indexer; layer and n_layers
+    are for its progressive_sparsity.
 
-    Attributes: dim and kv_lora_rank, which follow from the weights, dims, has_indexer, and streams, what a
-    token leaves in a cache.
+    Attributes: weights, dims, config, dim and kv_lora_rank, which follow from the weights, has_indexer, and
+    streams, what a token leaves in a cache. A call changes none of them.
     """
 
-    def __init__(self, weights, **dims):
+    def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
+        if config is not None:
+            _check_type("config", config, DSAConfig)
+            own = config.strategy != "fixed" and config.global_selection == "lightning"
+            _expect(own, "config", config, "one that selects by the lightning indexer")
+            if config.indexer_precision != "fp32":
+                dims["indexer_precision"] = config.indexer_precision
         self.dims = d = LayerDims(**dims)
-        self.weights, n = _named_weights(weights, d)
-        self.dim, self.kv_lora_rank = n["dim"], n["kv_lora_rank"]
+        self.weights = named_weights(weights, d)
+        self.dim, self.kv_lora_rank = len(self.weights["wo"]), len(self.weights["kv_norm"])
         self.has_indexer = "indexer.wk" in self.weights
         index_k = {"index_k": (d.index_head_dim,)} if self.has_indexer else {}
-        self.streams = {"k": (1, n["kv_lora_rank+qk_rope_head_dim"]), **index_k}
-        self.xp, i = n["xp"], np.arange(d.index_head_dim)
+        self.streams = {"k": (1, self.kv_lora_rank + d.qk_rope_head_dim), **index_k}
+        self.config = config or DSAConfig(top_k=d.index_topk)
+        self._place = (layer, n_layers) if self.config.progressive_sparsity else (0, 1)
+        self._top_k(0)  # raises if there is no such layer
+        i = np.arange(d.index_head_dim)
         signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
-        self._hadamard = self.xp.asarray(signs * d.index_head_dim**-0.5)
-        self._frequencies = d.frequencies()
+        self._hadamard, self._frequencies = signs * d.index_head_dim**-0.5, d.frequencies()
 
     @classmethod
-    def from_safetensors(cls, path, layer=0, **dims):
+    def from_safetensors(cls, path, layer=0, *, config=None, n_layers=None, **dims):
         """A layer of a checkpoint: its folder, its model.safetensors.index.json, or a .safetensors file.
 
-        fp8 weights are multiplied by their scales, one for each block of 128 x 128. What DeepSeek's script
-        converted works too, if it is in one part (model0-mp1). dims: where config.json differs from V3.2.
+        The dims are those of config.json beside it, or V3.2's without one, but for those given here. fp8
+        weights are multiplied by their scales, for blocks of 128 x 128, rows, or all. What DeepSeek's script
+        converted works too, if it is in one part (model0-mp1).
         ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, layer = os.path.expanduser(os.fspath(path)), _integer("layer", layer, 0)
-        files = [path]
-        if os.path.isdir(path):
-            index = os.path.join(path, "model.safetensors.index.json")
-            whole = [os.path.join(path, x) for x in sorted(os.listdir(path)) if x.endswith(".safetensors")]
-            files = [index] if os.path.exists(index) else whole
-        if len(files) == 1 and files[0].endswith(".json"):
-            with open(files[0], encoding="utf-8") as file:
-                shards = json.load(file).get("weight_map", {})
-            shards = {file for name, file in shards.items() if _of_layer(name, layer)}
-            files = [os.path.join(os.path.dirname(files[0]), file) for file in sorted(shards)]
-        weights: dict[str, Any] = {}
-        for name in files:
-            weights |= _read_safetensors(name, layer)
-        _expect(weights, "path", repr(path), f"a checkpoint with attention weights of layer {layer}")
-        for name in [name for name in weights if name.endswith(SCALES)]:
-            own = name.removesuffix(SCALES) + ".weight"
-            scales, codes = weights.pop(name), weights.get(own, np.zeros(0))
-            _expect(codes.dtype == np.uint8, name, "given", f"fp8 weights for it, {own}")
-            shape = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
-            fits = scales.shape == shape
-            _expect(fits, name, f"of shape {scales.shape}", f"{shape}, one for 128 x 128 weights")
-            scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
-            weights[own] = dequantize_fp8(codes, scales)
-        for name, x in weights.items():
-            scales = name.removesuffix(".weight") + SCALES
-            _expect(x.dtype != np.uint8, scales, "missing", f"the scales of {name}, which is fp8")
-        return cls(weights, **dims)
+        path, layer = Path(path).expanduser(), _integer("layer", layer, 0)
+        weights = read_layer(path, layer)
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        if file.exists():
+            known = json_object(file, file.read_bytes())
+            dims = vars(LayerDims.from_config(known, **dims))
+            known = known.get("text_config") or known
+            block = (known.get("quantization_config") or {}).get("weight_block_size")
+            _expect(block in (None, [FP8_BLOCK] * 2), f"weight_block_size in {file}", block, "128 x 128")
+            own, n_layers = has_indexer(known, layer), n_layers or known.get("num_hidden_layers")
+            if own is False:
+                weights = {name: x for name, x in weights.items() if ".indexer." not in "." + name}
+            missing = own and not any(weight_name(name) == "indexer.wk" for name in weights)
+            _expect(not missing, "indexer.wk", "missing", f"it, as {file} has an indexer in layer {layer}")
+        if config is not None and n_layers is None:
+            _expect(
+                not config.progressive_sparsity, "n_layers", None, "their number, for progressive_sparsity"
+            )
+        return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
-    def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
+    @property
+    def xp(self):
+        """numpy or cupy, whose arrays the weights are."""
+        return _library("weights", self.weights["wo"])
+
+    def __copy__(self):
+        copy = object.__new__(type(self))
+        vars(copy).update(vars(self), weights={name: x.copy() for name, x in self.weights.items()})
+        return copy
+
+    def new_cache(
+        self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
+    ):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
-        kind = HybridKVCache if tiers else KVCache
-        kwargs = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp, **tiers}
-        return kind(capacity, qk_rope_head_dim=self.dims.qk_rope_head_dim, **kwargs, **self.streams)
+        kwargs = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp, **self.streams}
+        kwargs["qk_rope_head_dim"] = self.dims.qk_rope_head_dim
+        if fast_bytes is None:
+            one_tier = path is None and local_window == 0
+            _expect(one_tier, "fast_bytes", None, "a number of bytes, with local_window or path")
+            return KVCache(capacity, **kwargs)
+        return HybridKVCache(capacity, fast_bytes=fast_bytes, local_window=local_window, path=path, **kwargs)
 
-    def __call__(self, x, cache=None, *, lengths=None, indices=None, core="auto"):
+    def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
         """x [B, T, dim], normed -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
 
         x has gone through the norm before the attention, which is no part of this layer. All is computed in
         float32, or float64 if x or a weight is; if x alone is, that converts the weights at every call.
-        indices are int32, ascending, then -1; K = min(index_topk, keys so far).
-        lengths [B]: how many of each sequence's T tokens are real; the rows of the others are 0, and -1.
+        indices are int32, ascending, then -1, and count a sequence's real tokens from 0; K = min(index_topk,
+        keys so far).
+        lengths [B]: how many of each sequence's T tokens are real; or starts [B]: before which they are
+        padding, on the left. Padding leaves nothing in a cache, and its rows are 0, and -1.
         cache: of this layer's streams; x continues its sequences, each from its own length on, and a call
         that raises leaves it as it was. indices: attend to these instead of selecting.
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        n, dtype = _dims(self.xp, x=(x, "B T dim")), _accumulator(x, *self.weights.values())
-        _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
-        _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
-        able = indices is not None or self.has_indexer
-        _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
-        new = _lengths(lengths, n["B"], n["T"])
-        real = np.arange(n["T"]) < new[:, None]
-        finite = self.xp is not np or np.isfinite(x[real]).all()  # on a GPU that would wait for it
-        _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
-        start = np.zeros(n["B"], np.int64)
-        if cache is not None:
-            _check_type("cache", cache, KVCache)
-            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-            needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
-            own = f"{needs}, as new_cache makes it"
-            _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
-            start = cache.lengths
+        n = _dims(self.xp, x=(x, "B T dim"))
+        if starts is not None:
+            return self._left_padded(n, x, cache, lengths, starts, indices, core)
+        dtype, new = _accumulator(x, *self.weights.values()), _lengths(lengths, n["B"], n["T"])
+        start = self._check(n, x, cache, new, core)
         k_end = _causal_end(start, new, n["T"])
         if indices is not None:
-            shape = {"...": real.shape[:1], "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
+            shape = {"...": (n["B"],), "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
             _check_indices("indices", indices, shape)
             seen = self.xp is not np or (indices < k_end[..., None]).all()
             _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
+        _expect(
+            indices is not None or self.has_indexer, "indices", None, "another layer's: this has no indexer"
+        )
         w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
         q, tokens, indexer = self._project(w, x.astype(dtype), start, selects=indices is None)
         with contextlib.nullcontext() if cache is None else cache.appended(lengths=new, **tokens):
             if indices is None:
-                indices = self._select(indexer, tokens["index_k"], cache, self.xp.asarray(k_end))
+                ends = self.xp.asarray(k_end)
+                indices = self._select(indexer, tokens["index_k"], cache, start + new, ends)
             y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
         return y.astype(x.dtype), indices
 
-    def _select(self, indexer, index_k, cache, k_end):
+    def _check(self, n, x, cache, new, core):
+        """The checks of a call with new [B] real tokens -> how many each sequence has before them."""
+        _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
+        _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
+        if self.xp is np:  # on a GPU that would wait for it
+            finite = np.isfinite(x[np.arange(n["T"]) < new[:, None]]).all()
+            _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
+        if cache is None:
+            return np.zeros(n["B"], np.int64)
+        _check_type("cache", cache, KVCache)
+        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+        needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
+        own = f"{needs}, as new_cache makes it"
+        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
+        return cache.lengths
+
+    def _left_padded(self, n, x, cache, lengths, starts, indices, core):
+        """A call with starts: each sequence turned around to stand right-padded, and its results back."""
+        B, T, starts = n["B"], n["T"], np.asarray(starts)
+        _expect(lengths is None, "lengths", lengths, "None with starts")
+        fits = starts.dtype.kind in "iu" and starts.shape == (B,) and ((starts >= 0) & (starts <= T)).all()
+        _expect(fits, "starts", starts.tolist(), f"{B} integers from 0 to {T}")
+        starts = starts.astype(np.int64)
+
+        def turned(rows, by):
+            at = (np.arange(T) + by[:, None]) % max(T, 1)
+            return rows[self.xp.arange(B)[:, None], self.xp.asarray(at)]
+
+        if indices is not None:
+            _check_indices("indices", indices, {"...": (B,), "T": T, "S": 2**31, "xp": self.xp})
+            indices = turned(indices, starts)
+        y, indices = self(turned(x, starts), cache, lengths=T - starts, indices=indices, core=core)
+        return turned(y, -starts), turned(indices, -starts)
+
+    def _top_k(self, num_keys):
+        top_k, dense = self.config.top_k_at(*self._place, num_keys), self.config.fallback_dense_threshold
+        return max(top_k, num_keys) if dense is not None and num_keys <= dense else top_k
+
+    def _select(self, indexer, index_k, cache, lengths, k_end):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
         rounded = self.xp is not np and self.dims.indexer_precision == "fp8"
         if cache is not None and cache.storage == "fp8" and rounded and self.dims.index_head_dim <= FP8_BLOCK:
@@ -1972,37 +2081,50 @@ class DSALayer:
         elif cache is not None:
             index_k = cache.read("index_k")
             index_k = index_k.astype(indexer["index_q"].dtype, copy=False) if rounded else index_k
-        return lightning_select(**indexer, index_k=index_k, top_k=self.dims.index_topk, k_end=k_end)
+        top_k = [self._top_k(length) for length in lengths.tolist()]
+        alike = len(set(top_k)) <= 1  # otherwise each sequence goes by its own number of keys
+        parts = [slice(None)] if alike else [slice(b, b + 1) for b in range(len(top_k))]
+        forced = {"local_window": self.config.local_window, "num_sink_tokens": self.config.num_sink_tokens}
+        rows = []
+        for b in parts:
+            arrays = {name: u[b] for name, u in indexer.items()}
+            most = max(top_k[b], default=self._top_k(0))
+            rows.append(lightning_select(**arrays, index_k=index_k[b], top_k=most, k_end=k_end[b], **forced))
+        K = max(x.shape[-1] for x in rows)
+        return np.concatenate(
+            [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in rows]
+        )
 
     def _project(self, w, x, start, selects=True):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
         tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
         """
-        d, batch = self.dims, x.shape[:2]
+        d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
         nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        angles = (start[:, None] + np.arange(batch[1]))[..., None] * self._frequencies  # [B, T, rope / 2]
-        qr = _rms_norm(_by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
-        q = (qr @ w["wq_b"].T).reshape(*batch, d.n_heads, nope + rope)
-        q[..., nope:] = _rotate(q[..., nope:], angles, interleaved=True)
+        angles = (start[:, None] + np.arange(T))[..., None, None] * self._frequencies  # [B, T, 1, rope / 2]
+        turn = [self.xp.asarray(d.rope_attention_factor * f(angles), x.dtype) for f in (np.cos, np.sin)]
+        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
+        q = (qr @ w["wq_b"].T).reshape(B, T, d.n_heads, nope + rope)
+        rotate(q[..., nope:], turn, interleaved=True)
         k = (x @ w["wkv_a"].T)[:, :, None]  # [B, T, 1, R + rope]
-        k[..., :-rope] = _rms_norm(k[..., :-rope], w["kv_norm"], d.norm_eps)
-        k[..., -rope:] = _rotate(k[..., -rope:], angles, interleaved=True)
+        k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
+        rotate(k[..., R:], turn, interleaved=True)
         if not self.has_indexer:
             return q, {"k": k}, {}
 
         def prepared(u):  # a vector of the indexer [B, T, J, E]
-            u[..., :rope] = _rotate(u[..., :rope], angles, d.index_rope_interleaved)
-            u = u @ self._hadamard.astype(u.dtype) if d.hadamard else u
+            rotate(u[..., :rope], turn, d.index_rope_interleaved)
+            u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
             return _at_precision(u, d.indexer_precision)
 
-        index_k = _by_rows(x, w["indexer.wk"])
+        index_k = by_rows(x, w["indexer.wk"])
         index_k -= index_k.mean(-1, keepdims=True)  # LayerNorm
-        index_k = _rms_norm(index_k, w["indexer.k_norm"], d.norm_eps) + w["indexer.k_norm.bias"]
+        index_k = rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps) + w["indexer.k_norm.bias"]
         tokens = {"k": k, "index_k": prepared(index_k[:, :, None])[:, :, 0]}
         if not selects:
             return q, tokens, {}
-        index_q = prepared(_by_rows(qr, w["indexer.wq_b"]).reshape(*batch, J, E))
-        weights = _by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
+        index_q = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
+        weights = by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
         return q, tokens, {"index_q": index_q, "weights": weights}
 
     def _core(self, w, q, k, indices, cache, core):
@@ -2048,7 +2170,7 @@ class DSALayer:
         return out
 
 
-def _by_rows(x, weight):
+def by_rows(x, weight):
     """x [B, T, in] @ weight [out, in].T with the same bits for a token in any batch, block or chunk.
 
     As in _score_block, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
@@ -2066,81 +2188,211 @@ def _by_rows(x, weight):
     return out[:, :, 0]
 
 
-def _rms_norm(x, weight, eps):
+def rms_norm(x, weight, eps):
     return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
-def _rotate(x, angles, interleaved):
-    """RoPE: turn each pair of x [B, T, H, d] by angles [B, T, d / 2].
+def rotate(x, turn, interleaved):
+    """RoPE, in place: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2].
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    d, xp = x.shape[-1], _library("x", x)
+    (cos, sin), d = turn, x.shape[-1]
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    cos, sin = (xp.asarray(f(angles)[:, :, None], x.dtype) for f in (np.cos, np.sin))
-    out, a, b = np.empty_like(x), x[..., i], x[..., j]
-    out[..., i], out[..., j] = a * cos - b * sin, a * sin + b * cos
-    return out
+    x[..., i], x[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
 
 
-def _weight_name(name):
-    """A weight's name in WEIGHTS, out of any of its names; of another name what follows the prefix."""
-    name = LAYER_PREFIX.sub("", name, count=1).removesuffix(".weight")
-    return {alias: ours for ours, (alias, _) in WEIGHTS.items()}.get(name, name)
+def weight_name(name):
+    """A weight's name in a layer, out of any of its names; of another name what follows the prefix."""
+    name = name[PREFIX.match(name).end() :].removesuffix(".weight")
+    return WEIGHTS.get(name, name)
 
 
-def _of_layer(name, layer):
-    prefix = LAYER_PREFIX.match(name)
-    return int(prefix[1]) == layer if prefix else _weight_name(name.replace(SCALES, ".weight")) in WEIGHTS
-
-
-def _named_weights(weights, d):
-    """The weights by their names in WEIGHTS, checked, in one dtype; and the sizes of their axes."""
+def named_weights(weights, d):
+    """The weights by their names in DeepSeek's code, checked against d, in one dtype."""
+    _expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
     found: dict[str, Any] = {}
     given: dict[str, str] = {}
+    known = d.shapes()
     for key, x in weights.items():
-        name = _weight_name(key)
-        _expect(name in WEIGHTS, key, "no weight of this layer", f"one of {list(WEIGHTS)}")
+        name = weight_name(key)
+        _expect(name in known, key, "no weight of this layer", f"one of {[*WEIGHTS, *known]}")
         _expect(name not in found, key, f"the same weight as {given.get(name)}", "each once")
+        _dims(_library(key, next(iter(weights.values()))), **{key: (x, "...")})
         found[name], given[name] = x, key
+    names = {ours: alias for alias, ours in WEIGHTS.items()}
     indexed = any(name.startswith("indexer.") for name in found)
-    for name, (alias, _) in WEIGHTS.items():
+    for name in known:
         needed = indexed or not name.startswith("indexer.")
-        _expect(name in found or not needed, f"{name} ({alias})", "missing", "it among the weights")
-    n = _dims(**{given[name]: (x, WEIGHTS[name][1]) for name, x in found.items()})
-    known = vars(d) | {"kv_lora_rank": n["kv_lora_rank"]}
+        _expect(
+            name in found or not needed,
+            f"{name} ({names.get(name, name)})",
+            "missing",
+            "it among the weights",
+        )
+    sizes = [found[name].shape[0] if found[name].ndim else 0 for name in ("wo", "q_norm", "kv_norm")]
+    shapes, by = (
+        d.shapes(*sizes),
+        ", ".join(f"{n} in {given[x]}" for n, x in zip(sizes, ("wo", "q_norm", "kv_norm"))),
+    )
     for name, x in found.items():
-        for axis, size in zip(WEIGHTS[name][1].split(), x.shape):
-            if all(word in known for word in re.findall(r"\w+", axis)):
-                expected = eval(axis, {}, known)  # a product in WEIGHTS
-                _expect(size == expected, given[name], f"of shape {x.shape}", f"{axis} = {expected}")
+        _expect(
+            x.shape == shapes[name], given[name], f"of shape {x.shape}", f"{shapes[name]}, by the dims, {by}"
+        )
     dtype = _accumulator(*found.values())
-    return {name: x.astype(dtype, copy=False) for name, x in found.items()}, n
+    return {name: x.astype(dtype, copy=False) for name, x in found.items()}
 
 
-def _read_safetensors(path, layer):
-    """The tensors of a layer in a file, bfloat16 as float32 and fp8, which safetensors' own NumPy side lacks,
-    as its codes. A file is a length, a header in JSON, and the tensors.
+def yarn_dims(config):
+    """The dims of RoPE that a config.json says, in the form of transformers 5 or of before."""
+    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    known = kind in ("default", "yarn") and not nested and rope.get("truncate", True)
+    _expect(
+        known and rope.get("partial_rotary_factor", 1) == 1, "RoPE in config.json", rope, "default or YaRN's"
+    )
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_factor": 1.0}
+    longest = config.get("max_position_embeddings")
+    length = rope.get("original_max_position_embeddings") or longest
+    factor = rope.get("factor") or longest / length
+    mscale, all_dim, on_rope = (rope.get(name) for name in ("mscale", "mscale_all_dim", "attention_factor"))
+    if on_rope is None:
+        top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
+        on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
+    found = {"rope_theta": theta, "rope_factor": factor, "original_seq_len": length, "mscale": all_dim or 0.0}
+    found |= {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
+    return found | {"rope_attention_factor": on_rope}
+
+
+def has_indexer(config, layer):
+    """Whether a layer has an indexer of its own, by a config.json; None if that does not say it."""
+    kinds, freq = (
+        config.get("indexer_types") or config.get("index_topk_pattern"),
+        config.get("index_topk_freq"),
+    )
+    if kinds:
+        return kinds[layer] in ("full", "F") if layer < len(kinds) else None
+    offset = config.get("index_skip_topk_offset", 2)
+    return max(layer - offset + 1, 0) % max(freq, 1) == 0 if freq is not None else None
+
+
+def json_object(path, text):
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    _expect(
+        isinstance(found, dict), path, "without a readable object in JSON", "it (is it a Git LFS pointer?)"
+    )
+    return found
+
+
+def read_layer(path, layer):
+    """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
+    index, listed = path / "model.safetensors.index.json" if path.is_dir() else path, {}
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if index.suffix == ".json" and (index.exists() or not path.is_dir()):
+        listed = json_object(index, index.read_bytes()).get("weight_map")
+        _expect(isinstance(listed, dict), f"weight_map in {index}", listed, "a file for each tensor")
+        listed = {name: index.parent / file for name, file in listed.items() if of_layer(name, layer)}
+        files = sorted(set(listed.values()))
+    found: dict[str, Any] = {}
+    for file in files:
+        for name, tensor in safetensors_header(file).items():
+            if of_layer(name, layer):
+                twice = name in found and f"in {found[name][0]} and in {file}"
+                _expect(not twice, name, twice, "in one file (is the model split for ranks?)")
+                found[name] = (file, *tensor)
+    for name, file in listed.items():
+        _expect(name in found, name, f"not in {file}", f"there, by {index}")
+    prefixes = {name[: PREFIX.match(name).end()] for name in found if weight_name(name) == "kv_norm"}
+    _expect(len(prefixes) <= 1, "the layer", f"found under {sorted(prefixes)}", "once")
+    found = {
+        name: x for name, x in found.items() if PREFIX.match(name)[0] in (prefixes or {PREFIX.match(name)[0]})
+    }
+    _expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
+    for pattern, kind in REFUSED.items():
+        for name, (_, dtype, *_) in found.items():
+            other = re.search(pattern, f"{name} {dtype}")
+            _expect(
+                not other, name, f"{dtype}, in a checkpoint with {kind}", "weights in floats or fp8 in blocks"
+            )
+    return dequantized({name: read_tensor(name, *tensor) for name, tensor in found.items()})
+
+
+def of_layer(name, layer):
+    prefix = PREFIX.match(name)
+    root = name[prefix.end() :].split(".")[0]
+    ours = prefix[0].endswith("attn.") or root in (*WEIGHTS, *WEIGHTS.values(), "indexer")
+    return ours and prefix[1] in (None, str(layer)) and not BUFFER.search(name)
+
+
+def safetensors_header(path):
+    """Of each tensor in a file: dtype, shape, first byte. A file is a length, a header in JSON, and tensors
+    one behind the other, and is refused where these do not agree.
     """
-    found, total = {}, os.path.getsize(path)
+    total = os.path.getsize(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         whole = "a whole safetensors file (is it a Git LFS pointer?)"
         _expect(0 < size <= total - 8, path, f"a file of {total} bytes", whole)
-        try:
-            header = json.loads(file.read(size))
-        except ValueError:
-            raise ValueError(f"{path} is without a readable header, expected {whole}") from None
-    for raw, entry in header.items():
-        name = re.sub(r"\.scale$", SCALES, raw)  # so DeepSeek's conversion script calls it
-        if name != "__metadata__" and _of_layer(name, layer):
-            dtype, count = SAFETENSORS.get(entry["dtype"]), math.prod(entry["shape"])
-            _expect(dtype, name, f"of dtype {entry['dtype']}", f"one of {[*SAFETENSORS]}", TypeError)
-            first = 8 + size + entry["data_offsets"][0]
-            _expect(first + count * np.dtype(dtype).itemsize <= total, path, "cut short", f"all of {name}")
-            x = np.fromfile(path, dtype, count, offset=first)
-            found[name] = (_widened(x) if x.dtype == np.uint16 else x).reshape(entry["shape"])
-    return found
+        header = json_object(path, file.read(size))
+    header.pop("__metadata__", None)
+    try:
+        rows = sorted((*x["data_offsets"], name, x["dtype"], tuple(x["shape"])) for name, x in header.items())
+        rows = [(begin, end, name, dtype, shape, math.prod(shape)) for begin, end, name, dtype, shape in rows]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            f"{path} is without dtype, shape and data_offsets of each tensor, expected {whole}"
+        ) from None
+    at, tensors = 0, {}
+    for begin, end, name, dtype, shape, count in rows:
+        each = np.dtype(SAFETENSORS[dtype]).itemsize if dtype in SAFETENSORS else None
+        fits = begin == at <= end and (each is None or end - begin == count * each)
+        fits = fits and all(isinstance(n, int) and n >= 0 for n in shape)
+        _expect(fits, path, f"at odds with itself in {name}, {dtype} {shape} at {[begin, end]}", whole)
+        tensors[name], at = (dtype, shape, 8 + size + begin), end
+    _expect(8 + size + at == total, path, f"a file of {total} bytes", f"one of {8 + size + at}: {whole}")
+    return tensors
+
+
+def read_tensor(name, path, dtype, shape, first):
+    """bfloat16 comes as float32, e8m0 as powers of two, and e4m3 as its codes."""
+    wrong = "F8_E4M3" if SCALE.search(name) else "F8_E8M0"
+    allowed = [kind for kind in SAFETENSORS if kind != wrong]
+    _expect(dtype in allowed, name, f"of dtype {dtype}", f"one of {allowed}", TypeError)
+    x = np.fromfile(path, SAFETENSORS[dtype], math.prod(shape), offset=first).reshape(shape)
+    if dtype == "F8_E8M0":
+        return np.where(x == 255, np.float32(np.nan), np.ldexp(np.float32(1), x.astype(np.int32) - 127))
+    return _widened(x) if dtype == "BF16" else x
+
+
+def dequantized(tensors):
+    """The tensors of a layer with each fp8 weight multiplied by its scales, which go."""
+    for name in [name for name in tensors if SCALE.search(name)]:
+        own = SCALE.sub(".weight", name)
+        scales, codes = tensors.pop(name), tensors.get(own, np.zeros(0))
+        _expect(
+            codes.dtype == np.uint8 and codes.ndim == 2, name, "given", f"fp8 weights [out, in] for it, {own}"
+        )
+        blocks = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
+        shapes = [blocks, (len(codes), 1), (1, 1), (1,), ()]
+        known = f"one of {shapes}, for blocks of 128 x 128, rows, or all"
+        _expect(scales.shape in shapes, name, f"of shape {scales.shape}", known)
+        _expect(np.isfinite(scales).all(), name, "NaN or infinite", "numbers")
+        if scales.shape == blocks:
+            scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
+        rows = np.broadcast_to(
+            scales.reshape(-1, scales.shape[-1] if scales.ndim else 1), (len(codes), blocks[1])
+        )
+        tensors[own] = dequantize_fp8(codes, rows)
+    for name, x in tensors.items():
+        missing = f"{name.removesuffix('.weight')}.weight_scale_inv"
+        _expect(x.dtype != np.uint8, missing, "missing", f"the scales of {name}, which is fp8")
+    return tensors
 
 
 # ----------------------------------------------------------------------------------------------------------

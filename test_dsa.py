@@ -2160,11 +2160,12 @@ def test_v32_constants(dsa):
 def test_rope_depends_on_relative_position_only(dsa, interleaved):
     """Moving a query and a key along together leaves their dot product; moving one of them does not."""
     q, k = (normal(np.random.default_rng(i), 1, 1, 1, 8) for i in (1, 2))
-    at = [np.array([[t]])[..., None] * np.array(yarn_by_loops(8)) for t in (3, 10, 1003, 1010)]
-    near, far, other = (
-        (dsa._rotate(q, at[i], interleaved) * dsa._rotate(k, at[j], interleaved)).sum()
-        for i, j in ((0, 1), (2, 3), (0, 2))
-    )
+
+    def turned(x, t):
+        dsa.rotate(x := x.copy(), [f(t * np.array(yarn_by_loops(8))) for f in (np.cos, np.sin)], interleaved)
+        return x
+
+    near, far, other = ((turned(q, i) * turned(k, j)).sum() for i, j in ((3, 10), (1003, 1010), (3, 1003)))
     assert abs(near - far) < 1e-12 and abs(near - other) > 1e-3
 
 
@@ -2214,10 +2215,10 @@ def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
     rng = np.random.default_rng(0)
     for shape in ((96, 1536), (128, 700)):
         x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
-        whole = dsa._by_rows(x, weight)
+        whole = dsa.by_rows(x, weight)
         assert_close(whole, x.astype(F64) @ weight.T.astype(F64), 1e-3)
         for rows in (slice(0, 1), slice(3, 20), slice(36, 37)):
-            assert_same(dsa._by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
+            assert_same(dsa.by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
 
 
 def test_hadamard_on_both_sides_changes_no_score(dsa, hidden):
