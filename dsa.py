@@ -1764,31 +1764,10 @@ class HybridKVCache(KVCache):
 # 9. One DeepSeek-V3.2 layer
 # ----------------------------------------------------------------------------------------------------------
 
-WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, under which a layer holds it
-    "q_a_proj": "wq_a",
-    "q_a_layernorm": "q_norm",
-    "q_b_proj": "wq_b",
-    "kv_a_proj_with_mqa": "wkv_a",
-    "kv_a_layernorm": "kv_norm",
-    "kv_b_proj": "wkv_b",
-    "o_proj": "wo",
-}
-PREFIX = re.compile(r"(?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?")
-SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
-BUFFER = re.compile(
-    r"(^|\.)(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
-)
-SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}
-REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
-    r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
-    r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
-    r"\.(qweight|qzeros|scales|g_idx) ": "AWQ or GPTQ",
-    r"weight_packed | (U8|F4)$": "4 bits packed in bytes (NVFP4, MXFP4 or int4)",
-    r" I8$": "int8",
-    r"\b(w_)?(k_b|v_b|uk|uv|kc|vc)(_proj)?\b|embed_q|unembed_out": "a split kv_b_proj",
-    r"(?<!k_norm)\.bias ": "projections with a bias",
-    r"\bq_proj\b": "queries of full rank, without q_a_proj",
-}
+WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
+    "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a",
+    "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b", "o_proj": "wo",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1817,23 +1796,23 @@ class LayerDims:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int":
-                _integer(field.name, value, 1)
-            elif field.type == "float":
+            name, value, kind = field.name, getattr(self, field.name), str(field.type)
+            if kind == "int":
+                _integer(name, value, 1)
+            elif kind == "float":
                 number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-                fits = number and math.isfinite(value) and (value > 0 or field.name == "mscale")
-                _expect(fits, field.name, repr(value), "a positive, finite number")
-            elif field.type == "bool":
-                _expect(isinstance(value, bool), field.name, repr(value), "True or False")
-        rope, E, precision = self.qk_rope_head_dim, self.index_head_dim, self.indexer_precision
+                fits = number and math.isfinite(value) and (value > 0 or name == "mscale")
+                _expect(fits, name, repr(value), "a positive, finite number")
+            else:
+                allowed = (False, True) if kind == "bool" else PRECISIONS
+                fits = type(value) is type(allowed[0]) and value in allowed
+                _expect(fits, name, repr(value), f"one of {allowed}")
+        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
         _expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         _expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
-        _expect(self.rope_theta > 1, "rope_theta", self.rope_theta, "above 1")
+        _expect(theta > 1, "rope_theta", theta, "above 1")
         _expect(self.rope_factor >= 1, "rope_factor", self.rope_factor, "at least 1")
-        ordered = self.beta_fast >= self.beta_slow
-        _expect(ordered, "beta_fast", self.beta_fast, f"at least beta_slow = {self.beta_slow}")
-        _expect(precision in PRECISIONS, "indexer_precision", repr(precision), f"one of {PRECISIONS}")
+        _expect(fast >= self.beta_slow, "beta_fast", fast, f"at least beta_slow = {self.beta_slow}")
 
     @classmethod
     def from_config(cls, config, **dims):
@@ -1841,13 +1820,9 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
-        if not isinstance(config, dict):
-            path = Path(config).expanduser()
-            path = path / "config.json" if path.is_dir() else path
-            config = json_object(path, path.read_bytes())
-        config = config.get("text_config") or config  # of a model that also sees
+        config = read_config(config)
         same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
-        found = {name: config.get(name) for name in (*same, "index_topk")} | yarn_dims(config)
+        found = {name: config.get(name) for name in (*same, "index_topk")} | rope_dims(config)
         found |= {"n_heads": config.get("num_attention_heads"), "norm_eps": config.get("rms_norm_eps")}
         layout, model = config.get("indexer_rope_interleave"), str(config.get("model_type", "deepseek"))
         if layout is None and "index_rope_interleaved" not in dims:  # transformers drops it on saving
@@ -1863,26 +1838,14 @@ class LayerDims:
         >>> LayerDims().shapes()["wkv_b"]
         (32768, 512)
         """
-        nope, rope, J, E = (
-            self.qk_nope_head_dim,
-            self.qk_rope_head_dim,
-            self.index_n_heads,
-            self.index_head_dim,
-        )
+        H, nope, rope, v = self.n_heads, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
+        J, E, Q, R = self.index_n_heads, self.index_head_dim, q_lora_rank, kv_lora_rank
         return {
-            "wq_a": (q_lora_rank, dim),
-            "q_norm": (q_lora_rank,),
-            "wq_b": (self.n_heads * (nope + rope), q_lora_rank),
-            "wkv_a": (kv_lora_rank + rope, dim),
-            "kv_norm": (kv_lora_rank,),
-            "wkv_b": (self.n_heads * (nope + self.v_head_dim), kv_lora_rank),
-            "wo": (dim, self.n_heads * self.v_head_dim),
-            "indexer.wq_b": (J * E, q_lora_rank),
-            "indexer.wk": (E, dim),
-            "indexer.k_norm": (E,),
-            "indexer.k_norm.bias": (E,),
+            "wq_a": (Q, dim), "q_norm": (Q,), "wq_b": (H * (nope + rope), Q), "wkv_a": (R + rope, dim),
+            "kv_norm": (R,), "wkv_b": (H * (nope + v), R), "wo": (dim, H * v), "indexer.wq_b": (J * E, Q),
+            "indexer.wk": (E, dim), "indexer.k_norm": (E,), "indexer.k_norm.bias": (E,),
             "indexer.weights_proj": (J, dim),
-        }
+        }  # fmt: skip
 
     def softmax_scale(self):
         """(nope + rope)^-0.5, with YaRN times the square of its factor.
@@ -1896,13 +1859,11 @@ class LayerDims:
     def frequencies(self):
         """By how much each pair of RoPE turns from one position to the next, [qk_rope_head_dim / 2]."""
         d, i = self.qk_rope_head_dim, np.arange(self.qk_rope_head_dim // 2)
-
-        def pair(turns):  # the (fractional) pair that turns so often in original_seq_len positions
-            turned = math.log(self.original_seq_len / (2 * math.pi * turns))
-            return d * turned / (2 * math.log(self.rope_theta))
-
-        lo, hi = math.floor(pair(self.beta_fast)), math.ceil(pair(self.beta_slow))
-        lo, hi = (min(max(x, 0), d - 1) for x in (lo, hi))
+        lo, hi = (  # the pairs that turn beta times in original_seq_len positions
+            d * math.log(self.original_seq_len / (2 * math.pi * beta)) / (2 * math.log(self.rope_theta))
+            for beta in (self.beta_fast, self.beta_slow)
+        )
+        lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(lo), math.ceil(hi)))
         slowed = np.clip((i - lo) / max(hi - lo, 0.001), 0, 1)
         f = self.rope_theta ** (-2 * i / d)
         return f / self.rope_factor * slowed + f * (1 - slowed)
@@ -1915,11 +1876,11 @@ class DSALayer:
     with model.layers.N.self_attn. before them; dims: the fields of LayerDims, whose shapes() are expected.
     ValueError for a weight that is missing, superfluous or of a wrong shape. A layer without indexer.*
     weights takes its selection from another layer: layer(x, indices=indices).
-    config: a DSAConfig selects in place of index_topk, always by the layer's own indexer; layer and n_layers
-    are for its progressive_sparsity.
+    config: a DSAConfig, which selects in place of index_topk, always by the layer's own indexer; layer and
+    n_layers are for its progressive_sparsity.
 
     Attributes: weights, dims, config, dim and kv_lora_rank, which follow from the weights, has_indexer, and
-    streams, what a token leaves in a cache. A call changes none of them.
+    streams, what a token leaves in a cache. No call changes them.
     """
 
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
@@ -1946,29 +1907,21 @@ class DSALayer:
     def from_safetensors(cls, path, layer=0, *, config=None, n_layers=None, **dims):
         """A layer of a checkpoint: its folder, its model.safetensors.index.json, or a .safetensors file.
 
-        The dims are those of config.json beside it, or V3.2's without one, but for those given here. fp8
-        weights are multiplied by their scales, for blocks of 128 x 128, rows, or all. What DeepSeek's script
+        The dims are those of config.json beside it, without one V3.2's, but for those given here. fp8 weights
+        are multiplied by their scales, for blocks of 128 x 128, rows, or all. What DeepSeek's script
         converted works too, if it is in one part (model0-mp1).
         ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, layer = Path(path).expanduser(), _integer("layer", layer, 0)
+        path, layer, known = Path(path).expanduser(), _integer("layer", layer, 0), {}
         weights = read_layer(path, layer)
-        file = (path if path.is_dir() else path.parent) / "config.json"
-        if file.exists():
-            known = json_object(file, file.read_bytes())
+        if (file := (path if path.is_dir() else path.parent) / "config.json").exists():
+            known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
-            known = known.get("text_config") or known
-            block = (known.get("quantization_config") or {}).get("weight_block_size")
-            _expect(block in (None, [FP8_BLOCK] * 2), f"weight_block_size in {file}", block, "128 x 128")
-            own, n_layers = has_indexer(known, layer), n_layers or known.get("num_hidden_layers")
-            if own is False:
-                weights = {name: x for name, x in weights.items() if ".indexer." not in "." + name}
-            missing = own and not any(weight_name(name) == "indexer.wk" for name in weights)
-            _expect(not missing, "indexer.wk", "missing", f"it, as {file} has an indexer in layer {layer}")
-        if config is not None and n_layers is None:
-            _expect(
-                not config.progressive_sparsity, "n_layers", None, "their number, for progressive_sparsity"
-            )
+        block = (known.get("quantization_config") or {}).get("weight_block_size")
+        _expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
+        if shares_indexer(known, layer):
+            weights = {name: x for name, x in weights.items() if "indexer" not in split_name(name)[2]}
+        n_layers = n_layers or known.get("num_hidden_layers")
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
     @property
@@ -1977,9 +1930,9 @@ class DSALayer:
         return _library("weights", self.weights["wo"])
 
     def __copy__(self):
-        copy = object.__new__(type(self))
-        vars(copy).update(vars(self), weights={name: x.copy() for name, x in self.weights.items()})
-        return copy
+        new = object.__new__(type(self))
+        vars(new).update(vars(self), weights={name: x.copy() for name, x in self.weights.items()})
+        return new
 
     def new_cache(
         self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
@@ -1988,11 +1941,9 @@ class DSALayer:
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
-        kwargs = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp, **self.streams}
-        kwargs["qk_rope_head_dim"] = self.dims.qk_rope_head_dim
-        if fast_bytes is None:
-            one_tier = path is None and local_window == 0
-            _expect(one_tier, "fast_bytes", None, "a number of bytes, with local_window or path")
+        kwargs: dict[str, Any] = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp}
+        kwargs |= {"qk_rope_head_dim": self.dims.qk_rope_head_dim, **self.streams}
+        if fast_bytes is None and local_window == 0 and path is None:
             return KVCache(capacity, **kwargs)
         return HybridKVCache(capacity, fast_bytes=fast_bytes, local_window=local_window, path=path, **kwargs)
 
@@ -2013,17 +1964,28 @@ class DSALayer:
         n = _dims(self.xp, x=(x, "B T dim"))
         if starts is not None:
             return self._left_padded(n, x, cache, lengths, starts, indices, core)
-        dtype, new = _accumulator(x, *self.weights.values()), _lengths(lengths, n["B"], n["T"])
-        start = self._check(n, x, cache, new, core)
+        _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
+        _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
+        able = indices is not None or self.has_indexer
+        _expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
+        new = _lengths(lengths, n["B"], n["T"])
+        finite = self.xp is not np or np.isfinite(x[np.arange(n["T"]) < new[:, None]]).all()
+        _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")  # a GPU would wait for it
+        start = np.zeros(n["B"], np.int64)
+        if cache is not None:
+            _check_type("cache", cache, KVCache)
+            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+            needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
+            own = f"{needs}, as new_cache makes it"
+            _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
+            start = cache.lengths
         k_end = _causal_end(start, new, n["T"])
         if indices is not None:
             shape = {"...": (n["B"],), "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
             _check_indices("indices", indices, shape)
             seen = self.xp is not np or (indices < k_end[..., None]).all()
             _expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-        _expect(
-            indices is not None or self.has_indexer, "indices", None, "another layer's: this has no indexer"
-        )
+        dtype = _accumulator(x, *self.weights.values())
         w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
         q, tokens, indexer = self._project(w, x.astype(dtype), start, selects=indices is None)
         with contextlib.nullcontext() if cache is None else cache.appended(lengths=new, **tokens):
@@ -2032,22 +1994,6 @@ class DSALayer:
                 indices = self._select(indexer, tokens["index_k"], cache, start + new, ends)
             y = self._core(w, q, tokens["k"], indices, cache, core) @ w["wo"].T
         return y.astype(x.dtype), indices
-
-    def _check(self, n, x, cache, new, core):
-        """The checks of a call with new [B] real tokens -> how many each sequence has before them."""
-        _expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
-        _expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
-        if self.xp is np:  # on a GPU that would wait for it
-            finite = np.isfinite(x[np.arange(n["T"]) < new[:, None]]).all()
-            _expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
-        if cache is None:
-            return np.zeros(n["B"], np.int64)
-        _check_type("cache", cache, KVCache)
-        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-        needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
-        own = f"{needs}, as new_cache makes it"
-        _expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
-        return cache.lengths
 
     def _left_padded(self, n, x, cache, lengths, starts, indices, core):
         """A call with starts: each sequence turned around to stand right-padded, and its results back."""
@@ -2068,7 +2014,8 @@ class DSALayer:
         return turned(y, -starts), turned(indices, -starts)
 
     def _top_k(self, num_keys):
-        top_k, dense = self.config.top_k_at(*self._place, num_keys), self.config.fallback_dense_threshold
+        (layer, n_layers), dense = self._place, self.config.fallback_dense_threshold
+        top_k = self.config.top_k_at(layer, n_layers, num_keys)
         return max(top_k, num_keys) if dense is not None and num_keys <= dense else top_k
 
     def _select(self, indexer, index_k, cache, lengths, k_end):
@@ -2081,19 +2028,17 @@ class DSALayer:
         elif cache is not None:
             index_k = cache.read("index_k")
             index_k = index_k.astype(indexer["index_q"].dtype, copy=False) if rounded else index_k
+        # Where a config goes by the number of keys, each sequence goes by its own.
         top_k = [self._top_k(length) for length in lengths.tolist()]
-        alike = len(set(top_k)) <= 1  # otherwise each sequence goes by its own number of keys
-        parts = [slice(None)] if alike else [slice(b, b + 1) for b in range(len(top_k))]
+        alike = len(set(top_k)) <= 1
         forced = {"local_window": self.config.local_window, "num_sink_tokens": self.config.num_sink_tokens}
-        rows = []
-        for b in parts:
-            arrays = {name: u[b] for name, u in indexer.items()}
-            most = max(top_k[b], default=self._top_k(0))
-            rows.append(lightning_select(**arrays, index_k=index_k[b], top_k=most, k_end=k_end[b], **forced))
-        K = max(x.shape[-1] for x in rows)
-        return np.concatenate(
-            [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in rows]
-        )
+        found = []
+        for b in [slice(None)] if alike else [slice(b, b + 1) for b in range(len(top_k))]:
+            arrays = {name: x[b] for name, x in (*indexer.items(), ("index_k", index_k), ("k_end", k_end))}
+            found.append(lightning_select(**arrays, top_k=max(top_k[b], default=1), **forced))
+        K = max(x.shape[-1] for x in found)
+        found = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in found]
+        return np.concatenate(found)
 
     def _project(self, w, x, start, selects=True):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
@@ -2202,171 +2147,170 @@ def rotate(x, turn, interleaved):
     x[..., i], x[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
 
 
-def weight_name(name):
-    """A weight's name in a layer, out of any of its names; of another name what follows the prefix."""
-    name = name[PREFIX.match(name).end() :].removesuffix(".weight")
-    return WEIGHTS.get(name, name)
-
-
 def named_weights(weights, d):
-    """The weights by their names in DeepSeek's code, checked against d, in one dtype."""
+    """The weights by their names in a layer, checked against d, in one dtype."""
     _expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
-    found: dict[str, Any] = {}
+    names, xp = d.shapes(), None
     given: dict[str, str] = {}
-    known = d.shapes()
     for key, x in weights.items():
-        name = weight_name(key)
-        _expect(name in known, key, "no weight of this layer", f"one of {[*WEIGHTS, *known]}")
-        _expect(name not in found, key, f"the same weight as {given.get(name)}", "each once")
-        _dims(_library(key, next(iter(weights.values()))), **{key: (x, "...")})
-        found[name], given[name] = x, key
-    names = {ours: alias for alias, ours in WEIGHTS.items()}
-    indexed = any(name.startswith("indexer.") for name in found)
-    for name in known:
+        name = split_name(key)[2]
+        _expect(name in names, key, "no weight of this layer", f"one of {[*WEIGHTS, *names]}")
+        _expect(name not in given, key, f"the same weight as {given.get(name)}", "each once")
+        given[name], xp = key, _dims(xp, **{key: (x, "...")})["xp"]
+    also = {ours: f" ({theirs})" for theirs, ours in WEIGHTS.items()}
+    indexed = any(name.startswith("indexer.") for name in given)
+    for name in names:
         needed = indexed or not name.startswith("indexer.")
-        _expect(
-            name in found or not needed,
-            f"{name} ({names.get(name, name)})",
-            "missing",
-            "it among the weights",
-        )
-    sizes = [found[name].shape[0] if found[name].ndim else 0 for name in ("wo", "q_norm", "kv_norm")]
-    shapes, by = (
-        d.shapes(*sizes),
-        ", ".join(f"{n} in {given[x]}" for n, x in zip(sizes, ("wo", "q_norm", "kv_norm"))),
-    )
-    for name, x in found.items():
-        _expect(
-            x.shape == shapes[name], given[name], f"of shape {x.shape}", f"{shapes[name]}, by the dims, {by}"
-        )
+        _expect(name in given or not needed, name + also.get(name, ""), "missing", "it among the weights")
+    found = {name: weights[key] for name, key in given.items()}
+    sizes = {given[name]: (*found[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
+    for name, shape in d.shapes(*sizes.values()).items():
+        actual = found[name].shape if name in found else shape
+        by = f"{shape}, by the dims and the lengths of {sizes}"
+        _expect(actual == shape, given.get(name), f"of shape {actual}", by)
     dtype = _accumulator(*found.values())
     return {name: x.astype(dtype, copy=False) for name, x in found.items()}
 
 
-def yarn_dims(config):
+# A checkpoint's folder.
+NAME = re.compile(r"((?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?)(.*?)(?:\.weight)?", re.DOTALL)
+SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
+BUFFER = re.compile(
+    r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
+)
+SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}
+REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
+    r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
+    r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
+    r"\.(qweight|qzeros|scales|g_idx) ": "AWQ or GPTQ",
+    r"weight_packed | (U8|F4)$": "4 bits packed in bytes (NVFP4, MXFP4 or int4)",
+    r" I8$": "int8",
+    r"\b(w_)?(k_b|v_b|uk|uv|kc|vc)(_proj)?\b|embed_q|unembed_out": "a split kv_b_proj",
+    r"(?<!k_norm)\.bias ": "biases",
+    r"\bq_proj\b": "queries of full rank, without q_a_proj",
+}
+
+
+def read_json(path, text=None):
+    try:
+        found = json.loads(path.read_bytes() if text is None else text)
+    except (ValueError, RecursionError):
+        found = None
+    _expect(isinstance(found, dict), path, "without a readable object in JSON", "it (a Git LFS pointer?)")
+    return found
+
+
+def read_config(config):
+    """A config.json, by its path, its folder's or what it holds; of a model that also sees, its text's."""
+    if not isinstance(config, dict):
+        path = Path(config).expanduser()
+        config = read_json(path / "config.json" if path.is_dir() else path)
+    return config | (config.get("text_config") or {})
+
+
+def rope_dims(config):
     """The dims of RoPE that a config.json says, in the form of transformers 5 or of before."""
     rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
-    nested = [value for value in rope.values() if isinstance(value, dict)]
-    known = kind in ("default", "yarn") and not nested and rope.get("truncate", True)
-    _expect(
-        known and rope.get("partial_rotary_factor", 1) == 1, "RoPE in config.json", rope, "default or YaRN's"
-    )
-    theta = rope.get("rope_theta", config.get("rope_theta"))
+    known = kind in ("default", "yarn") and not any(isinstance(value, dict) for value in rope.values())
+    known = known and rope.get("truncate", True) and rope.get("partial_rotary_factor", 1) == 1
+    _expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
+    found = {"rope_theta": rope.get("rope_theta", config.get("rope_theta")), "rope_factor": 1.0}
     if kind == "default":
-        return {"rope_theta": theta, "rope_factor": 1.0}
+        return found
     longest = config.get("max_position_embeddings")
     length = rope.get("original_max_position_embeddings") or longest
-    factor = rope.get("factor") or longest / length
+    factor = rope.get("factor") or (longest and longest / length)
+    _expect(factor and length, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
     mscale, all_dim, on_rope = (rope.get(name) for name in ("mscale", "mscale_all_dim", "attention_factor"))
     if on_rope is None:
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
-    found = {"rope_theta": theta, "rope_factor": factor, "original_seq_len": length, "mscale": all_dim or 0.0}
-    found |= {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
-    return found | {"rope_attention_factor": on_rope}
+    found |= {"rope_factor": factor, "original_seq_len": length, "rope_attention_factor": on_rope}
+    betas = {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
+    return found | betas | {"mscale": all_dim or 0.0}
 
 
-def has_indexer(config, layer):
-    """Whether a layer has an indexer of its own, by a config.json; None if that does not say it."""
-    kinds, freq = (
-        config.get("indexer_types") or config.get("index_topk_pattern"),
-        config.get("index_topk_freq"),
-    )
-    if kinds:
-        return kinds[layer] in ("full", "F") if layer < len(kinds) else None
-    offset = config.get("index_skip_topk_offset", 2)
-    return max(layer - offset + 1, 0) % max(freq, 1) == 0 if freq is not None else None
+def shares_indexer(config, layer):
+    """Whether a layer takes its selection from the last that has an indexer, by a config.json."""
+    kinds = config.get("indexer_types") or config.get("index_topk_pattern") or ()
+    if layer < len(kinds):
+        return kinds[layer] in ("shared", "S")
+    freq, offset = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset", 2)
+    return not kinds and max(layer - offset + 1, 0) % freq > 0
 
 
-def json_object(path, text):
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    _expect(
-        isinstance(found, dict), path, "without a readable object in JSON", "it (is it a Git LFS pointer?)"
-    )
-    return found
+def split_name(name):
+    """A tensor's name -> its prefix, the layer's number in that, or None, and its name in a layer."""
+    match: Any = NAME.fullmatch(name)
+    return match[1], match[2] and int(match[2]), WEIGHTS.get(match[3], match[3])
+
+
+def of_layer(name, layer):
+    prefix, number, own = split_name(name)
+    ours = prefix.endswith("attn.") or own.split(".")[0] in (*WEIGHTS, *WEIGHTS.values(), "indexer")
+    return ours and number in (None, layer) and not BUFFER.search(name)
 
 
 def read_layer(path, layer):
     """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
-    index, listed = path / "model.safetensors.index.json" if path.is_dir() else path, {}
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if index.suffix == ".json" and (index.exists() or not path.is_dir()):
-        listed = json_object(index, index.read_bytes()).get("weight_map")
-        _expect(isinstance(listed, dict), f"weight_map in {index}", listed, "a file for each tensor")
-        listed = {name: index.parent / file for name, file in listed.items() if of_layer(name, layer)}
-        files = sorted(set(listed.values()))
+    index = path / "model.safetensors.index.json"
+    files = [index] if index.exists() else sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if files and files[0].suffix == ".json":
+        listed = read_json(files[0]).get("weight_map")
+        _expect(isinstance(listed, dict), f"weight_map in {files[0]}", listed, "the file of each tensor")
+        files = sorted({files[0].parent / listed[name] for name in listed if of_layer(name, layer)})
     found: dict[str, Any] = {}
     for file in files:
-        for name, tensor in safetensors_header(file).items():
-            if of_layer(name, layer):
-                twice = name in found and f"in {found[name][0]} and in {file}"
-                _expect(not twice, name, twice, "in one file (is the model split for ranks?)")
-                found[name] = (file, *tensor)
-    for name, file in listed.items():
-        _expect(name in found, name, f"not in {file}", f"there, by {index}")
-    prefixes = {name[: PREFIX.match(name).end()] for name in found if weight_name(name) == "kv_norm"}
-    _expect(len(prefixes) <= 1, "the layer", f"found under {sorted(prefixes)}", "once")
-    found = {
-        name: x for name, x in found.items() if PREFIX.match(name)[0] in (prefixes or {PREFIX.match(name)[0]})
-    }
+        for name, *tensor in read_safetensors(file, layer):
+            _expect(name not in found, name, f"in {file} and another file", "in one (is it split for ranks?)")
+            found[name] = tensor
+    prefixes = {split_name(name)[0] for name in found if split_name(name)[2] == "kv_norm"}
+    _expect(len(prefixes) <= 1, f"layer {layer}", f"in {path} under {sorted(prefixes)}", "once")
+    found = {name: x for name, x in found.items() if not prefixes or split_name(name)[0] in prefixes}
     _expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
-    for pattern, kind in REFUSED.items():
-        for name, (_, dtype, *_) in found.items():
-            other = re.search(pattern, f"{name} {dtype}")
-            _expect(
-                not other, name, f"{dtype}, in a checkpoint with {kind}", "weights in floats or fp8 in blocks"
-            )
-    return dequantized({name: read_tensor(name, *tensor) for name, tensor in found.items()})
+    return dequantized({name: decoded(name, *tensor) for name, tensor in found.items()})
 
 
-def of_layer(name, layer):
-    prefix = PREFIX.match(name)
-    root = name[prefix.end() :].split(".")[0]
-    ours = prefix[0].endswith("attn.") or root in (*WEIGHTS, *WEIGHTS.values(), "indexer")
-    return ours and prefix[1] in (None, str(layer)) and not BUFFER.search(name)
-
-
-def safetensors_header(path):
-    """Of each tensor in a file: dtype, shape, first byte. A file is a length, a header in JSON, and tensors
-    one behind the other, and is refused where these do not agree.
-    """
-    total = os.path.getsize(path)
+def read_safetensors(path, layer):
+    """A layer's tensors: name, dtype, shape, bytes. A file is a length, a header in JSON, and the tensors."""
+    total, whole = os.path.getsize(path), "a whole safetensors file (a Git LFS pointer?)"
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        whole = "a whole safetensors file (is it a Git LFS pointer?)"
         _expect(0 < size <= total - 8, path, f"a file of {total} bytes", whole)
-        header = json_object(path, file.read(size))
+        header = read_json(path, file.read(size))
     header.pop("__metadata__", None)
     try:
-        rows = sorted((*x["data_offsets"], name, x["dtype"], tuple(x["shape"])) for name, x in header.items())
-        rows = [(begin, end, name, dtype, shape, math.prod(shape)) for begin, end, name, dtype, shape in rows]
+        for x in header.values():
+            begin, end = map(operator.index, x["data_offsets"])
+            x["shape"] = tuple(map(operator.index, x["shape"]))
+        rows = sorted((*x["data_offsets"], name, str(x["dtype"]), x["shape"]) for name, x in header.items())
     except (TypeError, KeyError, ValueError):
-        raise ValueError(
-            f"{path} is without dtype, shape and data_offsets of each tensor, expected {whole}"
-        ) from None
-    at, tensors = 0, {}
-    for begin, end, name, dtype, shape, count in rows:
-        each = np.dtype(SAFETENSORS[dtype]).itemsize if dtype in SAFETENSORS else None
-        fits = begin == at <= end and (each is None or end - begin == count * each)
-        fits = fits and all(isinstance(n, int) and n >= 0 for n in shape)
+        raise ValueError(f"{path} is without dtype, shape, data_offsets of each, expected {whole}") from None
+    at = 0
+    for begin, end, name, dtype, shape in rows:
+        size_of = np.dtype(SAFETENSORS.get(dtype, "u1")).itemsize
+        fits = dtype not in SAFETENSORS or end - begin == math.prod(shape) * size_of
+        fits = fits and begin == at <= end and min(shape, default=0) >= 0
         _expect(fits, path, f"at odds with itself in {name}, {dtype} {shape} at {[begin, end]}", whole)
-        tensors[name], at = (dtype, shape, 8 + size + begin), end
-    _expect(8 + size + at == total, path, f"a file of {total} bytes", f"one of {8 + size + at}: {whole}")
-    return tensors
+        at = end
+    _expect(8 + size + at == total, path, f"a file of {total} bytes", f"{8 + size + at}: {whole}")
+    for begin, end, name, dtype, shape in rows:
+        if of_layer(name, layer):
+            yield name, dtype, shape, np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
 
 
-def read_tensor(name, path, dtype, shape, first):
-    """bfloat16 comes as float32, e8m0 as powers of two, and e4m3 as its codes."""
-    wrong = "F8_E4M3" if SCALE.search(name) else "F8_E8M0"
-    allowed = [kind for kind in SAFETENSORS if kind != wrong]
-    _expect(dtype in allowed, name, f"of dtype {dtype}", f"one of {allowed}", TypeError)
-    x = np.fromfile(path, SAFETENSORS[dtype], math.prod(shape), offset=first).reshape(shape)
+def decoded(name, dtype, shape, x):
+    """A tensor out of its bytes: bfloat16 as float32, e8m0 as powers of two, e4m3 as its codes."""
+    for pattern, kind in REFUSED.items():
+        other = re.search(pattern, f"{name} {dtype}")
+        _expect(not other, name, f"{dtype}, as in a checkpoint with {kind}", "floats, or fp8 with scales")
+    allowed = SAFETENSORS.keys() - {"F8_E4M3" if SCALE.search(name) else "F8_E8M0"}
+    _expect(dtype in allowed, name, f"of dtype {dtype}", f"one of {sorted(allowed)}", TypeError)
+    x = x.view(SAFETENSORS[dtype]).reshape(shape)
     if dtype == "F8_E8M0":
-        return np.where(x == 255, np.float32(np.nan), np.ldexp(np.float32(1), x.astype(np.int32) - 127))
+        with np.errstate(over="ignore"):  # 255, for NaN, becomes infinite
+            return np.ldexp(np.float32(1), x.astype(np.int32) - 127)
     return _widened(x) if dtype == "BF16" else x
 
 
@@ -2375,23 +2319,18 @@ def dequantized(tensors):
     for name in [name for name in tensors if SCALE.search(name)]:
         own = SCALE.sub(".weight", name)
         scales, codes = tensors.pop(name), tensors.get(own, np.zeros(0))
-        _expect(
-            codes.dtype == np.uint8 and codes.ndim == 2, name, "given", f"fp8 weights [out, in] for it, {own}"
-        )
+        _expect(codes.dtype == np.uint8 and codes.ndim == 2, name, "given", f"fp8 weights for it, {own}")
         blocks = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
-        shapes = [blocks, (len(codes), 1), (1, 1), (1,), ()]
+        shapes = blocks, (len(codes), 1), (1, 1), (1,), ()
         known = f"one of {shapes}, for blocks of 128 x 128, rows, or all"
         _expect(scales.shape in shapes, name, f"of shape {scales.shape}", known)
         _expect(np.isfinite(scales).all(), name, "NaN or infinite", "numbers")
         if scales.shape == blocks:
             scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
-        rows = np.broadcast_to(
-            scales.reshape(-1, scales.shape[-1] if scales.ndim else 1), (len(codes), blocks[1])
-        )
-        tensors[own] = dequantize_fp8(codes, rows)
+        tensors[own] = dequantize_fp8(codes, np.broadcast_to(scales, (len(codes), blocks[1])))
     for name, x in tensors.items():
-        missing = f"{name.removesuffix('.weight')}.weight_scale_inv"
-        _expect(x.dtype != np.uint8, missing, "missing", f"the scales of {name}, which is fp8")
+        scales = name.removesuffix(".weight") + ".weight_scale_inv"
+        _expect(x.dtype != np.uint8, scales, "missing", f"the scales of {name}, which is fp8")
     return tensors
 
 

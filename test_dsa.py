@@ -20,6 +20,7 @@ equally everywhere. "(trap n)" is number n of the specification's list of bugs s
 """
 
 import contextlib
+import copy
 import doctest
 import functools
 import importlib
@@ -28,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -2043,25 +2045,29 @@ def yarn_by_loops(rope, theta=1e4, factor=40.0, length=4096, fast=32, slow=1):
     return freqs
 
 
-def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
+def layer_by_loops(
+    w, x, bug=None, interleaved=False, hadamard=False, eps=(1e-6, 1e-6), mscale=1.0, on_rope=1.0, **yarn
+):
     """Section 3 of the specification for one sequence x [T, dim], in plain steps; `bug` plants one of BUGS.
+
+    eps: of the RMSNorms and of the LayerNorm; on_rope: the factor on cos and sin.
 
     -> y [T, dim], indices [T, K], index scores [T, T]
     """
     d = types.SimpleNamespace(**SMALL)
     H, nope, rope, v, J, E = d.n_heads, 16, 8, d.v_head_dim, d.index_n_heads, d.index_head_dim
-    freqs, softmax = yarn_by_loops(rope), lambda z: np.exp(z - max(z)) / np.exp(z - max(z)).sum()
+    freqs, softmax = yarn_by_loops(rope, **yarn), lambda z: np.exp(z - max(z)) / np.exp(z - max(z)).sum()
     H16 = np.array([[(-1) ** (i & j).bit_count() for j in range(E)] for i in range(E)]) / 4
 
-    def rms(z, weight):
-        return weight * z / math.sqrt(dot(z, z) / len(z) + 1e-6)
+    def rms(z, weight, eps=eps[0]):
+        return weight * z / math.sqrt(dot(z, z) / len(z) + eps)
 
     def turn(u, t, interleaved):
         u = np.array(u)
         for i, f in enumerate(freqs):
             a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + rope // 2)
             z = complex(u[a], u[b]) * complex(math.cos(t * f), math.sin(t * f))
-            u[a], u[b] = z.real, z.imag
+            u[a], u[b] = on_rope * z.real, on_rope * z.imag
         return u
 
     def index_turn(u, t):
@@ -2083,7 +2089,7 @@ def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
         query = w["indexer.wq_b"] @ (raw if bug == "index query from the un-normed latent" else qr)
         iq.append([index_turn(u, t) for u in query.reshape(J, E)])
         z = w["indexer.wk"] @ row
-        z = rms(z if bug == "rms norm for layer norm" else z - z.mean(), w["indexer.k_norm"])
+        z = rms(z if bug == "rms norm for layer norm" else z - z.mean(), w["indexer.k_norm"], eps[1])
         ik.append(index_turn(z if bug == "no layer norm bias" else z + w["indexer.k_norm.bias"], t))
         if hadamard or bug == "one-sided hadamard":
             iq[-1] = iq[-1] @ H16
@@ -2091,7 +2097,7 @@ def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
         z = w["indexer.weights_proj"] @ row
         iw.append(softmax(z) if bug == "softmaxed head weights" else z * (J * E) ** -0.5)
     relu = (lambda z: z) if bug == "no relu" else (lambda z: max(z, 0.0))
-    m = 1 if bug == "no yarn in the scale" else 0.1 * math.log(40) + 1
+    m = 1 if bug == "no yarn in the scale" else 0.1 * mscale * math.log(yarn.get("factor", 40)) + 1
     scale = (E if bug == "scale of the index width" else nope + rope) ** -0.5 * m * m
     y, kept, scores = np.zeros(x.shape), [], np.full((len(x), len(x)), -INF)
     for t in range(len(x)):
@@ -2124,18 +2130,22 @@ def hidden():
     return normal(np.random.default_rng(7), 2, 50, DIM)
 
 
+def assert_by_loops(dsa, layer, w, x, **oracle):
+    y, indices = layer(x)
+    scores = scores_of(dsa, layer, x)[1]
+    for b in range(len(x)):
+        expected = layer_by_loops(w, x[b], **oracle)
+        assert_close(y[b], expected[0], 1e-12)
+        np.testing.assert_array_equal(indices[b], expected[1])
+        assert_close(scores[b], expected[2], 1e-12)
+
+
 @pytest.mark.parametrize("interleaved, hadamard", [(False, False), (True, False), (False, True)])
 def test_the_layer_is_section_3_by_loops(dsa, hidden, interleaved, hadamard):
     """Outputs and raw index scores to 1e-12 and the same selections, with K = 6 of up to 50 keys (trap 1)."""
     w = layer_weights()
     layer = dsa.DSALayer(w, **SMALL, index_rope_interleaved=interleaved, hadamard=hadamard)
-    y, indices = layer(hidden)
-    scores = scores_of(dsa, layer, hidden)[1]
-    for b in range(2):
-        expected = layer_by_loops(w, hidden[b], interleaved=interleaved, hadamard=hadamard)
-        assert_close(y[b], expected[0], 1e-12)
-        np.testing.assert_array_equal(indices[b], expected[1])
-        assert_close(scores[b], expected[2], 1e-12)
+    assert_by_loops(dsa, layer, w, hidden, interleaved=interleaved, hadamard=hadamard)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -2417,6 +2427,556 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
     write_safetensors(tmp_path / "converted" / "model0-mp1.safetensors", converted)
     assert any(name.endswith("wq_b.scale") for name in converted)
     assert_same(dsa.DSALayer.from_safetensors(tmp_path / "converted", layer=3, **SMALL)(hidden), expected)
+
+
+SIZES = {
+    "num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "index_n_heads": 4, "index_head_dim": 16, "index_topk": 6, "max_position_embeddings": 2560,
+}  # fmt: skip
+V32_CONFIG, GLM_CONFIG = ({**SIZES, "model_type": name} for name in ("deepseek_v32", "glm_moe_dsa"))
+YARN: dict[str, Any] = {"factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+YARN_5 = YARN | {"rope_type": "yarn", "rope_theta": 5000.0}  # as transformers 5 writes it
+ONES = {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def with_yarn(**more):
+    return V32_CONFIG | {"rope_parameters": YARN_5 | more}
+
+
+def yarn_factor(m):
+    return 0.1 * m * math.log(40) + 1
+
+
+NO_YARN: dict[str, Any] = {"factor": 1.0, "mscale": 0.0}
+OF_YARN_5: dict[str, Any] = {"length": 64, "theta": 5000.0}
+PLAIN_FACTOR = OF_YARN_5 | {"mscale": 0.0, "on_rope": yarn_factor(1)}
+CONFIGS: dict[str, Any] = {  # what config.json says, and what layer_by_loops computes for it
+    "hub": (V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": YARN | ONES | {"type": "yarn"}}, {"length": 64}),
+    "no scaling": (V32_CONFIG | {"rope_theta": 8e6, "rope_scaling": None}, NO_YARN | {"theta": 8e6}),
+    "sizes alone": (SIZES, NO_YARN),
+    "transformers 5": (with_yarn(**ONES), OF_YARN_5),
+    "mscales": (
+        with_yarn(mscale=0.7, mscale_all_dim=1.3),
+        OF_YARN_5 | {"mscale": 1.3, "on_rope": yarn_factor(0.7) / yarn_factor(1.3)},
+    ),
+    "one mscale": (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
+    "neither": (with_yarn(beta_fast=None), PLAIN_FACTOR),
+    "mscale of 0": (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
+    "attention_factor": (with_yarn(attention_factor=1.7, **ONES), OF_YARN_5 | {"on_rope": 1.7}),
+    "no factor": (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
+    "no length": (
+        with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64},
+        PLAIN_FACTOR,
+    ),
+    "betas": (
+        with_yarn(beta_fast=4, beta_slow=0.5, attention_factor=1),
+        OF_YARN_5 | {"mscale": 0.0, "fast": 4, "slow": 0.5},
+    ),
+    "eps": (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
+    "glm": (
+        GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)},
+    ),
+    "glm, said": (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
+    "v32, said": (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
+    "sees": ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
+}
+
+
+def write_checkpoint(folder, weights, config=None, layer=3, dtype="F64"):
+    folder.mkdir(exist_ok=True)
+    write_safetensors(
+        folder / "model.safetensors",
+        {name: (dtype, x) for name, x in checkpoint_names(weights, layer).items()},
+    )
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, name):
+    """Out of a folder alone, the layer is section 3 by loops: sizes, RoPE in both forms, layout, eps."""
+    (config, oracle), w = CONFIGS[name], layer_weights()
+    write_checkpoint(tmp_path, w, config)
+    layer = dsa.DSALayer.from_safetensors(tmp_path, 3)
+    assert_by_loops(dsa, layer, w, hidden[:1, :20], **oracle)
+    for same in (config, tmp_path, str(tmp_path / "config.json")):
+        assert dsa.LayerDims.from_config(same) == layer.dims
+    given = {
+        "index_topk": 5,
+        "norm_eps": 0.5,
+        "rope_factor": 7.0,
+        "index_rope_interleaved": False,
+        "mscale": 2.0,
+    }
+    own = dsa.DSALayer.from_safetensors(tmp_path / "model.safetensors", 3, **given).dims
+    assert {k: getattr(own, k) for k in given} == given and own.rope_theta == layer.dims.rope_theta
+
+
+@pytest.mark.parametrize("config, named", [
+    (V32_CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+    (V32_CONFIG | {"rope_scaling": {"factor": 4.0}}, "factor"),
+    (V32_CONFIG | {"rope_parameters": {"indexed_attention": YARN_5}}, "indexed_attention"),
+    (V32_CONFIG | {"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
+    (V32_CONFIG | {"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    (SIZES | {"model_type": "llama"}, "llama"), (V32_CONFIG | {"rms_norm_eps": "1e-6"}, "norm_eps"),
+    (V32_CONFIG | {"num_attention_heads": 4.0}, "n_heads"),
+    (V32_CONFIG | {"num_attention_heads": 8}, "q_b_proj"),
+    (SIZES | {"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
+              "max_position_embeddings": None}, "YaRN"),
+    (V32_CONFIG | {"quantization_config": {"weight_block_size": [64, 64]}}, "weight_block_size"),
+], ids=str)  # fmt: skip
+def test_a_config_json_that_is_not_understood_is_refused(dsa, tmp_path, config, named):
+    """What an input means is used or refused, never dropped."""
+    write_checkpoint(tmp_path, layer_weights(), config)
+    with pytest.raises((ValueError, TypeError), match=named):
+        dsa.DSALayer.from_safetensors(tmp_path, 3)
+
+
+@pytest.mark.parametrize("types, shares", [
+    ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssf"),
+    ({"index_topk_pattern": "FFSSF"}, "ffssf"), ({}, "fffff"), ({"index_topk_freq": 1}, "fffff"),
+    ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssf"), ({"index_topk_freq": 2}, "ffsfs"),
+    ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssf"),
+], ids=str)  # fmt: skip
+def test_layers_that_share_an_indexer_have_none(dsa, hidden, tmp_path, types, shares):
+    """config.json says which, also where the file has indexer weights for them; the last selection serves."""
+    w, indices = layer_weights(), None
+    for i, kind in enumerate(shares):
+        write_checkpoint(tmp_path, w, GLM_CONFIG | types, layer=i)
+        layer = dsa.DSALayer.from_safetensors(tmp_path, i)
+        assert layer.has_indexer == (kind == "f")
+        y, indices = layer(hidden, indices=None if layer.has_indexer else indices)
+        assert_close(y, dsa.DSALayer(w, **vars(layer.dims))(hidden)[0], 1e-12)
+
+
+def scaled(x, kind, dtype):
+    """x as fp8 codes with scales of a kind and dtype -> tensors to write, and what they stand for."""
+    shape = {"block": [-(-n // 128) for n in x.shape], "row": [len(x), 1], "all": [], "all, [1]": [1]}[kind]
+    powers = np.random.default_rng(0).integers(-3, 3, shape)
+    spread = np.exp2(powers.astype(F64))
+    scales = {
+        "F32": spread.astype(F32),
+        "BF16": spread.astype(BFLOAT16),
+        "F8_E8M0": (powers + 127).astype(np.uint8),
+    }
+    if kind == "block":
+        spread = np.repeat(np.repeat(spread, 128, 0), 128, 1)[: len(x), : x.shape[1]]
+    codes = (x / spread).astype(E4M3)
+    return codes, np.asarray(scales[dtype]), (codes.astype(F64) * spread).astype(F32)
+
+
+@pytest.mark.parametrize("ending", [".weight_scale_inv", ".weight_scale", ".scale"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E8M0"])
+@pytest.mark.parametrize("kind", ["block", "row", "all", "all, [1]"])
+def test_fp8_weights_are_codes_times_scales(dsa, hidden, tmp_path, kind, dtype, ending):
+    """Whatever the scales are for, and stored in; a prefix with words in front; buffers are passed over."""
+    w, tensors = layer_weights(dtype=F32), {}
+    for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
+        w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
+    at = "model.language_model.layers.3.self_attn."
+    for ours, (name, x) in zip(list(w), checkpoint_names(w).items(), strict=True):
+        name = name.replace("model.layers.3.self_attn.", at)
+        if x.ndim == 1:
+            tensors[name] = ("F32", x)
+            continue
+        codes, scales, w[ours] = scaled(x, kind, dtype)
+        tensors |= {name: ("F8_E4M3", codes), name.removesuffix(".weight") + ending: (dtype, scales)}
+    one = np.ones(1, F32)
+    for buffer in (
+        "k_scale",
+        "v_scale",
+        "attn.k_scale",
+        "rotary_emb.inv_freq",
+        "q_a_proj.input_scale",
+        "q_scale",
+    ):
+        tensors[at + buffer] = ("F32", one)
+    tensors["model.vision_tower.layers.3.self_attn.q_proj.weight"] = ("F32", one)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": V32_CONFIG}))
+    layer = dsa.DSALayer.from_safetensors(tmp_path, 3)
+    assert_same(layer.weights["wkv_b"], w["wkv_b"])
+    assert_same(layer(hidden), dsa.DSALayer(w, **vars(layer.dims))(hidden))
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_weights_of_every_float(dsa, tmp_path, dtype):
+    """Exactly as stored, in the widest that any of them needs."""
+    kind = {"F64": F64, "F32": F32, "F16": F16, "BF16": BFLOAT16}[dtype]
+    w = layer_weights(dtype=kind)
+    write_checkpoint(tmp_path, w, V32_CONFIG, dtype=dtype)
+    for name, x in dsa.DSALayer.from_safetensors(tmp_path, 3).weights.items():
+        assert_same(x, w[name].astype(F64 if kind == F64 else F32))
+
+
+FP8_CODES, ONE = ("F8_E4M3", np.zeros((96, 24), np.uint8)), np.ones((96, 1), F32)
+AS = {dtype: (dtype, ONE.view(np.uint8)) for dtype in ("U8", "I8", "F4", "F8_E4M3", "F8_E8M0", "F8_E5M2")}
+AS |= {dtype: (dtype, ONE) for dtype in ("F32", "I32")}
+OTHERS: dict[str, Any] = {  # what stands in place of q_b_proj.weight, and what the error says
+    "int8": ({".weight": "I8", ".weight_scale": "F32"}, "int8"),
+    "AWQ": ({".qweight": "I32", ".qzeros": "I32", ".scales": "F32"}, "AWQ"),
+    "NVFP4": ({".weight": "U8", ".weight_scale": "F8_E4M3", ".weight_scale_2": "F32"}, "NVFP4"),
+    "NVFP4, packed": ({".weight_packed": "U8", ".weight_global_scale": "F32"}, "NVFP4"),
+    "MXFP4": ({".weight": "U8", ".weight_scale": "F8_E8M0"}, "MXFP4"),
+    "MXFP4 in F4": ({".weight": "F4", ".weight_scale": "U8"}, "MXFP4"),
+    "MXFP4 in blocks": ({"_blocks": "U8", "_scales": "U8"}, "MXFP4"),
+    "e5m2": ({".weight": "F8_E5M2"}, "F8_E5M2"),
+    "e8m0": ({".weight": "F8_E8M0"}, "F8_E8M0"),
+    "a bias": ({".bias": "F32"}, "bias"),
+    "unknown": ({".more": "F32"}, "no weight"),
+    "scales of floats": ({".weight": "F32", ".weight_scale": "F32"}, "fp8"),
+    "scales alone": ({".weight_scale": "F32"}, "fp8"),
+    "scales of another shape": (
+        {".weight": FP8_CODES, ".weight_scale": ("F32", np.ones((96, 2), F32))},
+        "96, 2",
+    ),
+    "scales twice": ({".weight": FP8_CODES, ".weight_scale": "F32", ".weight_scale_inv": "F32"}, "given"),
+    "scales of NaN": (
+        {".weight": FP8_CODES, ".weight_scale": ("F8_E8M0", np.full((1, 1), 255, np.uint8))},
+        "NaN",
+    ),
+    "codes without scales": ({".weight": FP8_CODES}, "weight_scale_inv is missing"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_of_other_kinds_are_refused_by_name(dsa, tmp_path, name):
+    """The tensor and its format; none is read as something else."""
+    (others, named), w = OTHERS[name], checkpoint_names(layer_weights(dtype=F32))
+    tensors = {key: ("F32", x) for key, x in w.items() if "self_attn.q_b_proj" not in key}
+    for key, kind in others.items():
+        tensors[f"model.layers.3.self_attn.q_b_proj{key}"] = AS[kind] if isinstance(kind, str) else kind
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(V32_CONFIG))
+    with pytest.raises((ValueError, TypeError), match=f"q_b_proj.*{named}"):
+        dsa.DSALayer.from_safetensors(tmp_path, 3)
+
+
+@pytest.mark.parametrize("old, new, named", [
+    ("kv_b_proj.weight", "k_b_proj.weight", "k_b_proj.* split"), ("kv_b_proj.weight", "w_uk", "w_uk.* split"),
+    ("q_a_proj.weight", "q_proj.weight", "q_proj.* full rank"), ("q_a_proj.weight", "mlp.weight", "q_a_proj"),
+])  # fmt: skip
+def test_other_projections_are_refused_by_name(dsa, tmp_path, old, new, named):
+    """A latent that is expanded in two parts, and queries that go through none."""
+    tensors = {key: ("F32", x) for key, x in checkpoint_names(layer_weights(dtype=F32)).items()}
+    tensors = {key.replace("self_attn." + old, "self_attn." + new): x for key, x in tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=named):
+        dsa.DSALayer.from_safetensors(tmp_path, 3, **SMALL)
+
+
+def broken_header(change):
+    def broken(folder, weights):
+        raw = (folder / "model.safetensors").read_bytes()
+        n = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + n])
+        change(header[next(iter(checkpoint_names(weights)))])
+        new = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + n :])
+
+    return broken
+
+
+def two_files(folder, weights):
+    shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
+
+
+def two_models(folder, weights):
+    both = {name: ("F64", x) for name, x in checkpoint_names(weights).items()}
+    write_safetensors(folder / "model.safetensors", both | {"draft." + name: x for name, x in both.items()})
+
+
+def text(file, content):
+    return lambda folder, weights: (folder / file).write_text(content)
+
+
+def longer(folder, weights):
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b"more")
+
+
+INDEX, FILE = "model.safetensors.index.json", "model.safetensors is"
+GONE = json.dumps({"weight_map": {"model.layers.3.self_attn.o_proj.weight": "gone"}})
+BROKEN: dict[str, Any] = {
+    "other bytes": (broken_header(lambda x: x["data_offsets"].reverse()), FILE),
+    "moved bytes": (broken_header(lambda x: x.update(data_offsets=[8, x["data_offsets"][1]])), FILE),
+    "another shape": (broken_header(lambda x: x["shape"].append(2)), FILE),
+    "negative shape": (broken_header(lambda x: x.update(shape=[-n for n in x["shape"]])), FILE),
+    "no shape": (broken_header(lambda x: x.pop("shape")), FILE),
+    "another dtype": (broken_header(lambda x: x.update(dtype="F16")), FILE),
+    "no offsets": (broken_header(lambda x: x.pop("data_offsets")), FILE),
+    "offsets of text": (broken_header(lambda x: x.update(data_offsets=["0", "8"])), FILE),
+    "three offsets": (broken_header(lambda x: x["data_offsets"].append(9)), FILE),
+    "too long": (longer, FILE),
+    "two files": (two_files, "another file"),
+    "two models": (two_models, "draft"),
+    "config.json": (text("config.json", "{"), "config.json is without"),
+    "a list": (text("config.json", "[1]"), "config.json is without"),
+    "index": (text(INDEX, "version https://git-lfs"), "index.json is without"),
+    "no map": (text(INDEX, "{}"), "weight_map in .*index.json"),
+    "a shard that is missing": (text(INDEX, GONE), "gone"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_checkpoint_at_odds_with_itself_is_refused(dsa, tmp_path, name):
+    """Header, offsets, dtype, shape and length agree, each tensor stands once; the error names the file."""
+    (change, named), w = BROKEN[name], layer_weights()
+    write_checkpoint(tmp_path, w, V32_CONFIG)
+    assert dsa.DSALayer.from_safetensors(tmp_path, 3).has_indexer
+    change(tmp_path, w)
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        dsa.DSALayer.from_safetensors(tmp_path, 3)
+
+
+def test_paths_that_are_not_there_are_named(dsa, tmp_path):
+    """Folders, files and config.json."""
+    for path in (tmp_path / "none", tmp_path / "none.safetensors", tmp_path / "none.json"):
+        for read in (dsa.DSALayer.from_safetensors, dsa.LayerDims.from_config):
+            with pytest.raises(FileNotFoundError, match="none"):
+                read(path)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        dsa.DSALayer.from_safetensors(tmp_path)
+
+
+def test_dims_give_the_shapes_of_weights(dsa, hidden):
+    """Those of a layer that works, and so a random one; V3.2's are its checkpoint's."""
+    d = dsa.LayerDims(**SMALL)
+    shapes = d.shapes(DIM, Q_RANK, R)
+    assert shapes == {name: layer_weights()[name].shape for name in shapes}
+    assert dsa.LayerDims().shapes()["wq_b"] == (24576, 1536) and dsa.LayerDims().shapes()["wkv_a"] == (
+        576,
+        7168,
+    )
+
+
+def test_the_layers_words(dsa, hidden):
+    """What a new user gets wrong first."""
+    layer, x = dsa.DSALayer(layer_weights(), **SMALL), hidden[:, :5]
+    configured = functools.partial(dsa.DSALayer, layer_weights(), **SMALL)
+    for call, error, match in (
+        (lambda: dsa.DSALayer([np.ones(3)]), TypeError, "weights is a list, expected a dict"),
+        (lambda: dsa.DSALayer({"wq_a": [1.0]}), TypeError, "wq_a is a builtins.list"),
+        (lambda: layer.new_cache(1, 8, fast_byte=100), TypeError, "fast_byte"),
+        (lambda: layer.new_cache(1, 8, local_window=4), TypeError, "fast_bytes"),
+        (lambda: configured(config={"top_k": 3}), TypeError, "config is a dict"),
+        (lambda: configured(config=dsa.DSAConfig(strategy="fixed")), ValueError, "config.*fixed"),
+        (lambda: configured(config=dsa.DSAConfig(global_selection="lsh")), ValueError, "config.*lsh"),
+        (
+            lambda: configured(config=dsa.DSAConfig(progressive_sparsity=True), layer=3),
+            ValueError,
+            "layer is 3",
+        ),
+        (lambda: layer(x, starts=np.array([1, 6])), ValueError, "starts is"),
+        (lambda: layer(x, starts=[1]), ValueError, "starts is"),
+        (lambda: layer(x, starts=[0.5, 1]), ValueError, "starts is"),
+        (lambda: layer(x, starts=[1, 1], lengths=[5, 5]), ValueError, "lengths is"),
+        (lambda: layer(x, starts=[1, 1], indices=np.zeros((2, 1, 3), int)), ValueError, "indices is"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+@slow
+@given(
+    seed=seeds, starts=st.lists(st.integers(0, 12), min_size=1, max_size=3), tail=st.integers(0, 4),
+    storage=st.sampled_from([None, "float64"]), ratio=st.sampled_from([None, 0.3]), shared=st.booleans(),
+)  # fmt: skip
+def test_a_left_padded_batch_is_each_sequence_alone(dsa, seed, starts, storage, tail, shared, ratio):
+    """Padding of NaN in front has rows of 0 and -1 and leaves nothing behind; the same bits of selections."""
+    rng, B, T = np.random.default_rng(seed), len(starts), 12
+    config = dsa.DSAConfig(sparse_ratio=ratio) if ratio else None
+    layer = dsa.DSALayer(layer_weights(seed), **SMALL, config=config)
+    other = dsa.DSALayer(layer_weights(seed, indexer=False), **SMALL)
+    x = normal(rng, B, T + tail, DIM)
+    x[np.arange(T + tail) < np.array(starts)[:, None]] = NAN
+    caches: Any = ((z.new_cache(B, 20, storage) if storage else None) for z in (layer, other))
+    cache, rows = caches
+    calls = [(slice(0, T if storage else T + tail), np.array(starts))]  # the padding, then a token at a time
+    calls += [(slice(t, t + 1), np.zeros(B, int)) for t in range(T, T + tail) if storage]
+    results = [layer(x[:, part], cache, starts=at) for part, at in calls]
+    for (y, indices), (part, at) in zip(results, calls) if shared else ():
+        assert_close(other(x[:, part], rows, starts=at, indices=indices)[0], y, 1e-12)
+    if storage:
+        assert cache.lengths.tolist() == [T + tail - n for n in starts]
+    for b in range(B):
+        alone = layer.new_cache(1, 20, storage) if storage else None
+        for (y, indices), (part, at) in zip(results, calls):
+            own_y, own = layer(x[b : b + 1, part][:, at[b] :], alone)
+            assert_close(y[b, at[b] :], own_y[0], 1e-12)
+            width = max(own.shape[-1], indices.shape[-1])
+            assert (padded(indices[b, at[b] :], width) == padded(own[0], width)).all()
+            assert (y[b, : at[b]] == 0).all() and (indices[b, : at[b]] == -1).all()
+
+
+@pytest.mark.parametrize("kwargs, layer, n_layers", [
+    ({"top_k": 9}, 0, 1), ({"sparse_ratio": 0.3}, 0, 1), ({"sparse_ratio": 0.01}, 0, 1),
+    ({"top_k": 9, "strategy": "hybrid", "local_window": 4, "num_sink_tokens": 2}, 0, 1),
+    ({"sparse_ratio": 0.1, "strategy": "hybrid", "local_window": 6}, 0, 1),
+    ({"top_k": 4, "fallback_dense_threshold": 17}, 0, 1),
+    ({"top_k": 4, "fallback_dense_threshold": 40}, 0, 1),
+    ({"top_k": 8, "progressive_sparsity": True}, 0, 3), ({"top_k": 8, "progressive_sparsity": True}, 2, 3),
+], ids=str)  # fmt: skip
+def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, layer, n_layers):
+    """Scores by loops, sorted: ratio, window, sink tokens, dense fallback, by each sequence's own length."""
+    w, config = layer_weights(), dsa.DSAConfig(**kwargs)
+    own = dsa.DSALayer(w, **SMALL, config=config, layer=layer, n_layers=n_layers)
+    lengths = np.array([40, 17])
+    y, indices = own(hidden[:, :40], lengths=lengths)
+    cache = own.new_cache(2, 40, "float64")
+    own(hidden[:, :39], cache, lengths=lengths - 1)
+    last = np.stack([hidden[0, 39], hidden[1, 16]])[:, None]
+    step_y, step = own(last, cache)
+    for b, n in enumerate(lengths.tolist()):
+        scores = layer_by_loops(w, hidden[b, :n])[2]
+        top_k = config.top_k_at(layer, n_layers, n)
+        if n <= (kwargs.get("fallback_dense_threshold") or 0):
+            top_k = n
+        for t in range(n):
+            forced = config.local_window, config.num_sink_tokens
+            row = select_by_sort(scores[t].tolist(), 0, t + 1, top_k, *forced)
+            assert [s for s in indices[b, t] if s >= 0] == [s for s in row if s >= 0]
+        assert step[b, 0][step[b, 0] >= 0].tolist() == [s for s in row if s >= 0]
+        assert_close(step_y[b, 0], y[b, n - 1], 1e-12)
+    assert (indices[1, 17:] == -1).all()
+    rope = YARN | ONES | {"type": "yarn", "original_max_position_embeddings": 4096}
+    known = V32_CONFIG | {"num_hidden_layers": n_layers, "rope_scaling": rope}
+    write_checkpoint(tmp_path, w, known, layer)
+    loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config)
+    assert_same(loaded(hidden[:, :40], lengths=lengths), (y, indices))
+
+
+def test_a_config_rounds_what_the_indexer_compares(dsa, hidden):
+    """indexer_precision stands in the config or in the dims."""
+    w = layer_weights()
+    expected = dsa.DSALayer(w, **SMALL, indexer_precision="fp8")(hidden)
+    for more in ({}, {"indexer_precision": "fp8"}):
+        config = dsa.DSAConfig(top_k=6, **more)
+        layer = dsa.DSALayer(w, **SMALL, **({} if more else {"indexer_precision": "fp8"}), config=config)
+        assert_same(layer(hidden), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_layer_is_independent(dsa, hidden, copied):
+    """Also of its arrays: who changes one changes nothing of the other."""
+    layer = dsa.DSALayer(layer_weights(), **SMALL, config=dsa.DSAConfig(top_k=5))
+    expected, other = layer(hidden), copied(layer)
+    assert_same(other(hidden), expected)
+    for w in other.weights.values():
+        w *= 2
+    assert_same(layer(hidden), expected)
+    assert not np.array_equal(other(hidden)[0], expected[0])
+
+
+TINY: dict[str, Any] = SIZES | {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "n_group": 1,
+    "num_hidden_layers": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "topk_group": 1, "first_k_dense_replace": 3, "kv_lora_rank": 32, "q_lora_rank": 24,
+    "initializer_range": 0.2,
+    "index_n_heads": 16,  # so many that hardly a score is 0, where torch decides ties otherwise
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict]] = {
+    "v32": ("DeepseekV32", {}),
+    "v32, YaRN": ("DeepseekV32", {"rope_parameters": YARN_5 | ONES}),
+    "v32, mscales": ("DeepseekV32", {"rope_parameters": YARN_5 | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "v32, neither": ("DeepseekV32", {"rope_parameters": YARN_5}),
+    "v32, attention_factor": ("DeepseekV32", {"rope_parameters": YARN_5 | {"attention_factor": 1.7}}),
+    "glm 5": ("GlmMoeDsa", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "glm 5.2": ("GlmMoeDsa", {"index_topk_freq": 2, "index_skip_topk_offset": 1}),
+}
+
+
+@functools.cache
+def tiny_model(name):
+    """A random model of transformers, its norms away from 1."""
+    transformers, torch = pytest.importorskip("transformers", minversion="5"), pytest.importorskip("torch")
+    kind, more = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**TINY | more)
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval().requires_grad_(False)
+    for key, weight in model.named_parameters():
+        if "norm" in key:
+            weight += 0.3 * torch.randn(weight.shape)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, name):
+    """Each layer's output to 1e-5 of the largest in float32, and its selection."""
+    model, torch, indices = tiny_model(name), sys.modules["torch"], None
+    seen: dict[Any, Any] = {}
+    hooks = []
+    for i, block in enumerate(model.model.layers):
+        note = functools.partial(lambda i, _, args, kwargs, out: seen.update({i: (kwargs, out)}), i)
+        hooks.append(block.self_attn.register_forward_hook(note, with_kwargs=True))
+        if getattr(block.self_attn, "indexer", None) is not None:
+            note = functools.partial(lambda i, _, args, out: seen.update({f"indexer {i}": out.numpy()}), i)
+            hooks.append(block.self_attn.indexer.register_forward_hook(note))
+    model(torch.randint(0, 99, (2, 50), generator=torch.Generator().manual_seed(1)))
+    for hook in hooks:  # the model is another test's too
+        hook.remove()
+    model.save_pretrained(tmp_path)
+    for i in range(4):
+        eps = (
+            {"norm_eps": 1e-6} if "glm" in name else {}
+        )  # with which transformers computes, whatever it writes
+        layer = dsa.DSALayer.from_safetensors(tmp_path, i, **eps)
+        assert layer.has_indexer == (f"indexer {i}" in seen)
+        kwargs, out = seen[i]
+        y, indices = layer(kwargs["hidden_states"].numpy(), indices=None if layer.has_indexer else indices)
+        expected = out[0].numpy()
+        assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
+        for b, t in itertools.product(range(2), range(50)) if layer.has_indexer else ():
+            assert set(indices[b, t]) - {-1} == {s for s in seen[f"indexer {i}"][b, t] if s <= t}
+
+
+@pytest.mark.parametrize("xp", array_libraries())
+@pytest.mark.parametrize(
+    "name, attention", [(name, "sdpa") for name in MODELS] + [("v32", "eager"), ("glm 5.2", "eager")]
+)
+def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attention):
+    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens; a config in a line."""
+    readme = Path(__file__).with_name("README.md")
+    blocks = re.findall(
+        r"```python\n(import[^`]*torch\.nn\.Module[^`]*)```",
+        readme.read_text("utf-8") if readme.exists() else "",
+    )
+    if not blocks:
+        pytest.skip("no README.md with these lines beside test_dsa.py")
+    (block,), original = blocks, tiny_model(name)
+    torch = sys.modules["torch"]
+    original.set_attn_implementation(attention)
+    ids = torch.randint(1, 99, (3, 40), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(40) >= torch.tensor([0, 7, 31])[:, None]).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+    real = mask.bool()
+    expected, tokens = original(**batch).logits[real], original.generate(**batch, **how)
+
+    def replaced(*changes):
+        model, text = copy.deepcopy(original).to("cuda" if xp == "cupy" else "cpu"), block
+        text = text.replace("xp=np", f"xp={xp}").replace("import dsa, ", f"import dsa, {xp}, ")
+        text = text.replace("max_new_tokens=20", "max_new_tokens=2")
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        exec(text, {"model": model, "batch": {k: x.to(model.device) for k, x in batch.items()}})
+        return model
+
+    model = replaced()
+    on = {k: x.to(model.device) for k, x in batch.items()}
+    assert (model(**on).logits.cpu()[real] - expected).abs().max() < 1e-4
+    assert model.generate(**on, **how).cpu().equal(tokens)
+    single = original(ids[:1]).logits
+    assert (model(ids[:1].to(model.device)).logits.cpu() - single).abs().max() < 1e-4 * max(
+        1, single.abs().max()
+    )
+    dense, sparse = (replaced(("config = None", f"config = dsa.DSAConfig({more})")) for more in (
+        "top_k=6", "sparse_ratio=0.03, strategy='hybrid', local_window=4"))  # fmt: skip
+    assert dense.generate(**on, **how).cpu().equal(tokens)
+    assert not torch.allclose(sparse(**on).logits.cpu()[real], expected, atol=1e-2)
+    assert sparse.generate(**on, **how).shape == tokens.shape
 
 
 def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, capsys):
