@@ -2266,7 +2266,6 @@ def read_layer(path, layer):
             _expect(name not in found, name, f"in {file} and another file", "in one (is it split for ranks?)")
             found[name] = tensor
     prefixes = {split_name(name)[0] for name in found if split_name(name)[2] == "kv_norm"}
-    _expect(len(prefixes) <= 1, f"layer {layer}", f"in {path} under {sorted(prefixes)}", "once")
     found = {name: x for name, x in found.items() if not prefixes or split_name(name)[0] in prefixes}
     _expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
     return dequantized({name: decoded(name, *tensor) for name, tensor in found.items()})

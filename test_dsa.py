@@ -2701,6 +2701,10 @@ GONE = json.dumps({"weight_map": {"model.layers.3.self_attn.o_proj.weight": "gon
 BROKEN: dict[str, Any] = {
     "other bytes": (broken_header(lambda x: x["data_offsets"].reverse()), FILE),
     "moved bytes": (broken_header(lambda x: x.update(data_offsets=[8, x["data_offsets"][1]])), FILE),
+    "shifted bytes": (
+        broken_header(lambda x: x.update(data_offsets=[n + 8 for n in x["data_offsets"]])),
+        FILE,
+    ),
     "another shape": (broken_header(lambda x: x["shape"].append(2)), FILE),
     "negative shape": (broken_header(lambda x: x.update(shape=[-n for n in x["shape"]])), FILE),
     "no shape": (broken_header(lambda x: x.pop("shape")), FILE),
