@@ -20,6 +20,7 @@ equally everywhere. "(trap n)" is number n of the specification's list of bugs s
 """
 
 import contextlib
+import copy
 import doctest
 import functools
 import importlib
@@ -28,6 +29,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -1896,6 +1898,282 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
             assert_close(actual, whole[rest], 1e-12)
 
 
+STORAGES = ["float64", "float32", "float16", "bfloat16", "fp8"]
+
+
+class Stop(BaseException):
+    """What no handler expects."""
+
+
+def lines(dsa, act, stop=None):
+    """The lines of dsa.py that act() runs in this thread; the first time at line `stop` it is ended there."""
+    seen: dict[tuple[str, int], None] = {}
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != dsa.__file__:
+            return None
+        if event == "line":
+            seen[at := (frame.f_code.co_name, frame.f_lineno)] = None
+            if at == stop:
+                raise Stop
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return list(seen)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, storage):
+    """Its tokens, its answers, nothing held; and what is appended next is not taken for what was to be."""
+    p, other = tokens(1, (2,), 9), tokens(2, (2,), 3)
+    config = dsa.DSAConfig(top_k=3, strategy="hybrid", local_window=1)
+    rows, indices = (slice(None), slice(4, 9)), np.array([[[0, 1, 2, 3]], [[2, -1, 0, 1]]])
+    kwargs = {"storage": storage, "grow": True, "qk_rope_head_dim": 1}
+
+    def make():
+        cache = new_cache(dsa, kind, p, 6, fast_tokens=1, local_window=2, **kwargs)
+        cache.append(**streams_of(p, (slice(None), slice(4))), lengths=np.array([4, 3]))
+        cache.attend(p.q[:, :1], indices[..., :2])
+        return cache
+
+    def then(cache):
+        cache.append(**streams_of(other))
+        return snapshot(cache), cache.attend(p.q[:, :1], np.array([np.arange(6)[None]] * 2))
+
+    acts: list[Any] = [
+        lambda cache: cache.append(**streams_of(p, rows), lengths=np.array([5, 2])),
+        lambda cache: cache.truncate(np.array([1, 3])),
+        lambda cache: cache.attend(p.q[:, :1], indices[..., 1:]),
+        lambda cache: attend(dsa, p, config, rows=rows, cache=cache),
+        lambda cache: cache.reorder(np.array([1, 1, 0])),
+    ]
+    with make() as cache:
+        before, answer, after = snapshot(cache), cache.attend(p.q[:, :1], indices), then(cache)
+    for act in acts[: 4 if kind == "HybridKVCache" else 5]:
+        with make() as cache:
+            found = lines(dsa, functools.partial(act, cache))
+        assert len(found) > 5
+        for at in found:
+            with make() as cache:
+                with pytest.raises(Stop):
+                    lines(dsa, functools.partial(act, cache), at)
+                assert snapshot(cache) == before, at
+                assert_same(cache.attend(p.q[:, :1], indices), answer)
+                assert not getattr(cache, "_reader", None), at
+                found_then = then(cache)
+                assert found_then[0] == after[0], at
+                assert_same(found_then[1], after[1])
+
+
+def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
+    """Whoever calls NumPy next has as many as before."""
+    import threadpoolctl
+
+    p = index_rows(0, 90, 1500, F32)
+    count = lambda: [x.num_threads for x in threadpoolctl.ThreadpoolController().lib_controllers]  # noqa: E731
+    with threadpoolctl.threadpool_limits(2):
+        before = count()
+        expected, found = dsa.lightning_select(*p, 9), lines(dsa, lambda: dsa.lightning_select(*p, 9))
+        for at in found:
+            with pytest.raises(Stop):
+                lines(dsa, lambda: dsa.lightning_select(*p, 9), at)
+            assert count() == before, at
+            assert_same(dsa.lightning_select(*p, 9), expected)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
+    """Four at once, while the fast tier is far too small for what they ask; and it is right when they end."""
+    p, rng = tokens(0, (2,), 300), np.random.default_rng(0)
+    asked = [np.sort(rng.integers(0, 300, (2, 1, 30)), axis=-1) for _ in range(40)]
+    wrong, interval = [], sys.getswitchinterval()
+    with new_cache(dsa, kind, p, 300, 50, 3) as cache, new_cache(dsa, "KVCache", p, 300) as plain:
+        plain.append(**streams_of(p)), cache.append(**streams_of(p))
+        expected = [plain.attend(p.q[:, :1], indices) for indices in asked]
+
+        def read(i):
+            for j in range(i, i + 80):
+                found = cache.attend(p.q[:, :1], asked[j % 40])
+                wrong.extend(j for a, e in zip(found, expected[j % 40], strict=True) if (a != e).any())
+
+        readers = [threading.Thread(target=read, args=(10 * i,)) for i in range(4)]
+        sys.setswitchinterval(1e-6)
+        for step in (threading.Thread.start, threading.Thread.join):
+            for thread in readers:
+                step(thread)
+        sys.setswitchinterval(interval)
+        read(0)
+        assert not wrong
+        if kind == "HybridKVCache":
+            one = sum(len(np.unique(x)) for indices in asked for x in indices)
+            assert cache.hits + cache.misses == 10 * one
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_changes_nothing(dsa):
+    """It reads what there was, may not append, and neither its close nor its end takes the file away."""
+    p = tokens(0, (2,), 6)
+    first, second = ({n: x[:, part] for n, x in streams_of(p).items()} for part in (slice(4), slice(4, 6)))
+    with new_cache(dsa, "HybridKVCache", p, 9) as cache:
+        cache.append(**first)
+        if not (child := os.fork()):
+            end = 1
+            try:
+                np.testing.assert_array_equal(cache.read("k"), p.k[:, :4])
+                with pytest.raises(ValueError, match="fork"):
+                    cache.append(**second)
+                cache.close()
+                end = 0
+            finally:
+                os._exit(end)
+        assert os.waitpid(child, 0)[1] == 0
+        assert Path(cache.path).is_file()
+        np.testing.assert_array_equal(cache.read("k"), p.k[:, :4])
+        cache.append(**second)
+        np.testing.assert_array_equal(cache.read("k"), p.k)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_copies_are_independent(dsa, storage):
+    """copy, deepcopy and pickle give the same tokens in other memory; two tiers are refused in words."""
+    p = tokens(0, (2,), 6)
+    part = {name: x[:, :3] for name, x in streams_of(p).items()}
+    ways: list[Any] = [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+    for way in ways:
+        with new_cache(dsa, "KVCache", p, 9, storage=storage, qk_rope_head_dim=1) as cache:
+            cache.append(**part)
+            other = way(cache)
+            before = snapshot(other)
+            assert before == snapshot(cache)
+            cache.truncate(np.array([1, 0])), cache.append(**streams_of(p))
+            assert snapshot(other) == before
+            cache.truncate(np.array([1, 0])), other.truncate(np.array([1, 0])), other.append(**streams_of(p))
+        assert other.lengths.tolist() == [7, 6]
+        with new_cache(dsa, "HybridKVCache", p, 9) as cache, pytest.raises(TypeError, match=r"KVCache\.load"):
+            way(cache)
+
+
+@slow
+@given(
+    seed=seeds, tied=st.booleans(), storage=st.sampled_from(STORAGES), grow=st.booleans(),
+    batch=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+)  # fmt: skip
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_session_goes_on_from_its_file_and_a_beam_in_its_order(dsa, kind, seed, tied, storage, grow, batch):
+    """save, load and reorder keep each sequence's tokens, and what is appended then follows them."""
+    rng, p, kwargs = np.random.default_rng(seed), tokens(seed, (3,), 5, tied=tied), {"qk_rope_head_dim": 1}
+    with tempfile.TemporaryDirectory() as folder, new_cache(
+        dsa, kind, p, 9, storage=storage, grow=grow, **kwargs
+    ) as cache:  # fmt: skip
+        cache.append(**streams_of(p), lengths=(lengths := rng.integers(0, 6, 3)))
+        path = Path(folder) / "a session"
+        cache.save(path)
+        with dsa.KVCache.load(path) as other:
+            assert type(other) is dsa.KVCache and snapshot(other) == snapshot(cache)
+            assert (other.capacity, other.grow, other.storage) == (9, grow, storage)
+            other.reorder(np.array(batch))
+            assert other.lengths.tolist() == lengths[batch].tolist()
+            other.append(**streams_of(p, (batch, slice(0, 4))))
+            for name, (i, b) in itertools.product(streams_of(p), enumerate(batch)):
+                expected = cache.read(name)[b, : lengths[b]], other.read(name)[i, : lengths[b]]
+                np.testing.assert_array_equal(*expected)
+            for wrong in ([len(batch)], [-1], [], [[0]]):
+                with pytest.raises(ValueError, match="batch"):
+                    other.reorder(np.array(wrong, int))
+        assert [x.name for x in Path(folder).iterdir()] == ["a session"]
+
+
+def test_a_file_that_save_did_not_write_is_refused(dsa, tmp_path):
+    """Cut short, a bit turned, streams of other shapes or swapped: ValueError with the path, nothing else."""
+    p, path, bad = tokens(0, (2,), 6), tmp_path / "right", tmp_path / "wrong"
+    same = {"k": p.k, "v": p.k + 1, "index_k": p.index_k}
+    cache = dsa.KVCache(9, batch=2, storage="float64", k=(2, 5), v=(2, 5), index_k=(4,))
+    cache.append(**same)
+    cache.save(path)
+    whole, arrays = path.read_bytes(), dict(np.load(path))
+    wrong = [b"", b"PK", *(whole[:n] for n in range(1, len(whole), 97))]
+    wrong += [whole[:n] + bytes([whole[n] ^ 16]) + whole[n + 1 :] for n in range(0, len(whole), 101)]
+    swapped = arrays | {"stream_k": arrays["stream_v"], "stream_v": arrays["stream_k"]}
+    for changed in (swapped, arrays | {"stream_k": arrays["stream_k"][:, 1:]}, {"k": p.k}):
+        np.savez(bad, **changed)
+        wrong.append(bad.with_suffix(".npz").read_bytes())
+    for data in wrong:
+        bad.write_bytes(data)
+        try:
+            other = dsa.KVCache.load(bad)
+        except ValueError as error:
+            assert "wrong" in str(error)
+        else:  # a bit that says nothing, such as a date
+            assert snapshot(other) == snapshot(cache)
+
+
+def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
+    """By the same call, after close; not by one of other streams, and not if it lacks or outlived its end."""
+    p, path = tokens(0, (2,), 6), tmp_path / "slow"
+    part = {name: x[:, :4] for name, x in streams_of(p).items()}
+    for lengths, tokens_now in ((4, part), (6, {n: x[:, 4:] for n, x in streams_of(p).items()})):
+        with new_cache(dsa, "HybridKVCache", p, 5, local_window=1, path=path, grow=True) as cache:
+            cache.append(**tokens_now)
+            assert cache.lengths.tolist() == [lengths] * 2
+    with new_cache(dsa, "HybridKVCache", p, 1, path=path) as cache:
+        for name, x in streams_of(p).items():
+            np.testing.assert_array_equal(cache.read(name), x)
+        found = cache.attend(p.q[:, :1], np.array([[[0, 5]]] * 2))
+        assert_attention(found, dsa.sparse_attention(p.q[:, :1], *p.kv, np.array([[[0, 5]]] * 2)), F64)
+    for kwargs in ({"storage": "float32"}, {"qk_rope_head_dim": 3}):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
+            new_cache(dsa, "HybridKVCache", p, 5, path=path, **kwargs)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match="file_bytes"):
+        new_cache(dsa, "HybridKVCache", p, 5, path=path)
+    path.write_bytes(whole)
+    cache = new_cache(dsa, "HybridKVCache", p, 5, path=path, grow=True)
+    with pytest.raises(FileExistsError, match="slow"):  # as it is open, or was when its process ended
+        new_cache(dsa, "HybridKVCache", p, 5, path=path)
+    cache.close()
+
+
+@pytest.mark.parametrize("dtype", [F16, F32, F64])
+def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
+    """Of floats and of integers, in each stage, in fp8 and through a cache."""
+    p, other = tokens(0, (2,), 40, dtype), lambda x: x.astype(x.dtype.newbyteorder())
+    indices = dsa.lightning_select(*p.index, 9)
+    calls: list[Any] = [
+        (dsa.dense_attention, *p.kv[:0], p.q, *p.kv), (dsa.index_scores, *p.index),
+        (dsa.select_topk, p.q[..., 0], 3), (dsa.lightning_select, *p.index, 9),
+        (dsa.sparse_attention, p.q, *p.kv, indices), (dsa.quantize_fp8, p.q),
+        (lambda x: dsa.pack_kv_fp8(x), np.tile(p.k, 116)[..., :576]),
+        (lambda *x: dsa.dsa_attention(*x, dsa.DSAConfig(top_k=5)), p.q, *p.kv, *p.index),
+    ]  # fmt: skip
+    for storage in ("float64", "float16", "fp8"):
+
+        def cached(*x, storage=storage):
+            cache = new_cache(dsa, "KVCache", p, 40, storage=storage, qk_rope_head_dim=1)
+            return dsa.dsa_attention(*x, dsa.DSAConfig(top_k=5), cache=cache)
+
+        calls.append((cached, p.q, *p.kv, *p.index))
+    for call, *args in calls:
+        swapped = [other(x) if isinstance(x, np.ndarray) else x for x in args]
+        for actual, expected in zip(call(*swapped), call(*args), strict=True):
+            np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+
+
+def test_a_storage_loses_no_number(dsa):
+    """What would become infinite is refused by name, and nothing of it is kept."""
+    for storage, most in (("float16", 7e4), ("float32", 1e39), ("bfloat16", 3.4e38), ("fp8", 3.4e38)):
+        with dsa.KVCache(3, storage=storage, k=(1, 65)) as cache:
+            with pytest.raises(ValueError, match=f"^k is .*{storage}"):
+                cache.append(k=np.full((1, 2, 1, 65), most))
+            assert cache.lengths.tolist() == [0]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 12. Threads, memory, documentation
 # ------------------------------------------------------------------------------------------------------------
@@ -2043,25 +2321,29 @@ def yarn_by_loops(rope, theta=1e4, factor=40.0, length=4096, fast=32, slow=1):
     return freqs
 
 
-def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
+def layer_by_loops(
+    w, x, bug=None, interleaved=False, hadamard=False, eps=(1e-6, 1e-6), mscale=1.0, on_rope=1.0, **yarn
+):
     """Section 3 of the specification for one sequence x [T, dim], in plain steps; `bug` plants one of BUGS.
+
+    eps: of the RMSNorms and of the LayerNorm; on_rope: the factor on cos and sin.
 
     -> y [T, dim], indices [T, K], index scores [T, T]
     """
     d = types.SimpleNamespace(**SMALL)
     H, nope, rope, v, J, E = d.n_heads, 16, 8, d.v_head_dim, d.index_n_heads, d.index_head_dim
-    freqs, softmax = yarn_by_loops(rope), lambda z: np.exp(z - max(z)) / np.exp(z - max(z)).sum()
+    freqs, softmax = yarn_by_loops(rope, **yarn), lambda z: np.exp(z - max(z)) / np.exp(z - max(z)).sum()
     H16 = np.array([[(-1) ** (i & j).bit_count() for j in range(E)] for i in range(E)]) / 4
 
-    def rms(z, weight):
-        return weight * z / math.sqrt(dot(z, z) / len(z) + 1e-6)
+    def rms(z, weight, eps=eps[0]):
+        return weight * z / math.sqrt(dot(z, z) / len(z) + eps)
 
     def turn(u, t, interleaved):
         u = np.array(u)
         for i, f in enumerate(freqs):
             a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + rope // 2)
             z = complex(u[a], u[b]) * complex(math.cos(t * f), math.sin(t * f))
-            u[a], u[b] = z.real, z.imag
+            u[a], u[b] = on_rope * z.real, on_rope * z.imag
         return u
 
     def index_turn(u, t):
@@ -2083,7 +2365,7 @@ def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
         query = w["indexer.wq_b"] @ (raw if bug == "index query from the un-normed latent" else qr)
         iq.append([index_turn(u, t) for u in query.reshape(J, E)])
         z = w["indexer.wk"] @ row
-        z = rms(z if bug == "rms norm for layer norm" else z - z.mean(), w["indexer.k_norm"])
+        z = rms(z if bug == "rms norm for layer norm" else z - z.mean(), w["indexer.k_norm"], eps[1])
         ik.append(index_turn(z if bug == "no layer norm bias" else z + w["indexer.k_norm.bias"], t))
         if hadamard or bug == "one-sided hadamard":
             iq[-1] = iq[-1] @ H16
@@ -2091,7 +2373,7 @@ def layer_by_loops(w, x, bug=None, interleaved=False, hadamard=False):
         z = w["indexer.weights_proj"] @ row
         iw.append(softmax(z) if bug == "softmaxed head weights" else z * (J * E) ** -0.5)
     relu = (lambda z: z) if bug == "no relu" else (lambda z: max(z, 0.0))
-    m = 1 if bug == "no yarn in the scale" else 0.1 * math.log(40) + 1
+    m = 1 if bug == "no yarn in the scale" else 0.1 * mscale * math.log(yarn.get("factor", 40)) + 1
     scale = (E if bug == "scale of the index width" else nope + rope) ** -0.5 * m * m
     y, kept, scores = np.zeros(x.shape), [], np.full((len(x), len(x)), -INF)
     for t in range(len(x)):
@@ -2124,18 +2406,22 @@ def hidden():
     return normal(np.random.default_rng(7), 2, 50, DIM)
 
 
+def assert_by_loops(dsa, layer, w, x, **oracle):
+    y, indices = layer(x)
+    scores = scores_of(dsa, layer, x)[1]
+    for b in range(len(x)):
+        expected = layer_by_loops(w, x[b], **oracle)
+        assert_close(y[b], expected[0], 1e-12)
+        np.testing.assert_array_equal(indices[b], expected[1])
+        assert_close(scores[b], expected[2], 1e-12)
+
+
 @pytest.mark.parametrize("interleaved, hadamard", [(False, False), (True, False), (False, True)])
 def test_the_layer_is_section_3_by_loops(dsa, hidden, interleaved, hadamard):
     """Outputs and raw index scores to 1e-12 and the same selections, with K = 6 of up to 50 keys (trap 1)."""
     w = layer_weights()
     layer = dsa.DSALayer(w, **SMALL, index_rope_interleaved=interleaved, hadamard=hadamard)
-    y, indices = layer(hidden)
-    scores = scores_of(dsa, layer, hidden)[1]
-    for b in range(2):
-        expected = layer_by_loops(w, hidden[b], interleaved=interleaved, hadamard=hadamard)
-        assert_close(y[b], expected[0], 1e-12)
-        np.testing.assert_array_equal(indices[b], expected[1])
-        assert_close(scores[b], expected[2], 1e-12)
+    assert_by_loops(dsa, layer, w, hidden, interleaved=interleaved, hadamard=hadamard)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -2160,11 +2446,12 @@ def test_v32_constants(dsa):
 def test_rope_depends_on_relative_position_only(dsa, interleaved):
     """Moving a query and a key along together leaves their dot product; moving one of them does not."""
     q, k = (normal(np.random.default_rng(i), 1, 1, 1, 8) for i in (1, 2))
-    at = [np.array([[t]])[..., None] * np.array(yarn_by_loops(8)) for t in (3, 10, 1003, 1010)]
-    near, far, other = (
-        (dsa._rotate(q, at[i], interleaved) * dsa._rotate(k, at[j], interleaved)).sum()
-        for i, j in ((0, 1), (2, 3), (0, 2))
-    )
+
+    def turned(x, t):
+        dsa.rotate(x := x.copy(), [f(t * np.array(yarn_by_loops(8))) for f in (np.cos, np.sin)], interleaved)
+        return x
+
+    near, far, other = ((turned(q, i) * turned(k, j)).sum() for i, j in ((3, 10), (1003, 1010), (3, 1003)))
     assert abs(near - far) < 1e-12 and abs(near - other) > 1e-3
 
 
@@ -2214,10 +2501,10 @@ def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
     rng = np.random.default_rng(0)
     for shape in ((96, 1536), (128, 700)):
         x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
-        whole = dsa._by_rows(x, weight)
+        whole = dsa.by_rows(x, weight)
         assert_close(whole, x.astype(F64) @ weight.T.astype(F64), 1e-3)
         for rows in (slice(0, 1), slice(3, 20), slice(36, 37)):
-            assert_same(dsa._by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
+            assert_same(dsa.by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
 
 
 def test_hadamard_on_both_sides_changes_no_score(dsa, hidden):
@@ -2416,6 +2703,563 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
     write_safetensors(tmp_path / "converted" / "model0-mp1.safetensors", converted)
     assert any(name.endswith("wq_b.scale") for name in converted)
     assert_same(dsa.DSALayer.from_safetensors(tmp_path / "converted", layer=3, **SMALL)(hidden), expected)
+
+
+SIZES = {
+    "num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "index_n_heads": 4, "index_head_dim": 16, "index_topk": 6, "max_position_embeddings": 2560,
+}  # fmt: skip
+V32_CONFIG, GLM_CONFIG = ({**SIZES, "model_type": name} for name in ("deepseek_v32", "glm_moe_dsa"))
+YARN: dict[str, Any] = {"factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
+YARN_5 = YARN | {"rope_type": "yarn", "rope_theta": 5000.0}  # as transformers 5 writes it
+BOTH_ONE = {"mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+def with_yarn(**more):
+    return V32_CONFIG | {"rope_parameters": YARN_5 | more}
+
+
+def yarn_factor(m):
+    return 0.1 * m * math.log(40) + 1
+
+
+NO_YARN: dict[str, Any] = {"factor": 1.0, "mscale": 0.0}
+OF_YARN_5: dict[str, Any] = {"length": 64, "theta": 5000.0}
+PLAIN_FACTOR = OF_YARN_5 | {"mscale": 0.0, "on_rope": yarn_factor(1)}
+CONFIGS: dict[str, Any] = {  # what config.json says, and what layer_by_loops computes for it
+    "hub": (
+        V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": YARN | BOTH_ONE | {"type": "yarn"}},
+        {"length": 64},
+    ),
+    "no scaling": (V32_CONFIG | {"rope_theta": 8e6, "rope_scaling": None}, NO_YARN | {"theta": 8e6}),
+    "sizes alone": (SIZES, NO_YARN),
+    "transformers 5": (with_yarn(**BOTH_ONE), OF_YARN_5),
+    "mscales": (
+        with_yarn(mscale=0.7, mscale_all_dim=1.3),
+        OF_YARN_5 | {"mscale": 1.3, "on_rope": yarn_factor(0.7) / yarn_factor(1.3)},
+    ),
+    "one mscale": (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
+    "neither": (with_yarn(beta_fast=None), PLAIN_FACTOR),
+    "mscale of 0": (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
+    "attention_factor": (with_yarn(attention_factor=1.7, **BOTH_ONE), OF_YARN_5 | {"on_rope": 1.7}),
+    "no factor": (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
+    "no length": (
+        with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64},
+        PLAIN_FACTOR,
+    ),
+    "betas": (
+        with_yarn(beta_fast=4, beta_slow=0.5, attention_factor=1),
+        OF_YARN_5 | {"mscale": 0.0, "fast": 4, "slow": 0.5},
+    ),
+    "eps": (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
+    "glm": (
+        GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)},
+    ),
+    "glm, said": (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
+    "v32, said": (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
+    "sees": ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
+}
+
+
+def write_checkpoint(folder, weights, config=None, layer=3, dtype="F64"):
+    folder.mkdir(exist_ok=True)
+    write_safetensors(
+        folder / "model.safetensors",
+        {name: (dtype, x) for name, x in checkpoint_names(weights, layer).items()},
+    )
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, name):
+    """Out of a folder alone, the layer is section 3 by loops: sizes, RoPE in both forms, layout, eps."""
+    (config, oracle), w = CONFIGS[name], layer_weights()
+    write_checkpoint(tmp_path, w, config)
+    layer = dsa.DSALayer.from_safetensors(tmp_path, 3)
+    assert_by_loops(dsa, layer, w, hidden[:1, :20], **oracle)
+    for same in (config, tmp_path, str(tmp_path / "config.json")):
+        assert dsa.LayerDims.from_config(same) == layer.dims
+    given = {
+        "index_topk": 5,
+        "norm_eps": 0.5,
+        "rope_factor": 7.0,
+        "index_rope_interleaved": False,
+        "mscale": 2.0,
+    }
+    own = dsa.DSALayer.from_safetensors(tmp_path / "model.safetensors", 3, **given).dims
+    assert {k: getattr(own, k) for k in given} == given and own.rope_theta == layer.dims.rope_theta
+
+
+@pytest.mark.parametrize("config, named", [
+    (V32_CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+    (V32_CONFIG | {"rope_scaling": {"factor": 4.0}}, "factor"),
+    (V32_CONFIG | {"rope_parameters": {"indexed_attention": YARN_5}}, "indexed_attention"),
+    (V32_CONFIG | {"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
+    (V32_CONFIG | {"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    (SIZES | {"model_type": "llama"}, "llama"), (V32_CONFIG | {"rms_norm_eps": "1e-6"}, "norm_eps"),
+    (V32_CONFIG | {"num_attention_heads": 4.0}, "n_heads"),
+    (V32_CONFIG | {"num_attention_heads": 8}, "q_b_proj"),
+    (SIZES | {"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
+              "max_position_embeddings": None}, "YaRN"),
+    (V32_CONFIG | {"quantization_config": {"weight_block_size": [64, 64]}}, "weight_block_size"),
+], ids=str)  # fmt: skip
+def test_a_config_json_that_is_not_understood_is_refused(dsa, tmp_path, config, named):
+    """What an input means is used or refused, never dropped."""
+    write_checkpoint(tmp_path, layer_weights(), config)
+    with pytest.raises((ValueError, TypeError), match=named):
+        dsa.DSALayer.from_safetensors(tmp_path, 3)
+
+
+@pytest.mark.parametrize("types, shares", [
+    ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssf"),
+    ({"index_topk_pattern": "FFSSF"}, "ffssf"), ({}, "fffff"), ({"index_topk_freq": 1}, "fffff"),
+    ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssf"), ({"index_topk_freq": 2}, "ffsfs"),
+    ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssf"),
+], ids=str)  # fmt: skip
+def test_layers_that_share_an_indexer_have_none(dsa, hidden, tmp_path, types, shares):
+    """config.json says which, also where the file has indexer weights for them; the last selection serves."""
+    w, indices = layer_weights(), None
+    for i, kind in enumerate(shares):
+        write_checkpoint(tmp_path, w, GLM_CONFIG | types, layer=i)
+        layer = dsa.DSALayer.from_safetensors(tmp_path, i)
+        assert layer.has_indexer == (kind == "f")
+        y, indices = layer(hidden, indices=None if layer.has_indexer else indices)
+        assert_close(y, dsa.DSALayer(w, **vars(layer.dims))(hidden)[0], 1e-12)
+
+
+def scaled(x, kind, dtype):
+    """x as fp8 codes with scales of a kind and dtype -> tensors to write, and what they stand for."""
+    shape = {"block": [-(-n // 128) for n in x.shape], "row": [len(x), 1], "all": [], "all, [1]": [1]}[kind]
+    powers = np.random.default_rng(0).integers(-3, 3, shape)
+    spread = np.exp2(powers.astype(F64))
+    scales = {
+        "F32": spread.astype(F32),
+        "BF16": spread.astype(BFLOAT16),
+        "F8_E8M0": (powers + 127).astype(np.uint8),
+    }
+    if kind == "block":
+        spread = np.repeat(np.repeat(spread, 128, 0), 128, 1)[: len(x), : x.shape[1]]
+    codes = (x / spread).astype(E4M3)
+    return codes, np.asarray(scales[dtype]), (codes.astype(F64) * spread).astype(F32)
+
+
+@pytest.mark.parametrize("ending", [".weight_scale_inv", ".weight_scale", ".scale"])
+@pytest.mark.parametrize("dtype", ["F32", "BF16", "F8_E8M0"])
+@pytest.mark.parametrize("kind", ["block", "row", "all", "all, [1]"])
+def test_fp8_weights_are_codes_times_scales(dsa, hidden, tmp_path, kind, dtype, ending):
+    """Whatever the scales are for, and stored in; a prefix with words in front; buffers are passed over."""
+    w, tensors = layer_weights(dtype=F32), {}
+    for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
+        w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
+    at = "model.language_model.layers.3.self_attn."
+    for ours, (name, x) in zip(list(w), checkpoint_names(w).items(), strict=True):
+        name = name.replace("model.layers.3.self_attn.", at)
+        if x.ndim == 1:
+            tensors[name] = ("F32", x)
+            continue
+        codes, scales, w[ours] = scaled(x, kind, dtype)
+        tensors |= {name: ("F8_E4M3", codes), name.removesuffix(".weight") + ending: (dtype, scales)}
+    one = np.ones(1, F32)
+    for buffer in (
+        "k_scale",
+        "v_scale",
+        "attn.k_scale",
+        "rotary_emb.inv_freq",
+        "q_a_proj.input_scale",
+        "q_scale",
+    ):
+        tensors[at + buffer] = ("F32", one)
+    tensors["model.vision_tower.layers.3.self_attn.q_proj.weight"] = ("F32", one)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": V32_CONFIG}))
+    layer = dsa.DSALayer.from_safetensors(tmp_path, 3)
+    assert_same(layer.weights["wkv_b"], w["wkv_b"])
+    assert_same(layer(hidden), dsa.DSALayer(w, **vars(layer.dims))(hidden))
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_weights_of_every_float(dsa, tmp_path, dtype):
+    """Exactly as stored, in the widest that any of them needs."""
+    kind = {"F64": F64, "F32": F32, "F16": F16, "BF16": BFLOAT16}[dtype]
+    w = layer_weights(dtype=kind)
+    write_checkpoint(tmp_path, w, V32_CONFIG, dtype=dtype)
+    for name, x in dsa.DSALayer.from_safetensors(tmp_path, 3).weights.items():
+        assert_same(x, w[name].astype(F64 if kind == F64 else F32))
+
+
+FP8_CODES, ONE = ("F8_E4M3", np.zeros((96, 24), np.uint8)), np.ones((96, 1), F32)
+AS = {dtype: (dtype, ONE.view(np.uint8)) for dtype in ("U8", "I8", "F4", "F8_E4M3", "F8_E8M0", "F8_E5M2")}
+AS |= {dtype: (dtype, ONE) for dtype in ("F32", "I32")}
+OTHERS: dict[str, Any] = {  # what stands in place of q_b_proj.weight, and what the error says
+    "int8": ({".weight": "I8", ".weight_scale": "F32"}, "int8"),
+    "AWQ": ({".qweight": "I32", ".qzeros": "I32", ".scales": "F32"}, "AWQ"),
+    "NVFP4": ({".weight": "U8", ".weight_scale": "F8_E4M3", ".weight_scale_2": "F32"}, "NVFP4"),
+    "NVFP4, packed": ({".weight_packed": "U8", ".weight_global_scale": "F32"}, "NVFP4"),
+    "MXFP4": ({".weight": "U8", ".weight_scale": "F8_E8M0"}, "MXFP4"),
+    "MXFP4 in F4": ({".weight": "F4", ".weight_scale": "U8"}, "MXFP4"),
+    "MXFP4 in blocks": ({"_blocks": "U8", "_scales": "U8"}, "MXFP4"),
+    "e5m2": ({".weight": "F8_E5M2"}, "F8_E5M2"),
+    "e8m0": ({".weight": "F8_E8M0"}, "F8_E8M0"),
+    "a bias": ({".bias": "F32"}, "bias"),
+    "unknown": ({".more": "F32"}, "no weight"),
+    "scales of floats": ({".weight": "F32", ".weight_scale": "F32"}, "fp8"),
+    "scales alone": ({".weight_scale": "F32"}, "fp8"),
+    "scales of another shape": (
+        {".weight": FP8_CODES, ".weight_scale": ("F32", np.ones((96, 2), F32))},
+        "96, 2",
+    ),
+    "scales twice": ({".weight": FP8_CODES, ".weight_scale": "F32", ".weight_scale_inv": "F32"}, "given"),
+    "scales of NaN": (
+        {".weight": FP8_CODES, ".weight_scale": ("F8_E8M0", np.full((1, 1), 255, np.uint8))},
+        "NaN",
+    ),
+    "codes without scales": ({".weight": FP8_CODES}, "weight_scale_inv is missing"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_of_other_kinds_are_refused_by_name(dsa, tmp_path, name):
+    """The tensor and its format; none is read as something else."""
+    (others, named), w = OTHERS[name], checkpoint_names(layer_weights(dtype=F32))
+    tensors = {key: ("F32", x) for key, x in w.items() if "self_attn.q_b_proj" not in key}
+    for key, kind in others.items():
+        tensors[f"model.layers.3.self_attn.q_b_proj{key}"] = AS[kind] if isinstance(kind, str) else kind
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(V32_CONFIG))
+    with pytest.raises((ValueError, TypeError), match=f"q_b_proj.*{named}"):
+        dsa.DSALayer.from_safetensors(tmp_path, 3)
+
+
+@pytest.mark.parametrize("old, new, named", [
+    ("kv_b_proj.weight", "k_b_proj.weight", "k_b_proj.* split"), ("kv_b_proj.weight", "w_uk", "w_uk.* split"),
+    ("q_a_proj.weight", "q_proj.weight", "q_proj.* full rank"), ("q_a_proj.weight", "mlp.weight", "q_a_proj"),
+])  # fmt: skip
+def test_other_projections_are_refused_by_name(dsa, tmp_path, old, new, named):
+    """A latent that is expanded in two parts, and queries that go through none."""
+    tensors = {key: ("F32", x) for key, x in checkpoint_names(layer_weights(dtype=F32)).items()}
+    tensors = {key.replace("self_attn." + old, "self_attn." + new): x for key, x in tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=named):
+        dsa.DSALayer.from_safetensors(tmp_path, 3, **SMALL)
+
+
+def broken_header(change):
+    def broken(folder, weights):
+        raw = (folder / "model.safetensors").read_bytes()
+        n = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + n])
+        change(header[next(iter(checkpoint_names(weights)))])
+        new = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + n :])
+
+    return broken
+
+
+def two_files(folder, weights):
+    shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors")
+
+
+def two_models(folder, weights):
+    both = {name: ("F64", x) for name, x in checkpoint_names(weights).items()}
+    write_safetensors(folder / "model.safetensors", both | {"draft." + name: x for name, x in both.items()})
+
+
+def text(file, content):
+    return lambda folder, weights: (folder / file).write_text(content)
+
+
+def longer(folder, weights):
+    with open(folder / "model.safetensors", "ab") as file:
+        file.write(b"more")
+
+
+INDEX, FILE = "model.safetensors.index.json", "model.safetensors is"
+GONE = json.dumps({"weight_map": {"model.layers.3.self_attn.o_proj.weight": "gone"}})
+BROKEN: dict[str, Any] = {
+    "other bytes": (broken_header(lambda x: x["data_offsets"].reverse()), FILE),
+    "moved bytes": (broken_header(lambda x: x.update(data_offsets=[8, x["data_offsets"][1]])), FILE),
+    "shifted bytes": (
+        broken_header(lambda x: x.update(data_offsets=[n + 8 for n in x["data_offsets"]])),
+        FILE,
+    ),
+    "another shape": (broken_header(lambda x: x["shape"].append(2)), FILE),
+    "negative shape": (broken_header(lambda x: x.update(shape=[-n for n in x["shape"]])), FILE),
+    "no shape": (broken_header(lambda x: x.pop("shape")), FILE),
+    "another dtype": (broken_header(lambda x: x.update(dtype="F16")), FILE),
+    "no offsets": (broken_header(lambda x: x.pop("data_offsets")), FILE),
+    "offsets of text": (broken_header(lambda x: x.update(data_offsets=["0", "8"])), FILE),
+    "three offsets": (broken_header(lambda x: x["data_offsets"].append(9)), FILE),
+    "too long": (longer, FILE),
+    "two files": (two_files, "another file"),
+    "two models": (two_models, "draft"),
+    "config.json": (text("config.json", "{"), "config.json is without"),
+    "a list": (text("config.json", "[1]"), "config.json is without"),
+    "index": (text(INDEX, "version https://git-lfs"), "index.json is without"),
+    "no map": (text(INDEX, "{}"), "weight_map in .*index.json"),
+    "a shard that is missing": (text(INDEX, GONE), "gone"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_checkpoint_at_odds_with_itself_is_refused(dsa, tmp_path, name):
+    """Header, offsets, dtype, shape and length agree, each tensor stands once; the error names the file."""
+    (change, named), w = BROKEN[name], layer_weights()
+    write_checkpoint(tmp_path, w, V32_CONFIG)
+    assert dsa.DSALayer.from_safetensors(tmp_path, 3).has_indexer
+    change(tmp_path, w)
+    with pytest.raises((ValueError, FileNotFoundError), match=named):
+        dsa.DSALayer.from_safetensors(tmp_path, 3)
+
+
+def test_paths_that_are_not_there_are_named(dsa, tmp_path):
+    """Folders, files and config.json."""
+    for path in (tmp_path / "none", tmp_path / "none.safetensors", tmp_path / "none.json"):
+        for read in (dsa.DSALayer.from_safetensors, dsa.LayerDims.from_config):
+            with pytest.raises(FileNotFoundError, match="none"):
+                read(path)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        dsa.DSALayer.from_safetensors(tmp_path)
+
+
+def test_dims_give_the_shapes_of_weights(dsa, hidden):
+    """Those of a layer that works, and so a random one; V3.2's are its checkpoint's."""
+    d = dsa.LayerDims(**SMALL)
+    shapes = d.shapes(DIM, Q_RANK, R)
+    assert shapes == {name: layer_weights()[name].shape for name in shapes}
+    assert dsa.LayerDims().shapes()["wq_b"] == (24576, 1536) and dsa.LayerDims().shapes()["wkv_a"] == (
+        576,
+        7168,
+    )
+
+
+def test_the_layers_words(dsa, hidden):
+    """What a new user gets wrong first."""
+    layer, x = dsa.DSALayer(layer_weights(), **SMALL), hidden[:, :5]
+    configured = functools.partial(dsa.DSALayer, layer_weights(), **SMALL)
+    for call, error, match in (
+        (lambda: dsa.DSALayer([np.ones(3)]), TypeError, "weights is a list, expected a dict"),
+        (lambda: dsa.DSALayer({"wq_a": [1.0]}), TypeError, "wq_a is a builtins.list"),
+        (lambda: layer.new_cache(1, 8, fast_byte=100), TypeError, "fast_byte"),
+        (lambda: layer.new_cache(1, 8, local_window=4), TypeError, "fast_bytes"),
+        (lambda: configured(config={"top_k": 3}), TypeError, "config is a dict"),
+        (lambda: configured(config=dsa.DSAConfig(strategy="fixed")), ValueError, "config.*fixed"),
+        (lambda: configured(config=dsa.DSAConfig(global_selection="lsh")), ValueError, "config.*lsh"),
+        (
+            lambda: configured(config=dsa.DSAConfig(progressive_sparsity=True), layer=3),
+            ValueError,
+            "layer is 3",
+        ),
+        (lambda: layer(x, starts=np.array([1, 6])), ValueError, "starts is"),
+        (lambda: layer(x, starts=[1]), ValueError, "starts is"),
+        (lambda: layer(x, starts=[0.5, 1]), ValueError, "starts is"),
+        (lambda: layer(x, starts=[1, 1], lengths=[5, 5]), ValueError, "lengths is"),
+        (lambda: layer(x, starts=[1, 1], indices=np.zeros((2, 1, 3), int)), ValueError, "indices is"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+@slow
+@given(
+    seed=seeds, starts=st.lists(st.integers(0, 12), min_size=1, max_size=3), tail=st.integers(0, 4),
+    storage=st.sampled_from([None, "float64"]), ratio=st.sampled_from([None, 0.3]), shared=st.booleans(),
+)  # fmt: skip
+def test_a_left_padded_batch_is_each_sequence_alone(dsa, seed, starts, storage, tail, shared, ratio):
+    """Padding of NaN in front has rows of 0 and -1 and leaves nothing behind; the same bits of selections."""
+    rng, B, T = np.random.default_rng(seed), len(starts), 12
+    config = dsa.DSAConfig(sparse_ratio=ratio) if ratio else None
+    layer = dsa.DSALayer(layer_weights(seed), **SMALL, config=config)
+    other = dsa.DSALayer(layer_weights(seed, indexer=False), **SMALL)
+    x = normal(rng, B, T + tail, DIM)
+    x[np.arange(T + tail) < np.array(starts)[:, None]] = NAN
+    caches: Any = ((z.new_cache(B, 20, storage) if storage else None) for z in (layer, other))
+    cache, rows = caches
+    calls = [(slice(0, T if storage else T + tail), np.array(starts))]  # the padding, then a token at a time
+    calls += [(slice(t, t + 1), np.zeros(B, int)) for t in range(T, T + tail) if storage]
+    results = [layer(x[:, part], cache, starts=at) for part, at in calls]
+    for (y, indices), (part, at) in zip(results, calls) if shared else ():
+        assert_close(other(x[:, part], rows, starts=at, indices=indices)[0], y, 1e-12)
+    if storage:
+        assert cache.lengths.tolist() == [T + tail - n for n in starts]
+    for b in range(B):
+        alone = layer.new_cache(1, 20, storage) if storage else None
+        for (y, indices), (part, at) in zip(results, calls):
+            own_y, own = layer(x[b : b + 1, part][:, at[b] :], alone)
+            assert_close(y[b, at[b] :], own_y[0], 1e-12)
+            width = max(own.shape[-1], indices.shape[-1])
+            assert (padded(indices[b, at[b] :], width) == padded(own[0], width)).all()
+            assert (y[b, : at[b]] == 0).all() and (indices[b, : at[b]] == -1).all()
+
+
+@pytest.mark.parametrize("kwargs, layer, n_layers", [
+    ({"top_k": 9}, 0, 1), ({"sparse_ratio": 0.3}, 0, 1), ({"sparse_ratio": 0.01}, 0, 1),
+    ({"top_k": 9, "strategy": "hybrid", "local_window": 4, "num_sink_tokens": 2}, 0, 1),
+    ({"sparse_ratio": 0.1, "strategy": "hybrid", "local_window": 6}, 0, 1),
+    ({"top_k": 4, "fallback_dense_threshold": 17}, 0, 1),
+    ({"top_k": 4, "fallback_dense_threshold": 40}, 0, 1),
+    ({"top_k": 8, "progressive_sparsity": True}, 0, 3), ({"top_k": 8, "progressive_sparsity": True}, 2, 3),
+], ids=str)  # fmt: skip
+def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, layer, n_layers):
+    """Scores by loops, sorted: ratio, window, sink tokens, dense fallback, by each sequence's own length."""
+    w, config = layer_weights(), dsa.DSAConfig(**kwargs)
+    own = dsa.DSALayer(w, **SMALL, config=config, layer=layer, n_layers=n_layers)
+    lengths = np.array([40, 17])
+    y, indices = own(hidden[:, :40], lengths=lengths)
+    cache = own.new_cache(2, 40, "float64")
+    own(hidden[:, :39], cache, lengths=lengths - 1)
+    last = np.stack([hidden[0, 39], hidden[1, 16]])[:, None]
+    step_y, step = own(last, cache)
+    for b, n in enumerate(lengths.tolist()):
+        scores = layer_by_loops(w, hidden[b, :n])[2]
+        top_k = config.top_k_at(layer, n_layers, n)
+        if n <= (kwargs.get("fallback_dense_threshold") or 0):
+            top_k = n
+        for t in range(n):
+            forced = config.local_window, config.num_sink_tokens
+            row = select_by_sort(scores[t].tolist(), 0, t + 1, top_k, *forced)
+            assert [s for s in indices[b, t] if s >= 0] == [s for s in row if s >= 0]
+        assert step[b, 0][step[b, 0] >= 0].tolist() == [s for s in row if s >= 0]
+        assert_close(step_y[b, 0], y[b, n - 1], 1e-12)
+    assert (indices[1, 17:] == -1).all()
+    rope = YARN | BOTH_ONE | {"type": "yarn", "original_max_position_embeddings": 4096}
+    known = V32_CONFIG | {"num_hidden_layers": n_layers, "rope_scaling": rope}
+    write_checkpoint(tmp_path, w, known, layer)
+    loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config)
+    assert_same(loaded(hidden[:, :40], lengths=lengths), (y, indices))
+
+
+def test_a_config_rounds_what_the_indexer_compares(dsa, hidden):
+    """indexer_precision stands in the config or in the dims."""
+    w = layer_weights()
+    expected = dsa.DSALayer(w, **SMALL, indexer_precision="fp8")(hidden)
+    for more in ({}, {"indexer_precision": "fp8"}):
+        config = dsa.DSAConfig(top_k=6, **more)
+        layer = dsa.DSALayer(w, **SMALL, **({} if more else {"indexer_precision": "fp8"}), config=config)
+        assert_same(layer(hidden), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_layer_is_independent(dsa, hidden, copied):
+    """Also of its arrays: who changes one changes nothing of the other."""
+    layer = dsa.DSALayer(layer_weights(), **SMALL, config=dsa.DSAConfig(top_k=5))
+    expected, other = layer(hidden), copied(layer)
+    assert_same(other(hidden), expected)
+    for w in other.weights.values():
+        w *= 2
+    assert_same(layer(hidden), expected)
+    assert not np.array_equal(other(hidden)[0], expected[0])
+
+
+TINY: dict[str, Any] = SIZES | {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "n_group": 1,
+    "num_hidden_layers": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "topk_group": 1, "first_k_dense_replace": 3, "kv_lora_rank": 32, "q_lora_rank": 24,
+    "initializer_range": 0.2,
+    "index_n_heads": 16,  # so many that hardly a score is 0, where torch decides ties otherwise
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict]] = {
+    "v32": ("DeepseekV32", {}),
+    "v32, YaRN": ("DeepseekV32", {"rope_parameters": YARN_5 | BOTH_ONE}),
+    "v32, mscales": ("DeepseekV32", {"rope_parameters": YARN_5 | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "v32, neither": ("DeepseekV32", {"rope_parameters": YARN_5}),
+    "v32, attention_factor": ("DeepseekV32", {"rope_parameters": YARN_5 | {"attention_factor": 1.7}}),
+    "glm 5": ("GlmMoeDsa", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "glm 5.2": ("GlmMoeDsa", {"index_topk_freq": 2, "index_skip_topk_offset": 1}),
+}
+
+
+@functools.cache
+def tiny_model(name):
+    """A random model of transformers, its norms away from 1."""
+    transformers, torch = pytest.importorskip("transformers", minversion="5"), pytest.importorskip("torch")
+    kind, more = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**TINY | more)
+    model = getattr(transformers, kind + "ForCausalLM")(config).eval().requires_grad_(False)
+    for key, weight in model.named_parameters():
+        if "norm" in key:
+            weight += 0.3 * torch.randn(weight.shape)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, name):
+    """Each layer's output to 1e-5 of the largest in float32, and its selection."""
+    model, torch, indices = tiny_model(name), sys.modules["torch"], None
+    seen: dict[Any, Any] = {}
+    hooks = []
+    for i, block in enumerate(model.model.layers):
+        note = functools.partial(lambda i, _, args, kwargs, out: seen.update({i: (kwargs, out)}), i)
+        hooks.append(block.self_attn.register_forward_hook(note, with_kwargs=True))
+        if getattr(block.self_attn, "indexer", None) is not None:
+            note = functools.partial(lambda i, _, args, out: seen.update({f"indexer {i}": out.numpy()}), i)
+            hooks.append(block.self_attn.indexer.register_forward_hook(note))
+    model(torch.randint(0, 99, (2, 50), generator=torch.Generator().manual_seed(1)))
+    for hook in hooks:  # the model is another test's too
+        hook.remove()
+    model.save_pretrained(tmp_path)
+    for i in range(4):
+        eps = (
+            {"norm_eps": 1e-6} if "glm" in name else {}
+        )  # with which transformers computes, whatever it writes
+        layer = dsa.DSALayer.from_safetensors(tmp_path, i, **eps)
+        assert layer.has_indexer == (f"indexer {i}" in seen)
+        kwargs, out = seen[i]
+        y, indices = layer(kwargs["hidden_states"].numpy(), indices=None if layer.has_indexer else indices)
+        expected = out[0].numpy()
+        assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
+        for b, t in itertools.product(range(2), range(50)) if layer.has_indexer else ():
+            assert set(indices[b, t]) - {-1} == {s for s in seen[f"indexer {i}"][b, t] if s <= t}
+
+
+@pytest.mark.parametrize("xp", array_libraries())
+@pytest.mark.parametrize(
+    "name, attention", [(name, "sdpa") for name in MODELS] + [("v32", "eager"), ("glm 5.2", "eager")]
+)
+def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attention):
+    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens; a config in a line."""
+    readme = Path(__file__).with_name("README.md")
+    blocks = re.findall(
+        r"```python\n(import[^`]*torch\.nn\.Module[^`]*)```",
+        readme.read_text("utf-8") if readme.exists() else "",
+    )
+    if not blocks:
+        pytest.skip("no README.md with these lines beside test_dsa.py")
+    (block,), original = blocks, tiny_model(name)
+    torch = sys.modules["torch"]
+    original.set_attn_implementation(attention)
+    ids = torch.randint(1, 99, (3, 40), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(40) >= torch.tensor([0, 7, 31])[:, None]).long()
+    batch = {"input_ids": ids * mask, "attention_mask": mask}
+    how = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "eos_token_id": None}
+    real = mask.bool()
+    expected, tokens = original(**batch).logits[real], original.generate(**batch, **how)
+
+    def replaced(*changes):
+        model, text = copy.deepcopy(original).to("cuda" if xp == "cupy" else "cpu"), block
+        text = text.replace("xp=np", f"xp={xp}").replace("import dsa, ", f"import dsa, {xp}, ")
+        text = text.replace("max_new_tokens=20", "max_new_tokens=2")
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        exec(text, {"model": model, "batch": {k: x.to(model.device) for k, x in batch.items()}})
+        return model
+
+    model = replaced()
+    on = {k: x.to(model.device) for k, x in batch.items()}
+    assert (model(**on).logits.cpu()[real] - expected).abs().max() < 1e-4
+    assert model.generate(**on, **how).cpu().equal(tokens)
+    single = original(ids[:1]).logits
+    assert (model(ids[:1].to(model.device)).logits.cpu() - single).abs().max() < 1e-4 * max(
+        1, single.abs().max()
+    )
+    dense, sparse = (replaced(("config = None", f"config = dsa.DSAConfig({more})")) for more in (
+        "top_k=6", "sparse_ratio=0.03, strategy='hybrid', local_window=4"))  # fmt: skip
+    assert dense.generate(**on, **how).cpu().equal(tokens)
+    assert not torch.allclose(sparse(**on).logits.cpu()[real], expected, atol=1e-2)
+    assert sparse.generate(**on, **how).shape == tokens.shape
 
 
 def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, capsys):
@@ -3170,7 +4014,7 @@ def test_sharded_is_as_one(dsa, what, ranks):
 
 @functools.cache
 def mpi_reads_gpus():
-    done = mpi(1, "print(dsa._cuda_aware())")
+    done = mpi(1, "print(dsa.cuda_aware())")
     assert done.stdout in ("True\n", "False\n"), done.stdout + done.stderr
     return done.stdout == "True\n"
 
@@ -3187,16 +4031,17 @@ def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks, aware):
     """The same as on one GPU: MPI is given CuPy arrays as they are, or copies in the host's memory."""
     if aware and not mpi_reads_gpus():
         pytest.skip('needs an MPI that says that it is CUDA-aware: README, "Beyond one machine"')
-    code = f"dsa._cuda_aware = lambda: {aware}; test_dsa.ranks_{what}(dsa, comm, test_dsa.gpu_of(comm))"
+    code = f"dsa.cuda_aware = lambda: {aware}; test_dsa.ranks_{what}(dsa, comm, test_dsa.gpu_of(comm))"
     done = mpi(ranks, f"{code}; print('fine')", timeout=300)
     assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
 
 
 def test_no_buffer_that_mpi_gets_is_null(dsa, cupy, monkeypatch):
     """Also of nothing: where a rank decided for no query, its null buffer hung Intel's MPI."""
-    monkeypatch.setattr(dsa, "_cuda_aware", lambda: True)
+    monkeypatch.setattr(dsa, "cuda_aware", lambda: True)
     seen: list[int] = []
-    dsa._exchange(lambda *both: seen.extend(x.data.ptr for x, _ in both), cupy.empty((0, 3)), (2, 0, 3))
+    comm = types.SimpleNamespace(Allgather=lambda *both: seen.extend(x.data.ptr for x, _ in both))
+    dsa.exchange(comm, "Allgather", cupy.empty((0, 3)), (2, 0, 3))
     assert len(seen) == 2 and all(seen)
 
 
@@ -3253,11 +4098,24 @@ def sharded_problem(seed):
     return rng, dtype, p
 
 
+def test_what_is_no_communicator_is_refused(dsa):
+    """By name, before anything else."""
+    p = tokens(0, (), 9)
+    for comm in (None, 3, "world", types.SimpleNamespace(rank=0, size=1)):
+        calls: list[Any] = [
+            lambda comm=comm: dsa.sharded_select(*p.index, 3, comm),
+            lambda comm=comm: dsa.sharded_attention(p.q, *p.kv, *p.index, dsa.DSAConfig(), comm),
+        ]
+        for call in calls:
+            with pytest.raises(TypeError, match="^comm is .*communicator"):
+                call()
+
+
 def ranks_select(dsa, comm, xp=np):
     """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
     stages = Stages(dsa, xp, SHARDED)
     select, alone = stages.sharded_select, stages.lightning_select
-    score, scores = dsa._index_scores, []
+    score, scores = dsa.scores_at, []
 
     def scored(*args):
         x = score(*args)
@@ -3268,26 +4126,26 @@ def ranks_select(dsa, comm, xp=np):
         rng, _, p = sharded_problem(seed)
         dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**26
         (index_k,) = sharded(comm, rng, (p.index_k, -2))
-        dsa._index_scores = scored
+        dsa.scores_at = scored
         actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
-        dsa._index_scores = score
+        dsa.scores_at = score
         assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
         first = comm.exscan(index_k.shape[-2]) or 0
         expected = stages.index_scores(*p.index, **p.windows)[..., first : first + index_k.shape[-2]]
         assert_same(np.concatenate(scores, axis=-2), expected)
         scores.clear()
-    layout, far = dsa._layout, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
+    layout, far = dsa.layout, 2**31  # as if rank -1 held 2**31 keys, which nobody sees
 
     def behind(*args, **same):
         at = layout(*args, **same)
         at.first, at.total, at.num_keys = at.first + far, at.total + far, at.num_keys + far
         return at
 
-    dsa._layout = behind
+    dsa.layout = behind
     rng, _, p = sharded_problem(2)
     (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
     actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
-    dsa._layout = layout
+    dsa.layout = layout
     assert_same(actual, alone(*p.index, p.top_k) + np.int64(far))
 
 
