@@ -2609,6 +2609,9 @@ def _merge_shards(comm, out, lse):
 # 12. On the GPU: how the kernels of dsa_kernels.cu are launched
 # ----------------------------------------------------------------------------------------------------------
 
+PORTABLE_KERNELS = (
+    False  # True: only kernels that every GPU from sm_80 on runs; the answers stay what they are
+)
 TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
@@ -2621,188 +2624,249 @@ UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
+class Chip(NamedTuple):
+    """What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0."""
+
+    device: int
+    sm: int
+    shared: int  # bytes that a block may ask for
+    processors: int
+
+
 @functools.cache
-def _kernel(device, name, constants):
-    """Kernel `name` of dsa_kernels.cu, compiled for a device with these constants; CuPy keeps it on disk."""
-    cupy = sys.modules["cupy"]
-    file = Path(__file__).with_name("dsa_kernels.cu")
-    _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
-    arch = ("-arch=sm_90a",) if name.endswith("_wgmma") else ()
-    options = ("-std=c++17", f"-D{name.upper()}", *arch, *(f"-D{key}={value}" for key, value in constants))
-    kernel = cupy.RawModule(code=file.read_text(encoding="utf-8"), options=options).get_function(name)
-    if dict(constants).get("BLOCKS", 1) > 8:  # clusters of so many have to be allowed, by attribute 14
-        cupy.cuda.driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)
-    return kernel
+def chip_of(device, portable):
+    gpu = sys.modules["cupy"].cuda.Device(device)
+    sm, has = int(gpu.compute_capability), gpu.attributes
+    shared, processors = has["MaxSharedMemoryPerBlockOptin"], has["MultiProcessorCount"]
+    return Chip(device, min(sm, 80) if portable else sm, shared, processors)
 
 
-def _launch(name, grid, block, *args, shared=0, **constants):
-    """Launch a kernel on the current stream of the device that its arrays are on.
-
-    Arrays have to be contiguous; an int arrives as long long, a float as float, a NumPy number as what it is,
-    None as a null pointer. A constant may be a dtype. shared: bytes of dynamic shared memory.
-    """
-    cupy = sys.modules["cupy"]
-    arrays = [x for x in args if isinstance(x, cupy.ndarray)]
-    devices = {x.device.id for x in arrays}
-    _expect(len(devices) == 1, "the device of the arrays", sorted(devices), "one")
-    _expect(all(x.flags.c_contiguous for x in arrays), "an array", "not contiguous", "contiguous arrays")
-    named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in constants.items()}
-    values = tuple(np.float32(x) if type(x) is float else np.int64(0) if x is None else x for x in args)
-    if min(grid) > 0:
-        with arrays[0].device:
-            kernel = _kernel(arrays[0].device.id, name, tuple(sorted(named.items())))
-            if shared > kernel.max_dynamic_shared_size_bytes:
-                kernel.max_dynamic_shared_size_bytes = shared
-            kernel(grid, block, values, shared_mem=shared)
+def chip(x):
+    return chip_of(x.data.device_id, PORTABLE_KERNELS)
 
 
-def _aligned(x, multiple=1):
+class Kernel:
+    """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`."""
+
+    def __init__(self, chip, name, block, **constants):
+        self.chip, self.name, self.block, self.function = chip, name, (block,), None
+        named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in sorted(constants.items())}
+        arch = ("-arch=sm_90a",) if name.endswith("_wgmma") else ()
+        defined = (f"-D{key}={value}" for key, value in named.items())
+        self.options = "-std=c++17", f"-D{name.upper()}", *arch, *defined
+        self.large_cluster = named.get("BLOCKS", 1) > 8  # has to be allowed, by attribute 14
+
+    def compile(self):
+        """Compile it; CuPy keeps it on disk."""
+        cupy = sys.modules["cupy"]
+        file = Path(__file__).with_name("dsa_kernels.cu")
+        _expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
+        with cupy.cuda.Device(self.chip.device):
+            module = cupy.RawModule(code=file.read_text(encoding="utf-8"), options=self.options)
+            raw = module.get_function(self.name)
+            raw.max_dynamic_shared_size_bytes = self.chip.shared - raw.shared_size_bytes
+            if self.large_cluster:
+                cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
+            self.function = raw.kernel
+
+    def __call__(self, grid, *args, shared=0):
+        """Launch on the current stream. shared: bytes of dynamic shared memory.
+
+        Arrays have to be contiguous; an int arrives as long long, a NumPy number as what it is, None as a
+        null pointer.
+        """
+        ndarray, device = sys.modules["cupy"].ndarray, self.chip.device
+        for x in args:
+            if isinstance(x, ndarray) and not (x.flags.c_contiguous and x.data.device_id == device):
+                raise ValueError(f"an array is not contiguous on device {device}, as the others are")
+        if min(grid) > 0:
+            if self.function is None:
+                compile_together(self)
+            self.function(grid, self.block, tuple(0 if x is None else x for x in args), shared)
+
+
+kernel = functools.cache(Kernel)
+
+
+def compile_together(*kernels):
+    """Compile those of the kernels that are not yet, side by side."""
+    todo = [x for x in kernels if x.function is None]
+    if todo:
+        timer = threading.Timer(1, say_that_it_compiles)
+        timer.start()
+        try:
+            with ThreadPoolExecutor(len(todo)) as pool:
+                list(pool.map(Kernel.compile, todo))
+        finally:
+            timer.cancel()
+
+
+@functools.cache
+def say_that_it_compiles():
+    print("dsa: compiling CUDA kernels, once; CuPy keeps them on disk", file=sys.stderr)
+
+
+def aligned(x, multiple=1):
     """x contiguous and at a multiple of 16 bytes, as kernels read it; its last axis padded to a multiple."""
     more = -x.shape[-1] % multiple
     if x.flags.c_contiguous and x.data.ptr % 16 == 0 and not more:
         return x
-    cupy = sys.modules["cupy"]
-    padded = cupy.zeros((*x.shape[:-1], x.shape[-1] + more), x.dtype)
+    padded = sys.modules["cupy"].zeros((*x.shape[:-1], x.shape[-1] + more), x.dtype)
     padded[..., : x.shape[-1]] = x
     return padded
 
 
-def _entries(x):
+def pointer(x):
+    """Where x begins, as an array that a launch takes, wherever its other elements stand."""
+    return sys.modules["cupy"].ndarray((1,), x.dtype, x.data)
+
+
+def entries(x):
     """x [..., N, E] as a pointer to contiguous rows, and how many of them from a batch entry to the next.
 
     The keys of a cache that is not full stand further apart than they are many; they are not copied.
     """
-    x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    if x.ndim != 3:
+        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     row = x.shape[-1] * x.itemsize
     whole = x.size and x.strides[1:] == (row, x.itemsize) and x.strides[0] % max(1, row) == 0
     if not whole or x.data.ptr % 16:
-        return _aligned(x), x.shape[1]
-    return sys.modules["cupy"].ndarray((1,), x.dtype, x.data), x.strides[0] // row
+        return aligned(x), x.shape[1]
+    return pointer(x), x.strides[0] // row
 
 
-def _gpu_index_scores(n, index_q, index_k, weights, windows, out=None):
-    """index_scores. n["offset"]: S - T, unless the T queries are some of all."""
+def blocks_of(n, queries, keys):
+    return math.prod(n["..."]) * -(-n["T"] // queries) * -(-n["S"] // keys)
+
+
+@functools.cache
+def score_plan(chip, dtype, real, J, E, few):
+    """The kernel of (1) for index_q and index_k of a dtype: itself, and a block's queries, keys and memory."""
+    row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
+    fp8, hopper = dtype == np.uint8, chip.sm == 90
+    if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or not tiles * J * E:
+        return kernel(chip, "index_scores_fma", 256, REAL=real), 8, 512 // real.itemsize, 0
+    if hopper and J in (32, 64, 128) and row in (128, 256):
+        if few and fp8 and J <= 64:
+            return kernel(chip, "index_scores_few_wgmma", 128, J=J), FEW, 256, 43008
+        shared = -(-(512 * row + 3652 + 6 * J) // 1024) * 1024  # struct Shared of the kernel
+        found = kernel(chip, "index_scores_wgmma", 384, ELEMENT=dtype, J=J, E=E)
+        return found, 192, 512 if fp8 else 256, shared
+    heads, vector = min(-(-J // 8) * 8, 64 if E <= 256 else 32), 16 // dtype.itemsize
+    sizes = {"J": J, "E": E, "PITCH": -(-E // vector) * vector, "HEADS": heads, "TILES": tiles}
+    shared = 2 * heads * (-(-row // 64) * 64 + 20)  # 2 of the kernel's struct Stage
+    return kernel(chip, "index_scores_mma", 128, ELEMENT=dtype, **sizes), 64, 64 * tiles, shared
+
+
+def score_plan_of(n, index_q, index_k, real):
+    dtype = index_q.dtype if index_q.dtype == index_k.dtype else real
+    return score_plan(chip(index_q), dtype, real, n["J"], n["E"], n["T"] <= FEW)
+
+
+def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, offset=None, out=None):
+    """offset: S - T, unless the T queries are some of all."""
     T, S, J, E = n["T"], n["S"], n["J"], n["E"]
-    dtype, alike = index_q.dtype, index_q.dtype == index_k.dtype
     real = _accumulator(index_q, index_k, weights)
+    found, queries, keys, shared = score_plan_of(n, index_q, index_k, real)
     scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
-    weights = _aligned(weights.astype(real, copy=False))
-    offset, batch = n.get("offset", S - T), math.prod(n["..."])
-    tiles = next((m for width, m in TILES.items() if width >= E), 0)
-    tensor_cores = int(index_q.device.compute_capability) >= 80 and tiles and J * E
-    if dtype == np.uint8 and (real == np.float64 or not tensor_cores):
-        index_q, index_k = n["xp"].asarray(E4M3)[index_q], _unpack(index_k, E, 0)
-    if alike and dtype.itemsize <= 2 and real == np.float32 and tensor_cores:
-        index_q, (index_k, apart) = _aligned(index_q, 16 // dtype.itemsize), _entries(index_k)
-        args = (index_q, index_k, weights, *windows, scores, T, S, offset, apart)
-        row, hopper = E * dtype.itemsize, index_q.device.compute_capability == "90"
-        if hopper and dtype == np.uint8 and E == FP8_BLOCK and J <= 64 and 0 < T <= FEW:
-            sizes = {"J": J, "ALIGNED": int(batch == 1 or apart % 4 == 0)}
-            _launch("index_scores_few_wgmma", (batch * -(-S // 256),), (128,), *args, shared=43008, **sizes)
-            return scores
-        sizes = {"ELEMENT": dtype, "J": J, "E": E}
-        if hopper and J in (32, 64, 128) and row in (128, 256):
-            blocks = batch * -(-T // 192) * -(-S // (512 if dtype == np.uint8 else 256))
-            shared = -(-(512 * row + 3652 + 6 * J) // 1024) * 1024  # struct Shared of the kernel
-            _launch("index_scores_wgmma", (blocks,), (384,), *args, shared=shared, **sizes)
-            return scores
-        heads, row = min(-(-J // 8) * 8, 64 if E <= 256 else 32), -(-row // 64) * 64
-        blocks = batch * -(-T // 64) * -(-S // (64 * tiles))
-        shared = 2 * heads * (row + 20)  # 2 of the kernel's struct Stage
-        sizes |= {"PITCH": index_q.shape[-1], "HEADS": heads, "TILES": tiles}
-        _launch("index_scores_mma", (blocks,), (128,), *args, shared=shared, **sizes)
-    else:
-        index_q, index_k = (x.astype(real, copy=False) for x in (index_q, index_k))
-        index_q, (index_k, apart) = _aligned(index_q), _entries(index_k)
-        blocks = batch * -(-T // 8) * -(-S // (512 // real.itemsize))
-        args = (index_q, index_k, weights, *windows, scores, T, S, J, E, offset, apart)
-        _launch("index_scores_fma", (blocks,), (256,), *args, REAL=real)
+    sizes: tuple[int, ...] = ()
+    if found.name == "index_scores_fma":
+        sizes = J, E
+        if index_q.dtype == np.uint8:
+            index_q, index_k = n["xp"].asarray(E4M3)[index_q], _unpack(index_k, E, 0)
+        index_q, index_k = index_q.astype(real, copy=False), index_k.astype(real, copy=False)
+    index_q, (index_k, apart) = aligned(index_q, 16 // index_q.itemsize if not sizes else 1), entries(index_k)
+    weights = aligned(weights.astype(real, copy=False))
+    sizes = T, S, S - T if offset is None else offset, apart, *sizes
+    grid = (blocks_of(n, queries, keys),)
+    found(grid, index_q, index_k, weights, k_start, k_end, scores, *sizes, shared=shared)
     return scores
 
 
-def _gpu_select_topk(n, scores, quota, windows, causal, out=None):
-    T, S, top_k = n["T"], n["S"], quota[0]
-    scores = n["xp"].ascontiguousarray(scores, _accumulator(scores))
-    indices = n["xp"].empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
-    offset = n.get("offset", S - T) if causal else S  # S: up to the end
-    args = (scores, *windows, indices, T, S, indices.shape[-1], offset, *quota)
-    rows, device, size = math.prod(n["..."]) * T, scores.device, scores.itemsize
-    most, blocks = device.attributes["MaxSharedMemoryPerBlockOptin"], _blocks_of_row(device, rows, S)
-    room = 2**15 if most > 75000 else 2**14
-    shared = 8480 + room // size * (size + 4)  # struct Shared of the kernel
-    together = shared + 40000 + -(-(S + 3) // (32 * blocks)) * 4
-    macros = {"REAL": scores.dtype, "ROOM": room, "BLOCK": 512 if blocks > 1 or rows > 128 else 1024}
-    if blocks > 1 and together <= most:
-        grid = (rows * blocks,)
-        _launch("select_topk_cluster", grid, (512,), *args, shared=together, BLOCKS=blocks, **macros)
-    else:
-        _launch("select_topk", (rows,), (macros["BLOCK"],), *args, shared=shared, **macros)
-    return indices
+@functools.cache
+def topk_plan(chip, real, rows, num_keys):
+    """The kernel of (2) for so many rows of so many keys: itself, a row's blocks, and shared memory."""
+    room, blocks = 2**15 if chip.shared > 75000 else 2**14, blocks_of_row(chip, rows, num_keys)
+    shared = 8480 + room // real.itemsize * (real.itemsize + 4)  # struct Shared of the kernel
+    together = shared + 40000 + -(-(num_keys + 3) // (32 * blocks)) * 4
+    if blocks > 1 and together <= chip.shared:
+        sizes = {"BLOCK": 512, "BLOCKS": blocks, "ROOM": room}
+        return kernel(chip, "select_topk_cluster", 512, REAL=real, **sizes), blocks, together
+    block = 512 if blocks > 1 or rows > 128 else 1024
+    return kernel(chip, "select_topk", block, REAL=real, BLOCK=block, ROOM=room), 1, shared
 
 
-def _blocks_of_row(device, rows, num_keys):
+def blocks_of_row(chip, rows, num_keys):
     """How many blocks share a row in select_topk: as many as find room, where rows are few and long."""
-    capability = int(device.compute_capability)
-    if capability < 90 or num_keys < 8192:
+    if chip.sm < 90 or num_keys < 8192:
         return 1
-    most = 16 if capability in (90, 100, 103) else 8  # blocks in a cluster
+    most = 16 if chip.sm in (90, 100, 103) else 8  # blocks in a cluster
     return next(x for x in (most, 8, 4, 2, 1) if rows * x <= 64 or x == 1)
 
 
-def _gpu_select(n, quota, rows, indices, block):
-    """_select for selectors that are array code: kernel select_topk on what rows yield."""
-    for b in np.ndindex(*n["..."]):
-        for t0 in range(0, n["T"], block):
-            for t, keys, x in rows(b, t0, min(t0 + block, n["T"])):
-                shape = {"...": (), "T": len(x), "S": len(keys), "xp": n["xp"]}
-                found = _gpu_select_topk(shape, x, quota, (None, None), causal=False)
-                if len(keys):
-                    indices[b][t : t + len(x), : found.shape[1]] = np.where(found < 0, -1, keys[found])
+def gpu_select_topk(
+    n, scores, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None, offset=None, out=None
+):
+    T, S, xp = n["T"], n["S"], n["xp"]
+    scores = xp.ascontiguousarray(scores, _accumulator(scores))
+    indices = xp.empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
+    if offset is None:
+        offset = S if k_start is None and k_end is None else S - T  # S: up to the end
+    rows = math.prod(n["..."]) * T
+    found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S)
+    quota = top_k, local_window, num_sink_tokens
+    args = scores, k_start, k_end, indices, T, S, indices.shape[-1], offset, *quota
+    found((rows * blocks,), *args, shared=shared)
     return indices
 
 
-def _gpu_lightning_select(n, index_q, index_k, weights, quota, windows):
+def gpu_lightning_select(
+    n, index_q, index_k, weights, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
+):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
-    xp, T, S = n["xp"], n["T"], n["S"]
-    real = _accumulator(index_q, index_k, weights)
+    xp, T, S, quota = n["xp"], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    real, rows = _accumulator(index_q, index_k, weights), math.prod(n["..."]) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
-    if math.prod(n["..."]) * T <= most:
-        scores = _gpu_index_scores(n, index_q, index_k, weights, windows)
-        return _gpu_select_topk(n, scores, quota, windows, True)
-    indices = xp.empty((*n["..."], T, min(quota[0], S)), np.int32)
+    both = score_plan_of(n, index_q, index_k, real)[0], topk_plan(chip(index_q), real, min(rows, most), S)[0]
+    compile_together(*both)
+    if rows <= most:
+        scores = gpu_index_scores(n, index_q, index_k, weights, k_start, k_end)
+        return gpu_select_topk(n, scores, *quota, k_start, k_end, S - T)
+    indices = xp.empty((*n["..."], T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
     for b in np.ndindex(*n["..."]):
         for t in range(0, T, most):
-            part = slice(t, min(t + most, T))
-            rows = part.stop - t
-            some = {**n, "...": (), "T": rows, "offset": S - T + t}
-            w = [None if x is None else x[b][part] for x in windows]
-            x = _gpu_index_scores(some, index_q[b][part], index_k[b], weights[b][part], w, scores[:rows])
-            _gpu_select_topk(some, x, quota, w, True, indices[b][part])
+            part, offset = slice(t, min(t + most, T)), S - T + t
+            some, x = {**n, "...": (), "T": part.stop - t}, scores[: part.stop - t]
+            windows = [None if w is None else w[b][part] for w in (k_start, k_end)]
+            index = index_q[b][part], index_k[b], weights[b][part]
+            gpu_index_scores(some, *index, *windows, offset, x)
+            gpu_select_topk(some, x, *quota, *windows, offset, indices[b][part])
     return indices
 
 
-def _strides(x):
-    """x [..., N, G, D] as what a kernel takes: a pointer (one value), and the strides of batch, N and G.
+def strided(x):
+    """x [..., N, G, D] as what a kernel takes: a pointer, and the strides of batch, N and G, in elements.
 
     A view is read where it stands, if its last axis is contiguous and its batch axes are one; else copied.
     """
     xp = sys.modules["cupy"]
-    x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
+    if x.ndim != 4:
+        x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
     if x.size == 0:
         return xp.zeros(1, x.dtype), (0, 0, 0)
     if x.strides[-1] != x.itemsize and x.shape[-1] > 1:
         x = xp.ascontiguousarray(x)
-    return xp.ndarray((1,), x.dtype, x.data), tuple(stride // x.itemsize for stride in x.strides[:3])
+    return pointer(x), tuple(stride // x.itemsize for stride in x.strides[:3])
 
 
-def _alignment(x, strides, width):
+def alignment(x, strides, width):
     """The largest copy in bytes, up to 16, to which every row of x is aligned."""
     return math.gcd(16, x.data.ptr, *(stride * x.itemsize for stride in (*strides, width)))
 
 
-def _gpu_indices(indices, num_keys):
+def slot_indices(indices, num_keys):
     """indices as int32, contiguous; what stands outside [0, num_keys) stays so."""
     xp = sys.modules["cupy"]
     if indices.dtype != np.int32:
@@ -2811,223 +2875,300 @@ def _gpu_indices(indices, num_keys):
     return xp.ascontiguousarray(indices)
 
 
-@functools.cache
-def _mma_tiles(device, heads, d, d_v, tied, packed):
-    """HEADS, KEYS and the shared memory of attend_mma; None where tensor cores do not pay or do not fit.
+class Heads(NamedTuple):
+    """What of a call of attention decides its kernel: of q, k and v the dtypes, of k and v the alignments in
+    bytes; tied: v is k[..., :Dv]; rank, rope: of packed keys, else 0; out: the dtype of out.
+    """
+
+    dtypes: tuple
+    align: tuple
+    H: int
+    G: int
+    D: int
+    Dv: int
+    tied: bool
+    rank: int
+    rope: int
+    out: Any
+
+    @property
+    def real(self):
+        q, k, v = self.dtypes
+        wide = q == np.float64 if self.rank else np.float64 in (q, k, v)
+        return np.dtype(np.float64 if wide else np.float32)
+
+
+def mma_tile(chip, heads, a):
+    """Heads and keys of a block of attend_mma, and its shared memory; None where none fits.
 
     The first that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads by 16
     values take 8 of a thread's 255 registers, of which it can spare 128.
     """
-    device = sys.modules["cupy"].cuda.Device(device)
-    if int(device.compute_capability) < 80 or heads < 8 or not d or not d_v:
-        return None
-    row, v_row, pairs = -(-d // 64) * 64, -(-d_v // 64) * 64, -(-d_v // 128)
-    most = device.attributes["MaxSharedMemoryPerBlockOptin"]
-    for block in (64, 32, 16):
-        for keys in (64, 32):
-            per_key = 2 * row + (-(-packed // 16) * 16 if packed else 2 * row + (0 if tied else 4 * v_row))
-            columns = min(8 // min(2, block // 16), keys // 8)
-            shared = block * (2 * row + 128) + keys * (per_key + 8) + 4 * block * (columns + 1)
-            fits = shared <= most and block // 16 * pairs * 8 <= 128
-            if fits and (block == 16 or heads > block // 2):
-                return block, keys, shared
+    row, v_row, pairs = -(-a.D // 64) * 64, -(-a.Dv // 64) * 64, -(-a.Dv // 128)
+    packed = -(-_packed_bytes(a.D, a.rope) // 16) * 16 if a.rank else 2 * row + (0 if a.tied else 4 * v_row)
+    for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
+        columns = min(8 // min(2, block // 16), keys // 8)
+        shared = block * (2 * row + 128) + keys * (2 * row + packed + 8) + 4 * block * (columns + 1)
+        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
+        if fits and (block == 16 or heads > block // 2):
+            return block, keys, shared
     return None
 
 
-def _gpu_attention(n, q, k, v, indices, windows, scale, sink, packed=None, out_dtype=None):
-    """Equation (3) by the kernels attend; for 8 and more heads of a group in 16 bits attend_mma; and for the
-    latent shapes of V3.2 on Hopper attend_wgmma.
+def attend_tile(chip, a):
+    """Which kernel attends: its name, the heads and keys of a block, its shared memory and its constants."""
+    (q, k, v), heads, real, common = a.dtypes, a.H // a.G, a.real, {"R8": a.rank, "ROPE": a.rope}
+    common["TIED"] = int(a.tied)
+    whole = a.rank % 8 == a.rope % 8 == 0 and a.align[0] >= 4 and q.name == "bfloat16"
+    alike = whole if a.rank else q == k == v
+    if q.itemsize == 2 and alike and chip.sm >= 80 and heads >= 8 and a.D * a.Dv:
+        tile, sizes = mma_tile(chip, heads, a), {**common, "D": a.D, "DV": a.Dv, "TYPE": q}
+        latent = a.tied and a.G == 1 and heads >= 32 and a.D in (512, 576) and a.Dv == 512
+        if latent and tile and chip.sm == 90 and a.align[0] == 16 and a.rank in (0, 512):
+            return "attend_wgmma", 64, 64, 3 * 128 * a.D + 9072, sizes  # struct Plan of the kernel
+        if tile:
+            sizes |= {"KEYS": tile[1], "VEC": a.align[0], "VVEC": a.align[1]}
+            return "attend_mma", *tile, sizes
+    most = next(x for x in (8, 4, 2, 1) if x == 1 or x * a.D * real.itemsize <= 40960)
+    block = min(most, 1 << max(0, heads - 1).bit_length())
+    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": -(-a.Dv // 128) or 1}
+    return "attend", block, 32, block * a.D * real.itemsize, common | types
 
-    indices [..., T, K], or windows as _windows makes them. Values that are k[..., :Dv] are read once.
-    packed=(R, rope): k is uint8 [..., S, 1, _packed_bytes(R + rope, rope)], as _pack makes it, D is R + rope
-    and v is not looked at: the values are the first Dv. q in bfloat16 then takes tensor cores.
-    Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
-    """
-    xp, (T, S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "G", "D", "Dv"))
-    dtype = _accumulator(*((q,) if packed else (q, k, v)))
-    rows, (rank, rope) = math.prod(n["..."]) * T, packed or (0, 0)
-    tied = bool(packed) or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    width = _packed_bytes(D, rope) if packed else D
-    k, k_strides = _strides(k)
-    v, v_strides = (k, k_strides) if tied else _strides(v)
-    align = _alignment(k, k_strides, width), _alignment(v, v_strides, Dv)
-    tiles = None
-    if q.dtype.itemsize == 2 and (packed or q.dtype == k.dtype == v.dtype):
-        whole = rank % 8 == rope % 8 == 0 and align[0] >= 4 and q.dtype.name == "bfloat16"
-        if not packed or whole:
-            tiles = _mma_tiles(q.device.id, H // G, D, Dv, tied, packed and width)
-    latent = tied and G == 1 and H >= 32 and D in (512, 576) and Dv == 512 and align[0] == 16
-    wgmma = tiles and latent and rank in (0, 512) and q.device.compute_capability == "90"
-    if wgmma:
-        tiles = 64, 64, 3 * 128 * D + 9072  # struct Plan of attend_wgmma
-    most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * dtype.itemsize <= 40960)
-    heads, keys, shared = tiles or (min(most, 1 << max(0, H // G - 1).bit_length()), 32, 0)
 
-    q = xp.ascontiguousarray(q)
-    q = q if q.data.ptr % 16 == 0 else q.copy()
-    slots = S if indices is None else indices.shape[-1]
-    blocks = rows * G * -(-(H // G) // heads)
+class AttentionPlan(NamedTuple):
+    """Kernels, grid and shared memory of an attention; splits of `chunk` slots each are merged."""
+
+    attend: Any
+    merge: Any
+    grid: tuple
+    shared: int
+    splits: int
+    chunk: int
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_plan(chip, rows, slots, a):
+    """Few rows of queries share out the keys over more blocks; their number depends on the shapes alone."""
+    name, heads, keys, shared, sizes = attend_tile(chip, a)
+    blocks = rows * a.G * -(-(a.H // a.G) // heads)
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
-    out, lse = xp.empty((*n["..."], T, H, Dv), out_dtype or q.dtype), xp.empty((*n["..."], T, H), dtype)
-    sink = None if sink is None else xp.ascontiguousarray(sink, dtype)
-    parts = None
-    if splits > 1:
-        parts = xp.empty((splits, rows, H, Dv), dtype), xp.empty((splits, rows, H), dtype)
-    arrays = (
-        q, k, v, None if indices is None else _gpu_indices(indices, S), *(windows or (None, None)),
-        sink if parts is None else None, *(parts or (out, lse)),
+    grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
+    block = {"attend": 128, "attend_mma": 256, "attend_wgmma": 512}[name]
+    attend = kernel(chip, name, block, HEADS=heads, OUT=a.real if splits > 1 else a.out, **sizes)
+    columns = -(-a.Dv // 128) or 1
+    most = max(1, 512 // a.real.itemsize // columns)  # splits that fit a thread's registers
+    types = {"ACC": a.real, "OUT": a.out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
+    merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
+    return AttentionPlan(attend, merge, grid, shared, splits, chunk)
+
+
+def gpu_attention(n, q, k, v, indices, k_start, k_end, d_v, scale, sink, out_dtype=None, rope=None):
+    """Equation (3) over indices [..., T, K], or, where they are None, over windows.
+
+    v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as _pack makes it
+    of keys with so many rotated values. Values that are k[..., :Dv] are read once.
+    """
+    xp, (T, S, H, D) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "D"))
+    packed, rows, G = rope is not None, math.prod(n["..."]) * T, k.shape[-2]
+    Dv = v.shape[-1] if v is not None else d_v
+    tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
+    width = k.shape[-1] if packed else D
+    k, k_strides = strided(k)
+    v, v_strides = (k, k_strides) if tied else strided(v)
+    align = alignment(k, k_strides, width), alignment(v, v_strides, Dv)
+    parts, dtypes = (D - rope, rope) if packed else (0, 0), (q.dtype, k.dtype, v.dtype)
+    a = Heads(dtypes, align, H, G, D, Dv, tied, *parts, np.dtype(out_dtype or q.dtype))
+    slots = S if indices is None else indices.shape[-1]
+    plan, real = attention_plan(chip(q), rows, slots, a), a.real
+    q = aligned(q)
+    out, lse = xp.empty((*n["..."], T, H, Dv), a.out), xp.empty((*n["..."], T, H), real)
+    found = (out, lse) if plan.splits == 1 else (
+        xp.empty((plan.splits, rows, H, Dv), real), xp.empty((plan.splits, rows, H), real)
     )  # fmt: skip
-    scalars = T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides, np.float64(scale)
-    macros = {
-        "HEADS": heads,
-        "TIED": int(tied),
-        "R8": rank,
-        "ROPE": rope,
-        "OUT": dtype if parts else out.dtype,
-    }
-    types = {"ACC": dtype, "COLUMNS": -(-Dv // 128) or 1}
-    if wgmma:
-        macros |= {"D": D, "DV": Dv, "TYPE": q.dtype}
-        resident = min(blocks * splits, q.device.attributes["MultiProcessorCount"])
-        args = (*arrays, *scalars, rows, splits)
-        _launch("attend_wgmma", (resident,), (512,), *args, shared=shared, **macros)
-    elif tiles:
-        macros |= {"D": D, "DV": Dv, "KEYS": keys, "TYPE": q.dtype, "VEC": align[0], "VVEC": align[1]}
-        _launch("attend_mma", (blocks, splits), (256,), *arrays, *scalars, shared=shared, **macros)
-    else:
-        macros |= {"QT": q.dtype, "KT": k.dtype, "VT": v.dtype, **types}
-        shared = heads * D * dtype.itemsize
-        _launch("attend", (blocks, splits), (128,), *arrays, *scalars, D, Dv, shared=shared, **macros)
-    if parts:
-        counts = splits, rows * H, H, Dv
-        most = max(1, 512 // dtype.itemsize // types["COLUMNS"])  # that fit a thread's registers
-        types |= {"OUT": out.dtype, "LOADS": min(most, 8 if splits <= 8 else 32)}
-        _launch("merge_attention", (rows * H,), (128,), *parts, sink, out, lse, *counts, **types)
+    sink = None if sink is None else xp.ascontiguousarray(sink, real)
+    indices = None if indices is None else slot_indices(indices, S)
+    more = {"attend": (D, Dv), "attend_wgmma": (rows, plan.splits)}.get(plan.attend.name, ())
+    sizes = T, S, H, G, -1 if indices is None else slots, plan.chunk, *k_strides, *v_strides
+    scale = np.float64(D**-0.5 if scale is None else scale)
+    args = q, k, v, indices, k_start, k_end, sink if plan.splits == 1 else None, *found, *sizes, scale, *more
+    if plan.merge is not None:
+        compile_together(plan.attend, plan.merge)
+    plan.attend(plan.grid, *args, shared=plan.shared)
+    if plan.merge is not None:
+        plan.merge((rows * H,), *found, sink, out, lse, plan.splits, rows * H, H, Dv)
     return out, lse
 
 
-def _gpu_quantize(x, block, scale, least):
-    """_quantize on the GPU, byte for byte."""
-    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
+def gpu_dense_attention(n, q, k, v=None, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
+    return gpu_attention(n, q, k, v, None, k_start, k_end, d_v, scale, sink)
+
+
+def gpu_sparse_attention(n, q, k, v, indices, d_v=None, scale=None, sink=None, out_dtype=None):
+    return gpu_attention(n, q, k, v, indices, None, None, d_v, scale, sink, out_dtype)
+
+
+def gpu_packed_attention(n, q, k, indices, rope, d_v, scale=None, sink=None, out_dtype=None):
+    """sparse_attention over k uint8 [..., S, 1, packed], the entries of an fp8 cache."""
+    return gpu_attention(n, q, k, None, indices, None, None, d_v, scale, sink, out_dtype, rope)
+
+
+def gpu_quantize(n, x, block, scale, least=1e-4):
+    """quantize_fp8, byte for byte."""
+    xp, x = n["xp"], n["xp"].ascontiguousarray(x)
     codes = xp.empty(x.shape, np.uint8)
     scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
-    _gpu_codes(x, codes, scales, (0, 0), x.shape[-1], block, scale, least)
+    write_codes(x, codes, scales, (0, 0), x.shape[-1], block, scale, least)
     return codes, scales
 
 
-def _gpu_pack(x, rope):
-    """_pack on the GPU, byte for byte."""
-    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
-    packed, codes = xp.empty((*x.shape[:-1], _packed_bytes(x.shape[-1], rope)), np.uint8), x.shape[-1] - rope
+def gpu_pack(n, x, rope):
+    """_pack, byte for byte."""
+    xp, x, codes = n["xp"], n["xp"].ascontiguousarray(x), x.shape[-1] - rope
+    packed = xp.empty((*x.shape[:-1], _packed_bytes(x.shape[-1], rope)), np.uint8)
     offsets = codes, packed.shape[-1] - 2 * rope
-    _gpu_codes(x, packed, packed, offsets, codes, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
+    write_codes(x, packed, packed, offsets, codes, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
     return packed
 
 
-def _gpu_codes(x, out, scales, offsets, width, block, scale, least):
+def write_codes(x, out, scales, offsets, width, block, scale, least):
     """quantize_fp8: the first `width` values of each row of x to out, their scales at an offset in scales."""
     rows, rope = math.prod(x.shape[:-1]), x.shape[-1] - width
     warps = rows * (-(-width // block) + (rope > 0))
-    strides = x.shape[-1], out.shape[-1], scales.shape[-1] * scales.itemsize
-    macros = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": _accumulator(x)}
-    scalars = (rows, width, rope, *strides, *offsets, float(least))
-    _launch("quantize_fp8", (-(-warps // 8),), (256,), x, out, scales, *scalars, **macros)
+    sizes = rows, width, rope, x.shape[-1], out.shape[-1], scales.shape[-1] * scales.itemsize, *offsets
+    types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": _accumulator(x)}
+    code = kernel(chip(x), "quantize_fp8", 256, **types)
+    code((-(-warps // 8),), x, out, scales, *sizes, np.float32(least))
 
 
 # Training: what section 10 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
 # of a query, or all keys.
 
 
-def _gpu_attention_backward(n, q, k, v, out, dout, indices, lse, z, scale, dq, dkv, dz, deterministic):
-    """Adds the gradients to dq, dkv and dz. v is None where the values are k[..., :Dv]."""
-    xp, (S, H, G, D, Dv) = sys.modules["cupy"], (n[axis] for axis in ("S", "H", "G", "D", "Dv"))
-    acc, N, width, r = dq.dtype, indices.shape[-1], dkv.shape[-1], H // G
-    kind, (q, k, v, out, dout) = _factors(acc, q, k, v, out, dout)
+def gpu_sparse_attention_backward(
+    n, q, k, v, indices, out, lse, dout, d_v=None, scale=None, sink=None, deterministic=True
+):
+    xp, (S, H, G, D) = n["xp"], (n[axis] for axis in ("S", "H", "G", "D"))
+    acc, Dv, N, r = _accumulator(q, k, *(() if v is None else (v,))), out.shape[-1], indices.shape[-1], H // G
+    like, width = (q, k, v), D if v is None else D + Dv  # of [dk | dv]
+    dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)
+    z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
+    dz, scale = xp.zeros_like(z), np.float64(D**-0.5 if scale is None else scale)
+    kind, (q, k, v, out, dout) = factors(acc, q, k, v, out, dout)
     lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
-    for b, t in _query_chunks(n, 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * both_bytes + 32)):
+    attend = kernel(chip(q), "attend_backward", 256, TYPE=kind, ACC=acc)
+    for b, t in query_chunks(n, 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * both_bytes + 32)):
         M, rows = t.stop - t.start, indices[b][t].astype(np.int64)
         rows = np.where((rows >= 0) & (rows < S), rows, -1).astype(np.int32)
-        keys = _gathered(k[b], rows)  # [M * G, N, D]
-        values = keys[..., :Dv] if v is None else _gathered(v[b], rows)
+        keys = gathered(k[b], rows)  # [M * G, N, D]
+        values = keys[..., :Dv] if v is None else gathered(v[b], rows)
         q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
-        s = _product(q_t, keys.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
-        dp = _product(dout_t, values.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
+        s = product(q_t, keys.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
+        dp = product(dout_t, values.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
         pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)
-        args = (s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, N, H, G, Dv)
-        _launch("attend_backward", (M * H,), (256,), *args, np.float64(scale), TYPE=kind, ACC=acc)
-        _product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        args = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, N, H, G, Dv, scale
+        attend((M * H,), *args)
+        product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
         dz -= from_z.sum(0)
-        slots, pairs_by_key = xp.empty((M * G, N, width), acc), pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
-        if v is None:  # one product: [dS, P]^T [q, dout]
-            both = xp.zeros((M * G, 2, r, D), kind)
-            both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
-            _product(pairs_by_key, both.reshape(M * G, 2 * r, D), slots)
-        else:
-            _product(pairs_by_key[..., :r], q_t, slots[..., :D])
-            _product(pairs_by_key[..., r:], dout_t, slots[..., D:])
-        _add_by_key(rows, slots, dkv[b], deterministic)
+        add_by_key(rows, slot_gradients(pairs, q_t, dout_t, v is None), dkv[b], deterministic)
+    dk, dv = dkv[..., :D].astype(like[1].dtype), None if v is None else dkv[..., D:].astype(like[2].dtype)
+    return dq.astype(like[0].dtype), dk, dv, None if sink is None else dz.astype(sink.dtype)
 
 
-def _gpu_attention_target(n, q, k, indices, windows, scale):
+def slot_gradients(pairs, q, dout, tied):
+    """Of each slot [dS q | P dout], or their sum where tied: pairs [Z, 2, r, N], q [Z, r, D], dout [Z, r, Dv]."""
+    xp, (Z, _, r, N), D, Dv = sys.modules["cupy"], pairs.shape, q.shape[-1], dout.shape[-1]
+    slots = xp.empty((Z, N, D if tied else D + Dv), _accumulator(pairs))
+    by_key = pairs.reshape(Z, 2 * r, N).swapaxes(1, 2)
+    if tied:  # one product: [dS, P]^T [q, dout]
+        both = xp.zeros((Z, 2, r, D), pairs.dtype)
+        both[:, 0], both[:, 1, :, :Dv] = q, dout
+        return product(by_key, both.reshape(Z, 2 * r, D), slots)
+    product(by_key[..., :r], q, slots[..., :D])
+    product(by_key[..., r:], dout, slots[..., D:])
+    return slots
+
+
+def seen_windows(n, k_start, k_end, indices):
+    """k_start and k_end as arrays; where indices say what a query sees, nothing is hidden by default."""
+    xp, T, S, shape = n["xp"], n["T"], n["S"], (*n["..."], n["T"])
+    start = xp.zeros(shape, np.int32) if k_start is None else k_start
+    if k_end is None:
+        causal = (xp.arange(T) + (S - T + 1)).clip(0)
+        k_end = xp.broadcast_to(causal if indices is None else xp.full(T, S), shape)
+    return start, k_end
+
+
+def gpu_attention_target(n, q, k, scale=None, k_start=None, k_end=None, indices=None):
     """attention_target, from the products of all heads by kernels attention_lse and attention_target."""
-    xp, (S, H, G, D) = sys.modules["cupy"], (n[axis] for axis in ("S", "H", "G", "D"))
+    xp, (S, H, G, D) = n["xp"], (n[axis] for axis in ("S", "H", "G", "D"))
     acc, r, N = _accumulator(q, k), H // G, S if indices is None else indices.shape[-1]
-    target, (start, end) = xp.zeros((*n["..."], n["T"], N), acc), _explicit(n, windows)
-    kind, (q, k) = _factors(acc, q, k)
-    key_bytes = 32 if indices is None else 32 + G * D * kind.itemsize
-    for b, t in _query_chunks(n, N * (H * acc.itemsize + key_bytes)):
+    target, (start, end) = xp.zeros((*n["..."], n["T"], N), acc), seen_windows(n, k_start, k_end, indices)
+    kind, (q, k) = factors(acc, q, k)
+    scale, key_bytes = (
+        np.float64(D**-0.5 if scale is None else scale),
+        32 + (indices is not None) * G * D * kind.itemsize,
+    )
+    sum_up, share = (kernel(chip(q), name, 256, ACC=acc) for name in ("attention_lse", "attention_target"))
+    for b, t in query_chunks(n, N * (H * acc.itemsize + key_bytes)):
         M = t.stop - t.start
         rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], start[b][t], end[b][t])
         if indices is None:  # a group's heads of all queries share the keys
             heads = xp.ascontiguousarray(q[b][t].reshape(M, G, r, D).swapaxes(0, 1)).reshape(G, M * r, D)
             keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)
         else:
-            heads, keys, strides = q[b][t].reshape(M * G, r, D), _gathered(k[b], rows), (H * N, r * N)
-        s = _product(heads, keys.swapaxes(1, 2), xp.empty((*heads.shape[:2], N), acc))
-        sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
-        _launch("attention_lse", (-(-M * H // 8),), (256,), s, sees, lse, M, *sizes, ACC=acc)
-        _launch("attention_target", (M * -(-N // 256),), (256,), s, sees, lse, target[b][t], *sizes, ACC=acc)
+            heads, keys, strides = q[b][t].reshape(M * G, r, D), gathered(k[b], rows), (H * N, r * N)
+        s = product(heads, keys.swapaxes(1, 2), xp.empty((*heads.shape[:2], N), acc))
+        sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, scale)
+        sum_up((-(-M * H // 8),), s, sees, lse, M, *sizes)
+        share((M * -(-N // 256),), s, sees, lse, target[b][t], *sizes)
     return target
 
 
-def _gpu_indexer_loss(n, index_q, index_k, weights, target, indices, windows, deterministic):
+def gpu_indexer_loss(
+    n, index_q, index_k, weights, target, indices=None, k_start=None, k_end=None, deterministic=True
+):
     """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
-    xp, (T, S, J, E) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "J", "E"))
-    like, N = (index_q, index_k, weights), target.shape[-1]
-    acc, losses, (start, end) = _accumulator(*like), xp.zeros((*n["..."], T)), _explicit(n, windows)
-    kind, (index_q, index_k) = _factors(acc, index_q, index_k)
+    xp, (T, S, J, E) = n["xp"], (n[axis] for axis in ("T", "S", "J", "E"))
+    like, N, (start, end) = (
+        (index_q, index_k, weights),
+        target.shape[-1],
+        seen_windows(n, k_start, k_end, indices),
+    )
+    acc, losses = _accumulator(*like), xp.zeros((*n["..."], T))
+    kind, (index_q, index_k) = factors(acc, index_q, index_k)
     d_q, d_k, d_w = (xp.zeros(x.shape, acc) for x in like)
-    both_bytes = kind.itemsize + acc.itemsize
-    for b, t in _query_chunks(n, N * ((J + (indices is not None) * E) * both_bytes + 10 * acc.itemsize + 32)):
+    both_bytes, gpu = kind.itemsize + acc.itemsize, chip(index_q)
+    weigh = kernel(gpu, "weigh_heads", 256, ACC=acc)
+    backward = kernel(gpu, "indexer_backward", 256, TYPE=kind, ACC=acc)
+    for b, t in query_chunks(n, N * ((J + (indices is not None) * E) * both_bytes + 10 * acc.itemsize + 32)):
         M, window = t.stop - t.start, (start[b][t], end[b][t])
         rows = _visible(xp.arange(S)[None] if indices is None else indices[b][t], *window).astype(np.int32)
         sees = rows >= 0  # [M, N]
         some = sees.any(1)
         w = np.where(some[:, None], weights[b][t].astype(acc), 0)
         if indices is None:  # what nobody sees, or sees nothing, is 0
-            q = _gathered(index_q[b][t].reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
-            keys = _gathered(index_k[b][:, None], np.where(sees.any(0), xp.arange(S), -1)[None])
+            q = gathered(index_q[b][t].reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
+            keys = gathered(index_k[b][:, None], np.where(sees.any(0), xp.arange(S), -1)[None])
             q = q.reshape(1, M * J, E)
         else:
-            q, keys = index_q[b][t], _gathered(index_k[b][:, None], rows)  # [M, J, E], [M, N, E]
-        r = _product(q, keys.swapaxes(1, 2), xp.empty((*q.shape[:2], N), acc))
+            q, keys = index_q[b][t], gathered(index_k[b][:, None], rows)  # [M, J, E], [M, N, E]
+        r = product(q, keys.swapaxes(1, 2), xp.empty((*q.shape[:2], N), acc))
         scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        _launch("weigh_heads", (M * -(-N // 256),), (256,), r, w, scores, N, J, ACC=acc)
+        weigh((M * -(-N // 256),), r, w, scores, N, J)
         losses[b][t], d_scores = _kl(target[b][t], scores, sees)
-        args = (r, d_scores, w, d_r, d_w[b][t], N, J)
-        _launch("indexer_backward", (M * J,), (256,), *args, TYPE=kind, ACC=acc)
-        _product(d_r, keys, d_q[b][t].reshape(q.shape))
-        slots = _product(d_r.swapaxes(1, 2), q, xp.empty((len(q), N, E), acc))
+        backward((M * J,), r, d_scores, w, d_r, d_w[b][t], N, J)
+        product(d_r, keys, d_q[b][t].reshape(q.shape))
+        slots = product(d_r.swapaxes(1, 2), q, xp.empty((len(q), N, E), acc))
         if indices is None:
             d_k[b] += slots[0]
         else:
-            _add_by_key(rows, slots, d_k[b][:, None], deterministic)
+            add_by_key(rows, slots, d_k[b][:, None], deterministic)
     return losses.sum(), tuple(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
-def _query_chunks(n, bytes_each):
+def query_chunks(n, bytes_each):
     """b and a slice of its queries, as many as hold SLOT_BYTES; and M * G is a grid's y, which ends there."""
     most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
     for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
@@ -3035,29 +3176,29 @@ def _query_chunks(n, bytes_each):
             yield b, slice(t, min(t + most, n["T"]))
 
 
-def _factors(acc, *arrays):
+def factors(acc, *arrays):
     """The arrays, contiguous, in a dtype that cuBLAS multiplies and sums in acc: the one they have, or acc.
 
     Not float16: gradients of its scores are often so small that it would round them to 0.
     """
     xp, given = sys.modules["cupy"], [x for x in arrays if x is not None]
     kind, *others = {x.dtype for x in given}
-    bfloat16 = kind.name == "bfloat16" and int(given[0].device.compute_capability) >= 80
+    bfloat16 = kind.name == "bfloat16" and chip(given[0]).sm >= 80
     kind = kind if bfloat16 and not others and acc == np.float32 else acc
     return kind, [None if x is None else xp.ascontiguousarray(x, kind) for x in arrays]
 
 
-def _gathered(x, rows):
+def gathered(x, rows):
     """x [S, G, D] at rows [M, N] -> [M * G, N, D], zeros where a row is no key."""
     xp, (S, G, D), (M, N) = sys.modules["cupy"], x.shape, rows.shape
     taken = xp.empty((M * G, N, D), x.dtype)
     unit = math.gcd(16, x.data.ptr, D * x.itemsize)  # bytes at a time
-    args = (x, rows.astype(np.int32, copy=False), taken, N, S, G, D * x.itemsize // unit)
-    _launch("gather", (-(-N // 8), M * G), (256,), *args, UNIT=UNITS[unit])
+    gather = kernel(chip(x), "gather", 256, UNIT=UNITS[unit])
+    gather((-(-N // 8), M * G), x, rows.astype(np.int32, copy=False), taken, N, S, G, D * x.itemsize // unit)
     return taken
 
 
-def _product(a, b, out):
+def product(a, b, out):
     """out[...] = a @ b by cuBLAS, for a [N, m, k] and b [N, k, n] of one dtype; sums are the accumulator's.
 
     Of each of the last two axes of a and b one is contiguous; out [N, m, n] may be wider than they are.
@@ -3087,17 +3228,33 @@ def _product(a, b, out):
     return out
 
 
-def _add_by_key(rows, slots, sums, deterministic):
+def add_by_key(rows, slots, sums, deterministic):
     """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N], -1 for none."""
     xp, (M, N), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
     if not slots.size:
         return
     if not deterministic:
-        _launch("add_by_atomics", (-(-N // 8), M * G), (256,), slots, rows, sums, N, G, width, ACC=acc)
+        add = kernel(chip(slots), "add_by_atomics", 256, ACC=acc)
+        add((-(-N // 8), M * G), slots, rows, sums, N, G, width)
         return
     place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
     order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())  # by key, then by query
     first = xp.searchsorted(order, xp.arange(S + 1) << 32)
     order &= 2**32 - 1
-    args = (slots, order, first, sums, N, G, width)
-    _launch("add_by_key", (S * G,), (128,), *args, ACC=acc, COLUMNS=-(-width // 128))
+    add = kernel(chip(slots), "add_by_key", 128, ACC=acc, COLUMNS=-(-width // 128))
+    add((S * G,), slots, order, first, sums, N, G, width)
+
+
+KERNELS.update({
+    ("index_scores", "cupy"): gpu_index_scores,
+    ("select_topk", "cupy"): gpu_select_topk,
+    ("lightning_select", "cupy"): gpu_lightning_select,
+    ("dense_attention", "cupy"): gpu_dense_attention,
+    ("sparse_attention", "cupy"): gpu_sparse_attention,
+    ("packed_attention", "cupy"): gpu_packed_attention,
+    ("quantize", "cupy"): gpu_quantize,
+    ("pack", "cupy"): gpu_pack,
+    ("sparse_attention_backward", "cupy"): gpu_sparse_attention_backward,
+    ("attention_target", "cupy"): gpu_attention_target,
+    ("indexer_loss", "cupy"): gpu_indexer_loss,
+})  # fmt: skip

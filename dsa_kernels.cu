@@ -327,7 +327,7 @@ struct alignas(16) Vec { REAL x[OWN]; };
 
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
         const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
-        REAL* scores, i64 T, i64 S, i64 J, i64 E, i64 offset, i64 apart) {
+        REAL* scores, i64 T, i64 S, i64 offset, i64 apart, i64 J, i64 E) {
     __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -590,18 +590,18 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 
 // ---------------------------------------------------------------------------------------------------------
 // index_scores_few_wgmma                                       eq. (1) of few queries, in fp8, at memory speed
-// in    index_q [B, T, J, 128] e4m3 codes, weights [B, T, J] f32, J <= 64; windows [B, T]
-//       index_k [B, S, 132]: of each key e4m3 codes and a float32 scale; ALIGNED: all entries, to 16 bytes
+// in    index_q [B, T, J, 128] e4m3 codes, weights [B, T, J] f32, J = 32 or 64; windows [B, T]
+//       index_k [B, S, 132]: of each key e4m3 codes and a float32 scale
 //       apart: from one entry's keys to the next, in keys
-// out   scores [B, T, S] f32, every element written
-// grid  B * ceil(S / 256), key tiles fastest  block 128: a warpgroup multiplies 64 keys by 64 heads at a time
+// out   scores [B, T, S] f32, every element written: the bits of index_scores_wgmma, as all sums have its order
+// grid  B * ceil(S / 256), key tiles fastest  block 128: a warpgroup multiplies 64 keys by J heads at a time
 // smem  struct Few, 42 KB: five blocks on a multiprocessor have 165 KB of keys on their way
 // cost  132 bytes and T * 2*J*E FLOP a key: bound by memory at T = 1. Tensor cores add up e4m3 products in
 //       fewer bits than float32 has: scores are right to about 1e-4 of the largest.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FEW_WGMMA
 constexpr int E = 128, ENTRY = E + 4, HEADS = 64, TILES = 4, KEYS = TILES * 64;
-static_assert(J <= HEADS, "the heads of a query are one operand");
+static_assert(J == 32 || J == HEADS, "the heads of a query are one operand; others have other sums");
 
 struct Few {
     alignas(1024) u8 heads[HEADS][E];   // as wgmma_matrix has them
@@ -621,10 +621,10 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
     const i64 b = blockIdx.x / tiles, s0 = blockIdx.x % tiles * (i64)KEYS;
     const int num_keys = min((i64)KEYS, S - s0);
 
-    // 1. The keys, on their way: whole tiles by one copy each, the rest by words
+    // 1. The keys, on their way: whole tiles by one copy each if they are aligned, the rest by words
     const u8* from = index_k + (b * apart + s0) * ENTRY;
     constexpr int BYTES = 64 * ENTRY;  // of a tile
-    const int whole = ALIGNED ? num_keys / 64 : 0;
+    const int whole = (size_t)from % 16 == 0 ? num_keys / 64 : 0;
     if (tid == 0)
         for (int tile = 0; tile < TILES; tile++) {
             mbarrier_init(&sh.here[tile], 1);
@@ -639,17 +639,14 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
     for (i64 t = 0; t < T; t++) {
         float* row = scores + (b * T + t) * S;
         const Window window = window_of(k_start, k_end, b, t, T, S, offset);
-        // 2. The query's heads. Of a key's 32 words, a lane takes 8 i + 2 s and the next as its values of step
-        //    s, which are words 8 s + i and 8 s + 4 + i to wgmma: no two lanes read from one bank.
+        // 2. The query's heads
         __syncthreads();
         const uint4* codes = (const uint4*)(index_q + (b * T + t) * J * E);
 #pragma unroll
         for (int x = 0; x < HEADS / 16; x++) {
             const int j = x * 16 + tid / 8;
             const uint4 four = j < J ? codes[x * 128 + tid] : make_uint4(0, 0, 0, 0);
-            const unsigned words[4] = {four.x, four.y, four.z, four.w};
-            for (int y = 0; y < 4; y++)
-                *(unsigned*)(sh.heads[j] + swizzled(tid / 8, tid % 2 * 4 + y) + tid % 8 / 2 * 4) = words[y];
+            *(uint4*)(sh.heads[j] + swizzled(j, tid % 8)) = four;
         }
         if (tid < HEADS) sh.weights[tid] = tid < J ? weights[(b * T + t) * J + tid] : 0;
         fence_proxy_async();
@@ -659,18 +656,22 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
 #pragma unroll
         for (int x = 0; x < 16; x++) weight[x] = sh.weights[x / 2 * 8 + 2 * i + x % 2];
 
-        // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i
+        // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i.
+        //    A lane reads the steps of a key from step g on, so that few read from one bank, and turns them.
         float own[2] = {};
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             unsigned a[4][4];
-            const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + 8 * i;
+            const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + i;
             mbarrier_wait(&sh.here[tile], 0);
 #pragma unroll
-            for (int step = 0; step < 4; step++)
-#pragma unroll
-                for (int x = 0; x < 4; x++)  // of this key and, where x is odd, of 8 keys on
-                    a[step][x] = key[x % 2 * 2 * ENTRY + 2 * step + x / 2];
+            for (int x = 0; x < 4; x++) {  // of this key and, where x is odd, of 8 keys on
+                unsigned read[4], turned[4];
+                for (int y = 0; y < 4; y++)
+                    read[y] = key[x % 2 * 2 * ENTRY + (y + g) % 4 * 8 + x / 2 * 4];
+                for (int y = 0; y < 4; y++) turned[y] = g & 1 ? read[(y + 3) % 4] : read[y];
+                for (int y = 0; y < 4; y++) a[y][x] = g & 2 ? turned[(y + 2) % 4] : turned[y];
+            }
             float d[32];
             wgmma_fence();
 #pragma unroll
@@ -682,8 +683,9 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
             for (int half = 0; half < 2; half++) {
                 float sum = 0;
 #pragma unroll
-                for (int x = 0; x < 16; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
-                sum = sum_of_quad(sum);
+                for (int x = 0; x < J / 4; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
+                sum += __shfl_xor_sync(ALL, sum, 2);
+                sum += __shfl_xor_sync(ALL, sum, 1);
                 if (tile == i) own[half] = sum;
             }
         }
