@@ -2921,7 +2921,11 @@ def attend_tile(chip, a):
     common["TIED"] = int(a.tied)
     whole = a.rank % 8 == a.rope % 8 == 0 and a.align[0] >= 4 and q.name == "bfloat16"
     alike = whole if a.rank else q == k == v
-    if q.itemsize == 2 and alike and chip.sm >= 80 and heads >= 8 and a.D * a.Dv:
+    tensor_cores = q.itemsize == 2 and alike and chip.sm >= 80 and a.D * a.Dv
+    if tensor_cores and not a.rank and a.align == (16, 16) and a.D % 8 == a.Dv % 8 == 0:
+        if heads <= 16 and a.D + a.Dv <= (512 if heads < 8 else 256) and max(a.D, a.Dv) <= 256:
+            return "attend_few_mma", heads, 64, 0, {"D": a.D, "DV": a.Dv, "TYPE": q}
+    if tensor_cores and heads >= 8:
         tile, sizes = mma_tile(chip, heads, a), {**common, "D": a.D, "DV": a.Dv, "TYPE": q}
         latent = a.tied and a.G == 1 and heads >= 32 and a.D in (512, 576) and a.Dv == 512
         if latent and tile and chip.sm == 90 and a.align[0] == 16 and a.rank in (0, 512):
@@ -2955,7 +2959,7 @@ def attention_plan(chip, rows, slots, a):
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
     grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
-    block = {"attend": 128, "attend_mma": 256, "attend_wgmma": 512}[name]
+    block = {"attend": 128, "attend_few_mma": 128, "attend_mma": 256, "attend_wgmma": 512}[name]
     attend = kernel(chip, name, block, HEADS=heads, OUT=a.real if splits > 1 else a.out, **sizes)
     columns = -(-a.Dv // 128) or 1
     most = max(1, 512 // a.real.itemsize // columns)  # splits that fit a thread's registers

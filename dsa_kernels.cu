@@ -70,6 +70,13 @@ __device__ void ldmatrix_x4_trans(unsigned (&d)[4], unsigned row) {
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
 }
 
+// An 8 x 8 matrix of 16 bits, a row of it in four lanes, becomes its transpose.
+__device__ unsigned movmatrix_trans(unsigned x) {
+    unsigned d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
+    return d;
+}
+
 // d [16, 8] += a [16, 16] b [16, 8]; the last argument says of which type
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -1308,7 +1315,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOC
 // macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE
 //         (R8 = 0: k is not packed)
 // ---------------------------------------------------------------------------------------------------------
-#if defined(ATTEND) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
+#if defined(ATTEND) || defined(ATTEND_FEW_MMA) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
 struct Shape {
     i64 T, S, H, G, slots, chunk;  // slots: of indices, -1: windows
     i64 k_batch, k_key, k_group, v_batch, v_key, v_group;  // strides, in elements
@@ -1452,6 +1459,181 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++)
             if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = Rounded<OUT>::of(o[h][j] * share);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_few_mma                                  eq. (3), as attend, for up to 16 heads of a group in 16 bits
+// in    q, k, v of TYPE, float16 or bfloat16, whose rows begin at multiples of 16 bytes
+// grid  (B * T * G, Z), groups slowest: L2 then holds one group's keys  block 128: a warp every fourth tile
+// smem  what the four warps found: 16 * HEADS * DV bytes
+// cost  2 * (D + DV) bytes a key and group out of L2, at some 11 instructions of a warp a key: bound by bytes
+// A tile of 16 keys goes from memory into registers as the operands it is. S^T = K Q^T: lane 4 g + i reads 8
+// values of keys g and g + 8, two steps of 16, as it read q. O^T = V^T P^T: it reads values 8 g.. of keys 2 i,
+// 2 i + 1, + 8, + 9 and pairs them; row g of step j is value 8 g + 2 j, row g + 8 the next. A lane's columns
+// are heads 2 i and 2 i + 1 in both, so that maxima and sums stay where they are.
+// macros  HEADS (all of a group), D, DV, TYPE, OUT
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_FEW_MMA
+constexpr int NT = (HEADS + 7) / 8, CHUNKS = (D + 31) / 32, BLOCKS = (DV + 63) / 64;
+constexpr int RESIDENT = NT * (D + DV) <= 128 ? 4 : NT * (D + DV) <= 256 ? 3 : 2;
+static_assert(HEADS <= 16 && D % 8 == 0 && DV % 8 == 0, "16 bytes are read at a time");
+
+union Four {
+    uint4 all;
+    unsigned x[4];
+    __device__ void load(const TYPE* from, bool there) {
+        all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(128, RESIDENT)
+attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, const int* k_start,
+               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
+               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+               double scale) {
+    const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
+    __shared__ float tops[4][NT * 8], sums[4][NT * 8], parts[4][HEADS][DV];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
+    const unsigned rows = gridDim.x / (unsigned)G;
+    const Job job(n, indices, k_start, k_end, blockIdx.x % rows * G + blockIdx.x / rows, blockIdx.y);
+    const float c = float(scale * 1.4426950408889634);
+    const i64 first = job.row * H + job.head;
+    k += job.b * k_batch + job.group * k_group, v += job.b * v_batch + job.group * v_group;
+
+    Four q_s[NT][CHUNKS], k_s[CHUNKS][2];
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int x = 0; x < CHUNKS; x++)
+            q_s[t][x].load(q + (first + t * 8 + g) * D + 32 * x + 8 * i,
+                           t * 8 + g < HEADS && 32 * x + 8 * i < D);
+    const auto look_up = [&](int tile) { return job.key(job.lo + tile * 16 + lane % 16, S); };
+    const auto load_keys = [&](int id) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const i64 key = __shfl_sync(ALL, id, g + 8 * half);
+#pragma unroll
+            for (int x = 0; x < CHUNKS; x++)
+                k_s[x][half].load(k + key * k_key + 32 * x + 8 * i, key >= 0 && 32 * x + 8 * i < D);
+        }
+    };
+    float o[NT][4 * BLOCKS][4] = {}, m[NT][2], total[NT][2] = {};
+#pragma unroll
+    for (int t = 0; t < NT; t++) m[t][0] = m[t][1] = -CUDART_INF_F;
+    const int tiles = (job.hi - job.lo + 15) / 16;
+    int id = look_up(warp), next = look_up(warp + 4);
+    load_keys(id);
+    for (int tile = warp; tile < tiles; tile += 4) {
+        const unsigned there = __ballot_sync(ALL, id >= 0) >> g;
+        Four v_s[BLOCKS][4];
+#pragma unroll
+        for (int y = 0; y < 4; y++) {
+            const i64 key = __shfl_sync(ALL, id, y / 2 * 8 + 2 * i + y % 2);
+#pragma unroll
+            for (int x = 0; x < BLOCKS; x++)
+                v_s[x][y].load(v + key * v_key + 64 * x + 8 * g, key >= 0 && 64 * x + 8 * g < DV);
+        }
+        // 1. s = k . q in base 2, absent keys -inf; then the next keys may come
+        float s[NT][4] = {};
+        bool grows = false;
+#pragma unroll
+        for (int x = 0; x < 2 * CHUNKS; x++) {
+            const Four &a = k_s[x / 2][0], &b = k_s[x / 2][1];
+            const int y = x % 2 * 2;
+            const unsigned keys[4] = {a.x[y], b.x[y], a.x[y + 1], b.x[y + 1]};
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+                mma_m16n8k16(s[t], keys, q_s[t][x / 2].x[y], q_s[t][x / 2].x[y + 1], TYPE());
+        }
+        id = next, next = look_up(tile + 8);
+        load_keys(id);
+#pragma unroll
+        for (int t = 0; t < NT; t++)
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                s[t][x] = there >> x / 2 * 8 & 1 ? s[t][x] * c : -CUDART_INF_F;
+                grows |= s[t][x] > m[t][x % 2] + 8;  // p up to 2^8 spares rescaling o
+            }
+        // 2. the new maxima
+        if (__any_sync(ALL, grows))
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+#pragma unroll
+                for (int z = 0; z < 2; z++) {
+                    float top = fmaxf(fmaxf(s[t][z], s[t][z + 2]), m[t][z]);
+                    for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
+                    const float factor = top == m[t][z] ? 1 : exp2f(m[t][z] - top);
+                    m[t][z] = top, total[t][z] *= factor;
+#pragma unroll
+                    for (int x = 0; x < 4 * BLOCKS; x++) o[t][x][z] *= factor, o[t][x][z + 2] *= factor;
+                }
+        // 3. p = exp2(s - max), and o += p v
+        unsigned p[NT][2];
+#pragma unroll
+        for (int t = 0; t < NT; t++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float share[2];
+                for (int z = 0; z < 2; z++) {
+                    share[z] = exp2f(s[t][2 * half + z] - (m[t][z] == -CUDART_INF_F ? 0 : m[t][z]));
+                    total[t][z] += share[z];
+                }
+                p[t][half] = movmatrix_trans(cvt_rn_x2(share[0], share[1], TYPE()));
+            }
+#pragma unroll
+        for (int x = 0; x < 4 * BLOCKS; x++) {
+            const Four(&y)[4] = v_s[x / 4];
+            unsigned values[4];
+            for (int z = 0; z < 4; z++) {
+                const unsigned lo = y[z / 2 * 2].x[x % 4], hi = y[z / 2 * 2 + 1].x[x % 4];
+                values[z] = __byte_perm(lo, hi, z % 2 ? 0x7632 : 0x5410);
+            }
+#pragma unroll
+            for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
+        }
+    }
+    // 4. What the warps found, together
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int z = 0; z < 2; z++) {
+            for (int d = 4; d < 32; d *= 2) total[t][z] += __shfl_xor_sync(ALL, total[t][z], d);
+            const int h = t * 8 + 2 * i + z;
+            if (g == 0) tops[warp][h] = m[t][z], sums[warp][h] = total[t][z];
+        }
+    __syncthreads();
+    const auto top_of = [&](int h) {
+        return fmaxf(fmaxf(tops[0][h], tops[1][h]), fmaxf(tops[2][h], tops[3][h]));
+    };
+    const auto factor_of = [&](int w, int h) {
+        return tops[w][h] == -CUDART_INF_F ? 0 : exp2f(tops[w][h] - top_of(h));
+    };
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int z = 0; z < 2; z++) {
+            const int h = t * 8 + 2 * i + z;
+            if (h >= HEADS) continue;
+            const float factor = factor_of(warp, h);
+#pragma unroll
+            for (int x = 0; x < 4 * BLOCKS; x++) {
+                const int d = x / 4 * 64 + 8 * g + x % 4 * 2;
+                const float2 two = make_float2(o[t][x][z] * factor, o[t][x][z + 2] * factor);
+                if (d < DV) *(float2*)&parts[warp][h][d] = two;
+            }
+        }
+    __syncthreads();
+    const i64 at = (i64)blockIdx.y * rows * H + first;
+    for (int x = threadIdx.x; x < HEADS * DV; x += 128) {
+        const int h = x / DV;
+        float sum = 0, value = 0;
+        for (int w = 0; w < 4; w++) sum += sums[w][h] * factor_of(w, h), value += (&parts[w][0][0])[x];
+        const float log_sum = sum == 0 ? -CUDART_INF_F : (top_of(h) + log2f(sum)) * 0.6931471805599453f;
+        const float share = (sum == 0 ? 0 : 1 / sum) * (sink ? kept_share(sink[job.head + h], log_sum) : 1);
+        if (x % DV == 0) lse[at + h] = log_sum;
+        out[at * DV + x] = Rounded<OUT>::of(value * share);
     }
 }
 #endif
