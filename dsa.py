@@ -2784,8 +2784,12 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, off
 
 
 @functools.cache
-def topk_plan(chip, real, rows, num_keys):
+def topk_plan(chip, real, rows, num_keys, forced):
     """The kernel of (2) for so many rows of so many keys: itself, a row's blocks, and shared memory."""
+    block = 512 if rows > 128 else 1024
+    held = next((x for x in (8, 16, 32) if num_keys <= x * block), 64)  # keys of a thread
+    if real == np.float32 and not forced and held <= 2**14 // block:
+        return kernel(chip, "select_topk_held", block, REAL=real, BLOCK=block, HELD=held, ROOM=16), 1, 0
     room, blocks = 2**15 if chip.shared > 75000 else 2**14, blocks_of_row(chip, rows, num_keys)
     shared = 8480 + room // real.itemsize * (real.itemsize + 4)  # struct Shared of the kernel
     together = shared + 40000 + -(-(num_keys + 3) // (32 * blocks)) * 4
@@ -2813,8 +2817,8 @@ def gpu_select_topk(
     if offset is None:
         offset = S if k_start is None and k_end is None else S - T  # S: up to the end
     rows = math.prod(n["..."]) * T
-    found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S)
     quota = top_k, local_window, num_sink_tokens
+    found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S, any(quota[1:]))
     args = scores, k_start, k_end, indices, T, S, indices.shape[-1], offset, *quota
     found((rows * blocks,), *args, shared=shared)
     return indices
@@ -2827,8 +2831,8 @@ def gpu_lightning_select(
     xp, T, S, quota = n["xp"], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
     real, rows = _accumulator(index_q, index_k, weights), math.prod(n["..."]) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
-    both = score_plan_of(n, index_q, index_k, real)[0], topk_plan(chip(index_q), real, min(rows, most), S)[0]
-    compile_together(*both)
+    ranked = topk_plan(chip(index_q), real, min(rows, most), S, any(quota[1:]))
+    compile_together(score_plan_of(n, index_q, index_k, real)[0], ranked[0])
     if rows <= most:
         scores = gpu_index_scores(n, index_q, index_k, weights, k_start, k_end)
         return gpu_select_topk(n, scores, *quota, k_start, k_end, S - T)

@@ -875,7 +875,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 //       reach, and those that do are held in shared memory. Where they are too few or too many, the row
 //       itself takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
-#if defined(SELECT_TOPK) || defined(SELECT_TOPK_CLUSTER)
+#if defined(SELECT_TOPK) || defined(SELECT_TOPK_HELD) || defined(SELECT_TOPK_CLUSTER)
 constexpr int WARPS = BLOCK / 32, CAPACITY = ROOM / sizeof(REAL), WIDTH = 16 / sizeof(REAL);
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
@@ -885,8 +885,7 @@ struct alignas(16) Vec { REAL x[WIDTH]; };
 constexpr int DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / BLOCK;  // OWN: bins that a thread looks through
 struct alignas(4 * OWN) Counts { int x[OWN]; };
 
-#ifdef SELECT_TOPK
-constexpr int VEC = BLOCK == 1024 ? 2 * WIDTH : 4;  // scores that a thread loads at a time
+#ifndef SELECT_TOPK_CLUSTER
 struct Exchange {};
 #else
 constexpr int SLICE = BINS / BLOCKS;
@@ -956,7 +955,7 @@ __device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int 
     return behind ? begin : end;
 }
 
-#ifdef SELECT_TOPK
+#ifndef SELECT_TOPK_CLUSTER
 // bins, when all threads have counted
 __device__ const int* add_up(Shared& sh) {
     __syncthreads();
@@ -990,13 +989,13 @@ __device__ const int* add_up(Shared& sh) {
 }
 #endif
 
-// The need-th largest of the words that word(i) gives for i < n, 0 apart, in as many of their leading bits as
-// asked for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more, or at most
+// The need-th largest of the words that each(count) counts, 0 apart, in as many of their leading bits as asked
+// for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more, or at most
 // `spare`. The words are those of all blocks that share the row.
 template <class Word> struct Cut { Word at; int need, excess; };
 
-template <class Word, class Words>
-__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word, int spare = 0) {
+template <class Word, class Each>
+__device__ Cut<Word> nth_largest(Shared& sh, int need, int leading, Each each, int spare = 0) {
     Word prefix = 0, known = 0;
     int equal = need;
     for (int bits = 8 * sizeof(Word); bits > 8 * (int)sizeof(Word) - leading; bits -= DIGIT) {
@@ -1004,11 +1003,10 @@ __device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words
         for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
         if (threadIdx.x == 0) sh.bin = -1;
         __syncthreads();
-        for (i64 x = threadIdx.x; x < n; x += BLOCK) {
-            const Word w = word(x);
+        each([&](Word w) {
             const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
             if (w != 0 && (w & known) == prefix) atomicAdd(&sh.bins[BINS - 1 - digit], 1);
-        }
+        });
         const Counts counts = ((const Counts*)add_up(sh))[threadIdx.x];
         int mine = 0, total;
         for (int x = 0; x < OWN; x++) mine += counts.x[x];
@@ -1033,8 +1031,18 @@ __device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words
     }
     return {prefix ? prefix : 1, need, equal - need};
 }
+// The same of the words that word(i) gives for i < n.
+template <class Word, class Words>
+__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word, int spare = 0) {
+    const auto each = [&](auto count) {
+        for (i64 x = threadIdx.x; x < n; x += BLOCK) count(word(x));
+    };
+    return nth_largest<Word>(sh, need, leading, each, spare);
+}
 
 #ifdef SELECT_TOPK
+constexpr int VEC = BLOCK == 1024 ? 2 * WIDTH : 4;  // scores that a thread loads at a time
+
 // Put what keep(rank, x) accepts of the positions begin <= x < end behind the `placed` that are, in order.
 template <class Load, class Keep, class Put>
 __device__ int compact(Shared& sh, i64 begin, i64 end, int placed, Load load, Keep keep,
@@ -1144,6 +1152,102 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
     }
     placed = compact(sh, aligned(tail), end, placed, load_row(tail, end), visible, put_key);
     for (i64 x = placed + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// select_topk_held              select_topk of rows of up to BLOCK * HELD keys in float32, without forced keys
+// in, out  as above; local_window and num_sinks are 0
+// grid  B * T  block BLOCK: one row, whose ranks stay in registers; a thread has every BLOCK-th run of 4 keys
+// smem  8.4 KB of counts
+// cost  one read of the row; of a key some 25 instructions. Mostly two rounds of counting: 11 bits leave few.
+// ---------------------------------------------------------------------------------------------------------
+#ifdef SELECT_TOPK_HELD
+constexpr int RUNS = HELD / 4, RESIDENT = 2048 / BLOCK < 3 ? 1 : HELD > 16 ? 2 : 3;
+static_assert(HELD % 4 == 0 && HELD <= 32, "a bit says that a key is kept");
+
+// Of each run of this thread, how many of the bits of all threads come before it, in the order of the keys: by
+// run, thread and bit. Returns how many there are. One barrier; calls alternate `turn`.
+__device__ int places_before(unsigned bits, int turn, int (&place)[RUNS]) {
+    __shared__ int sums[2][RUNS][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned upto[(RUNS + 3) / 4] = {};
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) upto[r / 4] += __popc(bits >> 4 * r & 15) << r % 4 * 8;
+#pragma unroll
+    for (int w = 0; w < (RUNS + 3) / 4; w++)
+        for (int d = 1; d < 32; d *= 2) {
+            const unsigned y = __shfl_up_sync(ALL, upto[w], d);
+            if (lane >= d) upto[w] += y;
+        }
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        place[r] = upto[r / 4] >> r % 4 * 8 & 255;
+        if (lane == 31) sums[turn][r][warp] = place[r];
+        place[r] -= __popc(bits >> 4 * r & 15);
+    }
+    __syncthreads();
+    int all = 0;
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        const int sum = lane < WARPS ? sums[turn][r][lane] : 0;
+        place[r] += all + sum_of_warp(lane < warp ? sum : 0);
+        all += sum_of_warp(sum);
+    }
+    return all;
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk_held(
+        const float* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
+        i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
+    __shared__ Shared sh;
+    const float* row = scores + (i64)blockIdx.x * S;
+    int* out = indices + (i64)blockIdx.x * K;
+    const Window window = window_of(k_start, k_end, blockIdx.x / T, blockIdx.x % T, T, S, offset);
+    const int start = window.start, end = max(window.start, window.end), first = start & ~3;
+    const auto key_of = [&](int x) { return first + (x / 4 * BLOCK + (int)threadIdx.x) * 4 + x % 4; };
+
+    const bool whole = (size_t)row % 16 == 0;
+    float score[HELD];
+#pragma unroll
+    for (int r = 0; r < HELD; r += 4) {
+        const int s = key_of(r);
+        if (whole && s >= start && s + 4 <= end) {
+            const float4 four = *(const float4*)(row + s);
+            score[r] = four.x, score[r + 1] = four.y, score[r + 2] = four.z, score[r + 3] = four.w;
+        } else
+            for (int x = 0; x < 4; x++)
+                score[r + x] = s + x >= start && s + x < end ? row[s + x] : -CUDART_INF_F;
+    }
+    Rank rank[HELD];
+#pragma unroll
+    for (int x = 0; x < HELD; x++) rank[x] = rank_of(score[x]);
+    const auto each = [&](auto count) {
+#pragma unroll
+        for (int x = 0; x < HELD; x++) count(rank[x]);
+    };
+    const Cut<Rank> cut = nth_largest<Rank>(sh, (int)min(top_k, S), 32, each);
+    unsigned kept = 0, ties = 0;
+#pragma unroll
+    for (int x = 0; x < HELD; x++) {
+        kept |= (unsigned)(rank[x] >= cut.at) << x;
+        ties |= (unsigned)(rank[x] == cut.at) << x;
+    }
+    int place[RUNS];
+    if (cut.excess) {  // of the ties, only the first are kept
+        places_before(ties, 0, place);
+#pragma unroll
+        for (int x = 0; x < HELD; x++) {
+            const bool tie = ties >> x & 1;
+            if (tie && place[x / 4] >= cut.need) kept ^= 1u << x;
+            place[x / 4] += tie;
+        }
+    }
+    const int all = places_before(kept, 1, place);
+#pragma unroll
+    for (int x = 0; x < HELD; x++)
+        if (kept >> x & 1) out[place[x / 4]++] = key_of(x);
+    for (i64 x = all + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
 }
 #endif
 
