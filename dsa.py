@@ -2609,9 +2609,7 @@ def _merge_shards(comm, out, lse):
 # 12. On the GPU: how the kernels of dsa_kernels.cu are launched
 # ----------------------------------------------------------------------------------------------------------
 
-PORTABLE_KERNELS = (
-    False  # True: only kernels that every GPU from sm_80 on runs; the answers stay what they are
-)
+PORTABLE_KERNELS = False  # True: only kernels that all GPUs from sm_80 on run, as if this were one of them
 TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
@@ -2735,13 +2733,9 @@ def entries(x):
     return pointer(x), x.strides[0] // row
 
 
-def blocks_of(n, queries, keys):
-    return math.prod(n["..."]) * -(-n["T"] // queries) * -(-n["S"] // keys)
-
-
 @functools.cache
 def score_plan(chip, dtype, real, J, E, few):
-    """The kernel of (1) for index_q and index_k of a dtype: itself, and a block's queries, keys and memory."""
+    """The kernel of (1) for index_q and index_k of a dtype, and a block's queries, keys and shared memory."""
     row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
     fp8, hopper = dtype == np.uint8, chip.sm == 90
     if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or not tiles * J * E:
@@ -2778,14 +2772,14 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, off
     index_q, (index_k, apart) = aligned(index_q, 16 // index_q.itemsize if not sizes else 1), entries(index_k)
     weights = aligned(weights.astype(real, copy=False))
     sizes = T, S, S - T if offset is None else offset, apart, *sizes
-    grid = (blocks_of(n, queries, keys),)
-    found(grid, index_q, index_k, weights, k_start, k_end, scores, *sizes, shared=shared)
+    blocks = math.prod(n["..."]) * -(-T // queries) * -(-S // keys)
+    found((blocks,), index_q, index_k, weights, k_start, k_end, scores, *sizes, shared=shared)
     return scores
 
 
 @functools.cache
 def topk_plan(chip, real, rows, num_keys, forced):
-    """The kernel of (2) for so many rows of so many keys: itself, a row's blocks, and shared memory."""
+    """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
     block = 512 if rows > 128 else 1024
     held = next((x for x in (8, 16, 32) if num_keys <= x * block), 64)  # keys of a thread
     if real == np.float32 and not forced and held <= 2**14 // block:
@@ -2880,12 +2874,14 @@ def slot_indices(indices, num_keys):
 
 
 class Heads(NamedTuple):
-    """What of a call of attention decides its kernel: of q, k and v the dtypes, of k and v the alignments in
-    bytes; tied: v is k[..., :Dv]; rank, rope: of packed keys, else 0; out: the dtype of out.
+    """What of a call of attention decides its kernel. dtypes: of q, k, v; align: of rows of k, v, in bytes;
+    real, out: dtypes of sums and of out; tied: v is k[..., :Dv]; rank, rope: parts of packed keys, else 0.
     """
 
     dtypes: tuple
     align: tuple
+    real: Any
+    out: Any
     H: int
     G: int
     D: int
@@ -2893,13 +2889,6 @@ class Heads(NamedTuple):
     tied: bool
     rank: int
     rope: int
-    out: Any
-
-    @property
-    def real(self):
-        q, k, v = self.dtypes
-        wide = q == np.float64 if self.rank else np.float64 in (q, k, v)
-        return np.dtype(np.float64 if wide else np.float32)
 
 
 def mma_tile(chip, heads, a):
@@ -2926,9 +2915,9 @@ def attend_tile(chip, a):
     whole = a.rank % 8 == a.rope % 8 == 0 and a.align[0] >= 4 and q.name == "bfloat16"
     alike = whole if a.rank else q == k == v
     tensor_cores = q.itemsize == 2 and alike and chip.sm >= 80 and a.D * a.Dv
-    if tensor_cores and not a.rank and a.align == (16, 16) and a.D % 8 == a.Dv % 8 == 0:
-        if heads <= 16 and a.D + a.Dv <= (512 if heads < 8 else 256) and max(a.D, a.Dv) <= 256:
-            return "attend_few_mma", heads, 64, 0, {"D": a.D, "DV": a.Dv, "TYPE": q}
+    small = heads <= 16 and a.D + a.Dv <= (512 if heads < 8 else 256) and max(a.D, a.Dv) <= 256
+    if tensor_cores and small and not a.rank and a.align == (16, 16) and a.D % 8 == a.Dv % 8 == 0:
+        return "attend_few_mma", heads, 64, 0, {"D": a.D, "DV": a.Dv, "TYPE": q}
     if tensor_cores and heads >= 8:
         tile, sizes = mma_tile(chip, heads, a), {**common, "D": a.D, "DV": a.Dv, "TYPE": q}
         latent = a.tied and a.G == 1 and heads >= 32 and a.D in (512, 576) and a.Dv == 512
@@ -2943,33 +2932,25 @@ def attend_tile(chip, a):
     return "attend", block, 32, block * a.D * real.itemsize, common | types
 
 
-class AttentionPlan(NamedTuple):
-    """Kernels, grid and shared memory of an attention; splits of `chunk` slots each are merged."""
-
-    attend: Any
-    merge: Any
-    grid: tuple
-    shared: int
-    splits: int
-    chunk: int
-
-
 @functools.lru_cache(maxsize=4096)
 def attention_plan(chip, rows, slots, a):
-    """Few rows of queries share out the keys over more blocks; their number depends on the shapes alone."""
+    """The kernels that attend and merge, their grid, shared memory, and how many splits have how many slots.
+
+    Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
+    """
     name, heads, keys, shared, sizes = attend_tile(chip, a)
     blocks = rows * a.G * -(-(a.H // a.G) // heads)
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
     grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
-    block = {"attend": 128, "attend_few_mma": 128, "attend_mma": 256, "attend_wgmma": 512}[name]
+    block = {"attend_mma": 256, "attend_wgmma": 512}.get(name, 128)
     attend = kernel(chip, name, block, HEADS=heads, OUT=a.real if splits > 1 else a.out, **sizes)
     columns = -(-a.Dv // 128) or 1
     most = max(1, 512 // a.real.itemsize // columns)  # splits that fit a thread's registers
     types = {"ACC": a.real, "OUT": a.out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    return AttentionPlan(attend, merge, grid, shared, splits, chunk)
+    return attend, merge, grid, shared, splits, chunk
 
 
 def gpu_attention(n, q, k, v, indices, k_start, k_end, d_v, scale, sink, out_dtype=None, rope=None):
@@ -2978,65 +2959,69 @@ def gpu_attention(n, q, k, v, indices, k_start, k_end, d_v, scale, sink, out_dty
     v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as _pack makes it
     of keys with so many rotated values. Values that are k[..., :Dv] are read once.
     """
-    xp, (T, S, H, D) = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "D"))
-    packed, rows, G = rope is not None, math.prod(n["..."]) * T, k.shape[-2]
-    Dv = v.shape[-1] if v is not None else d_v
+    xp, (T, S, H, D), G = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "D")), k.shape[-2]
+    rows, packed = math.prod(n["..."]) * T, rope is not None
+    slots = S if indices is None else indices.shape[-1]
+    Dv = d_v if v is None else v.shape[-1]
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    width = k.shape[-1] if packed else D
+    width, real = k.shape[-1], _accumulator(q, *(() if packed else (k, k if v is None else v)))
     k, k_strides = strided(k)
     v, v_strides = (k, k_strides) if tied else strided(v)
     align = alignment(k, k_strides, width), alignment(v, v_strides, Dv)
-    parts, dtypes = (D - rope, rope) if packed else (0, 0), (q.dtype, k.dtype, v.dtype)
-    a = Heads(dtypes, align, H, G, D, Dv, tied, *parts, np.dtype(out_dtype or q.dtype))
-    slots = S if indices is None else indices.shape[-1]
-    plan, real = attention_plan(chip(q), rows, slots, a), a.real
-    q = aligned(q)
-    out, lse = xp.empty((*n["..."], T, H, Dv), a.out), xp.empty((*n["..."], T, H), real)
-    found = (out, lse) if plan.splits == 1 else (
-        xp.empty((plan.splits, rows, H, Dv), real), xp.empty((plan.splits, rows, H), real)
-    )  # fmt: skip
+    types = (q.dtype, k.dtype, v.dtype), align, real, np.dtype(out_dtype or q.dtype)
+    a = Heads(*types, H, G, D, Dv, tied, *((D - rope, rope) if packed else (0, 0)))
+    attend, merge, grid, shared, splits, chunk = attention_plan(chip(q), rows, slots, a)
+    q, indices = aligned(q), None if indices is None else slot_indices(indices, S)
     sink = None if sink is None else xp.ascontiguousarray(sink, real)
-    indices = None if indices is None else slot_indices(indices, S)
-    more = {"attend": (D, Dv), "attend_wgmma": (rows, plan.splits)}.get(plan.attend.name, ())
-    sizes = T, S, H, G, -1 if indices is None else slots, plan.chunk, *k_strides, *v_strides
-    scale = np.float64(D**-0.5 if scale is None else scale)
-    args = q, k, v, indices, k_start, k_end, sink if plan.splits == 1 else None, *found, *sizes, scale, *more
-    if plan.merge is not None:
-        compile_together(plan.attend, plan.merge)
-    plan.attend(plan.grid, *args, shared=plan.shared)
-    if plan.merge is not None:
-        plan.merge((rows * H,), *found, sink, out, lse, plan.splits, rows * H, H, Dv)
+    found = out, lse = xp.empty((*n["..."], T, H, Dv), a.out), xp.empty((*n["..."], T, H), real)
+    if merge:
+        compile_together(attend, merge)
+        found = xp.empty((splits, rows, H, Dv), real), xp.empty((splits, rows, H), real)
+    sizes = T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides
+    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
+    args = q, k, v, indices, k_start, k_end, None if merge else sink, *found, *sizes, np.float64(scale), *more
+    attend(grid, *args, shared=shared)
+    if merge:
+        merge((rows * H,), *found, sink, out, lse, splits, rows * H, H, Dv)
     return out, lse
 
 
-def gpu_dense_attention(n, q, k, v=None, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
+def gpu_dense_attention(n, q, k, v, d_v, scale, k_start, k_end, sink):
     return gpu_attention(n, q, k, v, None, k_start, k_end, d_v, scale, sink)
 
 
-def gpu_sparse_attention(n, q, k, v, indices, d_v=None, scale=None, sink=None, out_dtype=None):
+def gpu_sparse_attention(n, q, k, v, indices, d_v, scale, sink, out_dtype):
     return gpu_attention(n, q, k, v, indices, None, None, d_v, scale, sink, out_dtype)
 
 
-def gpu_packed_attention(n, q, k, indices, rope, d_v, scale=None, sink=None, out_dtype=None):
-    """sparse_attention over k uint8 [..., S, 1, packed], the entries of an fp8 cache."""
+def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
+    """sparse_attention over an fp8 cache, whose entries kernels read as they are stored if they are tied."""
+    if "v" in cache.streams or cache.streams["k"][0] > 1:
+        k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
+        return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink, out_dtype=out_dtype)
+    k, D, rope = cache.stored("k"), cache.streams["k"][-1], cache.qk_rope_head_dim
+    n = _dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
+    _expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
+    _expect(_integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
+    n, scale = n | {"S": k.shape[1]}, D**-0.5 if scale is None else scale
     return gpu_attention(n, q, k, None, indices, None, None, d_v, scale, sink, out_dtype, rope)
 
 
-def gpu_quantize(n, x, block, scale, least=1e-4):
-    """quantize_fp8, byte for byte."""
-    xp, x = n["xp"], n["xp"].ascontiguousarray(x)
-    codes = xp.empty(x.shape, np.uint8)
+def gpu_quantized(x, block, scale, least):
+    """_quantize, byte for byte."""
+    xp = sys.modules["cupy"]
+    x, codes = xp.ascontiguousarray(x), xp.empty(x.shape, np.uint8)
     scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
     write_codes(x, codes, scales, (0, 0), x.shape[-1], block, scale, least)
     return codes, scales
 
 
-def gpu_pack(n, x, rope):
+def gpu_packed(x, rope):
     """_pack, byte for byte."""
-    xp, x, codes = n["xp"], n["xp"].ascontiguousarray(x), x.shape[-1] - rope
+    xp, codes = sys.modules["cupy"], x.shape[-1] - rope
     packed = xp.empty((*x.shape[:-1], _packed_bytes(x.shape[-1], rope)), np.uint8)
-    offsets = codes, packed.shape[-1] - 2 * rope
-    write_codes(x, packed, packed, offsets, codes, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
+    offsets, least = (codes, packed.shape[-1] - 2 * rope), 448e-4 if rope else 1e-4
+    write_codes(xp.ascontiguousarray(x), packed, packed, offsets, codes, FP8_BLOCK, "ue8m0", least)
     return packed
 
 
@@ -3054,15 +3039,13 @@ def write_codes(x, out, scales, offsets, width, block, scale, least):
 # of a query, or all keys.
 
 
-def gpu_sparse_attention_backward(
-    n, q, k, v, indices, out, lse, dout, d_v=None, scale=None, sink=None, deterministic=True
-):
+def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
     xp, (S, H, G, D) = n["xp"], (n[axis] for axis in ("S", "H", "G", "D"))
     acc, Dv, N, r = _accumulator(q, k, *(() if v is None else (v,))), out.shape[-1], indices.shape[-1], H // G
     like, width = (q, k, v), D if v is None else D + Dv  # of [dk | dv]
     dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
-    dz, scale = xp.zeros_like(z), np.float64(D**-0.5 if scale is None else scale)
+    dz, scale = xp.zeros_like(z), np.float64(scale)
     kind, (q, k, v, out, dout) = factors(acc, q, k, v, out, dout)
     lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
     attend = kernel(chip(q), "attend_backward", 256, TYPE=kind, ACC=acc)
@@ -3085,7 +3068,7 @@ def gpu_sparse_attention_backward(
 
 
 def slot_gradients(pairs, q, dout, tied):
-    """Of each slot [dS q | P dout], or their sum where tied: pairs [Z, 2, r, N], q [Z, r, D], dout [Z, r, Dv]."""
+    """[dS q | P dout] of each slot, or their sum where tied; pairs [Z, 2, r, N], q and dout [Z, r, width]."""
     xp, (Z, _, r, N), D, Dv = sys.modules["cupy"], pairs.shape, q.shape[-1], dout.shape[-1]
     slots = xp.empty((Z, N, D if tied else D + Dv), _accumulator(pairs))
     by_key = pairs.reshape(Z, 2 * r, N).swapaxes(1, 2)
@@ -3108,16 +3091,13 @@ def seen_windows(n, k_start, k_end, indices):
     return start, k_end
 
 
-def gpu_attention_target(n, q, k, scale=None, k_start=None, k_end=None, indices=None):
+def gpu_attention_target(n, q, k, scale, k_start, k_end, indices):
     """attention_target, from the products of all heads by kernels attention_lse and attention_target."""
     xp, (S, H, G, D) = n["xp"], (n[axis] for axis in ("S", "H", "G", "D"))
     acc, r, N = _accumulator(q, k), H // G, S if indices is None else indices.shape[-1]
     target, (start, end) = xp.zeros((*n["..."], n["T"], N), acc), seen_windows(n, k_start, k_end, indices)
     kind, (q, k) = factors(acc, q, k)
-    scale, key_bytes = (
-        np.float64(D**-0.5 if scale is None else scale),
-        32 + (indices is not None) * G * D * kind.itemsize,
-    )
+    scale, key_bytes = np.float64(scale), 32 + (indices is not None) * G * D * kind.itemsize
     sum_up, share = (kernel(chip(q), name, 256, ACC=acc) for name in ("attention_lse", "attention_target"))
     for b, t in query_chunks(n, N * (H * acc.itemsize + key_bytes)):
         M = t.stop - t.start
@@ -3134,9 +3114,7 @@ def gpu_attention_target(n, q, k, scale=None, k_start=None, k_end=None, indices=
     return target
 
 
-def gpu_indexer_loss(
-    n, index_q, index_k, weights, target, indices=None, k_start=None, k_end=None, deterministic=True
-):
+def gpu_indexer_loss(n, index_q, index_k, weights, target, indices, k_start, k_end, deterministic):
     """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
     xp, (T, S, J, E) = n["xp"], (n[axis] for axis in ("T", "S", "J", "E"))
     like, N, (start, end) = (
@@ -3253,16 +3231,9 @@ def add_by_key(rows, slots, sums, deterministic):
     add((S * G,), slots, order, first, sums, N, G, width)
 
 
-KERNELS.update({
-    ("index_scores", "cupy"): gpu_index_scores,
-    ("select_topk", "cupy"): gpu_select_topk,
-    ("lightning_select", "cupy"): gpu_lightning_select,
-    ("dense_attention", "cupy"): gpu_dense_attention,
-    ("sparse_attention", "cupy"): gpu_sparse_attention,
-    ("packed_attention", "cupy"): gpu_packed_attention,
-    ("quantize", "cupy"): gpu_quantize,
-    ("pack", "cupy"): gpu_pack,
-    ("sparse_attention_backward", "cupy"): gpu_sparse_attention_backward,
-    ("attention_target", "cupy"): gpu_attention_target,
-    ("indexer_loss", "cupy"): gpu_indexer_loss,
-})  # fmt: skip
+GPU = [
+    gpu_index_scores, gpu_select_topk, gpu_lightning_select, gpu_dense_attention, gpu_sparse_attention,
+    gpu_attend_to_entries, gpu_quantized, gpu_packed, gpu_sparse_attention_backward, gpu_attention_target,
+    gpu_indexer_loss,
+]  # fmt: skip
+KERNELS.update({(x.__name__.removeprefix("gpu_"), "cupy"): x for x in GPU})
