@@ -2953,7 +2953,9 @@ def attention_plan(chip, rows, slots, a):
     return attend, merge, grid, shared, splits, chunk
 
 
-def gpu_attention(n, q, k, v, indices, k_start, k_end, d_v, scale, sink, out_dtype=None, rope=None):
+def gpu_attention(
+    n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None, rope=None
+):
     """Equation (3) over indices [..., T, K], or, where they are None, over windows.
 
     v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as _pack makes it
@@ -2986,14 +2988,6 @@ def gpu_attention(n, q, k, v, indices, k_start, k_end, d_v, scale, sink, out_dty
     return out, lse
 
 
-def gpu_dense_attention(n, q, k, v, d_v, scale, k_start, k_end, sink):
-    return gpu_attention(n, q, k, v, None, k_start, k_end, d_v, scale, sink)
-
-
-def gpu_sparse_attention(n, q, k, v, indices, d_v, scale, sink, out_dtype):
-    return gpu_attention(n, q, k, v, indices, None, None, d_v, scale, sink, out_dtype)
-
-
 def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     """sparse_attention over an fp8 cache, whose entries kernels read as they are stored if they are tied."""
     if "v" in cache.streams or cache.streams["k"][0] > 1:
@@ -3004,7 +2998,7 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     _expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
     _expect(_integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
     n, scale = n | {"S": k.shape[1]}, D**-0.5 if scale is None else scale
-    return gpu_attention(n, q, k, None, indices, None, None, d_v, scale, sink, out_dtype, rope)
+    return gpu_attention(n, q, k, None, d_v, scale, sink, indices, out_dtype=out_dtype, rope=rope)
 
 
 def gpu_quantized(x, block, scale, least):
@@ -3040,8 +3034,11 @@ def write_codes(x, out, scales, offsets, width, block, scale, least):
 
 
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
-    xp, (S, H, G, D) = n["xp"], (n[axis] for axis in ("S", "H", "G", "D"))
-    acc, Dv, N, r = _accumulator(q, k, *(() if v is None else (v,))), out.shape[-1], indices.shape[-1], H // G
+    xp, (S, H, G, D), Dv = n["xp"], (n[axis] for axis in ("S", "H", "G", "D")), out.shape[-1]
+    alike = v is not None and q.dtype == k.dtype == v.dtype == dout.dtype and q.itemsize == 2
+    if alike and H <= 4 * G and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128:
+        return gradients_by_rows(n, q, k, v, indices, out, lse, dout, np.float64(scale), sink)
+    acc, N, r = _accumulator(q, k, *(() if v is None else (v,))), indices.shape[-1], H // G
     like, width = (q, k, v), D if v is None else D + Dv  # of [dk | dv]
     dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
@@ -3065,6 +3062,37 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
         add_by_key(rows, slot_gradients(pairs, q_t, dout_t, v is None), dkv[b], deterministic)
     dk, dv = dkv[..., :D].astype(like[1].dtype), None if v is None else dkv[..., D:].astype(like[2].dtype)
     return dq.astype(like[0].dtype), dk, dv, None if sink is None else dz.astype(sink.dtype)
+
+
+def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink):
+    """gpu_sparse_attention_backward of small heads: dq over each query's keys, then dk and dv over each key's
+    queries, whose rows are read again. No slot is stored, and the order of sums is that of the queries.
+    """
+    xp, (T, S, H, G), K = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1]
+    q, k, v, dout = map(aligned, (q, k, v, dout))
+    delta, lse = (dout.astype(np.float32) * out.astype(np.float32)).sum(-1), lse.astype(np.float32)
+    z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
+    norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
+    types, gpu = {"TYPE": q.dtype, "D": q.shape[-1], "DV": v.shape[-1]}, chip(q)
+    by_query, by_key = (kernel(gpu, "attend_backward_rows", 128, BY_KEY=x, **types) for x in (0, 1))
+    compile_together(by_query, by_key)
+    dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
+    for b in np.ndindex(*n["..."]):
+        rows = slot_indices(indices[b], S)
+        by_query((T * H,), q[b], dout[b], k[b], v[b], norms[b], rows, None, dq[b], None, S, H, G, K, scale)
+        queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
+        queries = queries.astype(np.int32)
+        by_key((S * G,), k[b], v[b], q[b], dout[b], norms[b], queries, first, dk[b], dv[b], S, H, G, K, scale)
+    from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
+    return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
+
+
+def slots_by_key(rows, place, num_keys):
+    """The places of the slots rows [M, N], by key, ascending; and where each key's begin, [num_keys + 1]."""
+    xp = sys.modules["cupy"]
+    order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())
+    first = xp.searchsorted(order, xp.arange(num_keys + 1) << 32)
+    return order & 2**32 - 1, first
 
 
 def slot_gradients(pairs, q, dout, tied):
@@ -3223,17 +3251,22 @@ def add_by_key(rows, slots, sums, deterministic):
         add = kernel(chip(slots), "add_by_atomics", 256, ACC=acc)
         add((-(-N // 8), M * G), slots, rows, sums, N, G, width)
         return
-    place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
-    order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())  # by key, then by query
-    first = xp.searchsorted(order, xp.arange(S + 1) << 32)
-    order &= 2**32 - 1
+    order, first = slots_by_key(rows, xp.arange(M)[:, None] * (G * N) + xp.arange(N), S)  # of the first group
     add = kernel(chip(slots), "add_by_key", 128, ACC=acc, COLUMNS=-(-width // 128))
     add((S * G,), slots, order, first, sums, N, G, width)
 
 
-GPU = [
-    gpu_index_scores, gpu_select_topk, gpu_lightning_select, gpu_dense_attention, gpu_sparse_attention,
-    gpu_attend_to_entries, gpu_quantized, gpu_packed, gpu_sparse_attention_backward, gpu_attention_target,
-    gpu_indexer_loss,
-]  # fmt: skip
-KERNELS.update({(x.__name__.removeprefix("gpu_"), "cupy"): x for x in GPU})
+GPU = {
+    "index_scores": gpu_index_scores,
+    "select_topk": gpu_select_topk,
+    "lightning_select": gpu_lightning_select,
+    "dense_attention": gpu_attention,
+    "sparse_attention": gpu_attention,
+    "attend_to_entries": gpu_attend_to_entries,
+    "quantized": gpu_quantized,
+    "packed": gpu_packed,
+    "sparse_attention_backward": gpu_sparse_attention_backward,
+    "attention_target": gpu_attention_target,
+    "indexer_loss": gpu_indexer_loss,
+}
+KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}

@@ -2606,6 +2606,82 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// attend_backward_rows                       sparse_attention_backward of small heads: a row against its others
+//     p = exp2(scale a.a' log2(e) - norm.x),  ds = scale p (b.b' - norm.y);   d_a = sum ds a',  d_b = sum p b'
+// in    BY_KEY 0: a, b are rows of q and dout, the others k and v at list [T, K] i32, absent outside [0, S)
+//       BY_KEY 1: a, b are rows of k and v, the others those heads of q and dout that share them, of queries
+//       list[first[key]] .. list[first[key + 1] - 1], in their order
+//       norms [T, H]: logaddexp(lse, sink) in base 2, and dout . out; D, DV multiples of 8, at most 128
+// out   d_a, and BY_KEY d_b, of TYPE, every element written; runs agree bit for bit, as no sum is by atomics
+// grid  rows of a  block 128: a warp takes 32 / LANES others at a time, a lane 8 values of each
+// cost  2 * (D + DV) bytes a pair out of L2
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_BACKWARD_ROWS
+constexpr int LANES = D > 64 || DV > 64 ? 16 : 8;
+static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "LANES lanes read 16 bytes each");
+union Eight { uint4 all; TYPE x[8]; };
+
+__device__ void widened(float (&to)[8], const TYPE* from, bool there) {
+    Eight eight;
+    eight.all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 6)
+attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TYPE* other_b,
+                     const float2* norms, const int* list, const i64* first, TYPE* d_a, TYPE* d_b, i64 S,
+                     i64 H, i64 G, i64 K, double scale) {
+    __shared__ float parts[4][8 * 2 * LANES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
+    const int r = H / G, per_row = BY_KEY ? G : H, row = blockIdx.x / per_row, head = blockIdx.x % per_row;
+    const i64 own = blockIdx.x;
+    list += BY_KEY ? first[row] : row * K;
+    const int count = BY_KEY ? (int)(first[row + 1] - first[row]) * r : (int)K;
+    const float log2e = 1.4426950408889634f, c = float(scale);
+    float x[8], y[8], sum_a[8] = {}, sum_b[8] = {};
+    widened(x, a + own * D + at, at < D), widened(y, b + own * DV + at, at < DV);
+    const float2 own_norm = BY_KEY ? make_float2(0, 0) : norms[own];
+#pragma unroll 2
+    for (int j0 = warp * (32 / LANES); j0 < count; j0 += 4 * (32 / LANES)) {
+        const int j = j0 + lane / LANES, found = j < count ? list[BY_KEY ? j / r : j] : -1;
+        const bool there = found >= 0 && (BY_KEY || found < S);
+        const i64 other = !there ? 0 : BY_KEY ? found * H + head * r + j % r : found * G + head / r;
+        float p[8], q[8], s = 0, dp = 0;
+        widened(p, other_a + other * D + at, there && at < D);
+        widened(q, other_b + other * DV + at, there && at < DV);
+        const float2 norm = BY_KEY ? norms[other] : own_norm;
+#pragma unroll
+        for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
+#pragma unroll
+        for (int d = LANES / 2; d; d /= 2) s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
+        const float weight = there ? exp2f(s * c * log2e - norm.x) : 0;
+        const float ds = there ? c * weight * (dp - norm.y) : 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum_a[i] += ds * p[i];
+            if (BY_KEY) sum_b[i] += weight * q[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        for (int d = LANES; d < 32; d *= 2) {
+            sum_a[i] += __shfl_xor_sync(ALL, sum_a[i], d);
+            if (BY_KEY) sum_b[i] += __shfl_xor_sync(ALL, sum_b[i], d);
+        }
+        if (lane < LANES) parts[warp][at + i] = sum_a[i], parts[warp][8 * LANES + at + i] = sum_b[i];
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < (BY_KEY ? 16 : 8) * LANES; d += 128) {
+        const float sum = parts[0][d] + parts[1][d] + parts[2][d] + parts[3][d];
+        const int v = d - 8 * LANES;
+        if (d < D) d_a[own * D + d] = Rounded<TYPE>::of(sum);
+        if (v >= 0 && v < DV) d_b[own * DV + v] = Rounded<TYPE>::of(sum);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // attention_lse                                            of each head, over the keys that its query sees
 //     lse[m,h] = logsumexp_n(scale s)
 // in    s = q . k of ACC, of query m, head h = g R + i and key n at m s_query + g s_group + i N + n;

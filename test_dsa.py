@@ -3859,6 +3859,32 @@ def test_heads_that_share_few_queries(dsa, cupy, H, G, D, Dv, dtype):
         assert_close(found[0].astype(F64), expected[0], TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, F16], ids=str)
+@pytest.mark.parametrize("H, G, D, Dv", [(3, 3, 64, 64), (4, 1, 40, 24), (8, 2, 128, 64)])
+def test_gradients_of_small_heads(dsa, cupy, H, G, D, Dv, dtype):
+    """Near float64; a key of all queries, keys of none, NaN that no row selects; the same bits again."""
+    rng, T, S, K = np.random.default_rng(20), 50, 90, 30
+    q, k, v, dout = (
+        normal(rng, 2, *shape).astype(dtype) for shape in ((T, H, D), (S, G, D), (S, G, Dv), (T, H, Dv))
+    )
+    indices, sink = rng.integers(5, S, (2, T, K)).astype(np.int32), normal(rng, H).astype(F32)
+    indices[rng.random(indices.shape) < 0.1], indices[..., 0], indices[:, 7], k[:, 2], v[:, 2] = (
+        -1,
+        6,
+        -1,
+        NAN,
+        NAN,
+    )
+    out, lse = dsa.sparse_attention(q, k, v, indices, sink=sink)
+    args, wide = (q, k, v, indices, out, lse, dout), lambda x: x if x is indices else x.astype(F64)
+    expected = dsa.sparse_attention_backward(*map(wide, args), sink=sink.astype(F64))
+    runs = [back(dsa.sparse_attention_backward(*to(cupy, args), sink=to(cupy, sink))) for _ in range(2)]
+    for found, e, like in zip(runs[0], expected, (q, k, v, sink)):
+        assert found.dtype == like.dtype and found.shape == like.shape
+        assert_close(found.astype(F64) / np.abs(e).max(), e / np.abs(e).max(), TOLERANCE[dtype])
+    assert_same(*runs)
+
+
 @pytest.mark.parametrize("T", [3, 130])
 def test_rows_that_a_block_holds(dsa, cupy, T):
     """Every length to 16,384 that fills registers or does not; ties, holes, denormals, NaN; any alignment."""
@@ -3962,6 +3988,8 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("attend_few_mma", {"HEADS": heads, "D": D, "DV": Dv, "TYPE": x, "OUT": out})
       for x, out in ((BF16, BF16), (HALF, FLOAT))
       for heads, D, Dv in ((1, 64, 64), (4, 128, 128), (16, 128, 128), (7, 256, 256), (3, 40, 24))),
+    *(("attend_backward_rows", {"TYPE": x, "D": D, "DV": Dv, "BY_KEY": key})
+      for x in (BF16, HALF) for D, Dv in ((64, 64), (128, 128), (40, 24)) for key in (0, 1)),
     ("attend_mma", {**V32, **PLAIN, "TIED": 1, "TYPE": BF16, "OUT": BF16, "VEC": 16, "VVEC": 16}),
     ("attend_mma", {**V32, **PACKED, "TYPE": BF16, "OUT": FLOAT, "VEC": 4, "VVEC": 4}),
     *(("attend_wgmma", {"D": d, "DV": 512, "HEADS": 64, "TIED": 1, "TYPE": x, "OUT": out, **packed})
