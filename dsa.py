@@ -2636,7 +2636,7 @@ def chip_of(device, portable):
     gpu = sys.modules["cupy"].cuda.Device(device)
     sm, has = int(gpu.compute_capability), gpu.attributes
     shared, processors = has["MaxSharedMemoryPerBlockOptin"], has["MultiProcessorCount"]
-    return Chip(device, min(sm, 80) if portable else sm, shared, processors)
+    return Chip(device, *((min(sm, 80), min(shared, 166912)) if portable else (sm, shared)), processors)
 
 
 def chip(x):
@@ -2647,7 +2647,8 @@ class Kernel:
     """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`."""
 
     def __init__(self, chip, name, block, **constants):
-        self.chip, self.name, self.block, self.function = chip, name, (block,), None
+        self.chip, self.name, self.block = chip, name, (block,)
+        self.function: Any = None
         named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in sorted(constants.items())}
         arch = ("-arch=sm_90a",) if name.endswith("_wgmma") else ()
         defined = (f"-D{key}={value}" for key, value in named.items())
@@ -2837,10 +2838,13 @@ def gpu_lightning_select(
         for t in range(0, T, most):
             part, offset = slice(t, min(t + most, T)), S - T + t
             some, x = {**n, "...": (), "T": part.stop - t}, scores[: part.stop - t]
-            windows = [None if w is None else w[b][part] for w in (k_start, k_end)]
+            own = {"offset": offset}
+            own |= {
+                key: w[b][part] for key, w in {"k_start": k_start, "k_end": k_end}.items() if w is not None
+            }
             index = index_q[b][part], index_k[b], weights[b][part]
-            gpu_index_scores(some, *index, *windows, offset, x)
-            gpu_select_topk(some, x, *quota, *windows, offset, indices[b][part])
+            gpu_index_scores(some, *index, **own, out=x)
+            gpu_select_topk(some, x, *quota, **own, out=indices[b][part])
     return indices
 
 
