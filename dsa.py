@@ -1615,7 +1615,7 @@ class Entries:
 
 
 def attend_to_rows(cache, q, indices, rows, **kwargs):
-    """sparse_attention where rows(b, used) are the entries of sequence b's used keys: none else is decoded."""
+    """sparse_attention where rows(b, used) are the entries of sequence b's used keys; no other is decoded."""
     parts = []
     for b, own in enumerate(on_host(indices)):
         used = np.unique(own[own >= 0])
@@ -1704,7 +1704,7 @@ def write_session(cache, path, names, **more):
 
 @contextlib.contextmanager
 def session_in(path, own=None):
-    """meta, which agrees with `own`, and data, as write_session wrote them; ValueError if the block raises."""
+    """meta, which agrees with `own`, and data, of write_session; ValueError if the block raises."""
     with open(path, "rb") as file:
         try:
             data = np.load(file, allow_pickle=False)
@@ -1738,8 +1738,8 @@ class HybridKVCache(KVCache):
     The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: the file to make, None: a temporary one, which close removes. Others stay,
-    and close adds path + ".npz", what else the session needs: the same call then goes on with both.
+    step, stay in memory besides. path: the file to make, None: a temporary one, which close removes. Others
+    stay, and close adds path + ".npz", what else the session needs: the same call then goes on with both.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
@@ -1818,7 +1818,7 @@ class HybridKVCache(KVCache):
             raise
 
     def _open_tiers(self):
-        """An empty fast tier and the slow one's file -> a context of the session that goes on in it, or None."""
+        """An empty fast tier and the slow one's file -> a context of the session that goes on, or None."""
         self._columns, width = {}, 0  # where each stream stands in a token's record
         for name in [name for name in self._stored if not name.startswith("index_")]:
             self._columns[name] = slice(width, width + math.prod(self._stored[name]))
@@ -2895,7 +2895,7 @@ def candidates_of(xp, at, quota, place, index_q, index_k, weights, windows):
 
 @by_library
 def scores_at(index_q, index_k, weights, place, k_start, k_end):
-    """index_scores with the bits of all ranks' keys, among which key 0 is the one at `place` [...] of a tile."""
+    """index_scores with the bits of all ranks' keys, of which key 0 is the one at `place` [...] of a tile."""
     scores = np.empty((*weights.shape[:-1], index_k.shape[-2]), accumulator(index_q, index_k, weights))
     for b in np.ndindex(place.shape):
         cut = -place[b] % KEY_TILE  # where the first whole tile begins

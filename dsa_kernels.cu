@@ -70,6 +70,13 @@ __device__ void ldmatrix_x4_trans(unsigned (&d)[4], unsigned row) {
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
 }
 
+// An 8 x 8 matrix of 16 bits, a row of it in four lanes, becomes its transpose.
+__device__ unsigned movmatrix_trans(unsigned x) {
+    unsigned d;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(x));
+    return d;
+}
+
 // d [16, 8] += a [16, 16] b [16, 8]; the last argument says of which type
 __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -327,7 +334,7 @@ struct alignas(16) Vec { REAL x[OWN]; };
 
 extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
         const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
-        REAL* scores, i64 T, i64 S, i64 J, i64 E, i64 offset, i64 apart) {
+        REAL* scores, i64 T, i64 S, i64 offset, i64 apart, i64 J, i64 E) {
     __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -590,18 +597,18 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 
 // ---------------------------------------------------------------------------------------------------------
 // index_scores_few_wgmma                                       eq. (1) of few queries, in fp8, at memory speed
-// in    index_q [B, T, J, 128] e4m3 codes, weights [B, T, J] f32, J <= 64; windows [B, T]
-//       index_k [B, S, 132]: of each key e4m3 codes and a float32 scale; ALIGNED: all entries, to 16 bytes
+// in    index_q [B, T, J, 128] e4m3 codes, weights [B, T, J] f32, J = 32 or 64; windows [B, T]
+//       index_k [B, S, 132]: of each key e4m3 codes and a float32 scale
 //       apart: from one entry's keys to the next, in keys
-// out   scores [B, T, S] f32, every element written
-// grid  B * ceil(S / 256), key tiles fastest  block 128: a warpgroup multiplies 64 keys by 64 heads at a time
+// out   scores [B, T, S] f32, every element written: the bits of index_scores_wgmma, as all sums have its order
+// grid  B * ceil(S / 256), key tiles fastest  block 128: a warpgroup multiplies 64 keys by J heads at a time
 // smem  struct Few, 42 KB: five blocks on a multiprocessor have 165 KB of keys on their way
 // cost  132 bytes and T * 2*J*E FLOP a key: bound by memory at T = 1. Tensor cores add up e4m3 products in
 //       fewer bits than float32 has: scores are right to about 1e-4 of the largest.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FEW_WGMMA
 constexpr int E = 128, ENTRY = E + 4, HEADS = 64, TILES = 4, KEYS = TILES * 64;
-static_assert(J <= HEADS, "the heads of a query are one operand");
+static_assert(J == 32 || J == HEADS, "the heads of a query are one operand; others have other sums");
 
 struct Few {
     alignas(1024) u8 heads[HEADS][E];   // as wgmma_matrix has them
@@ -621,10 +628,10 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
     const i64 b = blockIdx.x / tiles, s0 = blockIdx.x % tiles * (i64)KEYS;
     const int num_keys = min((i64)KEYS, S - s0);
 
-    // 1. The keys, on their way: whole tiles by one copy each, the rest by words
+    // 1. The keys, on their way: whole tiles by one copy each if they are aligned, the rest by words
     const u8* from = index_k + (b * apart + s0) * ENTRY;
     constexpr int BYTES = 64 * ENTRY;  // of a tile
-    const int whole = ALIGNED ? num_keys / 64 : 0;
+    const int whole = (size_t)from % 16 == 0 ? num_keys / 64 : 0;
     if (tid == 0)
         for (int tile = 0; tile < TILES; tile++) {
             mbarrier_init(&sh.here[tile], 1);
@@ -639,17 +646,14 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
     for (i64 t = 0; t < T; t++) {
         float* row = scores + (b * T + t) * S;
         const Window window = window_of(k_start, k_end, b, t, T, S, offset);
-        // 2. The query's heads. Of a key's 32 words, a lane takes 8 i + 2 s and the next as its values of step
-        //    s, which are words 8 s + i and 8 s + 4 + i to wgmma: no two lanes read from one bank.
+        // 2. The query's heads
         __syncthreads();
         const uint4* codes = (const uint4*)(index_q + (b * T + t) * J * E);
 #pragma unroll
         for (int x = 0; x < HEADS / 16; x++) {
             const int j = x * 16 + tid / 8;
             const uint4 four = j < J ? codes[x * 128 + tid] : make_uint4(0, 0, 0, 0);
-            const unsigned words[4] = {four.x, four.y, four.z, four.w};
-            for (int y = 0; y < 4; y++)
-                *(unsigned*)(sh.heads[j] + swizzled(tid / 8, tid % 2 * 4 + y) + tid % 8 / 2 * 4) = words[y];
+            *(uint4*)(sh.heads[j] + swizzled(j, tid % 8)) = four;
         }
         if (tid < HEADS) sh.weights[tid] = tid < J ? weights[(b * T + t) * J + tid] : 0;
         fence_proxy_async();
@@ -659,18 +663,22 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
 #pragma unroll
         for (int x = 0; x < 16; x++) weight[x] = sh.weights[x / 2 * 8 + 2 * i + x % 2];
 
-        // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i
+        // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i.
+        //    A lane reads the steps of a key from step g on, so that few read from one bank, and turns them.
         float own[2] = {};
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             unsigned a[4][4];
-            const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + 8 * i;
+            const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + i;
             mbarrier_wait(&sh.here[tile], 0);
 #pragma unroll
-            for (int step = 0; step < 4; step++)
-#pragma unroll
-                for (int x = 0; x < 4; x++)  // of this key and, where x is odd, of 8 keys on
-                    a[step][x] = key[x % 2 * 2 * ENTRY + 2 * step + x / 2];
+            for (int x = 0; x < 4; x++) {  // of this key and, where x is odd, of 8 keys on
+                unsigned read[4], turned[4];
+                for (int y = 0; y < 4; y++)
+                    read[y] = key[x % 2 * 2 * ENTRY + (y + g) % 4 * 8 + x / 2 * 4];
+                for (int y = 0; y < 4; y++) turned[y] = g & 1 ? read[(y + 3) % 4] : read[y];
+                for (int y = 0; y < 4; y++) a[y][x] = g & 2 ? turned[(y + 2) % 4] : turned[y];
+            }
             float d[32];
             wgmma_fence();
 #pragma unroll
@@ -682,8 +690,9 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
             for (int half = 0; half < 2; half++) {
                 float sum = 0;
 #pragma unroll
-                for (int x = 0; x < 16; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
-                sum = sum_of_quad(sum);
+                for (int x = 0; x < J / 4; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
+                sum += __shfl_xor_sync(ALL, sum, 2);
+                sum += __shfl_xor_sync(ALL, sum, 1);
                 if (tile == i) own[half] = sum;
             }
         }
@@ -866,7 +875,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 //       reach, and those that do are held in shared memory. Where they are too few or too many, the row
 //       itself takes their place: it is exact either way.
 // ---------------------------------------------------------------------------------------------------------
-#if defined(SELECT_TOPK) || defined(SELECT_TOPK_CLUSTER)
+#if defined(SELECT_TOPK) || defined(SELECT_TOPK_HELD) || defined(SELECT_TOPK_CLUSTER)
 constexpr int WARPS = BLOCK / 32, CAPACITY = ROOM / sizeof(REAL), WIDTH = 16 / sizeof(REAL);
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
@@ -876,8 +885,7 @@ struct alignas(16) Vec { REAL x[WIDTH]; };
 constexpr int DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / BLOCK;  // OWN: bins that a thread looks through
 struct alignas(4 * OWN) Counts { int x[OWN]; };
 
-#ifdef SELECT_TOPK
-constexpr int VEC = BLOCK == 1024 ? 2 * WIDTH : 4;  // scores that a thread loads at a time
+#ifndef SELECT_TOPK_CLUSTER
 struct Exchange {};
 #else
 constexpr int SLICE = BINS / BLOCKS;
@@ -947,7 +955,7 @@ __device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int 
     return behind ? begin : end;
 }
 
-#ifdef SELECT_TOPK
+#ifndef SELECT_TOPK_CLUSTER
 // bins, when all threads have counted
 __device__ const int* add_up(Shared& sh) {
     __syncthreads();
@@ -981,13 +989,13 @@ __device__ const int* add_up(Shared& sh) {
 }
 #endif
 
-// The need-th largest of the words that word(i) gives for i < n, 0 apart, in as many of their leading bits as
-// asked for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more, or at most
+// The need-th largest of the words that each(count) counts, 0 apart, in as many of their leading bits as asked
+// for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more, or at most
 // `spare`. The words are those of all blocks that share the row.
 template <class Word> struct Cut { Word at; int need, excess; };
 
-template <class Word, class Words>
-__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word, int spare = 0) {
+template <class Word, class Each>
+__device__ Cut<Word> nth_largest(Shared& sh, int need, int leading, Each each, int spare = 0) {
     Word prefix = 0, known = 0;
     int equal = need;
     for (int bits = 8 * sizeof(Word); bits > 8 * (int)sizeof(Word) - leading; bits -= DIGIT) {
@@ -995,11 +1003,10 @@ __device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words
         for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
         if (threadIdx.x == 0) sh.bin = -1;
         __syncthreads();
-        for (i64 x = threadIdx.x; x < n; x += BLOCK) {
-            const Word w = word(x);
+        each([&](Word w) {
             const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
             if (w != 0 && (w & known) == prefix) atomicAdd(&sh.bins[BINS - 1 - digit], 1);
-        }
+        });
         const Counts counts = ((const Counts*)add_up(sh))[threadIdx.x];
         int mine = 0, total;
         for (int x = 0; x < OWN; x++) mine += counts.x[x];
@@ -1024,8 +1031,18 @@ __device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words
     }
     return {prefix ? prefix : 1, need, equal - need};
 }
+// The same of the words that word(i) gives for i < n.
+template <class Word, class Words>
+__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word, int spare = 0) {
+    const auto each = [&](auto count) {
+        for (i64 x = threadIdx.x; x < n; x += BLOCK) count(word(x));
+    };
+    return nth_largest<Word>(sh, need, leading, each, spare);
+}
 
 #ifdef SELECT_TOPK
+constexpr int VEC = BLOCK == 1024 ? 2 * WIDTH : 4;  // scores that a thread loads at a time
+
 // Put what keep(rank, x) accepts of the positions begin <= x < end behind the `placed` that are, in order.
 template <class Load, class Keep, class Put>
 __device__ int compact(Shared& sh, i64 begin, i64 end, int placed, Load load, Keep keep,
@@ -1135,6 +1152,102 @@ extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
     }
     placed = compact(sh, aligned(tail), end, placed, load_row(tail, end), visible, put_key);
     for (i64 x = placed + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// select_topk_held              select_topk of rows of up to BLOCK * HELD keys in float32, without forced keys
+// in, out  as above; local_window and num_sinks are 0
+// grid  B * T  block BLOCK: one row, whose ranks stay in registers; a thread has every BLOCK-th run of 4 keys
+// smem  8.4 KB of counts
+// cost  one read of the row; of a key some 25 instructions. Mostly two rounds of counting: 11 bits leave few.
+// ---------------------------------------------------------------------------------------------------------
+#ifdef SELECT_TOPK_HELD
+constexpr int RUNS = HELD / 4, RESIDENT = 2048 / BLOCK < 3 ? 1 : HELD > 16 ? 2 : 3;
+static_assert(HELD % 4 == 0 && HELD <= 32, "a bit says that a key is kept");
+
+// Of each run of this thread, how many of the bits of all threads come before it, in the order of the keys: by
+// run, thread and bit. Returns how many there are. One barrier; calls alternate `turn`.
+__device__ int places_before(unsigned bits, int turn, int (&place)[RUNS]) {
+    __shared__ int sums[2][RUNS][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    unsigned upto[(RUNS + 3) / 4] = {};
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) upto[r / 4] += __popc(bits >> 4 * r & 15) << r % 4 * 8;
+#pragma unroll
+    for (int w = 0; w < (RUNS + 3) / 4; w++)
+        for (int d = 1; d < 32; d *= 2) {
+            const unsigned y = __shfl_up_sync(ALL, upto[w], d);
+            if (lane >= d) upto[w] += y;
+        }
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        place[r] = upto[r / 4] >> r % 4 * 8 & 255;
+        if (lane == 31) sums[turn][r][warp] = place[r];
+        place[r] -= __popc(bits >> 4 * r & 15);
+    }
+    __syncthreads();
+    int all = 0;
+#pragma unroll
+    for (int r = 0; r < RUNS; r++) {
+        const int sum = lane < WARPS ? sums[turn][r][lane] : 0;
+        place[r] += all + sum_of_warp(lane < warp ? sum : 0);
+        all += sum_of_warp(sum);
+    }
+    return all;
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk_held(
+        const float* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
+        i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
+    __shared__ Shared sh;
+    const float* row = scores + (i64)blockIdx.x * S;
+    int* out = indices + (i64)blockIdx.x * K;
+    const Window window = window_of(k_start, k_end, blockIdx.x / T, blockIdx.x % T, T, S, offset);
+    const int start = window.start, end = max(window.start, window.end), first = start & ~3;
+    const auto key_of = [&](int x) { return first + (x / 4 * BLOCK + (int)threadIdx.x) * 4 + x % 4; };
+
+    const bool whole = (size_t)row % 16 == 0;
+    float score[HELD];
+#pragma unroll
+    for (int r = 0; r < HELD; r += 4) {
+        const int s = key_of(r);
+        if (whole && s >= start && s + 4 <= end) {
+            const float4 four = *(const float4*)(row + s);
+            score[r] = four.x, score[r + 1] = four.y, score[r + 2] = four.z, score[r + 3] = four.w;
+        } else
+            for (int x = 0; x < 4; x++)
+                score[r + x] = s + x >= start && s + x < end ? row[s + x] : -CUDART_INF_F;
+    }
+    Rank rank[HELD];
+#pragma unroll
+    for (int x = 0; x < HELD; x++) rank[x] = rank_of(score[x]);
+    const auto each = [&](auto count) {
+#pragma unroll
+        for (int x = 0; x < HELD; x++) count(rank[x]);
+    };
+    const Cut<Rank> cut = nth_largest<Rank>(sh, (int)min(top_k, S), 32, each);
+    unsigned kept = 0, ties = 0;
+#pragma unroll
+    for (int x = 0; x < HELD; x++) {
+        kept |= (unsigned)(rank[x] >= cut.at) << x;
+        ties |= (unsigned)(rank[x] == cut.at) << x;
+    }
+    int place[RUNS];
+    if (cut.excess) {  // of the ties, only the first are kept
+        places_before(ties, 0, place);
+#pragma unroll
+        for (int x = 0; x < HELD; x++) {
+            const bool tie = ties >> x & 1;
+            if (tie && place[x / 4] >= cut.need) kept ^= 1u << x;
+            place[x / 4] += tie;
+        }
+    }
+    const int all = places_before(kept, 1, place);
+#pragma unroll
+    for (int x = 0; x < HELD; x++)
+        if (kept >> x & 1) out[place[x / 4]++] = key_of(x);
+    for (i64 x = all + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
 }
 #endif
 
@@ -1306,7 +1419,7 @@ extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOC
 // macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE
 //         (R8 = 0: k is not packed)
 // ---------------------------------------------------------------------------------------------------------
-#if defined(ATTEND) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
+#if defined(ATTEND) || defined(ATTEND_FEW_MMA) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
 struct Shape {
     i64 T, S, H, G, slots, chunk;  // slots: of indices, -1: windows
     i64 k_batch, k_key, k_group, v_batch, v_key, v_group;  // strides, in elements
@@ -1450,6 +1563,181 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++)
             if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = Rounded<OUT>::of(o[h][j] * share);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_few_mma                                  eq. (3), as attend, for up to 16 heads of a group in 16 bits
+// in    q, k, v of TYPE, float16 or bfloat16, whose rows begin at multiples of 16 bytes
+// grid  (B * T * G, Z), groups slowest: L2 then holds one group's keys  block 128: a warp every fourth tile
+// smem  what the four warps found: 16 * HEADS * DV bytes
+// cost  2 * (D + DV) bytes a key and group out of L2, at some 11 instructions of a warp a key: bound by bytes
+// A tile of 16 keys goes from memory into registers as the operands it is. S^T = K Q^T: lane 4 g + i reads 8
+// values of keys g and g + 8, two steps of 16, as it read q. O^T = V^T P^T: it reads values 8 g.. of keys 2 i,
+// 2 i + 1, + 8, + 9 and pairs them; row g of step j is value 8 g + 2 j, row g + 8 the next. A lane's columns
+// are heads 2 i and 2 i + 1 in both, so that maxima and sums stay where they are.
+// macros  HEADS (all of a group), D, DV, TYPE, OUT
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_FEW_MMA
+constexpr int NT = (HEADS + 7) / 8, CHUNKS = (D + 31) / 32, BLOCKS = (DV + 63) / 64;
+constexpr int RESIDENT = NT * (D + DV) <= 128 ? 4 : NT * (D + DV) <= 256 ? 3 : 2;
+static_assert(HEADS <= 16 && D % 8 == 0 && DV % 8 == 0, "16 bytes are read at a time");
+
+union Four {
+    uint4 all;
+    unsigned x[4];
+    __device__ void load(const TYPE* from, bool there) {
+        all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(128, RESIDENT)
+attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, const int* k_start,
+               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
+               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+               double scale) {
+    const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
+    __shared__ float tops[4][NT * 8], sums[4][NT * 8], parts[4][HEADS][DV];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
+    const unsigned rows = gridDim.x / (unsigned)G;
+    const Job job(n, indices, k_start, k_end, blockIdx.x % rows * G + blockIdx.x / rows, blockIdx.y);
+    const float c = float(scale * 1.4426950408889634);
+    const i64 first = job.row * H + job.head;
+    k += job.b * k_batch + job.group * k_group, v += job.b * v_batch + job.group * v_group;
+
+    Four q_s[NT][CHUNKS], k_s[CHUNKS][2];
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int x = 0; x < CHUNKS; x++)
+            q_s[t][x].load(q + (first + t * 8 + g) * D + 32 * x + 8 * i,
+                           t * 8 + g < HEADS && 32 * x + 8 * i < D);
+    const auto look_up = [&](int tile) { return job.key(job.lo + tile * 16 + lane % 16, S); };
+    const auto load_keys = [&](int id) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const i64 key = __shfl_sync(ALL, id, g + 8 * half);
+#pragma unroll
+            for (int x = 0; x < CHUNKS; x++)
+                k_s[x][half].load(k + key * k_key + 32 * x + 8 * i, key >= 0 && 32 * x + 8 * i < D);
+        }
+    };
+    float o[NT][4 * BLOCKS][4] = {}, m[NT][2], total[NT][2] = {};
+#pragma unroll
+    for (int t = 0; t < NT; t++) m[t][0] = m[t][1] = -CUDART_INF_F;
+    const int tiles = (job.hi - job.lo + 15) / 16;
+    int id = look_up(warp), next = look_up(warp + 4);
+    load_keys(id);
+    for (int tile = warp; tile < tiles; tile += 4) {
+        const unsigned there = __ballot_sync(ALL, id >= 0) >> g;
+        Four v_s[BLOCKS][4];
+#pragma unroll
+        for (int y = 0; y < 4; y++) {
+            const i64 key = __shfl_sync(ALL, id, y / 2 * 8 + 2 * i + y % 2);
+#pragma unroll
+            for (int x = 0; x < BLOCKS; x++)
+                v_s[x][y].load(v + key * v_key + 64 * x + 8 * g, key >= 0 && 64 * x + 8 * g < DV);
+        }
+        // 1. s = k . q in base 2, absent keys -inf; then the next keys may come
+        float s[NT][4] = {};
+        bool grows = false;
+#pragma unroll
+        for (int x = 0; x < 2 * CHUNKS; x++) {
+            const Four &a = k_s[x / 2][0], &b = k_s[x / 2][1];
+            const int y = x % 2 * 2;
+            const unsigned keys[4] = {a.x[y], b.x[y], a.x[y + 1], b.x[y + 1]};
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+                mma_m16n8k16(s[t], keys, q_s[t][x / 2].x[y], q_s[t][x / 2].x[y + 1], TYPE());
+        }
+        id = next, next = look_up(tile + 8);
+        load_keys(id);
+#pragma unroll
+        for (int t = 0; t < NT; t++)
+#pragma unroll
+            for (int x = 0; x < 4; x++) {
+                s[t][x] = there >> x / 2 * 8 & 1 ? s[t][x] * c : -CUDART_INF_F;
+                grows |= s[t][x] > m[t][x % 2] + 8;  // p up to 2^8 spares rescaling o
+            }
+        // 2. the new maxima
+        if (__any_sync(ALL, grows))
+#pragma unroll
+            for (int t = 0; t < NT; t++)
+#pragma unroll
+                for (int z = 0; z < 2; z++) {
+                    float top = fmaxf(fmaxf(s[t][z], s[t][z + 2]), m[t][z]);
+                    for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
+                    const float factor = top == m[t][z] ? 1 : exp2f(m[t][z] - top);
+                    m[t][z] = top, total[t][z] *= factor;
+#pragma unroll
+                    for (int x = 0; x < 4 * BLOCKS; x++) o[t][x][z] *= factor, o[t][x][z + 2] *= factor;
+                }
+        // 3. p = exp2(s - max), and o += p v
+        unsigned p[NT][2];
+#pragma unroll
+        for (int t = 0; t < NT; t++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float share[2];
+                for (int z = 0; z < 2; z++) {
+                    share[z] = exp2f(s[t][2 * half + z] - (m[t][z] == -CUDART_INF_F ? 0 : m[t][z]));
+                    total[t][z] += share[z];
+                }
+                p[t][half] = movmatrix_trans(cvt_rn_x2(share[0], share[1], TYPE()));
+            }
+#pragma unroll
+        for (int x = 0; x < 4 * BLOCKS; x++) {
+            const Four(&y)[4] = v_s[x / 4];
+            unsigned values[4];
+            for (int z = 0; z < 4; z++) {
+                const unsigned lo = y[z / 2 * 2].x[x % 4], hi = y[z / 2 * 2 + 1].x[x % 4];
+                values[z] = __byte_perm(lo, hi, z % 2 ? 0x7632 : 0x5410);
+            }
+#pragma unroll
+            for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
+        }
+    }
+    // 4. What the warps found, together
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int z = 0; z < 2; z++) {
+            for (int d = 4; d < 32; d *= 2) total[t][z] += __shfl_xor_sync(ALL, total[t][z], d);
+            const int h = t * 8 + 2 * i + z;
+            if (g == 0) tops[warp][h] = m[t][z], sums[warp][h] = total[t][z];
+        }
+    __syncthreads();
+    const auto top_of = [&](int h) {
+        return fmaxf(fmaxf(tops[0][h], tops[1][h]), fmaxf(tops[2][h], tops[3][h]));
+    };
+    const auto factor_of = [&](int w, int h) {
+        return tops[w][h] == -CUDART_INF_F ? 0 : exp2f(tops[w][h] - top_of(h));
+    };
+#pragma unroll
+    for (int t = 0; t < NT; t++)
+#pragma unroll
+        for (int z = 0; z < 2; z++) {
+            const int h = t * 8 + 2 * i + z;
+            if (h >= HEADS) continue;
+            const float factor = factor_of(warp, h);
+#pragma unroll
+            for (int x = 0; x < 4 * BLOCKS; x++) {
+                const int d = x / 4 * 64 + 8 * g + x % 4 * 2;
+                const float2 two = make_float2(o[t][x][z] * factor, o[t][x][z + 2] * factor);
+                if (d < DV) *(float2*)&parts[warp][h][d] = two;
+            }
+        }
+    __syncthreads();
+    const i64 at = (i64)blockIdx.y * rows * H + first;
+    for (int x = threadIdx.x; x < HEADS * DV; x += 128) {
+        const int h = x / DV;
+        float sum = 0, value = 0;
+        for (int w = 0; w < 4; w++) sum += sums[w][h] * factor_of(w, h), value += (&parts[w][0][0])[x];
+        const float log_sum = sum == 0 ? -CUDART_INF_F : (top_of(h) + log2f(sum)) * 0.6931471805599453f;
+        const float share = (sum == 0 ? 0 : 1 / sum) * (sink ? kept_share(sink[job.head + h], log_sum) : 1);
+        if (x % DV == 0) lse[at + h] = log_sum;
+        out[at * DV + x] = Rounded<OUT>::of(value * share);
     }
 }
 #endif
@@ -2313,6 +2601,82 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
         const ACC p = there ? exp(ACC(scale) * s[at * K + i] - whole) : 0;
         to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - delta) : 0);
         to[r * K + i] = Rounded<TYPE>::of(p);
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_backward_rows                       sparse_attention_backward of small heads: a row against its others
+//     p = exp2(scale a.a' log2(e) - norm.x),  ds = scale p (b.b' - norm.y);   d_a = sum ds a',  d_b = sum p b'
+// in    BY_KEY 0: a, b are rows of q and dout, the others k and v at list [T, K] i32, absent outside [0, S)
+//       BY_KEY 1: a, b are rows of k and v, the others those heads of q and dout that share them, of queries
+//       list[first[key]] .. list[first[key + 1] - 1], in their order
+//       norms [T, H]: logaddexp(lse, sink) in base 2, and dout . out; D, DV multiples of 8, at most 128
+// out   d_a, and BY_KEY d_b, of TYPE, every element written; runs agree bit for bit, as no sum is by atomics
+// grid  rows of a  block 128: a warp takes 32 / LANES others at a time, a lane 8 values of each
+// cost  2 * (D + DV) bytes a pair out of L2
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_BACKWARD_ROWS
+constexpr int LANES = D > 64 || DV > 64 ? 16 : 8;
+static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "LANES lanes read 16 bytes each");
+union Eight { uint4 all; TYPE x[8]; };
+
+__device__ void widened(float (&to)[8], const TYPE* from, bool there) {
+    Eight eight;
+    eight.all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 6)
+attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TYPE* other_b,
+                     const float2* norms, const int* list, const i64* first, TYPE* d_a, TYPE* d_b, i64 S,
+                     i64 H, i64 G, i64 K, double scale) {
+    __shared__ float parts[4][8 * 2 * LANES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
+    const int r = H / G, per_row = BY_KEY ? G : H, row = blockIdx.x / per_row, head = blockIdx.x % per_row;
+    const i64 own = blockIdx.x;
+    list += BY_KEY ? first[row] : row * K;
+    const int count = BY_KEY ? (int)(first[row + 1] - first[row]) * r : (int)K;
+    const float log2e = 1.4426950408889634f, c = float(scale);
+    float x[8], y[8], sum_a[8] = {}, sum_b[8] = {};
+    widened(x, a + own * D + at, at < D), widened(y, b + own * DV + at, at < DV);
+    const float2 own_norm = BY_KEY ? make_float2(0, 0) : norms[own];
+#pragma unroll 2
+    for (int j0 = warp * (32 / LANES); j0 < count; j0 += 4 * (32 / LANES)) {
+        const int j = j0 + lane / LANES, found = j < count ? list[BY_KEY ? j / r : j] : -1;
+        const bool there = found >= 0 && (BY_KEY || found < S);
+        const i64 other = !there ? 0 : BY_KEY ? found * H + head * r + j % r : found * G + head / r;
+        float p[8], q[8], s = 0, dp = 0;
+        widened(p, other_a + other * D + at, there && at < D);
+        widened(q, other_b + other * DV + at, there && at < DV);
+        const float2 norm = BY_KEY ? norms[other] : own_norm;
+#pragma unroll
+        for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
+#pragma unroll
+        for (int d = LANES / 2; d; d /= 2) s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
+        const float weight = there ? exp2f(s * c * log2e - norm.x) : 0;
+        const float ds = there ? c * weight * (dp - norm.y) : 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            sum_a[i] += ds * p[i];
+            if (BY_KEY) sum_b[i] += weight * q[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        for (int d = LANES; d < 32; d *= 2) {
+            sum_a[i] += __shfl_xor_sync(ALL, sum_a[i], d);
+            if (BY_KEY) sum_b[i] += __shfl_xor_sync(ALL, sum_b[i], d);
+        }
+        if (lane < LANES) parts[warp][at + i] = sum_a[i], parts[warp][8 * LANES + at + i] = sum_b[i];
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < (BY_KEY ? 16 : 8) * LANES; d += 128) {
+        const float sum = parts[0][d] + parts[1][d] + parts[2][d] + parts[3][d];
+        const int v = d - 8 * LANES;
+        if (d < D) d_a[own * D + d] = Rounded<TYPE>::of(sum);
+        if (v >= 0 && v < DV) d_b[own * DV + v] = Rounded<TYPE>::of(sum);
     }
 }
 #endif

@@ -4107,7 +4107,7 @@ def test_what_is_no_communicator_is_refused(dsa):
             lambda comm=comm: dsa.sharded_attention(p.q, *p.kv, *p.index, dsa.DSAConfig(), comm),
         ]
         for call in calls:
-            with pytest.raises(TypeError, match="^comm is .*communicator"):
+            with pytest.raises(TypeError, match=r"^comm is .*communicator"):
                 call()
 
 
@@ -4306,11 +4306,17 @@ def ranks_traffic(dsa, comm):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def cupy(dsa):
+@pytest.fixture(scope="session", params=[False, True], ids=["", "portable"])
+def cupy(dsa, request):
+    """CuPy; a Hopper card also runs what others do."""
     if "cupy" not in array_libraries():
         pytest.skip("needs CuPy and a GPU")
-    return poisoned(importlib.import_module("cupy"))
+    cupy = poisoned(importlib.import_module("cupy"))
+    if request.param and int(cupy.cuda.Device().compute_capability) < 90:
+        pytest.skip("this GPU runs portable kernels in any case")
+    dsa.PORTABLE_KERNELS = request.param
+    yield cupy
+    dsa.PORTABLE_KERNELS = False
 
 
 def to(cupy, x):
@@ -4333,7 +4339,28 @@ def test_a_missing_kernel_file_says_where_to_put_it(dsa, monkeypatch, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=re.escape(f"dsa_kernels.cu is missing, expected it beside {tmp_path}")
     ):
-        dsa._kernel(0, "select_topk", ())
+        dsa.Kernel(dsa.Chip(0, 90, 0, 1), "select_topk", 512).compile()
+
+
+def test_that_kernels_compile_is_said_once(dsa, capsys, monkeypatch):
+    """They compile side by side; what takes over a second is said, the first time; an error is raised."""
+    dsa.say_that_it_compiles.cache_clear()
+    under_way = threading.Barrier(3)
+
+    def compile_slowly(kernel):
+        under_way.wait(timeout=60)
+        threading.Event().wait(1.2)
+        kernel.function = len
+
+    for said in (1, 0):
+        monkeypatch.setattr(dsa.Kernel, "compile", compile_slowly)
+        kernels = [dsa.Kernel(dsa.Chip(0, 90, 0, 1), "gather", 256) for _ in range(3)]
+        dsa.compile_together(*kernels)
+        monkeypatch.setattr(dsa.Kernel, "compile", lambda kernel: 1 / 0)
+        dsa.compile_together(*kernels)  # nothing is left to compile
+        assert capsys.readouterr().err.count("compiling") == said
+    with pytest.raises(ZeroDivisionError):
+        dsa.compile_together(dsa.Kernel(dsa.Chip(0, 90, 0, 1), "gather", 256))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -4543,21 +4570,21 @@ def test_neither_place_nor_chip_nor_run_changes_a_bit(dsa, cupy, monkeypatch):
     shapes = (3, 5, 128, 576), (3, 900, 1, 576), (3, 5, 64, 128), (3, 900, 128)
     *x, index_q, index_k = (cupy.asarray(normal(rng, *shape).astype(BFLOAT16)) for shape in shapes)
     index = index_q, index_k, cupy.asarray(normal(rng, 3, 5, 64).astype(F32))
-    launch = dsa._launch
+    launch = dsa.Kernel.__call__
 
     def run(q, k, *index):
         indices = dsa.lightning_select(*index, 200)
         return indices, *dsa.sparse_attention(q, k, None, indices, d_v=512)
 
-    def fewer(name, grid, *args, **kwargs):
-        launch(name, (7,) if name == "attend_wgmma" else grid, *args, **kwargs)
+    def fewer(kernel, grid, *args, **kwargs):
+        launch(kernel, (7,) if kernel.name == "attend_wgmma" else grid, *args, **kwargs)
 
     expected = back(run(*x, *index))
     again = back(run(*x, *index))
     assert_same(again, expected)
     turned = back(run(*(cupy.ascontiguousarray(y[[2, 0, 1]]) for y in (*x, *index))))
     assert_same(turned, tuple(y[[2, 0, 1]] for y in expected))
-    monkeypatch.setattr(dsa, "_launch", fewer)
+    monkeypatch.setattr(dsa.Kernel, "__call__", fewer)
     on_fewer = back(run(*x, *index))
     assert_same(on_fewer, expected)
 
@@ -4605,9 +4632,10 @@ def test_lightning_select_in_chunks(dsa, cupy, monkeypatch):
 @pytest.mark.parametrize("blocks", [2, 4, 8, 16])
 def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
     """Candidates in every block, in one, too many for it, too few; ties, holes, forced keys: as NumPy."""
-    if int(cupy.cuda.Device().compute_capability) < 90:
+    if int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS:
         pytest.skip("needs clusters of blocks")
-    monkeypatch.setattr(dsa, "_blocks_of_row", lambda *_: blocks)
+    monkeypatch.setattr(dsa, "topk_plan", dsa.topk_plan.__wrapped__)
+    monkeypatch.setattr(dsa, "blocks_of_row", lambda *_: blocks)
     rng, S = np.random.default_rng(9), 30_003
     x = rng.standard_normal((4, S))
     rows = {
@@ -4637,12 +4665,121 @@ def test_scores_of_few_queries_in_fp8(dsa, cupy, batch, T, J, S):
         found = dsa.index_scores(*to(cupy, index), **to(cupy, kwargs))
         assert_same(found.get(), dsa.index_scores(*index, **kwargs))
     q, k, w = (rng.standard_normal(x.shape).astype(F32) for x in values)
-    index = dsa.quantize_fp8(q)[0], dsa._pack(k, 0), w
+    index = dsa.quantize_fp8(q)[0], dsa.packed(k, 0), w
     expected = dsa.index_scores(*index)
     seen = expected > -INF
     found = dsa.index_scores(*to(cupy, index)).get()
     np.testing.assert_array_equal(found > -INF, seen)
     assert np.abs(found[seen] - expected[seen]).max() <= 1e-3 * np.abs(expected[seen]).max()
+
+
+@pytest.mark.parametrize(
+    "J, E, dtype", [(64, 128, "e4m3"), (32, 128, "e4m3"), (31, 128, "e4m3"), (64, 128, BFLOAT16)]
+)
+def test_prefill_and_decode_sum_in_one_order(dsa, cupy, J, E, dtype):
+    """A query's scores have the same bits alone, among few and among many: all select alike."""
+    rng, T, S = np.random.default_rng(15), 40, 1500
+    q, k, w = (normal(rng, 2, *shape).astype(F32) for shape in ((T, J, E), (S, E), (T, J)))
+    q, k = (
+        (dsa.quantize_fp8(q)[0], dsa.packed(k, 0)) if dtype == "e4m3" else (q.astype(dtype), k.astype(dtype))
+    )
+    q, k, w, end = to(cupy, [q, k, w, rng.integers(0, S + 1, (2, T))])
+    many = dsa.index_scores(q, k, w, k_end=end).get()
+    for part in (slice(0, 1), slice(3, 5), slice(12, 20), slice(9, 30)):
+        few = dsa.index_scores(q[:, part], k, w[:, part], k_end=end[:, part])
+        np.testing.assert_array_equal(few.get().view(np.uint32), many[:, part].view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, F16], ids=str)
+@pytest.mark.parametrize(
+    "H, G, D, Dv", [(4, 4, 64, 64), (8, 2, 128, 128), (7, 1, 40, 24), (20, 2, 64, 128), (3, 3, 256, 8)]
+)
+def test_heads_that_share_few_queries(dsa, cupy, H, G, D, Dv, dtype):
+    """Up to 16 heads of a group, in splits and in one; absent tiles, rows and NaN that no row selects."""
+    rng, S, sink = np.random.default_rng(16), 700, normal(np.random.default_rng(17), H).astype(F32)
+    for T, K in ((1, 650), (150, 90), (3, 5)):
+        q, k, v = (normal(rng, *shape).astype(dtype) for shape in ((T, H, D), (S, G, D), (S, G, Dv)))
+        k[9], v[9], indices = NAN, NAN, rng.integers(10, S, (T, K)).astype(np.int32)
+        indices[rng.random(indices.shape) < 0.1], indices[:, : K // 2], indices[T // 2 :: 7, :] = -1, -1, -1
+        q[-1] *= 30  # maxima that grow from tile to tile
+        indices[-1, -3:] = 20
+        expected = dsa.sparse_attention(*(x.astype(F64) for x in (q, k, v)), indices, sink=sink.astype(F64))
+        found = back(dsa.sparse_attention(*to(cupy, (q, k, v, indices)), sink=to(cupy, sink)))
+        assert_close(found[0].astype(F64), expected[0], TOLERANCE[dtype])
+        assert_close(found[1], expected[1], 1e-3)
+        windows = {"k_start": rng.integers(10, 300, T), "k_end": rng.integers(0, S, T)}
+        expected = dsa.dense_attention(*(x.astype(F64) for x in (q, k, v)), **windows)
+        found = back(dsa.dense_attention(*to(cupy, (q, k, v)), **to(cupy, windows)))
+        assert_close(found[0].astype(F64), expected[0], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, F16], ids=str)
+@pytest.mark.parametrize("H, G, D, Dv", [(3, 3, 64, 64), (4, 1, 40, 24), (8, 2, 128, 64)])
+def test_gradients_of_small_heads(dsa, cupy, H, G, D, Dv, dtype):
+    """Near float64; a key of all queries, keys of none, NaN that no row selects; the same bits again."""
+    rng, T, S, K = np.random.default_rng(20), 50, 90, 30
+    q, k, v, dout = (
+        normal(rng, 2, *shape).astype(dtype) for shape in ((T, H, D), (S, G, D), (S, G, Dv), (T, H, Dv))
+    )
+    indices, sink = rng.integers(5, S, (2, T, K)).astype(np.int32), normal(rng, H).astype(F32)
+    indices[rng.random(indices.shape) < 0.1], indices[..., 0], indices[:, 7], k[:, 2], v[:, 2] = (
+        -1,
+        6,
+        -1,
+        NAN,
+        NAN,
+    )
+    out, lse = dsa.sparse_attention(q, k, v, indices, sink=sink)
+    args, wide = (q, k, v, indices, out, lse, dout), lambda x: x if x is indices else x.astype(F64)
+    expected = dsa.sparse_attention_backward(*map(wide, args), sink=sink.astype(F64))
+    runs = [back(dsa.sparse_attention_backward(*to(cupy, args), sink=to(cupy, sink))) for _ in range(2)]
+    for found, e, like in zip(runs[0], expected, (q, k, v, sink)):
+        assert found.dtype == like.dtype and found.shape == like.shape
+        assert_close(found.astype(F64) / np.abs(e).max(), e / np.abs(e).max(), TOLERANCE[dtype])
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("T", [3, 130])
+def test_rows_that_a_block_holds(dsa, cupy, T):
+    """Every length to 16,384 that fills registers or does not; ties, holes, denormals, NaN; any alignment."""
+    rng = np.random.default_rng(18)
+    for S in (1, 9, 100, 4096, 4099, 8190, 8193, 16384) if T < 9 else (9, 8192, 12_001):
+        x = rng.standard_normal((T, S))
+        rows = [
+            x,
+            np.round(4 * x),
+            0 * x,
+            np.sort(x),
+            np.where(x > 1.5, x, -INF),
+            x * 1e-42,
+            np.where(x > 2, NAN, x),
+        ]
+        start, end = rng.integers(0, S + 1, (2, T))
+        for scores, top_k, windows in itertools.product(
+            rows, (1, 72, 2048), ({}, {"k_start": start, "k_end": end})
+        ):
+            scores = scores.astype(F32)
+            found = dsa.select_topk(cupy.asarray(scores), top_k, **to(cupy, windows)).get()
+            scores[np.isnan(scores)] = -INF  # kernels do not check: it is never selected
+            np.testing.assert_array_equal(found, dsa.select_topk(scores, top_k, **windows))
+
+
+def test_portable_kernels_can_be_asked_for(dsa, cupy, monkeypatch):
+    """One setting, for what is called from then on: nothing of Hopper's is launched."""
+    launch, names = dsa.Kernel.__call__, set()
+
+    def note(kernel, *args, **kwargs):
+        names.add(kernel.name)
+        launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(dsa.Kernel, "__call__", note)
+    rng = np.random.default_rng(19)
+    q, k, index_q, index_k = (normal(rng, *shape).astype(BFLOAT16) for shape in (
+        (2, 64, 576), (20_000, 1, 576), (2, 64, 128), (20_000, 128)))  # fmt: skip
+    args = to(cupy, (index_q, index_k, normal(rng, 2, 64).astype(F32)))
+    dsa.sparse_attention(*to(cupy, (q, k)), None, dsa.lightning_select(*args, 99), d_v=512)
+    portable = dsa.PORTABLE_KERNELS or cupy.cuda.Device().compute_capability != "90"
+    assert portable == (not any(name.endswith(("wgmma", "cluster")) for name in names)), names
 
 
 def test_arrays_that_are_not_contiguous_or_aligned(dsa, cupy):
@@ -4687,12 +4824,14 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("index_scores_mma", {"ELEMENT": x, "J": 64, "E": 128, "PITCH": 128, "HEADS": 64, "TILES": 4})
       for x in (BF16, HALF, CODES)),
     ("index_scores_mma", {"ELEMENT": BF16, "J": 3, "E": 31, "PITCH": 32, "HEADS": 8, "TILES": 4}),
-    *(("index_scores_few_wgmma", {"J": heads, "ALIGNED": x}) for heads, x in ((64, 1), (31, 0))),
+    *(("index_scores_few_wgmma", {"J": J}) for J in (32, 64)),
     *(("index_scores_wgmma", {"ELEMENT": x, "J": J, "E": E}) for x, J, E in (
         (CODES, 64, 128), (CODES, 32, 128), (BF16, 64, 128), (BF16, 32, 128), (HALF, 128, 64))),
     *(("select_topk", {"REAL": x, "BLOCK": block, "ROOM": 2**15})
       for x in (FLOAT, DOUBLE) for block in (512, 1024)),
     ("select_topk", {"REAL": FLOAT, "BLOCK": 512, "ROOM": 2**14}),
+    *(("select_topk_held", {"REAL": FLOAT, "BLOCK": block, "HELD": held, "ROOM": 16})
+      for block, held in ((512, 8), (512, 16), (512, 32), (1024, 8), (1024, 16))),
     *(("select_topk_cluster", {"REAL": x, "BLOCK": 512, "BLOCKS": blocks, "ROOM": 2**15})
       for x in (FLOAT, DOUBLE) for blocks in (2, 16)),
     *(("attend", {"HEADS": heads, "COLUMNS": columns, "TIED": int(x == HALF), "QT": x, "KT": x, "VT": x,
@@ -4700,6 +4839,11 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
       for x in (FLOAT, DOUBLE, HALF, BF16) for heads, columns in ((1, 1), (8, 4))),
     ("attend", {"HEADS": 8, "COLUMNS": 4, "QT": FLOAT, "KT": CODES, "VT": CODES, "OUT": FLOAT, "ACC": FLOAT,
                 **PACKED}),
+    *(("attend_few_mma", {"HEADS": heads, "D": D, "DV": Dv, "TYPE": x, "OUT": out})
+      for x, out in ((BF16, BF16), (HALF, FLOAT))
+      for heads, D, Dv in ((1, 64, 64), (4, 128, 128), (16, 128, 128), (7, 256, 256), (3, 40, 24))),
+    *(("attend_backward_rows", {"TYPE": x, "D": D, "DV": Dv, "BY_KEY": key})
+      for x in (BF16, HALF) for D, Dv in ((64, 64), (128, 128), (40, 24)) for key in (0, 1)),
     ("attend_mma", {**V32, **PLAIN, "TIED": 1, "TYPE": BF16, "OUT": BF16, "VEC": 16, "VVEC": 16}),
     ("attend_mma", {**V32, **PACKED, "TYPE": BF16, "OUT": FLOAT, "VEC": 4, "VVEC": 4}),
     *(("attend_wgmma", {"D": d, "DV": 512, "HEADS": 64, "TIED": 1, "TYPE": x, "OUT": out, **packed})
