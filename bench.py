@@ -1284,12 +1284,6 @@ QUICK_DIMS |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 KEY_WEIGHTS = ("wkv_a", "kv_norm", "indexer.wk", "indexer.k_norm", "indexer.k_norm.bias")
 
 
-def layer_shapes(d: dsa.LayerDims, **n: int) -> dict[str, list[int]]:
-    """The weights' shapes, given dim and the ranks."""
-    n |= vars(d)
-    return {name: [eval(x, {}, n) for x in axes.split()] for name, (_, axes) in dsa.WEIGHTS.items()}
-
-
 def random_weights(shapes) -> dict[str, np.ndarray]:
     """Matrices keep the size of what they multiply; the norms' weights are near 1, the bias near 0."""
 
@@ -1310,7 +1304,7 @@ class LayerRun:
         self.bench, quick = bench, bench.args.quick
         self.chunk, ranks, dims = (64, QUICK, QUICK_DIMS) if quick else (512, WIDE, dict[str, Any]())
         self.dim, d, one = ranks["dim"], dsa.LayerDims(**dims), dims | {"n_heads": 1, "index_n_heads": 1}
-        shapes, self.top_k = layer_shapes(d, **ranks), d.index_topk
+        shapes, self.top_k = d.shapes(**ranks), d.index_topk
         meminfo = Path("/proc/meminfo")
         text = meminfo.read_text() if meminfo.exists() else "MemAvailable: 8000000"
         held = 4 * sum(map(math.prod, shapes.values()))
@@ -1321,7 +1315,7 @@ class LayerRun:
             raise SystemExit(f"layer: it needs {size(held)}, and {size(held + self.left)} are free")
         weights = random_weights(shapes)
         # What a token leaves in a cache depends on no head: a layer with one of each fills it for little.
-        keys = random_weights(layer_shapes(dsa.LayerDims(**one), **(ranks | {"q_lora_rank": 1})))
+        keys = random_weights(dsa.LayerDims(**one).shapes(**(ranks | {"q_lora_rank": 1})))
         keys |= {name: weights[name] for name in KEY_WEIGHTS}
         self.layers = {name: dsa.DSALayer(weights, **dims, **x) for name, x in INDEXERS.items()}
         self.keys = {name: dsa.DSALayer(keys, **one, **x) for name, x in INDEXERS.items()}

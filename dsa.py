@@ -64,7 +64,7 @@ __version__ = "0.1.0"
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[str, str], Any] = {}  # (stage, library): what runs a stage on the arrays of that library
-CODES: dict[tuple[str, str], Any] = {}  # (stage, dtype): the axes of arrays in a code, and what decodes them
+CODES: dict[Any, Any] = {}  # (stage, dtype): the axes of arrays in a code, and what decodes them
 
 
 def stage(declared, most=lambda n: 64):
@@ -99,7 +99,7 @@ def stage(declared, most=lambda n: 64):
                 return KERNELS[name, n["xp"].__name__](n, **given)
             return in_blocks(block, arrays, results, n, decode(n, given) if decode else given, most(n))
 
-        run.block = block
+        run.block = block  # type: ignore[attr-defined]
         title, _, text = block.__doc__.partition("\n")
         run.__doc__ = f"{title}\n\n    {declared}\n{text}"
         return run
@@ -937,7 +937,8 @@ def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    n, owner = {"xp": xp}, {}
+    n: dict[str, Any] = {"xp": xp}
+    owner: dict[str, str] = {}
     for name, (axes, dtypes) in declared.items():
         x = given[name]
         if x is None and name in optional:
@@ -1141,7 +1142,7 @@ def share_blas(me, hold):
 
 
 if hasattr(os, "register_at_fork"):  # the calls that are under way are the parent's
-    os.register_at_fork(after_in_child=lambda: (BLAS_USERS.clear(), BLAS_OWNER.clear()))
+    os.register_at_fork(after_in_child=lambda: [x.clear() for x in (BLAS_USERS, BLAS_OWNER)])
 
 
 def quietly(work):
@@ -1691,12 +1692,13 @@ def write_session(cache, path, names, **more):
     data = {name: np.ascontiguousarray(on_host(cache.stored(name))).view(np.uint8) for name in names}
     keys = ("batch", "capacity", "storage", "grow", "qk_rope_head_dim", "streams")
     meta = {key: getattr(cache, key) for key in keys} | {"lengths": cache.lengths.tolist()}
-    meta |= more | {"order": sys.byteorder, "sums": {name: zlib.crc32(x) for name, x in data.items()}}
+    meta |= more | {"order": sys.byteorder, "sums": {name: zlib.crc32(x.data) for name, x in data.items()}}
     beside = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         with open(beside, "wb") as file:
             text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-            np.savez(file, meta=text, **{f"stream_{name}": x for name, x in data.items()})
+            streams: Any = {f"stream_{name}": x for name, x in data.items()}
+            np.savez(file, meta=text, **streams)
         os.replace(beside, path)
     finally:
         Path(beside).unlink(missing_ok=True)
@@ -1753,10 +1755,13 @@ class HybridKVCache(KVCache):
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
-        self.path, self._kept = None if path is None else os.path.abspath(path), path is not None
+        self.path: Any = None if path is None else os.path.abspath(path)
+        self._kept = path is not None
         self._process = os.getpid()
         self._reader: dict[str, object] = {}  # who has the fast tier; of a lock nobody could be the holder
         self._slow: Any = None
+        self._file: Any = None
+        self._slot_of: Any = None
         self._discard: Any = lambda: None
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         super().__init__(capacity, **kwargs)
@@ -2464,7 +2469,7 @@ def read_layer(path, layer):
     prefixes = {split_name(name)[0] for name in found if split_name(name)[2] == "kv_norm"}
     found = {name: x for name, x in found.items() if not prefixes or split_name(name)[0] in prefixes}
     expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
-    return dequantized({name: decoded(name, *tensor) for name, tensor in found.items()})
+    return dequantized({name: tensor_of(name, *tensor) for name, tensor in found.items()})
 
 
 def read_safetensors(path, layer):
@@ -2495,7 +2500,7 @@ def read_safetensors(path, layer):
             yield name, dtype, shape, np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
 
 
-def decoded(name, dtype, shape, x):
+def tensor_of(name, dtype, shape, x):
     """A tensor out of its bytes: bfloat16 as float32, e8m0 as powers of two, e4m3 as its codes."""
     for pattern, kind in REFUSED.items():
         other = re.search(pattern, f"{name} {dtype}")
@@ -3684,7 +3689,30 @@ def gpu_predictive_select(
     return gpu_select_rows(n, top_k, (k_start, k_end), forced, scored)
 
 
+def gpu_slow_tier(cache, shape, before):
+    """The slow tier as an array of CuPy's in pinned memory of the host, where kernels reach it."""
+    cuda, nbytes = cache.xp.cuda, math.prod(shape) * cache.dtype.itemsize
+    memory = cuda.alloc_pinned_memory(nbytes)
+    owner = lambda: memory  # noqa: E731
+    weakref.finalize(owner, cuda.Device().synchronize).atexit = False  # who still reads it does so until here
+    slow = cache.xp.ndarray(
+        shape, cache.dtype, cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, owner), 0)
+    )
+    if before is not None:
+        slow[: len(before)] = before
+    return slow
+
+
+def gpu_rounded_to_fp8(x):
+    """rounded_to_fp8 in bfloat16, which is exact, and what tensor cores take."""
+    import ml_dtypes
+
+    return dequantize_fp8(*quantize_fp8(x)).astype(ml_dtypes.bfloat16)
+
+
 GPU = {
+    "slow_tier": gpu_slow_tier,
+    "rounded_to_fp8": gpu_rounded_to_fp8,
     "index_scores": gpu_index_scores,
     "select_topk": gpu_select_topk,
     "lightning_select": gpu_lightning_select,

@@ -1992,7 +1992,8 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
     """Four at once, while the fast tier is far too small for what they ask; and it is right when they end."""
     p, rng = tokens(0, (2,), 300), np.random.default_rng(0)
     asked = [np.sort(rng.integers(0, 300, (2, 1, 30)), axis=-1) for _ in range(40)]
-    wrong, interval = [], sys.getswitchinterval()
+    wrong: list[int] = []
+    interval = sys.getswitchinterval()
     with new_cache(dsa, kind, p, 300, 50, 3) as cache, new_cache(dsa, "KVCache", p, 300) as plain:
         plain.append(**streams_of(p)), cache.append(**streams_of(p))
         expected = [plain.attend(p.q[:, :1], indices) for indices in asked]
