@@ -23,7 +23,7 @@ Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
          that does not exist. Each names the argument, its value and what was expected, and changes nothing.
 
-Part I, down to the line that says `cut here`, is the method and works alone: 1 stages, 2 the indexer and its
+Part I, all above the cut line, is the method and works alone: 1 stages, 2 the indexer and its
 selection, 3 attention, 4 windows and batches, 5 all of DSA, 6 the cache, 7 checks, 8 threads. Part II adds
 selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
 """
@@ -60,6 +60,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 __version__ = "0.1.0"
+__all__ = [  # noqa: RUF022, in the order of the file
+    "index_scores", "select_topk", "lightning_select", "dense_attention", "sparse_attention",
+    "merge_attention", "apply_sink", "padded_window", "packed_window", "pad_batch", "SELECTION_RATIOS",
+    "SELECTORS", "DSAConfig", "dsa_attention", "KVCache", "set_num_threads", "get_num_threads",
+]  # fmt: skip
 
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
@@ -1198,6 +1203,12 @@ def buffer(name, shape, dtype):
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
 
+__all__ += [  # noqa: RUF022
+    "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
+    "unpack_kv_fp8", "HybridKVCache", "LayerDims", "DSALayer", "sparse_attention_backward",
+    "attention_target", "indexer_loss", "learned_loss", "sharded_select", "sharded_attention",
+    "PORTABLE_KERNELS",
+]  # fmt: skip
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
@@ -2160,8 +2171,10 @@ class DSALayer:
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
         n = dims(self.xp, x=(x, "B T dim"))
-        if starts is not None:
-            return self._left_padded(n, x, cache, lengths, starts, indices, core)
+        if starts is not None:  # turned to stand right-padded, and back at the end
+            at, back, lengths = self._turns(n, lengths, starts)
+            x = reordered("x", x, at)
+            indices = None if indices is None else reordered("indices", indices, at)
         expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
@@ -2169,14 +2182,7 @@ class DSALayer:
         new = check_lengths(lengths, n["B"], n["T"])
         finite = self.xp is not np or np.isfinite(x[np.arange(n["T"]) < new[:, None]]).all()
         expect(finite, "x", "NaN or infinite in a real token", "finite numbers")  # a GPU would wait for it
-        start = np.zeros(n["B"], np.int64)
-        if cache is not None:
-            check_type("cache", cache, KVCache)
-            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-            needs = (self.streams, self.dims.qk_rope_head_dim, n["B"])
-            own = f"{needs}, as new_cache makes it"
-            expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
-            start = cache.lengths
+        start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
         k_end = causal_end(start, new, n["T"])
         if indices is not None:
             shape = {"...": (n["B"],), "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
@@ -2192,28 +2198,32 @@ class DSALayer:
             if selected is None:
                 ends = self.xp.asarray(k_end)
                 selected = self._select(indexer, tokens["index_k"], cache, start + new, ends)
-            y = projected(self._core(w, q, tokens["k"], selected, cache, core), w["wo"])
-            return y.astype(x.dtype), selected
+            y = projected(self._core(w, q, tokens["k"], selected, cache, core), w["wo"]).astype(x.dtype)
+            return (
+                (y, selected)
+                if starts is None
+                else (reordered("y", y, back), reordered("indices", selected, back))
+            )
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
-    def _left_padded(self, n, x, cache, lengths, starts, indices, core):
-        """A call with starts: each sequence turned around to stand right-padded, and its results back."""
-        B, T, starts = n["B"], n["T"], np.asarray(starts)
+    def _lengths_in(self, cache, batch):
+        check_type("cache", cache, KVCache)
+        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+        needs = (self.streams, self.dims.qk_rope_head_dim, batch)
+        own = f"{needs}, as new_cache makes it"
+        expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
+        return cache.lengths
+
+    def _turns(self, n, lengths, starts):
+        """Of a left-padded batch the tokens' order right-padded [B, T], the order back, and lengths [B]."""
+        starts, shape, T = np.asarray(starts), (n["B"],), n["T"]
         expect(lengths is None, "lengths", lengths, "None with starts")
-        fits = starts.dtype.kind in "iu" and starts.shape == (B,) and ((starts >= 0) & (starts <= T)).all()
-        expect(fits, "starts", starts.tolist(), f"{B} integers from 0 to {T}")
+        fits = starts.dtype.kind in "iu" and starts.shape == shape and ((starts >= 0) & (starts <= T)).all()
+        expect(fits, "starts", starts.tolist(), f"{n['B']} integers from 0 to {T}")
         starts = starts.astype(np.int64)
-
-        def turned(rows, by):
-            at = (np.arange(T) + by[:, None]) % max(T, 1)
-            return rows[self.xp.arange(B)[:, None], self.xp.asarray(at)]
-
-        if indices is not None:
-            check_indices("indices", indices, {"...": (B,), "T": T, "S": 2**31, "xp": self.xp})
-            indices = turned(indices, starts)
-        y, indices = self(turned(x, starts), cache, lengths=T - starts, indices=indices, core=core)
-        return turned(y, -starts), turned(indices, -starts)
+        at, back = ((np.arange(T) + by[:, None]) % max(T, 1) for by in (starts, -starts))
+        return at, back, T - starts
 
     def _top_k(self, num_keys):
         (layer, n_layers), dense = self._place, self.config.fallback_dense_threshold
@@ -2315,6 +2325,13 @@ class DSALayer:
             heads = (q_h[..., None, :], keys, values[..., None, :])
             out[:, h : h + some] = sparse_attention(*heads, same, scale=d.softmax_scale())[0][..., 0, :]
         return out
+
+
+def reordered(name, x, at):
+    """x [B, T, ...] with each sequence's tokens in the order of at [B, T]."""
+    xp = library(name, x)
+    expect(x.shape[:2] == at.shape, name, f"of shape {x.shape}", f"{at.shape} tokens")
+    return x[xp.arange(len(x))[:, None], xp.asarray(at)]
 
 
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
@@ -3728,5 +3745,6 @@ GPU = {
     "target_in_set": gpu_attention_target,
     "loss_of_rows": gpu_indexer_loss,
     "by_rows": lambda n, x, weight: projected(x, weight),
+    "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}

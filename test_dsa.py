@@ -25,6 +25,7 @@ import doctest
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -2614,6 +2615,34 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"starts": [1, 2]}, {"lengths": [3, 0], "core": "expanded"}], ids=str)
+def test_a_call_that_is_interrupted_at_any_of_its_lines_leaves_its_cache(dsa, hidden, kwargs):
+    """Ctrl-C at each line of the layer's own code, in turn, until a call gets through."""
+    layer, cut = dsa.DSALayer(layer_weights(), **SMALL), 0
+    source, first = inspect.getsourcelines(dsa.DSALayer)
+    while True:
+        cache, lines, cut = layer.new_cache(2, 9, "float64"), itertools.count(1), cut + 1
+        layer(hidden[:, :2], cache)
+
+        def interrupt(frame, event, _, lines=lines, at=cut):
+            own = frame.f_code.co_filename == dsa.__file__ and first <= frame.f_lineno < first + len(source)
+            if own and event == "line" and next(lines) == at:
+                raise KeyboardInterrupt
+            return interrupt if own else None
+
+        before, traced = snapshot(cache), sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            layer(hidden[:, 2:5], cache, **kwargs)
+            break
+        except KeyboardInterrupt:
+            sys.settrace(traced)
+            assert snapshot(cache) == before
+        finally:
+            sys.settrace(traced)
+    assert cut > 40 and snapshot(cache) != before
+
+
 def test_a_layer_without_indexer_takes_the_indices_of_another(dsa, hidden):
     """Index sharing: same weights and same indices, same output, also through a cache of latents only."""
     layer, w = dsa.DSALayer(layer_weights(), **SMALL), layer_weights(indexer=False)
@@ -2713,7 +2742,7 @@ SIZES = {
 V32_CONFIG, GLM_CONFIG = ({**SIZES, "model_type": name} for name in ("deepseek_v32", "glm_moe_dsa"))
 YARN: dict[str, Any] = {"factor": 40, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 YARN_5 = YARN | {"rope_type": "yarn", "rope_theta": 5000.0}  # as transformers 5 writes it
-BOTH_ONE = {"mscale": 1.0, "mscale_all_dim": 1.0}
+BOTH_MSCALES = {"mscale": 1.0, "mscale_all_dim": 1.0}
 
 
 def with_yarn(**more):
@@ -2729,12 +2758,12 @@ OF_YARN_5: dict[str, Any] = {"length": 64, "theta": 5000.0}
 PLAIN_FACTOR = OF_YARN_5 | {"mscale": 0.0, "on_rope": yarn_factor(1)}
 CONFIGS: dict[str, Any] = {  # what config.json says, and what layer_by_loops computes for it
     "hub": (
-        V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": YARN | BOTH_ONE | {"type": "yarn"}},
+        V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": YARN | BOTH_MSCALES | {"type": "yarn"}},
         {"length": 64},
     ),
     "no scaling": (V32_CONFIG | {"rope_theta": 8e6, "rope_scaling": None}, NO_YARN | {"theta": 8e6}),
     "sizes alone": (SIZES, NO_YARN),
-    "transformers 5": (with_yarn(**BOTH_ONE), OF_YARN_5),
+    "transformers 5": (with_yarn(**BOTH_MSCALES), OF_YARN_5),
     "mscales": (
         with_yarn(mscale=0.7, mscale_all_dim=1.3),
         OF_YARN_5 | {"mscale": 1.3, "on_rope": yarn_factor(0.7) / yarn_factor(1.3)},
@@ -2742,7 +2771,7 @@ CONFIGS: dict[str, Any] = {  # what config.json says, and what layer_by_loops co
     "one mscale": (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
     "neither": (with_yarn(beta_fast=None), PLAIN_FACTOR),
     "mscale of 0": (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
-    "attention_factor": (with_yarn(attention_factor=1.7, **BOTH_ONE), OF_YARN_5 | {"on_rope": 1.7}),
+    "attention_factor": (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     "no factor": (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     "no length": (
         with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64},
@@ -3124,7 +3153,7 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         assert step[b, 0][step[b, 0] >= 0].tolist() == [s for s in row if s >= 0]
         assert_close(step_y[b, 0], y[b, n - 1], 1e-12)
     assert (indices[1, 17:] == -1).all()
-    rope = YARN | BOTH_ONE | {"type": "yarn", "original_max_position_embeddings": 4096}
+    rope = YARN | BOTH_MSCALES | {"type": "yarn", "original_max_position_embeddings": 4096}
     known = V32_CONFIG | {"num_hidden_layers": n_layers, "rope_scaling": rope}
     write_checkpoint(tmp_path, w, known, layer)
     loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config)
@@ -3162,7 +3191,7 @@ TINY: dict[str, Any] = SIZES | {
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict]] = {
     "v32": ("DeepseekV32", {}),
-    "v32, YaRN": ("DeepseekV32", {"rope_parameters": YARN_5 | BOTH_ONE}),
+    "v32, YaRN": ("DeepseekV32", {"rope_parameters": YARN_5 | BOTH_MSCALES}),
     "v32, mscales": ("DeepseekV32", {"rope_parameters": YARN_5 | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
     "v32, neither": ("DeepseekV32", {"rope_parameters": YARN_5}),
     "v32, attention_factor": ("DeepseekV32", {"rope_parameters": YARN_5 | {"attention_factor": 1.7}}),
