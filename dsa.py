@@ -1627,7 +1627,7 @@ class Entries:
 
 
 def attend_to_rows(cache, q, indices, rows, **kwargs):
-    """sparse_attention where rows(b, used) are the entries of sequence b's used keys; no other is decoded."""
+    """sparse_attention, where rows(b, used) are entries of sequence b's used keys: none else is decoded."""
     parts = []
     for b, own in enumerate(on_host(indices)):
         used = np.unique(own[own >= 0])
@@ -1654,6 +1654,8 @@ CODES |= {
     (name, np.dtype(np.uint8)): CODED for name in ("index_scores", "lightning_select", "predictive_select")
 }
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
+
+
 # 11. Caches that last, and a cache in two tiers -----------------------------------------------------------
 
 
@@ -1700,7 +1702,7 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
 
 def write_session(cache, path, names, **more):
     """What describes a cache, and some of its streams, to a file: all of it, or what stood there stays."""
-    data = {name: np.ascontiguousarray(on_host(cache.stored(name))).view(np.uint8) for name in names}
+    data: Any = {name: np.ascontiguousarray(on_host(cache.stored(name))).view(np.uint8) for name in names}
     keys = ("batch", "capacity", "storage", "grow", "qk_rope_head_dim", "streams")
     meta = {key: getattr(cache, key) for key in keys} | {"lengths": cache.lengths.tolist()}
     meta |= more | {"order": sys.byteorder, "sums": {name: zlib.crc32(x.data) for name, x in data.items()}}
@@ -1717,7 +1719,7 @@ def write_session(cache, path, names, **more):
 
 @contextlib.contextmanager
 def session_in(path, own=None):
-    """meta, which agrees with `own`, and data, of write_session; ValueError if the block raises."""
+    """meta, which agrees with `own`, and data that write_session wrote; ValueError if the block raises."""
     with open(path, "rb") as file:
         try:
             data = np.load(file, allow_pickle=False)
@@ -1725,9 +1727,9 @@ def session_in(path, own=None):
             for key, value in json.loads(json.dumps({"order": sys.byteorder, **(own or {})})).items():
                 expect(meta[key] == value, key, value, meta[key])
             yield meta, data
-        except (ImportError, MemoryError, OSError):
-            raise
         except Exception as error:
+            if isinstance(error, (ImportError, MemoryError)) or getattr(error, "filename", None):
+                raise  # which is nothing that the file says
             message = f"path is {os.fspath(path)!r}, expected what such a cache has written: {error}"
             raise ValueError(message) from error
 
@@ -1751,8 +1753,8 @@ class HybridKVCache(KVCache):
     The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: the file to make, None: a temporary one, which close removes. Others
-    stay, and close adds path + ".npz", what else the session needs: the same call then goes on with both.
+    step, stay in memory besides. path: the file to make, which stays, and close adds path + ".npz", what else
+    the session needs: the same call then goes on with both. None: a temporary one, which close removes.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
@@ -1767,12 +1769,13 @@ class HybridKVCache(KVCache):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
         self.path: Any = None if path is None else os.path.abspath(path)
-        self._kept = path is not None
-        self._process = os.getpid()
-        self._reader: dict[str, object] = {}  # who has the fast tier; of a lock nobody could be the holder
+        self._kept, self._process = path is not None, os.getpid()
+        self._reader: dict[str, object] = {}  # who has the fast tier; a lock could be held by nobody
         self._slow: Any = None
         self._file: Any = None
-        self._slot_of: Any = None
+        self._stamp: Any
+        self._owner: Any
+        self._slot_of: Any
         self._discard: Any = lambda: None
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         super().__init__(capacity, **kwargs)
@@ -1834,7 +1837,7 @@ class HybridKVCache(KVCache):
             raise
 
     def _open_tiers(self):
-        """An empty fast tier and the slow one's file -> a context of the session that goes on, or None."""
+        """An empty fast tier, the slow one's file -> a context: the session that goes on in it, or None."""
         self._columns, width = {}, 0  # where each stream stands in a token's record
         for name in [name for name in self._stored if not name.startswith("index_")]:
             self._columns[name] = slice(width, width + math.prod(self._stored[name]))
@@ -2816,65 +2819,72 @@ def sharded_attention(
     # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
     # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
     # chunks to owner=0, 1, ...; what is decoded is short beside it.
-    arrays = {"q": q, "k": k_shard, "v": v_shard}
-    arrays |= {"index_q": index_q, "index_k": index_k_shard, "weights": weights}
-    kwargs, windows = {"d_v": d_v, "scale": scale, "sink": sink}, (k_start, k_end)
+    arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
+    arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
+    windows, where = (k_start, k_end), (config, (layer, n_layers), cache, lengths, owner)
+    n, at, new, mine = agreement(comm, arrays, kwargs, windows, *where)
+    tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
+
+    def start():
+        if cache is None:
+            return index_k_shard, functools.partial(sparse_attention, k=k_shard, v=v_shard)
+        cache.append(lengths=mine, **tokens)
+        return cache.read("index_k"), cache.attend
+
+    if cache is not None:
+        windows, before = (None, causal_end(at.total - new, new, n["T"])), cache.lengths
+    quota, dense = config.quota_at(layer, n_layers, at.num_keys)
+    try:
+        windows, quota = whole_windows(n, at, *windows), None if dense else quota
+        return attend_over_shards(comm, n, at, config, quota, windows, arrays, kwargs, cache, start)
+    except BaseException:
+        if cache is not None:
+            cache.truncate(before)
+        raise
+
+
+def agreement(comm, arrays, kwargs, windows, config, layer, cache, lengths, owner):
+    """The checks of sharded_attention -> sizes, layout, and how many tokens are new, of them on this rank."""
     with together(comm):
+        fits = isinstance(config, DSAConfig)
+        expect(fits, "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
+        fits = cache is None or isinstance(cache, KVCache)
+        expect(fits, "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
         given = lengths is not None or owner is not None
         expect(cache is not None or not given, "lengths or owner", "given", "None without a cache")
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
-        fits = isinstance(config, DSAConfig)
-        expect(fits, "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
         by = config.selector()
         expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
-        windows_of(n, *windows)  # their shapes; below they count the keys of all ranks
+        windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
     mine = new * (comm.rank == owner)
-    same = {"config": config, "layer": (layer, n_layers), "scale": scale, "owner": owner}
+    same = {"config": config, "layer": layer, "scale": kwargs["scale"], "owner": owner}
     same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     behind = at.shards[owner + 1 :, new > 0]
     expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    quota, dense = config.quota_at(layer, n_layers, at.num_keys)
-    attend = functools.partial(attend_over_shards, comm, n, at, config, None if dense else quota, kwargs)
-    if cache is None:
-        keys = {"k": k_shard} if v_shard is None else {"k": k_shard, "v": v_shard}
-        kept = functools.partial(sparse_attention, k=k_shard, v=v_shard)
-        return attend(arrays, keys.values(), lambda: (index_k_shard, kept), whole_windows(n, at, *windows))
-    tokens = {name: x for name, x in arrays.items() if name in ("k", "v", "index_k") and x is not None}
-    windows = whole_windows(n, at, None, causal_end(at.total - new, new, n["T"]))
-    before = cache.lengths
-
-    def append():
-        cache.append(lengths=mine, **tokens)
-        return cache.read("index_k"), cache.attend
-
-    try:
-        return attend(arrays, [cache], append, windows)
-    except BaseException:
-        cache.truncate(np.minimum(before, cache.lengths))
-        raise
+    return n, at, new, mine
 
 
-def attend_over_shards(comm, n, at, config, quota, kwargs, arrays, kept, start, windows):
+def attend_over_shards(comm, n, at, config, quota, windows, arrays, kwargs, cache, start):
     """Equations (2) and (3) over all shards; start() -> index_k of this one, and what attends to it."""
-    q, xp = arrays["q"], n["xp"]
+    q, k, v, index_q, _, weights = arrays.values()
     with together(comm):
         index_k, attend = start()
-        index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (arrays["index_q"], index_k))
+        index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
     if quota is None:  # every visible key
-        indices = xp.asarray(every_key(windows, at.num_keys))
+        indices = n["xp"].asarray(every_key(windows, at.num_keys))
     else:
-        indices = select_over_shards(comm, n, at, quota, windows, index_q, index_k, arrays["weights"])
+        indices = select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights)
     with together(comm):
-        first, size = (xp.asarray(x)[..., None, None] for x in (at.first, at.size))
+        first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
         own = np.where((indices >= first) & (indices < first + size), indices - first, -1).astype(np.int32)
-        sums = accumulator(q, *kept)  # out is q's once it is merged
-        out, lse = attend(q, indices=own, **{**kwargs, "sink": None, "out_dtype": sums})
+        sums = accumulator(q, *([x for x in (k, v) if x is not None] if cache is None else [cache]))
+        out, lse = attend(q, indices=own, **{**kwargs, "sink": None, "out_dtype": sums})  # q's, once merged
     for t in chunks(n, n["H"] * (n["Dv"] + 1)):
         out[..., t, :, :], lse[..., t, :] = merge_over_shards(comm, out[..., t, :, :], lse[..., t, :])
     out = out if kwargs["sink"] is None else apply_sink(out, lse, kwargs["sink"])
@@ -2917,8 +2927,9 @@ def candidates_of(xp, at, quota, place, index_q, index_k, weights, windows):
 
 @by_library
 def scores_at(index_q, index_k, weights, place, k_start, k_end):
-    """index_scores with the bits of all ranks' keys, of which key 0 is the one at `place` [...] of a tile."""
-    scores = np.empty((*weights.shape[:-1], index_k.shape[-2]), accumulator(index_q, index_k, weights))
+    """index_scores with its bits over all ranks' keys, among which key 0 is at place [...] of a tile."""
+    dtype, shape = accumulator(index_q, index_k, weights), (*weights.shape[:-1], index_k.shape[-2])
+    scores = np.empty_like(weights, dtype, shape=shape)
     for b in np.ndindex(place.shape):
         cut = -place[b] % KEY_TILE  # where the first whole tile begins
         before = np.zeros_like(index_k[b], shape=(place[b], index_k.shape[-1]))
