@@ -12,8 +12,8 @@
 
 `pytest test_dsa.py --impl my_module` is the same report; beside a copy of this file alone, pytest knows the
 options by `python -m pytest -p test_dsa`. A module has some of the functions below, called as here; it is
-given arrays of one library (--arrays) and returns arrays of the same. It fails (status 1) if a rule is broken, a
-stage of --stages is missing, or nothing was tested. --dtypes, --heads, --widths and --max-top-k say what a
+given arrays of one library (--arrays) and returns arrays of the same. It fails (status 1) if a rule is broken,
+a stage of --stages is missing, or nothing was tested. --dtypes, --heads, --widths and --max-top-k say what a
 kernel supports, --tolerance is a factor on what is allowed, --strict asks for errors too.
 
 The rules of a stage, in the order in which they are tried. T queries, S keys, H query heads, G key heads, J
@@ -194,9 +194,10 @@ def difference(name, actual, expected, tolerance):
     if not bad.any():
         return largest, None
     at = tuple(np.argwhere(bad)[0].tolist())
-    where = f"{name}{list(at)} is {actual[at]}, not {expected[at]}; {bad.sum()} of {bad.size} differ"
-    return largest, where + (
-        f", by up to {largest:.3g}, allowed {tolerance:.1g}" if tolerance and largest < INF else ""
+    by = f", by up to {largest:.3g}, allowed {tolerance:.1g}" if 0 < tolerance < largest < INF else ""
+    return (
+        largest,
+        f"{name}{list(at)} is {actual[at]}, not {expected[at]}; {bad.sum()} of {bad.size} differ{by}",
     )
 
 
@@ -255,7 +256,7 @@ HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 
 @st.composite
 def expressions(
-    draw, stage, limits=Limits(), *, numbers="small", dtypes=None, mixed=False, batches=((),), queries=(1, 5),
+    draw, stage, limits, *, numbers="small", dtypes=None, mixed=False, batches=((),), queries=(1, 5),
     keys=(1, 12), heads=(1, 2, 3), groups=(1,), widths=(1, 2, 3, 4, 7), scales=(1.0, 0.5), windows=False,
     hidden=0.0, forced=False, tied: Any = False, sinks="", table="kept", unseen=False, sets=(2, 2), spread=3,
     stacked=False, tile=0,
@@ -280,9 +281,7 @@ def expressions(
     def array(*shape, dtype=dtype, batch=batch, keep=""):
         kind = named(pick(allowed(dtypes, limits.dtypes)) if mixed else dtype)
         made = rng(NUMBERS[numbers].format((*batch, *shape)))
-        if numbers in ("small", "normal") and made.startswith(
-            "np.random.default_rng(0)"
-        ):  # what Hypothesis shrinks to
+        if numbers in ("small", "normal") and "default_rng(0)" in made:  # what Hypothesis shrinks to
             made = f"np.ones({(*batch, *shape)})"
         return f"{f'np.where(seen{keep}, {made}, {bad})' if keep and bad else made}.astype({kind})"
 
@@ -297,10 +296,8 @@ def expressions(
         if unseen:
             low = high = f"integers({a}, {b + 1}, "
         elif kind == "int64" and draw(st.booleans()):  # beyond what 32 bits hold
-            low, high = (
-                f"choice([-(2**62), -(2**32), 0, 1, {S}], ",
-                f"choice([0, {S}, 2**31 + 1, 2**32, 2**62], ",
-            )
+            low = f"choice([-(2**62), -(2**32), 0, 1, {S}], "
+            high = f"choice([0, {S}, 2**31 + 1, 2**32, 2**62], "
         call["k_start"], call["k_end"] = (f"{rng(x)}{shape}).astype(np.{kind})" for x in (low, high))
         if not unseen and "scores" not in names:
             call.pop(pick(["", "k_start", "k_end"]), None)
@@ -312,9 +309,8 @@ def expressions(
             "any": f"integers(-1, {S}, {(*batch, T, width)})",
             "inner": f"choice([-1, *range(1, {S - 1})], {(*batch, T, width)})",
         }[table]
-        call["indices"] = {"kept": "np.sort({})", "holes": f"({{}} - {S}).clip(-1)"}.get(table, "{}").format(
-            rng(lists)
-        )
+        form = {"kept": "np.sort({})", "holes": f"({{}} - {S}).clip(-1)"}.get(table, "{}")
+        call["indices"] = form.format(rng(lists))
         if tile:
             edges = [(0, 0)] * (len(batch) + 1) + [pick([(tile, 0), (0, tile), (tile // 2, 300)])]
             call["indices"] = f"np.pad({call['indices']}, {edges}, constant_values=-1)"
@@ -391,7 +387,7 @@ class Problem:
         return itertools.product(np.ndindex(*self.batch), range(self.T))
 
 
-PROBLEM = "q k v d_v scale index_q index_k weights top_k local_window num_sink_tokens k_start k_end".split()
+PROBLEM = [*STAGE["dense_attention"][1][:-1], *STAGE["lightning_select"][1]]
 
 
 def problem(values):
@@ -417,7 +413,7 @@ def problems(data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70
     """Small problems of every kind; windows default or anything at all."""
     given_windows = st.booleans() if windows else st.just(False)
     return given_windows.flatmap(lambda windows: expressions(
-        None, numbers=data.__name__, dtypes=dtypes, windows=windows, batches=batches, keys=(1, max_keys),
+        None, Limits(), numbers=data.__name__, dtypes=dtypes, windows=windows, batches=batches, keys=(1, max_keys),
         queries=(1, 6), heads=HEADS, groups=(1, 2, 3), scales=(None, 0.5, 1.0), forced=True, tied=None,
     )).map(evaluate).map(problem)  # fmt: skip
 
@@ -525,12 +521,13 @@ DEFAULT = {"scales": (None,)}
 LOGITS = {"sinks": "standard_normal({0})"}
 SINKS = "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"
 STRIDED = {"strided": True, "batches": ((), (2,))}
-ALIKE: dict[str, Any] = {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE
-HUGE = {"scales": (1000.0,), "keys": (1, 40)}
+LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
+HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
+ALIKE: dict[str, Any] = (
+    {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
+)
 R = "np.random.default_rng(7)."
-ROWS: dict[
-    str, tuple[str, int, bool]
-] = {  # where production kernels were wrong: scores, K, whether for reports
+ROWS = {  # where production kernels were wrong: scores, K, whether for reports
     "all equal": ("np.full((1, 16385), 1.5, np.float32)", 2048, True),
     "all in [1, 1.245)": (f"{R}uniform(1, 1.245, (1, 16385)).astype(np.float32)", 2048, True),
     "round(x * 32) / 32": (f"({R}standard_normal((1, 30000)) * 32).round() / 32", 2048, True),
@@ -589,10 +586,10 @@ RULES: dict[str, list[dict[str, Any]]] = {  # what is drawn for each rule of the
     ],
     "merge_attention": [
         ONE, {"sets": (1, 5), "stacked": True}, {"hidden": 0.4, "sets": (1, 4)},
-        {"spread": 2000, "sets": (1, 3)}, BATCH | {"hidden": 0.2}, FLOATS | {"hidden": 0.2, "stacked": True},
+        {"spread": 60, "sets": (1, 3)}, BATCH | {"hidden": 0.2}, FLOATS | {"hidden": 0.2, "stacked": True},
     ],
     "apply_sink": [
-        LOGITS, {"sinks": SINKS, "hidden": 0.4}, LOGITS | {"spread": 2000},
+        LOGITS, {"sinks": SINKS, "hidden": 0.4}, LOGITS | {"spread": 60},
         BATCH | {"sinks": SINKS, "hidden": 0.3}, LOGITS | FLOATS,
     ],
 }  # fmt: skip
@@ -682,6 +679,8 @@ class Stages:
         given = {name: give(x) for name, x in given.items()}
         keywords = {name: x for name, x in given.items() if name not in positional}
         expected = BY_HAND[stage](**values)
+        terms = math.prod(values["index_q"].shape[-2:]) if "index_q" in values else 1
+        factor *= options.get("slack", max(1, terms**0.5 / 16))
         try:
             found = self.back(getattr(self.module, stage)(*[given[name] for name in positional], **keywords))
             found = dict(zip(parts, found if isinstance(found, tuple) else (found,), strict=True))
@@ -710,7 +709,7 @@ class Stages:
     def search(self, stage, options, limits, verdict, examples=EXAMPLES, seconds=5.0):
         """The smallest call that breaks a rule, or None: Hypothesis finds one and shrinks it for some seconds."""
         found: list[Wrong] = []
-        drawn = {key: x for key, x in options.items() if key not in ("strided", "make")}
+        drawn = {key: x for key, x in options.items() if key not in ("strided", "make", "slack")}
         make, stop = options.get("make", functools.partial(expressions, stage)), [INF]
 
         @settings(
@@ -775,6 +774,8 @@ def literal(x):
         return f"list({literal(np.stack(x))})"
     if not isinstance(x, np.ndarray):
         return repr(x)
+    if x.size > 8 and (x == x.flat[0]).all():
+        return f"np.full({x.shape}, {x.flat[0]}, {named(x.dtype)})"
     return f"np.array({x.tolist()}, {named(x.dtype)})".replace("nan", "np.nan").replace("inf", "np.inf")
 
 
@@ -828,7 +829,8 @@ def examine(impl, stage, limits, strict=False, examples=50, seconds=3.0):
             if strict:
                 call = {key: literal(x) for key, x in arguments.items()}
                 verdict.broken.append(f"bad input raises an error: here {', '.join(changes)}")
-                verdict.wrong = verdict.wrong or Wrong(call, f"no error was raised, as {error.__name__}")
+                due = Wrong(call, f"it raised nothing, where {error.__name__} is due")
+                verdict.wrong = verdict.wrong or due
     return verdict
 
 
@@ -841,10 +843,9 @@ def lines_of(verdict, width=110, most=18):
         arrays.pop("seen", None)
     lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
     inline = {name: name if name in arrays else text for name, text in wrong.call.items() if name in names}
-    arguments = [inline.pop(name) for name in positional] + [
-        f"{name}={text}" for name, text in inline.items()
-    ]
-    lines += fill(f"  {', '.join(results)} = {stage}({', '.join(arguments)})")
+    first = [inline.pop(name) for name in positional]
+    arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
+    lines += fill(f"  {', '.join(results)} = {stage}({arguments})")
     ending = [f"  returned {wrong.found}", f"  expected {wrong.expected}"] if wrong.found else []
     ending += fill(f"  {wrong.message}")
     if more := verdict.broken[1:]:
@@ -867,8 +868,9 @@ def row_of(verdict):
     return f"{verdict.stage:18}{state}{verdict.held:4} of {asked:2} rules{verdict.examples:6} examples  {largest}"
 
 
-def conform(module, stages=None, arrays="numpy", limits=Limits(), strict=False, say=print, **effort):
-    """Examines a module's stages, says what it found, and returns the exit status: 0 if all asked is right."""
+def conform(module, stages=None, arrays="numpy", limits=None, strict=False, say=print, **effort):
+    """Examines a module's stages, says what it found, returns the exit status: 0 if all that was asked is right."""
+    limits = limits or Limits()
     library, _, device = arrays.partition(":")
     impl = Stages(module, poisoned(importlib.import_module(library)), device=device or "cpu")
     others = [name for name, x in vars(module).items() if callable(x) and name not in STAGES]
@@ -898,7 +900,8 @@ def conform(module, stages=None, arrays="numpy", limits=Limits(), strict=False, 
     unasked += [f"top_k above {limits.max_top_k}"] if limits.max_top_k else []
     unasked += [f"{n} rules of other dtypes"] if (n := sum(verdict.unasked for verdict in verdicts)) else []
     unasked += [] if strict else ["errors for bad input (--strict)"]
-    say(f"not asked: {'; '.join(unasked) or 'nothing'}")
+    for line in textwrap.wrap(f"not asked: {'; '.join(unasked) or 'nothing'}", 110, subsequent_indent="  "):
+        say(line)
     tested = [verdict.stage for verdict in verdicts if verdict.held or verdict.broken]
     failed = [verdict.stage for verdict in verdicts if verdict.broken]
     missing = [stage for stage in stages or () if stage not in tested]
@@ -923,9 +926,7 @@ REPORT = {  # the options of the report, beside --impl and pytest's own --strict
 
 def pytest_addoption(parser):
     group = parser.getgroup("dsa", "DeepSeek Sparse Attention (test_dsa.py)")
-    group.addoption(
-        "--impl", default="dsa", help="module to report on; dsa, the default, runs the whole suite"
-    )
+    group.addoption("--impl", default="dsa", help="module to report on; dsa alone runs the whole suite")
     for name, words in REPORT.items():
         group.addoption(name, help=words)
 
@@ -935,9 +936,8 @@ def one_of(words, known, option):
     for word in (found := words.split(",")):
         if word not in known:
             near = difflib.get_close_matches(word, known, 1, 0.5)
-            raise ValueError(
-                f"{option} {word}: " + (f"did you mean {near[0]}?" if near else f"expected {known}")
-            )
+            hint = f"did you mean {near[0]}?" if near else f"expected some of {', '.join(known)}"
+            raise ValueError(f"{option} {word}: {hint}")
     return found
 
 
@@ -951,11 +951,12 @@ def pytest_cmdline_main(config):
     sys.path.insert(0, os.getcwd())
     try:
         dtypes = one_of(given["dtypes"] or ",".join(map(str, DTYPES)), list(map(str, DTYPES)), "--dtypes")
-        heads, widths = (
-            [int(x) for x in given[key].split(",")] if given[key] else None for key in ("heads", "widths")
+        sizes = ([int(x) for x in (given[key] or "").split(",") if x] or None for key in ("heads", "widths"))
+        limits = Limits([x for x in DTYPES if str(x) in dtypes], *sizes)
+        limits.max_top_k, limits.tolerance = (
+            int(given["max-top-k"] or 0) or None,
+            float(given["tolerance"] or 1),
         )
-        limits = Limits([x for x in DTYPES if str(x) in dtypes], heads, widths, int(given["max-top-k"] or 0) or None,
-                        float(given["tolerance"] or 1))  # fmt: skip
         arrays = one_of(given["arrays"] or "numpy", ["numpy", "cupy", "torch", "torch:cuda"], "--arrays")[0]
         stages = one_of(given["stages"], STAGES, "--stages") if given["stages"] else None
         return conform(importlib.import_module(name), stages, arrays, limits, strict)
@@ -978,8 +979,7 @@ def pytest_terminal_summary(terminalreporter):
 def array_libraries():
     """NumPy, and CuPy where it is installed and finds a device."""
     try:
-        devices = importlib.import_module("cupy").cuda.runtime.getDeviceCount()
-        return ["numpy", "cupy"] if devices else ["numpy"]
+        return ["numpy", "cupy"][: 1 + bool(importlib.import_module("cupy").cuda.runtime.getDeviceCount())]
     except Exception:  # ImportError without CuPy, RuntimeError or CuPy's own error without a driver
         return ["numpy"]
 
