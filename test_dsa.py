@@ -12,8 +12,8 @@
 
 `pytest test_dsa.py --impl my_module` is the same report; beside a copy of this file alone, pytest knows the
 options by `python -m pytest -p test_dsa`. A module has some of the functions below, called as here; it is
-given arrays of one library (--arrays) and returns arrays of the same. It fails (status 1) if a rule is broken,
-a stage of --stages is missing, or nothing was tested. --dtypes, --heads, --widths and --max-top-k say what a
+given arrays of one library (--arrays) and returns the same kind. It fails (status 1) if a rule is broken, a
+stage of --stages is missing, or nothing was tested. --dtypes, --heads, --widths and --max-top-k say what a
 kernel supports, --tolerance is a factor on what is allowed, --strict asks for errors too.
 
 The rules of a stage, in the order in which they are tried. T queries, S keys, H query heads, G key heads, J
@@ -251,7 +251,7 @@ NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
 }  # fmt: skip
 EVERY = ((), (), (1,), (3,), (2, 2))  # batch axes
 ODD = (1, 3, 31, 65)
-HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
+MANY_HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 
 
 @st.composite
@@ -303,7 +303,7 @@ def expressions(
             call.pop(pick(["", "k_start", "k_end"]), None)
     if "indices" in names:
         width = draw(st.integers(1, min(2 * S, top_ks[-1])))
-        lists = {  # each key once, in order; with -1 anywhere; any key any number of times; but first and last
+        lists = {  # each key once, in order; with -1 anywhere; any number of times; not the first and last
             "kept": f"integers(0, 99, {(*batch, T, S)}).argsort(-1)[..., :{min(top_k, S)}]",
             "holes": f"random({(*batch, T, 2 * S)}).argsort(-1)[..., :{width}]",
             "any": f"integers(-1, {S}, {(*batch, T, width)})",
@@ -413,8 +413,8 @@ def problems(data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70
     """Small problems of every kind; windows default or anything at all."""
     given_windows = st.booleans() if windows else st.just(False)
     return given_windows.flatmap(lambda windows: expressions(
-        None, Limits(), numbers=data.__name__, dtypes=dtypes, windows=windows, batches=batches, keys=(1, max_keys),
-        queries=(1, 6), heads=HEADS, groups=(1, 2, 3), scales=(None, 0.5, 1.0), forced=True, tied=None,
+        None, Limits(), numbers=data.__name__, dtypes=dtypes, windows=windows, batches=batches,
+        keys=(1, max_keys), queries=(1, 6), heads=MANY_HEADS, groups=(1, 2, 3), scales=(None, 0.5, 1.0), forced=True, tied=None,
     )).map(evaluate).map(problem)  # fmt: skip
 
 
@@ -462,7 +462,8 @@ def lightning_by_hand(index_q, index_k, weights, top_k, *, k_start=None, k_end=N
 
 def attention_by_hand(q, k, v, keys_of, d_v=None, scale=None, sink=None):
     """Eq. (3) row by row: softmax over keys_of((*batch, t)), in which a key counts as often as it stands."""
-    q, k, H, D = q.astype(F64), k.astype(F64), *q.shape[-2:]
+    H, D = q.shape[-2:]
+    q, k = q.astype(F64), k.astype(F64)
     v = k[..., :d_v] if v is None else v.astype(F64)
     group = np.arange(H) // (H // k.shape[-2])
     out, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.full(q.shape[:-1], -INF)
@@ -503,8 +504,8 @@ def sink_by_hand(out, lse, sink):
 
 
 BY_HAND: dict[str, Any] = {
-    "index_scores": index_scores_by_hand, "select_topk": select_by_hand, "lightning_select": lightning_by_hand,
-    "sparse_attention": sparse_by_hand, "dense_attention": dense_by_hand, "merge_attention": merge_by_hand,
+    "index_scores": index_scores_by_hand, "select_topk": select_by_hand,
+    "lightning_select": lightning_by_hand, "sparse_attention": sparse_by_hand, "dense_attention": dense_by_hand, "merge_attention": merge_by_hand,
     "apply_sink": sink_by_hand,
 }  # fmt: skip
 
@@ -514,38 +515,38 @@ LATER = {"windows": True}
 BATCH = {"batches": ((2,), (1,), (3,), (2, 2), (2, 1))}
 UNSEEN = {"unseen": True, "keys": (4, 16), "batches": ((), (2,))}
 MIXED = {"dtypes": DTYPES, "mixed": True}
-FLOATS: dict[str, Any] = {"numbers": "normal", "dtypes": DTYPES, "keys": (1, 70), "heads": HEADS}
+FLOATS: dict[str, Any] = {"numbers": "normal", "dtypes": DTYPES, "keys": (1, 70), "heads": MANY_HEADS}
 ANY_SIZE: dict[str, Any] = {"heads": ODD, "widths": (*ODD, 129), "keys": (1, 70), "queries": (1, 2)}
 GROUPS: dict[str, Any] = {"heads": (6, 2, 3, 4, 8), "groups": (2, 3, 4)}
 DEFAULT = {"scales": (None,)}
 LOGITS = {"sinks": "standard_normal({0})"}
-SINKS = "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"
+INFINITE = "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"
 STRIDED = {"strided": True, "batches": ((), (2,))}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
 HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
 ALIKE: dict[str, Any] = (
     {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
 )
-R = "np.random.default_rng(7)."
+RNG = "np.random.default_rng(7)."
 ROWS = {  # where production kernels were wrong: scores, K, whether for reports
     "all equal": ("np.full((1, 16385), 1.5, np.float32)", 2048, True),
-    "all in [1, 1.245)": (f"{R}uniform(1, 1.245, (1, 16385)).astype(np.float32)", 2048, True),
-    "round(x * 32) / 32": (f"({R}standard_normal((1, 30000)) * 32).round() / 32", 2048, True),
-    "70,000 different": (f"{R}permutation(70000)[None].astype(np.float32)", 100, True),
-    "64 x 262144": (f"{R}standard_normal((64, 262144), np.float32)", 2048, False),
-    "relu(x - 1.28)": (f"({R}standard_normal((4, 30000)) - 1.28).clip(0)", 4096, False),
-    "zeros of both signs": (f"{R}choice(np.float32([-1, -0.0, 0.0, 1]), (4, 5000))", 2600, False),
-    "denormals": (f"({R}integers(-40, 40, (4, 5000)) * 1e-44).astype(np.float32)", 1000, False),
-    "float64 denormals": (f"{R}integers(-40, 40, (4, 5000)) * 5e-324", 1000, False),
-    "an ulp apart": (f"1 + {R}permutation(5000)[None] * 2.0**-52", 1000, False),
-    "infinities": (f"{R}choice([-np.inf, 1.0, np.inf], (4, 3000))", 1500, False),
+    "all in [1, 1.245)": (f"{RNG}uniform(1, 1.245, (1, 16385)).astype(np.float32)", 2048, True),
+    "round(x * 32) / 32": (f"({RNG}standard_normal((1, 30000)) * 32).round() / 32", 2048, True),
+    "70,000 different": (f"{RNG}permutation(70000)[None].astype(np.float32)", 100, True),
+    "64 x 262144": (f"{RNG}standard_normal((64, 262144), np.float32)", 2048, False),
+    "relu(x - 1.28)": (f"({RNG}standard_normal((4, 30000)) - 1.28).clip(0)", 4096, False),
+    "zeros of both signs": (f"{RNG}choice(np.float32([-1, -0.0, 0.0, 1]), (4, 5000))", 2600, False),
+    "denormals": (f"({RNG}integers(-40, 40, (4, 5000)) * 1e-44).astype(np.float32)", 1000, False),
+    "float64 denormals": (f"{RNG}integers(-40, 40, (4, 5000)) * 5e-324", 1000, False),
+    "an ulp apart": (f"1 + {RNG}permutation(5000)[None] * 2.0**-52", 1000, False),
+    "infinities": (f"{RNG}choice([-np.inf, 1.0, np.inf], (4, 3000))", 1500, False),
     "descending, negative": ("-np.arange(9000, dtype=np.float32)[None]", 1000, False),
-    "huge and tiny": (f"(10 ** {R}uniform(-37, 38, (2, 9000))).astype(np.float32)", 1000, False),
-    "float16": (f"{R}standard_normal((2, 9000)).astype(np.float16)", 1000, False),
-    "bfloat16": (f"{R}standard_normal((2, 9000)).astype(ml_dtypes.bfloat16)", 1000, False),
-    "K = 65,536": (f"({R}standard_normal((2, 100_000)) * 64).round()", 65536, False),
-    "200 rows": (f"({R}standard_normal((200, 9000)) * 32).round().astype(np.float32)", 1000, False),
-    "K = S - 1": (f"{R}standard_normal((4, 300)).round(1)", 299, False),
+    "huge and tiny": (f"(10 ** {RNG}uniform(-37, 38, (2, 9000))).astype(np.float32)", 1000, False),
+    "float16": (f"{RNG}standard_normal((2, 9000)).astype(np.float16)", 1000, False),
+    "bfloat16": (f"{RNG}standard_normal((2, 9000)).astype(ml_dtypes.bfloat16)", 1000, False),
+    "K = 65,536": (f"({RNG}standard_normal((2, 100_000)) * 64).round()", 65536, False),
+    "200 rows": (f"({RNG}standard_normal((200, 9000)) * 32).round().astype(np.float32)", 1000, False),
+    "K = S - 1": (f"{RNG}standard_normal((4, 300)).round(1)", 299, False),
 }
 
 
@@ -571,17 +572,18 @@ RULES: dict[str, list[dict[str, Any]]] = {  # what is drawn for each rule of the
     "lightning_select": [
         ONE | {"keys": (1, 24)}, {}, {"forced": True}, {"forced": True, "windows": True},
         {"forced": True, "windows": True} | BATCH, LATER | UNSEEN, MIXED | {"forced": True, "keys": (1, 70)},
-        FLOATS | {"keys": (600, 999), "queries": (9, 40)}, ANY_SIZE, {"keys": (2000, 3000), "widths": (2, 1, 3)} | ONE, STRIDED,
+        FLOATS | {"keys": (600, 999), "queries": (9, 40)}, ANY_SIZE,
+        {"keys": (2000, 3000), "widths": (2, 1, 3)} | ONE, STRIDED,
     ],
     "sparse_attention": [
         ONE, DEFAULT, GROUPS, {"table": "holes"}, {"table": "any"}, {"tied": True},
-        {"sinks": SINKS, "table": "holes"}, BATCH | GROUPS | {"table": "any", "tied": None}, HUGE,
+        {"sinks": INFINITE, "table": "holes"}, BATCH | GROUPS | {"table": "any", "tied": None}, HUGE,
         UNSEEN | {"table": "inner"}, MIXED | {"table": "any"}, FLOATS | GROUPS | DEFAULT | {"table": "any"},
         ANY_SIZE | DEFAULT, {"table": "any", "tile": 128}, STRIDED, ALIKE,
     ],
     "dense_attention": [
         ONE, ONE | DEFAULT, ONE | GROUPS, {"queries": (1, 9)}, LATER | {"keys": (1, 8)}, ONE | {"tied": True},
-        LATER | {"sinks": SINKS}, BATCH | GROUPS | LATER | {"tied": None}, HUGE, LATER | UNSEEN, MIXED,
+        LATER | {"sinks": INFINITE}, BATCH | GROUPS | LATER | {"tied": None}, HUGE, LATER | UNSEEN, MIXED,
         FLOATS | GROUPS | DEFAULT, ANY_SIZE | DEFAULT, STRIDED, ALIKE,
     ],
     "merge_attention": [
@@ -589,8 +591,8 @@ RULES: dict[str, list[dict[str, Any]]] = {  # what is drawn for each rule of the
         {"spread": 60, "sets": (1, 3)}, BATCH | {"hidden": 0.2}, FLOATS | {"hidden": 0.2, "stacked": True},
     ],
     "apply_sink": [
-        LOGITS, {"sinks": SINKS, "hidden": 0.4}, LOGITS | {"spread": 60},
-        BATCH | {"sinks": SINKS, "hidden": 0.3}, LOGITS | FLOATS,
+        LOGITS, {"sinks": INFINITE, "hidden": 0.4}, LOGITS | {"spread": 60},
+        BATCH | {"sinks": INFINITE, "hidden": 0.3}, LOGITS | FLOATS,
     ],
 }  # fmt: skip
 
@@ -698,16 +700,19 @@ class Stages:
             if a.dtype != dtype:
                 return replace(wrong, message=f"{name} is {a.dtype}, not {dtype}")
             if name == "indices" and options.get("numbers") == "normal" and a.shape == e.shape:
-                a, e, name, dtype = *kept_scores(a, e, values), "score of indices", accumulator(*floats)
+                a, e = kept_scores(a, e, values)
+                name, dtype = "score of indices", accumulator(*floats)
                 allow = TOLERANCE[dtype] * factor
-            error, wrong.message = difference(name, a, e, allow)
+            largest, wrong.message = difference(name, a, e, allow)
             if wrong.message:
                 return wrong
-            verdict.errors[name, dtype] = max(verdict.errors.get((name, dtype), (0.0, allow)), (error, allow))
+            verdict.errors[name, dtype] = max(
+                verdict.errors.get((name, dtype), (0.0, allow)), (largest, allow)
+            )
         return None
 
     def search(self, stage, options, limits, verdict, examples=EXAMPLES, seconds=5.0):
-        """The smallest call that breaks a rule, or None: Hypothesis finds one and shrinks it for some seconds."""
+        """The smallest call that breaks a rule, or None: Hypothesis finds and shrinks it, for some seconds."""
         found: list[Wrong] = []
         drawn = {key: x for key, x in options.items() if key not in ("strided", "make", "slack")}
         make, stop = options.get("make", functools.partial(expressions, stage)), [INF]
@@ -738,7 +743,7 @@ class Stages:
         return self.simplified(stage, options, limits, best, time.monotonic() + seconds)
 
     def simplified(self, stage, options, limits, wrong, stop):
-        """The same call with short arrays written out, and as many numbers of them as can be 0, 1, 0.5 or 2."""
+        """The same call with short arrays written out, and as many numbers as can be 0, 1, 0.5 or 2."""
         call, values, unused = wrong.call, evaluate(wrong.call), Verdict(stage)
         hides = "unseen" in options or ("windows" in options and stage == "select_topk")  # what must stay so
         for name in STAGE[stage][1]:
@@ -818,7 +823,8 @@ def examine(impl, stage, limits, strict=False, examples=50, seconds=3.0):
             verdict.held += 1
     if not strict and (impl.device != "cpu" or impl.xp.__name__ == "cupy"):
         return verdict  # on a GPU a bad index may end the process
-    for name, changes, error, _ in BAD_CALLS:
+    bad: Any = BAD_CALLS
+    for name, changes, error, _ in bad:
         if name == stage and error is not TypeError:
             arguments = {key: ONES[key] for key in TAKES[stage].split()} | changes
             try:
@@ -865,11 +871,12 @@ def row_of(verdict):
         (part, dtype), (error, allowed) = max(errors.items(), key=lambda item: item[1][0] / item[1][1])
         largest = f"{part} off by {error:.1e} of {allowed:.1e} allowed ({dtype})"
     state = "FAILED" if verdict.broken else "passed"
-    return f"{verdict.stage:18}{state}{verdict.held:4} of {asked:2} rules{verdict.examples:6} examples  {largest}"
+    rules = f"{state}{verdict.held:4} of {asked:2} rules{verdict.examples:6} examples"
+    return f"{verdict.stage:18}{rules}  {largest}"
 
 
 def conform(module, stages=None, arrays="numpy", limits=None, strict=False, say=print, **effort):
-    """Examines a module's stages, says what it found, returns the exit status: 0 if all that was asked is right."""
+    """Examines a module's stages, says what it found; the exit status, 0 if all is right."""
     limits = limits or Limits()
     library, _, device = arrays.partition(":")
     impl = Stages(module, poisoned(importlib.import_module(library)), device=device or "cpu")
@@ -951,8 +958,10 @@ def pytest_cmdline_main(config):
     sys.path.insert(0, os.getcwd())
     try:
         dtypes = one_of(given["dtypes"] or ",".join(map(str, DTYPES)), list(map(str, DTYPES)), "--dtypes")
-        sizes = ([int(x) for x in (given[key] or "").split(",") if x] or None for key in ("heads", "widths"))
-        limits = Limits([x for x in DTYPES if str(x) in dtypes], *sizes)
+        heads, widths = (
+            [int(x) for x in (given[key] or "").split(",") if x] or None for key in ("heads", "widths")
+        )
+        limits = Limits([x for x in DTYPES if str(x) in dtypes], heads, widths)
         limits.max_top_k, limits.tolerance = (
             int(given["max-top-k"] or 0) or None,
             float(given["tolerance"] or 1),
@@ -1102,7 +1111,7 @@ def test_rule(impl, stage, sentence, options):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_select_topk_on_rows_that_broke_others(impl, name):
-    """Whatever shares a bucket, an exponent or a value: the first K of the stable order, also with forced keys."""
+    """Whatever shares a bucket, an exponent or a value: the first K of the stable order, with forced keys too."""
     scores, top_k = eval(ROWS[name][0], SCOPE), ROWS[name][1]
     np.testing.assert_array_equal(impl.select_topk(scores, top_k), select_by_hand(scores, top_k))
     few, S = scores[:2], scores.shape[-1]
@@ -1515,10 +1524,12 @@ select_topk
 -row[s], s) => -row[s], -s) | -abs(row[s]), s) | -round(row[s], 3), s) | row[s], s)
 -row[s], s) => -row[s], np.copysign(1, row[s]) < 0, s) | -row[s] * (abs(row[s]) > 1e-38), s)
 scores[at].astype(np.float64) => scores[at].astype(np.float32) | scores[at].astype(np.float16)
-sorted(order[:top_k]) => order[:top_k] | sorted(order[: top_k + num_sink_tokens])[:top_k] | sorted(order)[:top_k]
+sorted(order[:top_k]) => order[:top_k] | sorted(order)[:top_k]
+sorted(order[:top_k]) => sorted(order[: top_k + num_sink_tokens])[:top_k]
 sorted(order[:top_k]) => sorted(sorted(order[:4096])[:top_k] if len(order) > 4096 else order[:top_k])
 -1, np.int32) => -1, np.int64) | 0, np.int32)
-indices[at][: len(kept)] = kept => indices[at][-len(kept) :] = kept | indices[at][: len(kept)] = np.uint16(kept)
+indices[at][: len(kept)] = kept => indices[at][-len(kept) :] = kept
+len(kept)] = kept => len(kept)] = np.uint16(kept)
 if row[s] > -np.inf] => ]
 visible[:num_sink_tokens] => range(num_sink_tokens)
 len(visible) - local_window) :] => len(visible) - local_window - 1) : -1]
@@ -1535,7 +1546,7 @@ k[..., :d_v] if v is None => k if v is None | k[..., -d_v:] if v is None
 np.exp(logits - logits.max()) => np.exp(logits) | np.exp((logits - logits.max()).astype(np.float16))
 logits.max() + np.log(share => logits.max() + np.log2(share
 return out.astype(q.dtype), lse => return out, lse | return out.astype(q.dtype), lse.astype(q.dtype)
-return out.astype(q.dtype), lse => return out.astype(q.dtype), lse if sink is None else np.logaddexp(lse, sink)
+astype(q.dtype), lse => astype(q.dtype), lse if sink is None else np.logaddexp(lse, sink)
 precision(q, k, k if v is None else v), => np.float32,
 + np.log(share.sum()) => + np.log(share.astype(np.float16).cumsum(dtype=np.float16)[-1])
 indices[at][indices[at] >= 0] => indices[at] | np.unique(indices[at][indices[at] >= 0])
@@ -1550,7 +1561,7 @@ share @ v[at[:-2]][keys, g] => share @ v[at[:-2]][keys, 0]
 merge_attention
 / np.maximum(total, 1e-30)[..., None] => / np.maximum(total, 1e-30)[..., None] / len(outs)
 np.where(top > -np.inf, top, 0) => top | 0 * top
-return out.astype(dtype), safe + np.log(total) => return out.astype(dtype), top | return out, safe + np.log(total)
+out.astype(dtype), safe + np.log(total) => out.astype(dtype), top | out, safe + np.log(total)
 np.stack(outs), np.stack(lses) => np.stack(outs[:2]), np.stack(lses[:2])
 apply_sink
 sink - lse, np.inf) => lse - sink, np.inf) | sink[0] - lse, np.inf)
@@ -1592,8 +1603,8 @@ def test_the_report_finds_a_planted_bug(stage, right, wrong):
     block = list(itertools.takewhile(lambda line: not line.startswith("\n"), said))
     assert block[0].startswith(f"{stage} breaks a rule: ") and said[-1] == f"FAILED: {stage}"
     assert len(block) < 25 and max(map(len, block)) <= 140
-    call = itertools.dropwhile(lambda line: not re.match(r"  \w+ = ", line), block)
-    call = itertools.takewhile(lambda line: not re.match("  (returned|it) ", line), call)
+    inputs = itertools.dropwhile(lambda line: not re.match(r"  \w+ = ", line), block)
+    call = itertools.takewhile(lambda line: not re.match("  (returned|it) ", line), inputs)
     exec(textwrap.dedent("\n".join(call)).replace(f"{stage}(", f"BY_HAND['{stage}']("), SCOPE | globals())
 
 
