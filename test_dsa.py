@@ -246,7 +246,7 @@ SCOPE = {"np": np, "ml_dtypes": ml_dtypes}
 NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
     "small": "integers(-2, 3, {0})", "normal": "standard_normal({0})", "distinct": "random({0}).argsort(-1)",
     "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})",
-    "special": "choice([-np.inf, -1, -1e-44, -0.0, 0.0, 1e-44, 1, np.inf], {0})",
+    "special": "choice([-np.inf, -3e38, -1e-44, -0.0, 0.0, 1e-44, 3e38, np.inf], {0})",
     "close": "choice(1 + np.arange(-9, 9) * 2.0**-50, {0})",
 }  # fmt: skip
 EVERY = ((), (), (1,), (3,), (2, 2))  # batch axes
@@ -257,7 +257,7 @@ MANY_HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 @st.composite
 def expressions(
     draw, stage, limits, *, numbers="small", dtypes=None, mixed=False, batches=((),), queries=(1, 5),
-    keys=(1, 12), heads=(1, 2, 3), groups=(1,), widths=(1, 2, 3, 4, 7), scales=(1.0, 0.5), windows=False,
+    keys=(1, 12), heads=(1, 2, 3), groups=(1,), widths=(1, 2, 3, 4, 7), scales=(1.0, 0.5, 0.0), windows=False,
     hidden=0.0, forced=False, tied: Any = False, sinks="", table="kept", unseen=False, sets=(2, 2), spread=3,
     stacked=False, tile=0, parts=(),
 ):  # fmt: skip
@@ -523,6 +523,7 @@ DEFAULT = {"scales": (None,)}
 LOGITS = {"sinks": "standard_normal({0})"}
 INFINITE = "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"
 STRIDED = {"strided": True, "batches": ((), (2,))}
+FEW: dict[str, Any] = {"examples": 12}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
 HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
 ALIKE: dict[str, Any] = (
@@ -568,13 +569,13 @@ RULES: dict[str, list[dict[str, Any]]] = {  # what is drawn for each rule of the
         {"numbers": "distinct"} | ONE, ONE, {"hidden": 0.5}, {"forced": True, "hidden": 0.3},
         {"forced": True, "windows": True}, {"forced": True, "windows": True} | BATCH,
         {"numbers": "special", "keys": (1, 40), "dtypes": DTYPES}, {"numbers": "close", "dtypes": [F64]},
-        {"make": long_rows_of_scores}, STRIDED,
+        {"make": long_rows_of_scores} | FEW, STRIDED,
     ],
     "lightning_select": [
         ONE | {"keys": (1, 24)}, {}, {"forced": True}, {"forced": True, "windows": True},
         {"forced": True, "windows": True} | BATCH, LATER | UNSEEN, MIXED | {"forced": True, "keys": (1, 70)},
-        FLOATS | {"keys": (600, 999), "queries": (9, 40)}, ANY_SIZE,
-        {"numbers": "normal", "keys": (2000, 3000), "parts": (2, 3, 5)} | ONE, STRIDED,
+        FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)}, ANY_SIZE,
+        {"numbers": "normal", "keys": (2000, 3000), "parts": (3, 5), "queries": (40, 60)} | FEW, STRIDED,
     ],
     "sparse_attention": [
         ONE, DEFAULT, GROUPS, {"table": "holes"}, {"table": "any"}, {"tied": True},
@@ -715,12 +716,13 @@ class Stages:
     def search(self, stage, options, limits, verdict, examples=EXAMPLES, seconds=5.0):
         """The smallest call that breaks a rule, or None: Hypothesis finds and shrinks it, in seconds."""
         found: list[Wrong] = []
-        drawn = {key: x for key, x in options.items() if key not in ("strided", "make", "slack")}
+        drawn = {key: x for key, x in options.items() if key not in ("strided", "make", "slack", "examples")}
         make, stop = options.get("make", functools.partial(expressions, stage)), [INF]
+        examples = min(examples, options.get("examples", examples))
 
         @settings(
-            max_examples=12 if "make" in options else examples, phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+            max_examples=examples, phases=(Phase.generate, Phase.shrink), report_multiple_bugs=False,
+            suppress_health_check=list(HealthCheck),
         )  # fmt: skip
         @given(call=make(limits, **drawn))
         def holds(call):
