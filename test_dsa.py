@@ -813,7 +813,7 @@ def where_raised(error):
     return f"it raised {type(error).__name__}: {' '.join(str(error).split())[:150]}{place}"
 
 
-def examine(impl, stage, limits, strict=False, examples=50, seconds=3.0):
+def examine(impl, stage, limits, strict=False, examples=40, seconds=3.0):
     """The verdict on a stage: its rules in order, and the smallest call that shows the first broken one."""
     verdict = Verdict(stage)
     for sentence, options in zip(STAGE[stage][3], RULES[stage], strict=True):
@@ -917,9 +917,8 @@ def conform(module, stages=None, arrays="numpy", limits=None, strict=False, say=
     missing = [stage for stage in stages or () if stage not in tested]
     if missing:
         say(f"NOT TESTED, though asked for: {', '.join(missing)}")
-    say(f"FAILED: {', '.join(failed)}" if failed else f"{len(tested)} stages tested, none failed")
-    if not tested:
-        say("NOTHING WAS TESTED")
+    right = f"{len(tested)} stages tested, none failed" if tested else "NOTHING WAS TESTED"
+    say(f"FAILED: {', '.join(failed)}" if failed else right)
     return int(bool(failed or missing or not tested))
 
 
