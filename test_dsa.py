@@ -746,24 +746,64 @@ class Stages:
         return self.simplified(stage, options, limits, best, time.monotonic() + seconds)
 
     def simplified(self, stage, options, limits, wrong, stop):
-        """The same call with short arrays written out, and as many numbers as can be 0, 1, 0.5 or 2."""
-        call, values, unused = wrong.call, evaluate(wrong.call), Verdict(stage)
-        hides = "unseen" in options or ("windows" in options and stage == "select_topk")  # what must stay so
-        for name in STAGE[stage][1]:
-            if not 0 < sum(y.size for y in as_list(values.get(name))) <= 32:
-                continue
-            like, x = (list if isinstance(values[name], list) else np.asarray), np.array(values[name])
-            call = call | {name: literal(like(x))}
-            numbers = (0, 1, 0.5, 2) if x.dtype in DTYPES else () if hides else (0,)
-            for i, number in itertools.product(range(x.size), numbers):
-                if time.monotonic() > stop or x.flat[i] in (0, 1):
-                    continue
-                y = x.copy()
-                y.flat[i] = number
-                simpler = call | {name: literal(like(y))}
-                if again := self.judge(stage, options, simpler, unused, limits.tolerance):
-                    x, call, wrong = y, simpler, again
-        return replace(wrong, call=call)
+        """The same call without the rows, keys and widths that it can do without, and with as many numbers as
+        can be 0, 1, 0.5 or 2; what is long stays an expression."""
+        values = {name: x for name, x in evaluate(wrong.call).items() if name in STAGE[stage][1]}
+        best: list[Any] = [wrong, values]
+        if size(wrong.call) > 1000:
+            return wrong
+
+        def tried(values):
+            if time.monotonic() < stop:
+                call = {name: literal(x) for name, x in values.items()}
+                if again := self.judge(stage, options, call, Verdict(stage), limits.tolerance):
+                    best[:] = again, values
+
+        tried(values)
+        hides = "unseen" in options or ("windows" in options and stage == "select_topk")
+        for axis in "TCEJDV" if hides else "TSCEJDV":
+            for i in reversed(range(max(length_of(name, x, axis) for name, x in values.items()))):
+                if less := without(best[1], axis, i):
+                    tried(less)
+        if sum(y.size for x in best[1].values() for y in as_list(x)) > 99:
+            return wrong
+        for name in values:
+            kind = np.array(best[1][name]).dtype
+            for number in (0, 1, 0.5, 2) if kind in DTYPES else () if hides else (0,):
+                for i in range(sum(x.size for x in as_list(best[1][name]))):
+                    x = np.array(best[1][name])
+                    if x.flat[i] not in (0, 1):
+                        x.flat[i] = number
+                        tried(best[1] | {name: list(x) if isinstance(values[name], list) else x})
+        return best[0]
+
+
+AXES = {
+    "q": "THD", "k": "SGD", "v": "SGV", "index_q": "TJE", "index_k": "SE", "weights": "TJ", "scores": "TS",
+    "indices": "TC", "k_start": "T", "k_end": "T", "out": "THV", "outs": "THV", "lse": "TH", "lses": "TH",
+}  # fmt: skip
+
+
+def length_of(name, x, axis):
+    """How long an axis of an argument is, 0 if it has none such."""
+    axes = AXES.get(name, "") if as_list(x) else ""
+    return np.array(x).shape[axes.index(axis) - len(axes)] if axis in axes else 0
+
+
+def without(values, axis, i):
+    """The arguments with place i of an axis left out, {} if it is the only one, or one that is listed."""
+    less = dict(values)
+    for name, x in values.items():
+        if (length := length_of(name, x, axis)) == 1 or ("d_v" in values and axis in "DV"):
+            return {}
+        if length:
+            y = np.delete(np.array(x), i, AXES[name].index(axis) - len(AXES[name]))
+            less[name] = list(y) if isinstance(x, list) else y
+    if axis == "S" and "indices" in values:
+        listed = values["indices"]
+        less["indices"] = listed - (listed > i).astype(listed.dtype)
+        return {} if (listed == i).any() else less
+    return less
 
 
 def as_list(x):
