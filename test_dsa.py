@@ -514,6 +514,7 @@ BY_HAND: dict[str, Any] = {
 ONE: dict[str, Any] = {"queries": (1, 1)}
 LATER = {"windows": True}
 BATCH = {"batches": ((2,), (1,), (3,), (2, 2), (2, 1))}
+FORCED: dict[str, Any] = {"forced": True, "windows": True, "keys": (2, 24)}
 UNSEEN = {"unseen": True, "keys": (4, 16), "batches": ((), (2,))}
 MIXED = {"dtypes": DTYPES, "mixed": True}
 FLOATS: dict[str, Any] = {"numbers": "normal", "dtypes": DTYPES, "keys": (1, 70), "heads": MANY_HEADS}
@@ -562,18 +563,18 @@ def long_rows_of_scores(draw, limits):
 
 RULES: dict[str, list[dict[str, Any]]] = {  # what is drawn for each rule of the docstring, in its order
     "index_scores": [
-        ONE, {}, LATER | {"keys": (1, 8)}, LATER | BATCH, LATER | UNSEEN, MIXED, FLOATS, ANY_SIZE,
+        ONE, {}, LATER | {"keys": (2, 9)}, LATER | BATCH, LATER | UNSEEN, MIXED, FLOATS, ANY_SIZE,
         {"numbers": "hundreds", "dtypes": [F16], "widths": (64,)}, STRIDED,
     ],
     "select_topk": [
         {"numbers": "distinct"} | ONE, ONE, {"hidden": 0.5}, {"forced": True, "hidden": 0.3},
-        {"forced": True, "windows": True}, {"forced": True, "windows": True} | BATCH,
+        FORCED, FORCED | BATCH,
         {"numbers": "special", "keys": (1, 40), "dtypes": DTYPES}, {"numbers": "close", "dtypes": [F64]},
         {"make": long_rows_of_scores} | FEW, STRIDED,
     ],
     "lightning_select": [
-        ONE | {"keys": (1, 24)}, {}, {"forced": True}, {"forced": True, "windows": True},
-        {"forced": True, "windows": True} | BATCH, LATER | UNSEEN, MIXED | {"forced": True, "keys": (1, 70)},
+        ONE | {"keys": (1, 24)}, {}, {"forced": True}, FORCED,
+        FORCED | BATCH, LATER | UNSEEN, MIXED | {"forced": True, "keys": (1, 70)},
         FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)}, ANY_SIZE,
         {"numbers": "normal", "keys": (2000, 3000), "parts": (3, 5), "queries": (40, 60)} | FEW, STRIDED,
     ],
@@ -584,7 +585,7 @@ RULES: dict[str, list[dict[str, Any]]] = {  # what is drawn for each rule of the
         ANY_SIZE | DEFAULT, {"table": "any", "tile": 128}, STRIDED, ALIKE,
     ],
     "dense_attention": [
-        ONE, ONE | DEFAULT, ONE | GROUPS, {"queries": (1, 9)}, LATER | {"keys": (1, 8)}, ONE | {"tied": True},
+        ONE, ONE | DEFAULT, ONE | GROUPS, {"queries": (1, 9)}, LATER | {"keys": (2, 9)}, ONE | {"tied": True},
         LATER | {"sinks": INFINITE}, BATCH | GROUPS | LATER | {"tied": None}, HUGE, LATER | UNSEEN, MIXED,
         FLOATS | GROUPS | DEFAULT, ANY_SIZE | DEFAULT, STRIDED, ALIKE,
     ],
@@ -853,15 +854,16 @@ def where_raised(error):
     return f"it raised {type(error).__name__}: {' '.join(str(error).split())[:150]}{place}"
 
 
-def examine(impl, stage, limits, strict=False, examples=40, seconds=3.0):
+def examine(impl, stage, limits, strict=False, examples=60, seconds=3.0):
     """The verdict on a stage: its rules in order, and the smallest call that shows the first broken one."""
     verdict = Verdict(stage)
     for sentence, options in zip(STAGE[stage][3], RULES[stage], strict=True):
         if not any(dtype in limits.dtypes for dtype in options.get("dtypes", limits.dtypes)):
             verdict.unasked += 1
-        elif wrong := impl.search(stage, options, limits, verdict, examples, 0 if verdict.wrong else seconds):
+        elif wrong := impl.search(stage, options, limits, verdict, examples, seconds):
             verdict.broken.append(sentence)
             verdict.wrong = verdict.wrong or wrong
+            examples, seconds = min(examples, 12), 0  # the other rules are only counted
         else:
             verdict.held += 1
     if not strict and (impl.device != "cpu" or impl.xp.__name__ == "cupy"):
@@ -875,7 +877,7 @@ def examine(impl, stage, limits, strict=False, examples=40, seconds=3.0):
             except Exception:  # any error will do: its type is the library's affair
                 continue
             verdict.silent += changes
-            if strict:
+            if strict:  # a rule for each bad input that passes
                 call = {key: literal(x) for key, x in arguments.items()}
                 verdict.broken.append(f"bad input raises an error: here {', '.join(changes)}")
                 due = Wrong(call, f"it raised nothing, where {error.__name__} is due")
@@ -1632,7 +1634,7 @@ def test_the_report_finds_a_planted_bug(stage, right, wrong):
     assert right in RIGHT
     said: list[str] = []
     module = module_of(RIGHT.replace(right, wrong))
-    assert conform(module, [stage], say=said.append, examples=20, seconds=0.2) == 1, said
+    assert conform(module, [stage], say=said.append, examples=40, seconds=0.1) == 1, said
     block = list(itertools.takewhile(lambda line: not line.startswith("\n"), said))
     assert block[0].startswith(f"{stage} breaks a rule: ") and said[-1] == f"FAILED: {stage}"
     assert len(block) < 25 and max(map(len, block)) <= 140
