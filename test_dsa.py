@@ -353,8 +353,9 @@ def expressions(
 def evaluate(call):
     """The values of the expressions, each of which may use those before it."""
     values: dict[str, Any] = {}
-    for name, text in call.items():
-        values[name] = eval(text, SCOPE, values)
+    with np.errstate(over="ignore"):  # large numbers in float16
+        for name, text in call.items():
+            values[name] = eval(text, SCOPE, values)
     return values
 
 
