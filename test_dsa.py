@@ -1463,7 +1463,7 @@ def split(p, seed, n):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. The harness itself: modules with one bug
+# 3. The harness itself: modules with one bug
 # ------------------------------------------------------------------------------------------------------------
 
 RIGHT = """
@@ -1963,7 +1963,7 @@ def tokens(seed, batch, T, dtype=F64, tied=False):
 
 @given(p=any_problem, z=st.none() | sinks, data=st.data())
 def test_dsa_attention_selects_then_attends(dsa, p, z, data):
-    """Equations (1) to (3) in one call, whose indices say what was kept or that it was dense (trap 10)."""
+    """Equations (1) to (3) in one call, whose indices say what was kept or that it was dense."""
     z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
     strategy = "hybrid" if p.forced["local_window"] else "dynamic"
     config = dsa.DSAConfig(top_k=p.top_k, strategy=strategy, fallback_dense_threshold=0, **p.forced)
@@ -2379,7 +2379,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
 @slow
 @given(seed=seeds, dtype=st.sampled_from(DTYPES))
 def test_threads_never_change_a_bit(dsa, seed, dtype):
-    """Nothing depends on the number of threads, BLAS' or ours, nor on who else is calling (trap 4)."""
+    """Nothing depends on the number of threads, BLAS' or ours, nor on who else is calling."""
     import threadpoolctl
 
     p = tokens(seed, (2,), 150 + seed % 100, dtype)
@@ -2427,7 +2427,7 @@ UNHELD = ["lightning_select", "sparse_attention", "sparse, large K", "dsa_attent
 
 @pytest.mark.parametrize("what", ["index_scores", *UNHELD])
 def test_no_stage_holds_queries_times_keys(impl, request, what):
-    """One float32 [T, S] array is 256 MB at 8,192; what may not hold it stays below a quarter (trap 7)."""
+    """One float32 [T, S] array is 256 MB at 8,192; what may not hold it stays below a quarter."""
     if impl.xp is not np:
         pytest.skip("tracemalloc sees no device memory")
     n, rng = 8192, np.random.default_rng(0)
@@ -3297,7 +3297,7 @@ def test_an_indexer_that_is_right_has_nothing_to_learn(trains, p):
 
 @given(p=problems(data=normal, dtypes=[F32, F64]), value=st.sampled_from([NAN, INF, 7.0]))
 def test_what_nobody_sees_trains_nothing(trains, p, value):
-    """Keys outside every window or set, and queries without keys (padding), may hold anything (trap 6)."""
+    """Keys outside every window or set, and queries without keys (padding), may hold anything."""
     indices = select(trains, p)
     for kwargs in (p.windows, {"indices": indices}):
         seen = np.zeros((*p.batch, p.S), bool)
@@ -3607,7 +3607,7 @@ def test_threads_never_change_a_bit_of_a_gradient(dsa, seed, dtype):
 
 @pytest.mark.parametrize("what", [*TRAINING, "dense warm-up"])
 def test_training_holds_no_queries_times_keys(dsa, what):
-    """With indices nothing of that size; in the warm-up only the target, which is given (trap 7)."""
+    """With indices nothing of that size; in the warm-up only the target, which is given."""
     n = 8192
     assert peak_bytes(training_calls(dsa, n, n, 64, F32)[what]) < n * n * 4 / 4
 
