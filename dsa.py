@@ -705,6 +705,7 @@ def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weig
     common |= {"k_start": windows[0], "k_end": windows[1]}
     chosen = config.selector()
     if candidates is not None:
+        expect(REFINERS, "candidates", "given", "None, as nothing here predicts")
         return REFINERS["predictive"](candidates=candidates, **common)
     if chosen == "lightning" and not options:
         return lightning_select(**common)

@@ -1055,9 +1055,19 @@ def poisoned(xp):
     return xp
 
 
+class PartOne(types.ModuleType):
+    """dsa.py down to its cut line: what it lacks is skipped."""
+
+    def __getattr__(self, name):
+        pytest.skip(f"Part I alone has no {name}")
+
+
 @pytest.fixture(scope="session")
 def dsa():
-    return importlib.import_module("dsa")
+    module = importlib.import_module("dsa")
+    if not hasattr(module, "DSALayer"):
+        module.__class__ = PartOne
+    return module
 
 
 @pytest.fixture(scope="session", params=array_libraries())
