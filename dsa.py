@@ -3268,13 +3268,9 @@ def gpu_lightning_select(
         for t in range(0, T, most):
             part, offset = slice(t, min(t + most, T)), S - T + t
             some, x = {**n, "...": (), "T": part.stop - t}, scores[: part.stop - t]
-            own = {"offset": offset}
-            own |= {
-                key: w[b][part] for key, w in {"k_start": k_start, "k_end": k_end}.items() if w is not None
-            }
-            index = index_q[b][part], index_k[b], weights[b][part]
-            gpu_index_scores(some, *index, **own, out=x)
-            gpu_select_topk(some, x, *quota, **own, out=indices[b][part])
+            start, end = (w if w is None else w[b][part] for w in (k_start, k_end))
+            gpu_index_scores(some, index_q[b][part], index_k[b], weights[b][part], start, end, offset, x)
+            gpu_select_topk(some, x, *quota, start, end, offset, indices[b][part])
     return indices
 
 
@@ -3579,11 +3575,8 @@ def gpu_attention_target(n, q, k, scale, k_start, k_end, indices):
 def gpu_indexer_loss(n, index_q, index_k, weights, target, indices, k_start, k_end, deterministic):
     """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
     xp, (T, S, J, E) = n["xp"], (n[axis] for axis in ("T", "S", "J", "E"))
-    like, N, (start, end) = (
-        (index_q, index_k, weights),
-        target.shape[-1],
-        seen_windows(n, k_start, k_end, indices),
-    )
+    like, N = (index_q, index_k, weights), target.shape[-1]
+    start, end = seen_windows(n, k_start, k_end, indices)
     acc, losses = accumulator(*like), xp.zeros((*n["..."], T))
     kind, (index_q, index_k) = factors(acc, index_q, index_k)
     d_q, d_k, d_w = (xp.zeros(x.shape, acc) for x in like)

@@ -1598,7 +1598,7 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
                i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
                double scale) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
-    __shared__ float tops[4][NT * 8], sums[4][NT * 8], parts[4][HEADS][DV];
+    __shared__ float kept[4][HEADS], sums[4][HEADS], parts[4][HEADS][DV];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
     const unsigned rows = gridDim.x / (unsigned)G;
     const Job job(n, indices, k_start, k_end, blockIdx.x % rows * G + blockIdx.x / rows, blockIdx.y);
@@ -1698,46 +1698,42 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
             for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
         }
     }
-    // 4. What the warps found, together
+    // 4. What the warps found; what a head keeps of each warp's sums, in place of their maximum; all together
 #pragma unroll
     for (int t = 0; t < NT; t++)
 #pragma unroll
         for (int z = 0; z < 2; z++) {
             for (int d = 4; d < 32; d *= 2) total[t][z] += __shfl_xor_sync(ALL, total[t][z], d);
             const int h = t * 8 + 2 * i + z;
-            if (g == 0) tops[warp][h] = m[t][z], sums[warp][h] = total[t][z];
-        }
-    __syncthreads();
-    const auto top_of = [&](int h) {
-        return fmaxf(fmaxf(tops[0][h], tops[1][h]), fmaxf(tops[2][h], tops[3][h]));
-    };
-    const auto factor_of = [&](int w, int h) {
-        return tops[w][h] == -CUDART_INF_F ? 0 : exp2f(tops[w][h] - top_of(h));
-    };
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int z = 0; z < 2; z++) {
-            const int h = t * 8 + 2 * i + z;
             if (h >= HEADS) continue;
-            const float factor = factor_of(warp, h);
+            if (g == 0) kept[warp][h] = m[t][z], sums[warp][h] = total[t][z];
 #pragma unroll
             for (int x = 0; x < 4 * BLOCKS; x++) {
                 const int d = x / 4 * 64 + 8 * g + x % 4 * 2;
-                const float2 two = make_float2(o[t][x][z] * factor, o[t][x][z + 2] * factor);
-                if (d < DV) *(float2*)&parts[warp][h][d] = two;
+                if (d < DV) *(float2*)&parts[warp][h][d] = make_float2(o[t][x][z], o[t][x][z + 2]);
             }
         }
     __syncthreads();
     const i64 at = (i64)blockIdx.y * rows * H + first;
-    for (int x = threadIdx.x; x < HEADS * DV; x += 128) {
-        const int h = x / DV;
-        float sum = 0, value = 0;
-        for (int w = 0; w < 4; w++) sum += sums[w][h] * factor_of(w, h), value += (&parts[w][0][0])[x];
-        const float log_sum = sum == 0 ? -CUDART_INF_F : (top_of(h) + log2f(sum)) * 0.6931471805599453f;
+    if (threadIdx.x < HEADS) {
+        const int h = threadIdx.x;
+        const float top = fmaxf(fmaxf(kept[0][h], kept[1][h]), fmaxf(kept[2][h], kept[3][h]));
+        float sum = 0;
+        for (int w = 0; w < 4; w++) {
+            kept[w][h] = kept[w][h] == -CUDART_INF_F ? 0 : exp2f(kept[w][h] - top);
+            sum += sums[w][h] * kept[w][h];
+        }
+        const float log_sum = sum == 0 ? -CUDART_INF_F : (top + log2f(sum)) * 0.6931471805599453f;
         const float share = (sum == 0 ? 0 : 1 / sum) * (sink ? kept_share(sink[job.head + h], log_sum) : 1);
-        if (x % DV == 0) lse[at + h] = log_sum;
-        out[at * DV + x] = Rounded<OUT>::of(value * share);
+        for (int w = 0; w < 4; w++) kept[w][h] *= share;
+        lse[at + h] = log_sum;
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int x = threadIdx.x; x < HEADS * DV; x += 128) {
+        float value = 0;
+        for (int w = 0; w < 4; w++) value += kept[w][x / DV] * (&parts[w][0][0])[x];
+        out[at * DV + x] = Rounded<OUT>::of(value);
     }
 }
 #endif
