@@ -15,9 +15,9 @@ Axes     ... any number of batch axes, also none   T queries   S keys   K = min(
          D query/key width   Dv value width   J index heads   E index width
          Heads stand behind tokens: torch's [B, H, T, D] would be H tokens of T heads, which no check sees.
 Windows  k_start, k_end: integers [..., T]. Query t may see the keys s with k_start[t] <= s < k_end[t]; by
-         default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1 (in select_topk all
-         keys), so that of more queries than keys the first T - S see nothing. This one pair says causality,
-         padding, packed sequences, chunked prefill and decode.
+         default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1, so that of more queries
+         than keys the first T - S see nothing (in select_topk all keys, if neither is given). This one pair
+         says causality, padding, packed sequences, chunked prefill and decode.
 Indices  kept keys ascending, then -1. A query without keys has out 0 and lse -inf, and merges as nothing.
 Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64. `out` has the dtype of q.
 Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape or value. IndexError: a key
@@ -79,8 +79,8 @@ def stage(declared, most=lambda n: 64):
     `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
     is called by the name checks the arguments, by these axes and the options' names, and goes through batch
     and queries in blocks, on threads; or it hands all to the KERNELS of another library. Behind a result's
-    axes stands its dtype, or whose dtype it has; otherwise it is that of sums. most(n): how many queries a
-    block may have, by the sizes of the axes.
+    axes stands its dtype, or whose dtype it has; otherwise it is float32, or float64 if any input is.
+    most(n): how many queries a block may have. To read on: a stage is its body; in_blocks is in section 8.
     """
     arrays, results = (axes_of(half) for half in declared.split(" -> "))
 
@@ -105,7 +105,7 @@ def stage(declared, most=lambda n: 64):
             return in_blocks(block, arrays, results, n, decode(n, given) if decode else given, most(n))
 
         run.block = block  # type: ignore[attr-defined]
-        title, _, text = block.__doc__.partition("\n")
+        title, _, text = (block.__doc__ or "").partition("\n")
         run.__doc__ = f"{title}\n\n    {declared}\n{text}"
         return run
 
@@ -116,47 +116,6 @@ def axes_of(declared):
     """{"q": (("...", "T", "H", "D"), "")} of "q [..., T, H, D]": names, axes and the word behind them."""
     found = re.findall(r"(\w+) \[([^]]*)\](?: (\w+))?", declared)
     return {name: (tuple(axes.split(", ")), word) for name, axes, word in found}
-
-
-def in_blocks(block, arrays, results, n, given, most):
-    """Call a stage's block for every block of queries of every sequence -> its results, put together.
-
-    A result over T is written. One over S is added to, as a block returns its (keys, parts), and one over
-    neither too: in the order of the blocks, so that no sum depends on who comes first.
-    """
-    cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
-    sums = accumulator(*(given[name] for name in cut if name != "indices"))
-    dtypes = {name: getattr(x, "dtype", None) for name, x in given.items()} | {"int32": np.int32, "": sums}
-    dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
-    cut |= {name: True for name in ("k_start", "k_end") if name in given}
-    whole: list[Any] = []
-    for axes, word in results.values():
-        shape = [size for axis in axes for size in (n[axis] if axis == "..." else (n[axis],))]
-        whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
-
-    def work(job):
-        b, t = job
-        own = {name: given[name][(*b, t) if by_query else b] for name, by_query in cut.items()}
-        try:
-            found = block(**{**given, **own})
-        except NotANumber as wrong:
-            query = (*b, t.start + wrong.args[0])
-            raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
-        return job, found if isinstance(found, tuple) else (found,)
-
-    def put_together():
-        for (b, t), found in spread(work, blocks(n, most)):
-            for x, (axes, _), part in zip(whole, results.values(), found):
-                if "T" in axes:
-                    x[(*b, t)] = part
-                elif part is not None:
-                    where, part = part if "S" in axes else (..., part)
-                    (x[b] if axes[0] == "..." else x)[where] += part
-
-    on_one_blas_thread(put_together)
-    words = (word for _, word in results.values())
-    whole = [None if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
-    return tuple(whole) if len(whole) > 1 else whole[0]
 
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
@@ -234,16 +193,17 @@ def lightning_select(
     index_q, index_k, weights, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
 ):
     """select_topk(index_scores(...)) without ever holding [T, S] scores: (1) and (2), a block at a time."""
-    window, forced = {"k_start": k_start, "k_end": k_end}, (local_window, num_sink_tokens)
+    window = {"k_start": k_start, "k_end": k_end}
+    forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
     scores = index_scores.block(index_q, index_k, weights, **window)  # [T, S], of this block alone
-    return select_topk.block(scores, top_k, local_window=forced[0], num_sink_tokens=forced[1], **window)
+    return select_topk.block(scores, top_k, **forced, **window)
 
 
 def first_k(x, top_k):
     """Equation (2): x [M, N], at least top_k of each row above -inf -> positions [M, top_k], ascending."""
     if top_k == 0:
         return np.zeros((len(x), 0), np.intp)
-    # Every 16th score gives a threshold that somewhat more than top_k scores should reach; only those go on.
+    # Every 16th score gives a threshold that, as a bet, somewhat more than top_k reach; only those go on.
     # Where fewer than top_k reach it, all go on: the rest is exact either way.
     width, m, columns = x.shape[1], top_k // 16 + math.isqrt(top_k) + 4, None
     if 32 * m < width:
@@ -316,7 +276,13 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    indices, values = indices.astype(np.int64), k[..., :d_v] if v is None else v
+    indices, values, slots = indices.astype(np.int64), k[..., :d_v] if v is None else v, indices.shape[1]
+    start, count = indices.max(1, initial=-1), np.count_nonzero(indices >= 0, axis=1)
+    start = np.maximum(start - count + 1, 0)  # [T], if a row's keys lie side by side
+    (lo, hi), whole = span(start, start + count), every_key((start, start + count), slots)
+    if len(q) * (hi - lo) <= 2 * count.sum() and (indices == whole).all():  # they are windows: none to gather
+        window = {"k_start": start, "k_end": start + count}
+        return dense_attention.block(q, k, v, d_v=d_v, scale=scale, sink=sink, **window)
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
 
@@ -324,16 +290,11 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
         k_s = take("k", k, keys)  # [N, G, D]
         return attend(q[t : t + 1], k_s, k_s[..., :d_v] if v is None else take("v", v, keys))
 
-    if close := close_together(indices):
-        lo, seen = close
-        part = lambda s: attend(q, k[s], values[s], seen[s.start - lo : s.stop - lo])  # noqa: E731
-        out, lse = union(spread(part, tiles(q, lo, lo + len(seen))), q, values.shape[-1])
-    else:
-        for t, row in enumerate(indices):
-            keys = row[row >= 0]
-            parts = [keys[s] for s in tiles(q[t : t + 1], 0, len(keys), most=4)]
-            parts = spread(functools.partial(gather, t), parts)
-            out[t], lse[t] = union(parts, q[t : t + 1], values.shape[-1])  # [1, H, Dv], [1, H]
+    for t, row in enumerate(indices):
+        keys = row[row >= 0]
+        parts = [keys[own] for own in tiles(q[t : t + 1], 0, len(keys), most=4)]
+        parts = spread(functools.partial(gather, t), parts)
+        out[t], lse[t] = union(parts, q[t : t + 1], values.shape[-1])  # [1, H, Dv], [1, H]
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
@@ -341,7 +302,7 @@ def attend(q, k, v, seen=None):
     """Equation (3) for a tile: q [T, H, D], scaled, over all keys k [N, G, D] and v [N, G, Dv], or over those
     that a query sees, seen [N, T] -> out [T, H, Dv], lse [T, H].
     """
-    (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)
+    (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)  # odd: keys with values that are not finite
     rows = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)  # [G, R, D]
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
     x = keys @ rows.swapaxes(1, 2)  # [G, N, R]: BLAS's longer side first
@@ -350,7 +311,7 @@ def attend(q, k, v, seen=None):
         odd = np.flatnonzero(~np.isfinite(values).all((0, 2)))
     top = over_keys(np.maximum, x)  # [G, R]
     top = np.where(top == -np.inf, 0, top)  # as -inf - -inf is NaN
-    p = np.exp(np.subtract(x, top[:, None], out=x), out=x)  # exp2 is thirty times as slow on -inf
+    p = np.exp(np.subtract(x, top[:, None], out=x), out=x)  # exp2 is far slower on -inf
     total = over_keys(np.add, p)  # [G, R]
     out = p.swapaxes(1, 2) @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
     for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
@@ -358,7 +319,7 @@ def attend(q, k, v, seen=None):
         out[:, sees] += p[:, i, sees, None] * np.where(np.isfinite(values[:, i, None]), 0, values[:, i, None])
     out /= np.where(total == 0, 1, total)[..., None]  #                                                    (3)
     lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
-    return out.reshape(G, T, H // G, -1).swapaxes(0, 1).reshape(T, H, -1), lse
+    return out.reshape(G, T, H // G, v.shape[-1]).swapaxes(0, 1).reshape(T, H, v.shape[-1]), lse
 
 
 def over_keys(reduce, x):
@@ -369,7 +330,7 @@ def over_keys(reduce, x):
 
 
 def tiles(q, lo, hi, most=2**20):
-    """The keys lo..hi in slices of a millisecond or so of work for q [T, H, D], whatever the threads."""
+    """The keys lo..hi in slices of about 2**26 multiply-adds for q [T, H, D], whatever the threads."""
     held = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))
     step = KEY_TILE * max(1, min(most, 2**26 // held // KEY_TILE))
     return [slice(s, min(s + step, hi)) for s in range(lo, hi, step)]
@@ -379,20 +340,6 @@ def union(parts, q, d_v):
     """The parts merged two at a time, as they come; of none for q [T, H, D]: out 0, lse -inf."""
     empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
     return functools.reduce(lambda a, b: merged(*zip(a, b)), parts, next(parts, empty))
-
-
-def close_together(indices):
-    """Where it is cheaper to stream all keys of rows [T, K] under a mask than to gather each, as streaming a
-    key costs 0.4 of that, and no row repeats one: the first key, and who sees which, [N, T].
-    """
-    there = indices >= 0
-    lo, hi = int(indices.min(initial=2**62, where=there)), int(indices.max(initial=-1)) + 1
-    count = np.count_nonzero(there)
-    if count and len(indices) * (hi - lo) <= 2.5 * count:
-        seen = np.zeros((hi - lo, len(indices)), bool)
-        seen[indices[there] - lo, np.nonzero(there)[0]] = True
-        return (lo, seen) if np.count_nonzero(seen) == count else None
-    return None
 
 
 def take(name, x, rows):
@@ -406,7 +353,8 @@ def take(name, x, rows):
 def merge_attention(outs, lses):
     """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
 
-    outs of [..., T, H, Dv] and lses of [..., T, H], in lists or stacked on axis 0 -> out, lse.
+    outs of [..., T, H, Dv] and lses of [..., T, H], in lists or stacked on axis 0 -> out, in the dtype of the
+    first, and lse.
     With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set, (0, -inf), changes nothing.
 
     >>> outs, lses = [np.array([[[2.0]]]), np.array([[[5.0]]])], [np.log([[2.0]]), np.log([[1.0]])]
@@ -687,14 +635,23 @@ def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weig
     by_length = config.sparse_ratio or config.fallback_dense_threshold
     if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
         parts = []
-        for b, length in enumerate(lengths):
-            near = None if candidates is None else candidates[b]
-            own = (q[b], k[b, :length], index_q[b], index_k[b, :length], weights[b], [w[b] for w in windows])
-            parts.append(choose_keys(config, layer, near, options, *own, lengths=None))
-        indices = np.full_like(parts[0], -1, shape=(*q.shape[:2], max(x.shape[-1] for x in parts)))
-        for row, part in zip(indices, parts):
-            row[:, : part.shape[-1]] = part
-        return indices
+        for own in (slice(b, b + 1) for b in range(len(lengths))):
+            near = None if candidates is None else candidates[own]
+            alone = [x[own] for x in (q, k, index_q, index_k, weights)]
+            alone += [[w[own] for w in windows], lengths[own]]
+            parts.append(choose_keys(config, layer, near, options, *alone))
+        width = max(x.shape[-1] for x in parts)
+        return np.concatenate(
+            [np.pad(x, [(0, 0), (0, 0), (0, width - x.shape[-1])], constant_values=-1) for x in parts]
+        )
+    chosen = config.selector() if candidates is None else "predictive"
+    select: Any = (SELECTORS if candidates is None else REFINERS).get(chosen)
+    known = getattr(select, "options", ())
+    expect(
+        options.keys() <= set(known), "the options", sorted(options), f"some of {sorted(known)}", TypeError
+    )
+    fits = select or (chosen == "lightning" and candidates is None)
+    expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
     quota, dense = config.quota_at(*layer, num_keys)
     if dense:  # every visible key
@@ -703,14 +660,9 @@ def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weig
     index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
     common = {"index_q": index_q, "index_k": index_k, "weights": weights, **quota, **options}
     common |= {"k_start": windows[0], "k_end": windows[1]}
-    chosen = config.selector()
     if candidates is not None:
-        expect(REFINERS, "candidates", "given", "None, as nothing here predicts")
-        return REFINERS["predictive"](candidates=candidates, **common)
-    if chosen == "lightning" and not options:
-        return lightning_select(**common)
-    expect(chosen in SELECTORS, "the selector of config", repr(chosen), f"one of {sorted(SELECTORS)}")
-    return SELECTORS[chosen](q, k, **common)
+        return select(candidates=candidates, **common)
+    return lightning_select(**common) if chosen == "lightning" else select(q, k, **common)
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
@@ -744,7 +696,7 @@ class KVCache:
         expect(storage in STORAGES, "storage", repr(storage), f"one of {tuple(STORAGES)}")
         expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         for name, shape in streams.items():
-            fits = isinstance(shape, tuple) and len(shape) > 0
+            fits = isinstance(shape, tuple) and len(shape) > 0 and name != "lengths"
             expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         if storage == "bfloat16":
             try:
@@ -919,14 +871,15 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
-    if isinstance(x, np.ndarray) and others in (None, np):
+    plain = type(x) in (np.ndarray, np.memmap)  # not a matrix, nor masked
+    if plain and others in (None, np):
         return np
     kinds, kind = (
         sorted({"numpy"} | {home for _, home in KERNELS}),
         f"a {type(x).__module__}.{type(x).__name__}",
     )
-    home = "numpy" if isinstance(x, np.ndarray) else type(x).__module__.partition(".")[0]
-    xp = sys.modules[home] if home in kinds else None
+    home = "numpy" if plain else type(x).__module__.partition(".")[0]
+    xp = sys.modules[home] if home in kinds and (plain or home != "numpy") else None
     expect(xp and isinstance(x, xp.ndarray), name, kind, f"an array of {' or '.join(kinds)}", TypeError)
     same = others in (None, xp)
     expect(same, name, kind, f"an array of {others and others.__name__}, as others", TypeError)
@@ -983,9 +936,12 @@ def check_integers(name, x, xp=np):
 
 
 def integer(name, value, least, error=TypeError):
-    index = None if isinstance(value, (bool, np.bool_)) else getattr(value, "__index__", None)
-    expect(index, name, repr(value), "an integer", error)
-    number = operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, (bool, np.bool_)):
+        raise error(f"{name} is {value!r}, expected an integer")
     expect(number >= least, name, number, f"at least {least}")
     return number
 
@@ -1059,7 +1015,8 @@ def check_options(n, given):
         given["scale"] = max(1, n["D"]) ** -0.5
     elif "scale" in given:
         scale = scale.item() if isinstance(scale, np.ndarray) and scale.ndim == 0 else scale
-        fits = isinstance(scale, numbers.Real) and not isinstance(scale, bool) and math.isfinite(scale)
+        number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+        fits = number and abs(scale) <= sys.float_info.max
         expect(fits, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
@@ -1157,6 +1114,47 @@ def quietly(work):
         return work()
     finally:
         OF_THREAD.__dict__.pop("buffers", None)
+
+
+def in_blocks(block, arrays, results, n, given, most):
+    """Call a stage's block for every block of queries of every sequence -> its results, put together.
+
+    A result over T is written. One over S is added to, as a block returns its (keys, parts), and one over
+    neither too: in the order of the blocks, so that no sum depends on who comes first.
+    """
+    cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
+    sums = accumulator(*(given[name] for name in cut if name != "indices"))
+    dtypes = {name: getattr(x, "dtype", None) for name, x in given.items()} | {"int32": np.int32, "": sums}
+    dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
+    cut |= {name: True for name in ("k_start", "k_end") if name in given}
+    whole: list[Any] = []
+    for axes, word in results.values():
+        shape = [size for axis in axes for size in (n[axis] if axis == "..." else (n[axis],))]
+        whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
+
+    def work(job):
+        b, t = job
+        own = {name: given[name][(*b, t) if by_query else b] for name, by_query in cut.items()}
+        try:
+            found = block(**{**given, **own})
+        except NotANumber as wrong:
+            query = (*b, t.start + wrong.args[0])
+            raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
+        return job, found if isinstance(found, tuple) else (found,)
+
+    def put_together():
+        for (b, t), found in spread(work, blocks(n, most)):
+            for x, (axes, _), part in zip(whole, results.values(), found):
+                if "T" in axes:
+                    x[(*b, t)] = part
+                elif part is not None:
+                    where, part = part if "S" in axes else (..., part)
+                    (x[b] if axes[0] == "..." else x)[where] += part
+
+    on_one_blas_thread(put_together)
+    words = (word for _, word in results.values())
+    whole = [None if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+    return tuple(whole) if len(whole) > 1 else whole[0]
 
 
 def blocks(n, most=64):
@@ -1262,7 +1260,7 @@ def predictive_select(
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
 
 
-REFINERS["predictive"] = predictive_select
+REFINERS["predictive"], predictive_select.options = predictive_select, ("widen", "block")
 
 
 def near(candidates, widen, block, num_keys, start, end, local_window, num_sink_tokens):
@@ -1316,7 +1314,7 @@ def selector(choose):
 
     select.__doc__ = f"{choose.__doc__}\n\n    Options: {', '.join(map(str, known.values())) or 'none'}."
     select.__name__ = select.__qualname__ = choose.__name__.rstrip("_")
-    SELECTORS[select.__name__] = select
+    SELECTORS[select.__name__], select.options = select, known  # type: ignore[attr-defined]
     return select
 
 

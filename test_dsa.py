@@ -1234,6 +1234,7 @@ BAD_INPUT = [  # functions, what to change, error, what its message must hold
     (SELECTING, {"top_k": 0}, ValueError, "top_k 0"),
     (SELECTING, {"top_k": -17}, ValueError, "top_k -17"),
     (SELECTING, {"top_k": 2.5}, TypeError, "top_k 2.5"),
+    (SELECTING, {"top_k": np.array([17])}, TypeError, "top_k 17"),
     (SELECTING, {"top_k": "4"}, TypeError, "top_k"),
     (SELECTING, {"local_window": -1}, ValueError, "local_window -1"),
     (SELECTING, {"num_sink_tokens": -1}, ValueError, "num_sink_tokens -1"),
@@ -1266,6 +1267,8 @@ BAD_INPUT = [  # functions, what to change, error, what its message must hold
     (LEARNING[1:], {"indices": np.zeros((3, 2), int)}, ValueError, "indices 2 target 6"),
     (["learned_loss"], {"mlp": (*ONES["mlp"][:3], np.ones(17))}, ValueError, "w_out 17 7"),
     (["attention_target"], {"scale": NAN}, ValueError, "scale nan"),
+    ([*ATTENDING, "attention_target"], {"scale": 10**400}, ValueError, "scale"),
+    (ATTENDING, {"q": np.ma.ones((3, 4, 5))}, TypeError, "q MaskedArray"),
     (["explain"], {"t": 0, "s": 4}, ValueError, "s 4"),
     (["pad_batch"], {"multiple": 0}, ValueError, "multiple 0"),
     (["pad_batch"], {"sequences": [np.ones((2, 3)), np.ones((2, 17))]}, ValueError, "sequences 17"),
@@ -2027,7 +2030,8 @@ def test_dense_fallback_is_where_dense_and_sparse_are_the_same(dsa):
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=st.booleans(),
     options=st.sampled_from([
-        {}, {"strategy": "fixed", "pattern": "random"}, {"sparse_ratio": 0.2}, {"fallback_dense_threshold": 9}
+        {}, {"strategy": "fixed", "pattern": "random"}, {"sparse_ratio": 0.2},
+        {"fallback_dense_threshold": 9}, {"strategy": "fixed", "pattern": "random", "sparse_ratio": 0.2},
     ]),
 )  # fmt: skip
 def test_sequences_in_a_batch_or_packed_are_as_if_alone(dsa, lengths, seed, tied, options):
@@ -2075,9 +2079,15 @@ def test_dsa_attention_refuses_what_contradicts_itself(dsa):
         (ValueError, "lengths", {"lengths": np.array([3, -1])}),
         (ValueError, "lengths", {"lengths": np.array([3])}),
         (TypeError, "lengths", {"lengths": np.array([3.0, 2.0])}),
+        (TypeError, "cache is a dict", {"cache": {}}),
+        (TypeError, "the options", {"top_k": 1}),
+        (TypeError, "the options", {"blocksize": 1}),
     ):
-        with pytest.raises(error, match=name):
-            attend(dsa, p, config, **kwargs)
+        for few in (config, dsa.DSAConfig(top_k=99)):  # also where all keys are kept
+            with pytest.raises(error, match=name):
+                attend(dsa, p, few, **kwargs)
+    with pytest.raises(TypeError, match=r"^q\[0\] is a builtins.list"):
+        dsa.dsa_attention(*([[[1.0]]] for _ in range(6)), config)
     with pytest.raises(TypeError, match="config"):
         attend(dsa, p, {"top_k": 3})
     with pytest.raises(ValueError, match=r"\bk\b"):
