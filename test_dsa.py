@@ -2682,8 +2682,7 @@ def test_a_storage_loses_no_number(dsa):
 @given(seed=seeds, dtype=st.sampled_from(DTYPES))
 def test_threads_never_change_a_bit(dsa, seed, dtype):
     """Nothing depends on the number of threads, BLAS' or ours, nor on who else is calling."""
-    import threadpoolctl
-
+    threadpoolctl = pytest.importorskip("threadpoolctl")
     p = tokens(seed, (2,), 150 + seed % 100, dtype)
     calls = [lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)), lambda: dsa.dense_attention(p.q, *p.kv),
              lambda: dsa.lightning_select(*index_rows(seed, 90, 1500, dtype), 64)]  # fmt: skip
@@ -2732,7 +2731,9 @@ def test_no_stage_holds_queries_times_keys(impl, request, what):
     """One float32 [T, S] array is 256 MB at 8,192; what may not hold it stays below a quarter."""
     if impl.xp is not np:
         pytest.skip("tracemalloc sees no device memory")
-    n, rng = 8192, np.random.default_rng(0)
+    dsa, n, rng = request.getfixturevalue("dsa"), 8192, np.random.default_rng(0)
+    dsa.set_num_threads(2)  # each holds a block
+    request.addfinalizer(lambda: dsa.set_num_threads(None))
     if what == "index_scores":  # returns [T, S], which the measure must see: a quarter of the queries
         part = (rng.standard_normal(shape, F32) for shape in ((n // 4, 1, 2), (n, 2), (n // 4, 1)))
         assert peak_bytes(lambda: impl.index_scores(*part)) > n * n
@@ -2745,7 +2746,6 @@ def test_no_stage_holds_queries_times_keys(impl, request, what):
     calls = {"lightning_select": lambda: impl.lightning_select(*index, 64),
              "dense_attention": lambda: impl.dense_attention(q, k, k)}  # fmt: skip
     if what == "dsa_attention":
-        dsa = request.getfixturevalue("dsa")
         calls[what] = lambda: dsa.dsa_attention(q, k, k, *index, dsa.DSAConfig(top_k=64))
     assert peak_bytes(calls.get(what, lambda: impl.sparse_attention(q, k, k, few))) < len(q) * len(k) * 4 / 4
 
