@@ -270,29 +270,25 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     Slots of -1 are absent wherever they stand, an index that repeats counts as often as it stands, and a key
     in no row is never looked at. IndexError for other indices outside [0, S). Otherwise as dense_attention.
     out_dtype: by default q's; float32 for parts of 16 bits that are yet to be merged. A thread holds at most
-    2,048 gathered keys, however long a row is.
+    2,048 gathered keys, 512 of wide ones, however long a row is.
 
     >>> k, v = np.zeros((3, 1, 1)), np.array([[[1.0]], [[2.0]], [[6.0]]])
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    indices, values, slots = indices.astype(np.int64), k[..., :d_v] if v is None else v, indices.shape[1]
-    start, count = indices.max(1, initial=-1), np.count_nonzero(indices >= 0, axis=1)
-    start = np.maximum(start - count + 1, 0)  # [T], if a row's keys lie side by side
-    (lo, hi), whole = span(start, start + count), every_key((start, start + count), slots)
-    if len(q) * (hi - lo) <= 2 * count.sum() and (indices == whole).all():  # they are windows: none to gather
-        window = {"k_start": start, "k_end": start + count}
-        return dense_attention.block(q, k, v, d_v=d_v, scale=scale, sink=sink, **window)
+    indices, values = indices.astype(np.int64), k[..., :d_v] if v is None else v
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
+    most = min(4, -(-indices.shape[1] // KEY_TILE), 2**21 // max(1, KEY_TILE * k[:1].size))
+    most = max(1, most)  # tiles of keys that a thread gathers
 
     def gather(t, keys):
-        k_s = take("k", k, keys)  # [N, G, D]
-        return attend(q[t : t + 1], k_s, k_s[..., :d_v] if v is None else take("v", v, keys))
+        k_s = take("k", k, keys, most)  # [N, G, D]
+        return attend(q[t : t + 1], k_s, k_s[..., :d_v] if v is None else take("v", v, keys, most))
 
     for t, row in enumerate(indices):
         keys = row[row >= 0]
-        parts = [keys[own] for own in tiles(q[t : t + 1], 0, len(keys), most=4)]
+        parts = [keys[own] for own in tiles(q[t : t + 1], 0, len(keys), most)]
         parts = spread(functools.partial(gather, t), parts)
         out[t], lse[t] = union(parts, q[t : t + 1], values.shape[-1])  # [1, H, Dv], [1, H]
     return out if sink is None else apply_sink(out, lse, sink), lse
@@ -342,11 +338,11 @@ def union(parts, q, d_v):
     return functools.reduce(lambda a, b: merged(*zip(a, b)), parts, next(parts, empty))
 
 
-def take(name, x, rows):
+def take(name, x, rows, most):
     """x [S, ...] at rows [N], in a buffer of its thread: a fresh one would cost as much again."""
     if not x.flags.c_contiguous:  # np.take, twice as fast as x[rows], would first copy all of it
         return x[rows]
-    out = buffer(name, (4 * KEY_TILE, *x.shape[1:]), x.dtype)
+    out = buffer(name, (most * KEY_TILE, *x.shape[1:]), x.dtype)
     return np.take(x, rows, axis=0, mode="clip", out=out[: len(rows)])
 
 
@@ -587,7 +583,10 @@ def dsa_attention(
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
-        indices = choose(q, k, index_q, index_k, weights, windows_of(n, k_start, k_end), lengths)
+        windows = windows_of(n, k_start, k_end)
+        indices = choose(q, k, index_q, index_k, weights, windows, lengths)
+        if lengths is None and config.quota_at(layer, n_layers, n["S"])[1]:  # dense: nothing to gather
+            return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
     def attend_to_cache():
@@ -823,6 +822,9 @@ class KVCache:
 
     # What a cache in two tiers does in another way:
 
+    def _in_memory(self):
+        return self._stored
+
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
@@ -834,7 +836,7 @@ class KVCache:
 
     def _allocate(self, capacity):
         grown = {}
-        for name, shape in self._stored.items():
+        for name, shape in self._in_memory().items():
             grown[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
             grown[name][:, : self.capacity] = self._data.get(name, 0)
         self._data, self.capacity = grown, capacity
@@ -1091,8 +1093,7 @@ def on_one_blas_thread(work):
 
 
 def share_blas(me, hold):
-    while BLAS_OWNER.setdefault("", me) is not me:
-        time.sleep(1e-5)
+    own_blas(me)
     if hold and not BLAS_USERS:
         BLAS_BEFORE[:] = [lib.get_num_threads() for lib in blas_libraries()]
     if hold:
@@ -1104,8 +1105,17 @@ def share_blas(me, hold):
     BLAS_OWNER.pop("", None)
 
 
-if hasattr(os, "register_at_fork"):  # the calls that are under way are the parent's
-    os.register_at_fork(after_in_child=lambda: [x.clear() for x in (BLAS_USERS, BLAS_OWNER)])
+def own_blas(me):
+    while BLAS_OWNER.setdefault("", me) is not me:
+        time.sleep(1e-5)
+
+
+if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
+    os.register_at_fork(
+        before=lambda: own_blas("fork"),
+        after_in_parent=BLAS_OWNER.clear,
+        after_in_child=lambda: [x.clear() for x in (BLAS_USERS, BLAS_OWNER)],
+    )
 
 
 def quietly(work):
@@ -1331,6 +1341,7 @@ def hierarchical(n, q, k, index, rest, block=64, oversample=4):
     The first and the last visible block are always in, since they may be visible only in part.
     """
     (index_q, x, weights), block = index, integer("block", block, 1)
+    dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
     size = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
     pooled = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
     pooled = pooled.reshape(*n["..."], len(size), block, n["E"]).sum(-2, dtype=accumulator(x))
@@ -1611,7 +1622,7 @@ class Entries:
 
     def encode(self, name, x):
         largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0)) if isinstance(x, np.ndarray) else 0
-        expect(largest < 2.0**128 - 2.0**119, name, largest, "what fp8 with a scale can hold")
+        expect(largest < 248 * 2.0**120, name, largest, "what fp8 with a scale can hold")
         return packed(x, self.widths[name][1])
 
     def decode(self, name, x):
@@ -1838,7 +1849,7 @@ class HybridKVCache(KVCache):
     def _open_tiers(self):
         """An empty fast tier, the slow one's file -> a context: the session that goes on in it, or None."""
         self._columns, width = {}, 0  # where each stream stands in a token's record
-        for name in [name for name in self._stored if not name.startswith("index_")]:
+        for name in self._stored.keys() - self._in_memory().keys():
             self._columns[name] = slice(width, width + math.prod(self._stored[name]))
             width = self._columns[name].stop
         expect("k" in self._columns, "streams", sorted(self.streams), "k among them")
@@ -1854,7 +1865,9 @@ class HybridKVCache(KVCache):
         if ("slow_tier", self.xp.__name__) in KERNELS:
             expect(not self._kept, "path", repr(self.path), "None where the slow tier is no file")
             return contextlib.nullcontext()
-        again = self._kept and os.path.exists(self.path) and os.path.exists(f"{self.path}.npz")
+        again = self._kept and os.path.exists(f"{self.path}.npz")
+        whole = not again or os.path.exists(self.path)
+        expect(whole, "path", repr(self.path), "a session's two files, but only .npz is there")
         if self._kept:
             self._file = open(self.path, "r+b" if again else "x+b")  # noqa: SIM115
         else:
@@ -1864,6 +1877,9 @@ class HybridKVCache(KVCache):
         own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
         own |= {"file_bytes": os.path.getsize(self.path)}
         return session_in(f"{self.path}.npz", own) if again else contextlib.nullcontext()
+
+    def _in_memory(self):
+        return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
 
     def _write(self, b, start, tokens):
         self._forget(b, start, start + len(tokens["k"]))
@@ -1876,7 +1892,10 @@ class HybridKVCache(KVCache):
         if name in self._data:
             return self._data[name]
         whole = self._slow[:, :, self._columns[name]].swapaxes(0, 1)
-        return whole.reshape(*whole.shape[:2], *self._stored[name])
+        whole = whole.reshape(*whole.shape[:2], *self._stored[name])
+        if isinstance(whole, np.ndarray):
+            whole.flags.writeable = False  # a forked child must not write into the file
+        return whole
 
     def _attend(self, q, indices, kwargs):
         return attend_to_rows(self, q, indices, self._rows, **kwargs)
@@ -2031,7 +2050,15 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
-        config = read_config(config)
+        try:
+            found = cls._found(read_config(config), dims)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
+        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
+
+    @staticmethod
+    def _found(config, dims):
+        """The fields of a config.json, None for those that it lacks."""
         same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
         found = {name: config.get(name) for name in (*same, "index_topk")} | rope_dims(config)
         found |= {"n_heads": config.get("num_attention_heads"), "norm_eps": config.get("rms_norm_eps")}
@@ -2040,8 +2067,7 @@ class LayerDims:
             known = model.startswith(("glm", "deepseek"))
             expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
             layout = model.startswith("glm")
-        found["index_rope_interleaved"] = layout
-        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
+        return found | {"index_rope_interleaved": layout}
 
     def shapes(self, dim=7168, q_lora_rank=1536, kv_lora_rank=512):
         """The shape of each weight, by its name in a layer.

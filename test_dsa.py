@@ -2204,6 +2204,18 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
     hybrid.close()
 
 
+def test_a_cache_in_two_tiers_holds_the_fast_one_in_memory(dsa):
+    """Beside the index keys; and attends with the bits of one tier, however many keys are asked for."""
+    p, rng = tokens(0, (1,), 6000), np.random.default_rng(0)
+    with new_cache(dsa, "HybridKVCache", p, 6000, 30) as cache, new_cache(dsa, "KVCache", p, 6000) as plain:
+        cache.append(**streams_of(p)), plain.append(**streams_of(p))
+        index = plain._data["index_k"].nbytes
+        assert cache.nbytes < index + 6000 * 16 + cache.fast_bytes + 4096 < plain.nbytes
+        for K in (1, 9, 2500):
+            kept = np.sort(rng.permutation(6000)[:K])[None, None]
+            assert_same(cache.attend(p.q[:, :1], kept), plain.attend(p.q[:, :1], kept))
+
+
 def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
     """Counted by hand: two free slots, and a window of one token that is never evicted and never a miss."""
     p = tokens(0, (1,), 10)
