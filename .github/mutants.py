@@ -82,11 +82,14 @@ def main(ranges, count, seed, workers, seconds, *tests):
     chosen = [found for _, found in zip(range(int(count)), drawn)]
     killed = 0
     with concurrent.futures.ThreadPoolExecutor(int(workers)) as pool:
-        lives = pool.map(lambda found: survives(found, float(seconds), tests), chosen)
-        for number, ((said, _), alive) in enumerate(zip(chosen, lives), 1):
-            killed += not alive
-            if alive or number % 50 == 0:
-                print(f"survives: {said}" if alive else f"{number} mutants, {killed} killed", flush=True)
+        said = {pool.submit(survives, found, float(seconds), tests): found[0] for found in chosen}
+        for number, done in enumerate(concurrent.futures.as_completed(said), 1):
+            killed += not done.result()
+            if done.result() or number % 50 == 0:
+                print(
+                    f"survives: {said[done]}" if done.result() else f"{number} mutants, {killed} killed",
+                    flush=True,
+                )
     print(f"{len(chosen)} mutants, {killed} killed")
 
 
