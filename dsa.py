@@ -1133,7 +1133,7 @@ def in_blocks(block, arrays, results, n, given, most):
     neither too: in the order of the blocks, so that no sum depends on who comes first.
     """
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
-    sums = accumulator(*(given[name] for name in cut if name != "indices"))
+    sums = accumulator(*(given[name] for name in cut))
     dtypes = {name: getattr(x, "dtype", None) for name, x in given.items()} | {"int32": np.int32, "": sums}
     dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
     cut |= {name: True for name in ("k_start", "k_end") if name in given}
@@ -2871,10 +2871,9 @@ def sharded_attention(
 def agreement(comm, arrays, kwargs, windows, config, layer, cache, lengths, owner):
     """The checks of sharded_attention -> sizes, layout, and how many tokens are new, of them on this rank."""
     with together(comm):
-        fits = isinstance(config, DSAConfig)
-        expect(fits, "config", f"a {type(config).__name__}", "a DSAConfig", TypeError)
-        fits = cache is None or isinstance(cache, KVCache)
-        expect(fits, "cache", f"a {type(cache).__name__}", "a KVCache", TypeError)
+        check_type("config", config, DSAConfig)
+        if cache is not None:
+            check_type("cache", cache, KVCache)
         given = lengths is not None or owner is not None
         expect(cache is not None or not given, "lengths or owner", "given", "None without a cache")
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
