@@ -31,31 +31,21 @@ selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines an
 from __future__ import annotations
 
 import collections
-import contextlib
 import contextvars
-import copy
-import ctypes
 import functools
-import importlib
 import inspect
 import itertools
-import json
 import math
 import numbers
 import operator
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
-import weakref
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -82,22 +72,18 @@ def stage(declared, most=lambda n: 64):
     axes stands its dtype, or whose dtype it has; otherwise it is float32, or float64 if any input is.
     most(n): how many queries a block may have. To read on: a stage is its body; in_blocks is in section 8.
     """
-    arrays, results = (axes_of(half) for half in declared.split(" -> "))
+    arrays, results = map(axes_of, declared.split(" -> "))
 
     def declare(block):
-        signature = inspect.signature(block)
-        names, name = list(signature.parameters), block.__name__
-        defaults = {x.name: x.default for x in signature.parameters.values() if x.default is not x.empty}
-        optional = defaults.keys() | ({"v"} if "d_v" in names else set())
-        positional = sum(x.kind is not x.KEYWORD_ONLY for x in signature.parameters.values())
+        name, parameters, first = block.__name__, inspect.signature(block).parameters, next(iter(arrays))
+        optional = {"v", *(x for x in parameters if parameters[x].default is None)}
+        bind: dict[str, Any] = {}  # by Python itself: at its speed, with its errors, as namedtuple does
+        exec(f"def {name}{inspect.signature(block)}: return locals()", bind)
 
         @functools.wraps(block)
         def run(*args, **kwargs):
-            given = {**defaults, **dict(zip(names, args)), **kwargs}
-            twice = kwargs.keys() & set(names[: len(args)])
-            if given.keys() != set(names) or len(args) > positional or twice:
-                signature.bind(*args, **kwargs)  # raises what Python says of such a call
-            axes, decode = CODES.get((name, getattr(given[names[0]], "dtype", None)), (arrays, None))
+            given = bind[name](*args, **kwargs)
+            axes, decode = CODES.get((name, getattr(given[first], "dtype", None)), (arrays, None))
             n = sizes(axes, given, optional)
             check_options(n, given)
             if n["xp"] is not np:
@@ -143,7 +129,7 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     def score(first):
         # The order in which BLAS adds up a product may depend on the call's shape and on the place in it. So
         # all are alike, one query by KEY_TILE keys, and a score has the same bits in any block or chunk.
-        keys, r = buffer("keys", (E, KEY_TILE), dtype), buffer("r", (T, J, KEY_TILE), dtype)
+        keys, r = np.empty((E, KEY_TILE), dtype), np.empty((T, J, KEY_TILE), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), KEY_TILE):
             tile = index_k[s : s + KEY_TILE]  # [N, E]
             keys[:, : len(tile)], keys[:, len(tile) :] = tile.T, 0
@@ -203,30 +189,12 @@ def first_k(x, top_k):
     """Equation (2): x [M, N], at least top_k of each row above -inf -> positions [M, top_k], ascending."""
     if top_k == 0:
         return np.zeros((len(x), 0), np.intp)
-    # Every 16th score gives a threshold that, as a bet, somewhat more than top_k reach; only those go on.
-    # Where fewer than top_k reach it, all go on: the rest is exact either way.
-    width, m, columns = x.shape[1], top_k // 16 + math.isqrt(top_k) + 4, None
-    if 32 * m < width:
-        reach = x >= largest(x[:, ::16], m)
-        count = np.count_nonzero(reach, axis=1)
-        if count.min() >= top_k:
-            place = np.arange(count.max()) < count[:, None]  # who goes on, side by side
-            columns, reached = np.zeros(place.shape, np.intp), np.full(place.shape, -np.inf, x.dtype)
-            flat = np.flatnonzero(reach)
-            columns[place], reached[place] = flat % width, x.ravel()[flat]
-            x = reached
-    kth = largest(x, top_k)
+    kth = np.partition(x, x.shape[1] - top_k, axis=1)[:, x.shape[1] - top_k, None]  # [M, 1]
     best = x >= kth
     for t in np.flatnonzero(np.count_nonzero(best, axis=1) > top_k):  # ties go to the lowest index
         ties = np.flatnonzero(x[t] == kth[t])
         best[t, ties[top_k - np.count_nonzero(best[t]) :]] = False
-    best = np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
-    return best if columns is None else np.take_along_axis(columns, best, axis=1)
-
-
-def largest(x, k):
-    """The k-th largest of each row: x [M, N] -> [M, 1]."""
-    return np.partition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k, None]
+    return np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
@@ -249,14 +217,12 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     v, (lo, hi) = k[..., :d_v] if v is None else v, span(k_start, k_end)
     q = np.multiply(q, scale, dtype=accumulator(q, k, v))
 
-    def tile(s):
-        keys, all_see = (
-            np.arange(s.start, s.stop)[:, None],
-            k_start.max() <= s.start and s.stop <= k_end.min(),
-        )
-        return attend(q, k[s], v[s], None if all_see else (keys >= k_start) & (keys < k_end))
+    def tile(own):
+        s = np.arange(own.start, own.stop)[:, None]
+        seen = (s >= k_start) & (s < k_end)  # [N, T]
+        return attend(q, k[own], v[own], None if seen.all() else seen)
 
-    out, lse = union(spread(tile, tiles(q, lo, hi)), q, v.shape[-1])
+    out, lse = over_tiles(tile, q, v.shape[-1], lo, hi)
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
@@ -279,18 +245,16 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     indices, values = indices.astype(np.int64), k[..., :d_v] if v is None else v
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
-    most = min(4, -(-indices.shape[1] // KEY_TILE), 2**21 // max(1, KEY_TILE * k[:1].size))
-    most = max(1, most)  # tiles of keys that a thread gathers
+    most = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))
 
-    def gather(t, keys):
-        k_s = take("k", k, keys, most)  # [N, G, D]
-        return attend(q[t : t + 1], k_s, k_s[..., :d_v] if v is None else take("v", v, keys, most))
+    def tile(q_t, keys, own):
+        k_s = k[keys[own]]  # [N, G, D]
+        return attend(q_t, k_s, k_s[..., :d_v] if v is None else v[keys[own]])
 
     for t, row in enumerate(indices):
-        keys = row[row >= 0]
-        parts = [keys[own] for own in tiles(q[t : t + 1], 0, len(keys), most)]
-        parts = spread(functools.partial(gather, t), parts)
-        out[t], lse[t] = union(parts, q[t : t + 1], values.shape[-1])  # [1, H, Dv], [1, H]
+        q_t, keys = q[t : t + 1], row[row >= 0]
+        work = functools.partial(tile, q_t, keys)
+        out[t], lse[t] = over_tiles(work, q_t, values.shape[-1], 0, len(keys), most)  # [1, H, Dv], [1, H]
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
@@ -301,49 +265,33 @@ def attend(q, k, v, seen=None):
     (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)  # odd: keys with values that are not finite
     rows = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)  # [G, R, D]
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    x = keys @ rows.swapaxes(1, 2)  # [G, N, R]: BLAS's longer side first
+    x = rows @ keys.swapaxes(1, 2)  # [G, R, N]
     if seen is not None:
-        np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
+        sees = np.repeat(seen.T, H // G, axis=0)  # [R, N]
+        np.copyto(x, -np.inf, where=~sees)
         odd = np.flatnonzero(~np.isfinite(values).all((0, 2)))
-    top = over_keys(np.maximum, x)  # [G, R]
-    top = np.where(top == -np.inf, 0, top)  # as -inf - -inf is NaN
-    p = np.exp(np.subtract(x, top[:, None], out=x), out=x)  # exp2 is far slower on -inf
-    total = over_keys(np.add, p)  # [G, R]
-    out = p.swapaxes(1, 2) @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
+    top = x.max(-1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
+    p = np.exp(np.subtract(x, top, out=x), out=x)  # exp2 is far slower on -inf
+    total = p.sum(-1, keepdims=True)  # [G, R, 1]
+    out = p @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
     for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
-        sees = np.repeat(seen[i], H // G)
-        out[:, sees] += p[:, i, sees, None] * np.where(np.isfinite(values[:, i, None]), 0, values[:, i, None])
-    out /= np.where(total == 0, 1, total)[..., None]  #                                                    (3)
-    lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
-    return out.reshape(G, T, H // G, v.shape[-1]).swapaxes(0, 1).reshape(T, H, v.shape[-1]), lse
+        out[:, sees[:, i]] += (
+            p[:, sees[:, i], i, None] * np.where(np.isfinite(values[:, i]), 0, values[:, i])[:, None]
+        )
+    out /= np.where(total == 0, 1, total)  #                                                               (3)
+    out, lse = (x.reshape(G, T, H // G, -1).swapaxes(0, 1) for x in (out, top + np.log(total)))
+    return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
 
 
-def over_keys(reduce, x):
-    """x [G, N, R] reduced to [G, R]; eight keys side by side, as NumPy is slow on short last axes."""
-    G, N, R = x.shape
-    x = reduce.reduce(x.reshape(G, N // 8, 8 * R), axis=1).reshape(G, 8, R) if N and N % 8 == 0 else x
-    return reduce.reduce(x, axis=1, initial=-np.inf if reduce is np.maximum else 0)
-
-
-def tiles(q, lo, hi, most=2**20):
-    """The keys lo..hi in slices of about 2**26 multiply-adds for q [T, H, D], whatever the threads."""
+def over_tiles(work, q, d_v, lo, hi, most=2**20):
+    """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**26 multiply-adds, and
+    at most `most` times KEY_TILE, whatever the threads; these are merged two at a time, as they come.
+    """
     held = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))
     step = KEY_TILE * max(1, min(most, 2**26 // held // KEY_TILE))
-    return [slice(s, min(s + step, hi)) for s in range(lo, hi, step)]
-
-
-def union(parts, q, d_v):
-    """The parts merged two at a time, as they come; of none for q [T, H, D]: out 0, lse -inf."""
+    parts = spread(work, [slice(s, min(s + step, hi)) for s in range(lo, hi, step)])
     empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
     return functools.reduce(lambda a, b: merged(*zip(a, b)), parts, next(parts, empty))
-
-
-def take(name, x, rows, most):
-    """x [S, ...] at rows [N], in a buffer of its thread: a fresh one would cost as much again."""
-    if not x.flags.c_contiguous:  # np.take, twice as fast as x[rows], would first copy all of it
-        return x[rows]
-    out = buffer(name, (most * KEY_TILE, *x.shape[1:]), x.dtype)
-    return np.take(x, rows, axis=0, mode="clip", out=out[: len(rows)])
 
 
 def merge_attention(outs, lses):
@@ -512,7 +460,7 @@ class DSAConfig:
         least = {"top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1}
         for field, low in (least | {"fallback_dense_threshold": 0}).items():
             if getattr(self, field) is not None or field in least:
-                integer(field, getattr(self, field), low, WrongKind)
+                integer(field, getattr(self, field), low, ValueError)
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
             quota(self.top_k, window, self.num_sink_tokens)
@@ -618,37 +566,30 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    for name, x in arrays.items():
-        for i, row in enumerate(() if x is None else x):
-            library(f"{name}[{i}]", row)
-    lengths = [len(x) for x in arrays["q"]]
-    for name, x in arrays.items():
-        own = lengths if x is None else [len(row) for row in x]
-        expect(own == lengths, f"the lengths in {name}", own, f"those in q, {lengths}")
-    padded = {name: None if x is None else pad_batch(x, multiple, name)[0] for name, x in arrays.items()}
-    return padded, np.array(lengths)
+    padded = {name: (x, None) if x is None else pad_batch(x, multiple, name) for name, x in arrays.items()}
+    lengths = padded["q"][1]
+    for name, (x, own) in padded.items():
+        fits = x is None or own.tolist() == lengths.tolist()
+        expect(fits, f"the lengths in {name}", own, f"those in q, {lengths}")
+    return {name: x for name, (x, _) in padded.items()}, lengths
 
 
 def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
     """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
     by_length = config.sparse_ratio or config.fallback_dense_threshold
     if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
-        parts = []
+        each = []
         for own in (slice(b, b + 1) for b in range(len(lengths))):
             near = None if candidates is None else candidates[own]
             alone = [x[own] for x in (q, k, index_q, index_k, weights)]
-            alone += [[w[own] for w in windows], lengths[own]]
-            parts.append(choose_keys(config, layer, near, options, *alone))
-        width = max(x.shape[-1] for x in parts)
-        return np.concatenate(
-            [np.pad(x, [(0, 0), (0, 0), (0, width - x.shape[-1])], constant_values=-1) for x in parts]
-        )
+            windows_own = [w[own] for w in windows]
+            each.append(choose_keys(config, layer, near, options, *alone, windows_own, lengths[own]))
+        rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
+        return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)])
     chosen = config.selector() if candidates is None else "predictive"
     select: Any = (SELECTORS if candidates is None else REFINERS).get(chosen)
-    known = getattr(select, "options", ())
-    expect(
-        options.keys() <= set(known), "the options", sorted(options), f"some of {sorted(known)}", TypeError
-    )
+    known = sorted(getattr(select, "options", ()))
+    expect(options.keys() <= {*known}, "the options", sorted(options), f"some of {known}", TypeError)
     fits = select or (chosen == "lightning" and candidates is None)
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
@@ -698,10 +639,7 @@ class KVCache:
             fits = isinstance(shape, tuple) and len(shape) > 0 and name != "lengths"
             expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         if storage == "bfloat16":
-            try:
-                import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
-            except ImportError:
-                raise ImportError("storage 'bfloat16' needs ml_dtypes: pip install ml_dtypes") from None
+            import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
         self.xp, self.storage, self.grow, self.closed = xp, storage, bool(grow), False
         self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
@@ -733,16 +671,17 @@ class KVCache:
         given, own = sorted(tokens), sorted(self.streams)
         expect(given == own, "the streams given", given, f"the cache's {own}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
-        for name, shape in self.streams.items():
-            dims(self.xp, **{name: (tokens[name], "...")})
-            expected = (self.batch, *count, *shape)
-            expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
+        for name, x in tokens.items():
+            dims(self.xp, **{name: (x, "...")})
+            expected = (self.batch, *count, *self.streams[name])
+            expect(x.shape == expected, name, f"of shape {x.shape}", f"{expected}")
         new = check_lengths(lengths, self.batch, *count)
         need = int((self._lengths + new).max())
         most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
         expect(self.grow or need <= self.capacity, "the cache", "full", most)
-        each = enumerate(new)
-        rows = [{name: self._encode(name, x[b, :more]) for name, x in tokens.items()} for b, more in each]
+        rows = [
+            {name: self._encode(name, x[b, : new[b]]) for name, x in tokens.items()} for b in range(len(new))
+        ]
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         for b, start in enumerate(self._lengths.tolist()):
@@ -781,12 +720,10 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
-        n = dims(self.xp, q=(q, "B T H D"))
+        n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
         expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
-        n |= {"...": (self.batch,), "S": int(self._lengths.max())}
-        check_indices("indices", indices, n)
         for b, length in enumerate(self._lengths.tolist()):
-            check_indices("indices", indices[b], n | {"...": (), "S": length})
+            check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
     def truncate(self, lengths):
@@ -858,10 +795,6 @@ class NotANumber(Exception):
     """A block met NaN in the window of its query args[0]."""
 
 
-class WrongKind(TypeError, ValueError):
-    """A field of a configuration that is of the wrong kind: a TypeError as elsewhere, and a ValueError."""
-
-
 def expect(ok, name, value, expected, error=ValueError):
     if not ok:
         raise error(f"{name} is {value}, expected {expected}")
@@ -876,16 +809,13 @@ def library(name, x, others=None):
     plain = type(x) in (np.ndarray, np.memmap)  # not a matrix, nor masked
     if plain and others in (None, np):
         return np
-    kinds, kind = (
-        sorted({"numpy"} | {home for _, home in KERNELS}),
-        f"a {type(x).__module__}.{type(x).__name__}",
-    )
+    known, kind = {"numpy"} | {home for _, home in KERNELS}, f"a {type(x).__module__}.{type(x).__name__}"
     home = "numpy" if plain else type(x).__module__.partition(".")[0]
-    xp = sys.modules[home] if home in kinds and (plain or home != "numpy") else None
-    expect(xp and isinstance(x, xp.ndarray), name, kind, f"an array of {' or '.join(kinds)}", TypeError)
-    same = others in (None, xp)
+    fits = plain or (home in known - {"numpy"} and isinstance(x, sys.modules[home].ndarray))
+    expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}", TypeError)
+    same = others in (None, sys.modules[home])
     expect(same, name, kind, f"an array of {others and others.__name__}, as others", TypeError)
-    return xp
+    return sys.modules[home]
 
 
 def dims(xp=None, **arrays):
@@ -905,8 +835,8 @@ def sizes(declared, given, optional, xp=None):
         if x is None and name in optional:
             continue
         n["xp"] = library(name, x, n["xp"])
-        allowed = ((dtypes,) if isinstance(dtypes, str) else dtypes) if dtypes else FLOATS
-        if not (x.dtype.kind in "iu" if dtypes == "int" else x.dtype.type.__name__ in allowed):
+        allowed = (dtypes,) if isinstance(dtypes, str) and dtypes else dtypes or FLOATS
+        if not (x.dtype.kind in "iu" if "int" in allowed else x.dtype.type.__name__ in allowed):
             raise TypeError(f"{name} is of dtype {x.dtype}, expected one of {', '.join(allowed)}")
         if not x.dtype.isnative:
             given[name] = x = x.astype(x.dtype.newbyteorder("="))
@@ -1032,11 +962,10 @@ def check_options(n, given):
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
     if "out_dtype" in given:
-        own, asked = given["q"].dtype, given["out_dtype"]
-        sums = accumulator(*(given[x] for x in "qkv" if given[x] is not None))
-        known = own if asked is None else [x for x in (own, sums) if asked in (x, x.type, x.name)]
-        expect(known, "out_dtype", asked, f"{own} or {sums}", TypeError)
-        given["out_dtype"] = known if asked is None else known[0]
+        own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
+        asked = own if given["out_dtype"] is None else given["out_dtype"]
+        expect(asked in (own, sums), "out_dtype", asked, f"{own} or {sums}", TypeError)
+        given["out_dtype"] = own if asked == own else sums
 
 
 # 8. Threads and buffers -----------------------------------------------------------------------------------
@@ -1120,10 +1049,7 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
 
 def quietly(work):
     np.seterr(all="ignore")  # in this context; the code answers for -inf - -inf and the like
-    try:
-        return work()
-    finally:
-        OF_THREAD.__dict__.pop("buffers", None)
+    return work()
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1204,13 +1130,20 @@ def spread(work, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def buffer(name, shape, dtype):
-    """An array of any content for this thread, the same one at each call that asks for the same."""
-    own, key = OF_THREAD.__dict__.setdefault("buffers", {}), (name, shape, dtype)
-    return own[key] if key in own else own.setdefault(key, np.empty(shape, dtype))
-
-
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
+
+import contextlib
+import copy
+import ctypes
+import importlib
+import json
+import tempfile
+import weakref
+import zlib
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 __all__ += [  # noqa: RUF022
     "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
