@@ -34,7 +34,6 @@ import collections
 import contextvars
 import functools
 import inspect
-import itertools
 import math
 import numbers
 import operator
@@ -45,7 +44,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -113,9 +112,7 @@ KEY_TILE = 512  # keys that are multiplied at a time, by about as many rows: 1 M
 def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     """Equation (1), the relevance of every key to every query (V3.2 report, eq. 1). There is no hidden scale.
 
-    weights are of either sign; scores float32 (float64 for float64 input), -inf outside the window. In 8
-    bits, index_q holds e4m3 codes, uint8, whose scales are in the weights, and index_k [..., S, E + 4] the
-    entries of a KVCache(storage="fp8").
+    weights are of either sign; scores float32 (float64 for float64 input), -inf outside the window.
 
     >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
     >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
@@ -421,6 +418,10 @@ SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, 
 PRECISIONS: dict[str, Any] = {"fp32": lambda x: x, "fp16": lambda x: x.astype(np.float16)}  # of the indexer
 REFINERS: dict[str, Any] = {}  # what selects among candidates
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
+DSA_AXES = axes_of(
+    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
+    " index_k [..., S, E], weights [..., T, J]"
+)
 
 
 @dataclass(frozen=True)
@@ -437,30 +438,25 @@ class DSAConfig:
 
     top_k: int = 2048
     sparse_ratio: float | None = None
-    strategy: str = "dynamic"  # or "fixed", "hybrid"
+    strategy: Literal["dynamic", "fixed", "hybrid"] = "dynamic"
     local_window: int = 0  # 128 and 256 are usual for hybrid
     num_sink_tokens: int = 0
-    global_selection: str = "lightning"  # (1), or "approximate", "lsh", "learned", "hierarchical"
-    pattern: str = "window"  # or "strided", "global", "random"
+    global_selection: Literal["lightning", "approximate", "lsh", "learned", "hierarchical"] = "lightning"
+    pattern: Literal["window", "strided", "global", "random"] = "window"
     batch_pad_to_multiple: int = 64
-    cache_strategy: str = "lru"
-    indexer_precision: str = "fp32"  # or "fp16", "fp8"
+    cache_strategy: Literal["lru"] = "lru"
+    indexer_precision: str = "fp32"  # of PRECISIONS
     fallback_dense_threshold: int | None = None
-    progressive_sparsity: bool = False
+    progressive_sparsity: Literal[False, True] = False
 
     def __post_init__(self):
-        choices = {
-            "strategy": ("fixed", "dynamic", "hybrid"), "pattern": ("window", "strided", "global", "random"),
-            "global_selection": ("lightning", "approximate", "lsh", "learned", "hierarchical"),
-            "cache_strategy": ("lru",), "indexer_precision": tuple(PRECISIONS),
-            "progressive_sparsity": (False, True),
-        }  # fmt: skip
-        for field, allowed in choices.items():
-            expect(getattr(self, field) in allowed, field, repr(getattr(self, field)), f"one of {allowed}")
-        least = {"top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1}
-        for field, low in (least | {"fallback_dense_threshold": 0}).items():
-            if getattr(self, field) is not None or field in least:
-                integer(field, getattr(self, field), low, ValueError)
+        for field, kind in get_type_hints(DSAConfig).items():
+            value, least = getattr(self, field), int(field in ("top_k", "batch_pad_to_multiple"))
+            if get_origin(kind) is Literal or kind is str:
+                allowed = get_args(kind) or tuple(PRECISIONS)
+                expect(value in allowed, field, repr(value), f"one of {allowed}")
+            elif value is not None and field != "sparse_ratio":
+                integer(field, value, least, ValueError)
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
             quota(self.top_k, window, self.num_sink_tokens)
@@ -548,10 +544,7 @@ def dsa_attention(
 
 def dsa_dims(arrays, options, windows, cache, lengths):
     """The checks of dsa_attention -> sizes, and lengths [B] if any are given."""
-    axes = {"q": "... T H D", "k": "... S G D", "v": "... S G Dv"}
-    axes |= {"index_q": "... T J E", "index_k": "... S E", "weights": "... T J", "sink": "H"}
-    given = {name: (x, axes[name]) for name, x in (arrays | options).items() if name in axes}
-    n = dims(**{name: x for name, x in given.items() if x[0] is not None or name not in ("v", "sink")})
+    n = sizes(DSA_AXES, arrays | options, ("v", "sink"))
     check_options(n, arrays | options)
     if cache is not None or lengths is not None:
         alone = all(w is None for w in windows)
@@ -566,12 +559,11 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    padded = {name: (x, None) if x is None else pad_batch(x, multiple, name) for name, x in arrays.items()}
+    padded = {name: pad_batch(x, multiple, name) for name, x in arrays.items() if x is not None}
     lengths = padded["q"][1]
-    for name, (x, own) in padded.items():
-        fits = x is None or own.tolist() == lengths.tolist()
-        expect(fits, f"the lengths in {name}", own, f"those in q, {lengths}")
-    return {name: x for name, (x, _) in padded.items()}, lengths
+    for name, (_, own) in padded.items():
+        expect(own.tolist() == lengths.tolist(), f"the lengths in {name}", own, f"those in q, {lengths}")
+    return {name: padded[name][0] if name in padded else None for name in arrays}, lengths
 
 
 def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
@@ -581,9 +573,9 @@ def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weig
         each = []
         for own in (slice(b, b + 1) for b in range(len(lengths))):
             near = None if candidates is None else candidates[own]
-            alone = [x[own] for x in (q, k, index_q, index_k, weights)]
-            windows_own = [w[own] for w in windows]
-            each.append(choose_keys(config, layer, near, options, *alone, windows_own, lengths[own]))
+            alone: Any = [x[own] for x in (q, k, index_q, index_k, weights)]
+            alone += [[w[own] for w in windows], lengths[own]]
+            each.append(choose_keys(config, layer, near, options, *alone))
         rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
         return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)])
     chosen = config.selector() if candidates is None else "predictive"
@@ -615,8 +607,8 @@ class KVCache:
     """What the tokens so far left behind, for a batch of sequences, each of its own length.
 
     capacity: tokens per sequence; grow doubles it when it is full, otherwise a full cache raises ValueError.
-    storage: "float64", "float32", "float16", "bfloat16" or "fp8", which keeps the last qk_rope_head_dim
-    values of "k" in bfloat16. streams: what a token leaves, name=shape.
+    storage: "float64", "float32", "float16", "bfloat16", or another of STORAGES, which may treat the last
+    qk_rope_head_dim values of "k" apart. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
     xp: the library of the arrays. Any number of threads may read and attend; what changes the cache, such as
     append, truncate and close, is the caller's to lock.
@@ -679,9 +671,8 @@ class KVCache:
         need = int((self._lengths + new).max())
         most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
         expect(self.grow or need <= self.capacity, "the cache", "full", most)
-        rows = [
-            {name: self._encode(name, x[b, : new[b]]) for name, x in tokens.items()} for b in range(len(new))
-        ]
+        each = enumerate(new)
+        rows = [{name: self._encode(name, x[b, :more]) for name, x in tokens.items()} for b, more in each]
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         for b, start in enumerate(self._lengths.tolist()):
@@ -699,11 +690,11 @@ class KVCache:
             raise
 
     def read(self, name):
-        """A view (a copy of fp8) [B, longest length, *shape] of a stream; undefined beyond its own length."""
+        """A view (a copy if encoded) [B, longest length, *shape] of a stream, undefined beyond each length."""
         return self._codec.decode(name, self.stored(name)) if self._codec else self.stored(name)
 
     def stored(self, name):
-        """As read, but as it is stored: of fp8 the bytes, for index_scores."""
+        """As read, but as it is stored, encoded or not."""
         self._check_open()
         expect(name in self.streams, "name", repr(name), f"one of {sorted(self.streams)}")
         return self._stream(name)[:, : self._lengths.max()]
@@ -722,7 +713,7 @@ class KVCache:
         self._check_open()
         n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
         expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
-        for b, length in enumerate(self._lengths.tolist()):
+        for b, length in enumerate(self._lengths.tolist() if isinstance(indices, np.ndarray) else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
@@ -806,9 +797,9 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
+    if type(x) is (others or np).ndarray:
+        return others or np
     plain = type(x) in (np.ndarray, np.memmap)  # not a matrix, nor masked
-    if plain and others in (None, np):
-        return np
     known, kind = {"numpy"} | {home for _, home in KERNELS}, f"a {type(x).__module__}.{type(x).__name__}"
     home = "numpy" if plain else type(x).__module__.partition(".")[0]
     fits = plain or (home in known - {"numpy"} and isinstance(x, sys.modules[home].ndarray))
@@ -968,9 +959,9 @@ def check_options(n, given):
         given["out_dtype"] = own if asked == own else sums
 
 
-# 8. Threads and buffers -----------------------------------------------------------------------------------
+# 8. Threads -----------------------------------------------------------------------------------------------
 
-OF_THREAD = threading.local()  # its buffers, and whether it is one of ours
+OF_THREAD = threading.local()  # whether it is one of ours
 THREADS: list[int | None] = [None]  # what set_num_threads set
 BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
 BLAS_BEFORE: list[int] = []  # the threads that each BLAS had before the first of them
@@ -1009,11 +1000,12 @@ def blas_libraries():
 
 def on_one_blas_thread(work):
     """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
-    me = object()
+    me, context = object(), contextvars.copy_context()
     try:
         try:
             share_blas(me, hold=True)
-            return contextvars.copy_context().run(quietly, work)
+            context.run(np.seterr, all="ignore")  # the code answers for -inf - -inf and the like
+            return context.run(work)
         finally:
             share_blas(me, hold=False)
     finally:  # again, if that was interrupted
@@ -1045,11 +1037,6 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
         after_in_parent=BLAS_OWNER.clear,
         after_in_child=lambda: [x.clear() for x in (BLAS_USERS, BLAS_OWNER)],
     )
-
-
-def quietly(work):
-    np.seterr(all="ignore")  # in this context; the code answers for -inf - -inf and the like
-    return work()
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1095,14 +1082,10 @@ def in_blocks(block, arrays, results, n, given, most):
 
 def blocks(n, most=64):
     """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
-    width = 1 if "H" in n else n.get("S", 1)  # attention holds tiles of keys, the others whole rows
-    held = KEY_TILE, n.get("J", 1), 2 * KEY_TILE, n.get("H", 1), 2**22, width
-    T, step = n["T"], max(1, min(most, *(a // max(1, b) for a, b in zip(held[::2], held[1::2]))))
-    return [
-        (b, slice(t, min(t + step, T)))
-        for b in itertools.product(*map(range, n["..."]))
-        for t in range(0, T, step)
-    ]
+    width = 1 if "H" in n else n.get("S") or 1  # attention holds tiles of keys, the others whole rows
+    T, J, H = n["T"], n.get("J") or 1, n.get("H") or 1
+    step = max(1, min(most, KEY_TILE // J, 2 * KEY_TILE // H, 2**22 // width))
+    return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
 def spread(work, jobs):
