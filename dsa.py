@@ -690,7 +690,7 @@ class KVCache:
             raise
 
     def read(self, name):
-        """A view (a copy if encoded) [B, longest length, *shape] of a stream, undefined beyond each length."""
+        """A view (a copy if encoded) [B, longest length, *shape]; beyond a sequence's length undefined."""
         return self._codec.decode(name, self.stored(name)) if self._codec else self.stored(name)
 
     def stored(self, name):
