@@ -239,20 +239,43 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    indices, values = indices.astype(np.int64), k[..., :d_v] if v is None else v
+    values = k[..., :d_v] if v is None else v
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
     most = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))
+    shared, seen = in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])
 
-    def tile(q_t, keys, own):
-        k_s = k[keys[own]]  # [N, G, D]
-        return attend(q_t, k_s, k_s[..., :d_v] if v is None else v[keys[own]])
+    def attend_to(t, keys):
+        def tile(own):
+            k_s = k[keys[own]]  # [N, G, D]
+            v_s = k_s[..., :d_v] if v is None else v[keys[own]]
+            return attend(q[t], k_s, v_s, None if seen is None else seen[own])
 
-    for t, row in enumerate(indices):
-        q_t, keys = q[t : t + 1], row[row >= 0]
-        work = functools.partial(tile, q_t, keys)
-        out[t], lse[t] = over_tiles(work, q_t, values.shape[-1], 0, len(keys), most)  # [1, H, Dv], [1, H]
+        return over_tiles(tile, q[t], values.shape[-1], 0, len(keys), most)
+
+    if seen is None:
+        for t, row in enumerate(indices):
+            out[t], lse[t] = attend_to(slice(t, t + 1), row[row >= 0])  # [1, H, Dv], [1, H]
+    else:
+        out, lse = attend_to(slice(None), shared)
     return out if sink is None else apply_sink(out, lse, sink), lse
+
+
+def in_common(indices, num_keys, heads):
+    """The keys [N] in rows [T, K], and which row has which, seen [N, T], if one product with all of them is
+    cheaper than each row's own of so many heads, as where most of the window is kept; otherwise seen is None.
+    """
+    T, K = indices.shape
+    there = np.zeros(num_keys + 1, bool)
+    there[indices] = True  # what is absent, -1, comes last
+    there[-1] = False
+    keys = np.flatnonzero(there)
+    if T == 1 or heads * len(keys) > (heads + 6) * K:
+        return keys, None
+    seen = np.zeros((len(keys) + 1, T), bool)
+    seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
+    alone = np.count_nonzero(seen[:-1]) == np.count_nonzero(indices >= 0)  # none repeats in its row
+    return keys, seen[:-1] if alone else None
 
 
 def attend(q, k, v, seen=None):
@@ -272,9 +295,8 @@ def attend(q, k, v, seen=None):
     total = p.sum(-1, keepdims=True)  # [G, R, 1]
     out = p @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
     for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
-        out[:, sees[:, i]] += (
-            p[:, sees[:, i], i, None] * np.where(np.isfinite(values[:, i]), 0, values[:, i])[:, None]
-        )
+        who, rest = sees[:, i], np.where(np.isfinite(values[:, i]), 0, values[:, i])  # [R], [G, Dv]
+        out[:, who] += p[:, who, i, None] * rest[:, None]
     out /= np.where(total == 0, 1, total)  #                                                               (3)
     out, lse = (x.reshape(G, T, H // G, -1).swapaxes(0, 1) for x in (out, top + np.log(total)))
     return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
