@@ -243,7 +243,9 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
     most = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))
-    shared, seen = in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])
+    shared, seen = None, None
+    if len(q) > 1:
+        shared, seen = in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])
 
     def attend_to(t, keys):
         def tile(own):
@@ -270,7 +272,7 @@ def in_common(indices, num_keys, heads):
     there[indices] = True  # what is absent, -1, comes last
     there[-1] = False
     keys = np.flatnonzero(there)
-    if T == 1 or heads * len(keys) > (heads + 6) * K:
+    if heads * len(keys) > (heads + 6) * K:
         return keys, None
     seen = np.zeros((len(keys) + 1, T), bool)
     seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
