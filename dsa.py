@@ -1275,18 +1275,14 @@ REFINERS["predictive"], predictive_select.options = predictive_select, ("widen",
 
 def near(candidates, widen, block, num_keys, start, end, local_window, num_sink_tokens):
     """Which keys each query looks at: those near candidates [T, C] and those that are always kept, [T, S]."""
-    xp, block, widen = (
-        library("candidates", candidates),
-        integer("block", block, 1),
-        integer("widen", widen, 0),
-    )
-    n = {"...": (), "T": len(start), "S": -(-num_keys // block), "xp": xp}
-    check_indices("candidates", candidates, n)
-    candidates, start, end = candidates.astype(np.int64)[..., None], start[:, None], end[:, None]
-    keys = block * candidates + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
-    keys = np.where((candidates >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
-    seen, s = xp.zeros((len(start), num_keys + 1), bool), xp.arange(num_keys)
-    seen[xp.arange(len(start))[:, None, None], keys] = True
+    block, widen, xp = integer("block", block, 1), integer("widen", widen, 0), library("k_start", start)
+    T, s, start, end = len(start), xp.arange(num_keys), start[:, None], end[:, None]
+    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-num_keys // block), "xp": xp})
+    first = candidates.astype(np.int64)[..., None]
+    keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
+    keys = np.where((first >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
+    seen = xp.zeros((T, num_keys + 1), bool)
+    seen[xp.arange(T)[:, None, None], keys] = True
     seen = seen[:, :-1] | (s >= end - local_window) | (s < start + num_sink_tokens)
     return seen & (s >= start) & (s < end)
 
@@ -1305,7 +1301,7 @@ def selector(choose):
     """Register choose(n, q, k, index, rest, **options): all selectors have one signature, take what they need
     of it and return what lightning_select does; with a local_window each is a hybrid of that and itself.
     """
-    known = {x.name: x for x in list(inspect.signature(choose).parameters.values())[5:]}
+    known = choose.__kwdefaults__ or {}
     axes = axes_of("q [..., T, H, D], k [..., S, G, D], index_q [..., T, J, E], index_k [..., S, E]")
     axes |= axes_of("weights [..., T, J]")
 
@@ -1322,7 +1318,7 @@ def selector(choose):
         q, k, *index = given.values()
         return on_one_blas_thread(lambda: choose(n, q, k, index, rest, **options))
 
-    select.__doc__ = f"{choose.__doc__}\n\n    Options: {', '.join(map(str, known.values())) or 'none'}."
+    select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
     select.__name__ = select.__qualname__ = choose.__name__.rstrip("_")
     SELECTORS[select.__name__], select.options = select, known  # type: ignore[attr-defined]
     return select
@@ -1335,7 +1331,7 @@ def lightning(n, q, k, index, rest):
 
 
 @selector
-def hierarchical(n, q, k, index, rest, block=64, oversample=4):
+def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
     """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
 
     The first and the last visible block are always in, since they may be visible only in part.
@@ -1367,18 +1363,17 @@ def drawn(xp, seed, *shapes, dtype=np.float64):
 
 
 @selector
-def approximate(n, q, k, index, rest, dim=64, seed=0, projection=None):
+def approximate(n, q, k, index, rest, *, dim=64, seed=0, projection=None):
     """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
     if projection is None:
         (projection,) = drawn(n["xp"], seed, (n["D"], integer("dim", dim, 1)))
     dims(k=(k, "... S G D"), projection=(projection, "D R"))
-    both = (x.reshape(*x.shape[:-1], n["G"], n["D"]) for x in features(q, k))
-    both = (x @ projection.astype(x.dtype) for x in both)  # [..., T, G, R], [..., S, G, R]
+    both = (x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k))
     return select_by(*both, lambda q, k, *_: np.tensordot(q, k, ((1, 2), (1, 2))), **rest)
 
 
 @selector
-def lsh(n, q, k, index, rest, bits=64, oversample=4, seed=0):
+def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
     """Random hyperplanes: the oversample * top_k keys nearest in Hamming distance, then by their logits."""
     bits, many = integer("bits", bits, 1), integer("oversample", oversample, 1) * rest["top_k"]
     (planes,) = drawn(n["xp"], seed, (n["G"] * n["D"], bits), dtype=np.float32)
@@ -1398,7 +1393,7 @@ def lsh(n, q, k, index, rest, bits=64, oversample=4, seed=0):
 
 
 @selector
-def learned(n, q, k, index, rest, mlp=None, hidden=16, seed=0):
+def learned(n, q, k, index, rest, *, mlp=None, hidden=16, seed=0):
     """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
 
     mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of `hidden` units.
@@ -1440,12 +1435,15 @@ def global_(n, q, k, index, rest):
 def strided(n, q, k, index, rest):
     """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
 
-    stride = lambda start, end: np.maximum(1, -((start - end) // rest["top_k"]))  # noqa: E731
-    return select_by(q, k, lambda q, k, s, *w: -1.0 * ((w[1] - 1 - s) % stride(*w)), **rest)
+    def score(q, k, s, start, end):
+        stride = np.maximum(1, -((start - end) // rest["top_k"]))  # [T, 1]
+        return -1.0 * ((end - 1 - s) % stride)
+
+    return select_by(q, k, score, **rest)
 
 
 @selector
-def random(n, q, k, index, rest, seed=0):
+def random(n, q, k, index, rest, *, seed=0):
     """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
     seed = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
 
@@ -1466,7 +1464,7 @@ def random(n, q, k, index, rest, seed=0):
 
 
 @selector
-def oracle(n, q, k, index, rest, scale=None):
+def oracle(n, q, k, index, rest, *, scale=None):
     """The keys of largest attention mass over all heads: as much as one set for all heads can capture."""
     check_options(n, given := {"scale": scale})
     return select_by(q, k, functools.partial(mass, **given), **rest)
@@ -1533,13 +1531,10 @@ def quantized(x, block, scale, least):
         if scale == "ue8m0":  # on the bits: the exponent, one more if the mantissa is not 0
             scales = ((scales.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
         x = x / np.repeat(scales, block, axis=-1)[..., : x.shape[-1]]
-        size = np.minimum(np.abs(x), 448)
+        size = np.clip(np.abs(x), 2.0**-11, 448)  # 0 itself has no exponent
         digits = np.minimum(4 - np.frexp(size)[1], 9)  # after the binary point; 9 for subnormals
-        size = np.ldexp(np.rint(np.ldexp(size, digits)), -digits)
-        # What is left is a float32 with a mantissa of 3 bits, whose exponent has the bias 127 in place of 7.
-        normal = (size.astype(np.float32).view(np.uint32) >> 20) - (120 << 3)
-        codes = np.where(np.isnan(size), 127, np.where(size < 2**-6, size * 2**9, normal))
-    return codes.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7, scales
+        codes = np.rint(np.ldexp(size, digits)) + 8 * (9 - digits)  # a mantissa of 16 steps up the exponent
+    return np.where(np.isnan(x), 127, codes).astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7, scales
 
 
 def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
@@ -1548,12 +1543,12 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     >>> dequantize_fp8(np.array([126, 184], np.uint8), np.array([0.5], np.float32)).tolist()
     [224.0, -0.5]
     """
-    xp, N = dims(codes=(codes, "... N", "uint8"))["xp"], codes.shape[-1]
-    dims(xp, scales=(scales, "... M"))
-    shape = (*codes.shape[:-1], -(-N // integer("block", block, 1)))
+    n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
+    shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     with np.errstate(over="ignore"):
-        return xp.asarray(E4M3)[codes] * xp.repeat(scales.astype(np.float32), block, axis=-1)[..., :N]
+        scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
+        return n["xp"].asarray(E4M3)[codes] * scales
 
 
 @by_library
@@ -1630,7 +1625,7 @@ class Entries:
 
     def attend(self, cache, q, indices, **kwargs):
         def rows(b, used):
-            return {name: cache.stored(name)[b, used] for name in ("k", "v") if name in cache.streams}
+            return {name: cache.stored(name)[b, used] for name in cache.streams.keys() & {"k", "v"}}
 
         attend = KERNELS.get(("attend_to_entries", cache.xp.__name__), attend_to_rows)
         return attend(cache, q, indices, rows, **kwargs)
@@ -1659,10 +1654,9 @@ def decoded(n, given):
     return {**given, "index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
 
 
-CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]"), decoded
-CODES |= {
-    (name, np.dtype(np.uint8)): CODED for name in ("index_scores", "lightning_select", "predictive_select")
-}
+for name in ("index_scores", "lightning_select", "predictive_select"):
+    axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
+    CODES[name, np.dtype(np.uint8)] = axes, decoded
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 
@@ -1681,8 +1675,7 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        options = lambda meta: {key: meta[key] for key in OPTIONS} | meta["streams"]  # noqa: E731
-        return read_session(path, lambda meta: KVCache(xp=xp, **options(meta)))
+        return read_session(path, functools.partial(KVCache, xp=xp))
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1725,8 +1718,9 @@ def write_session(cache, path, names, **more):
 
 
 def read_session(path, make, **own):
-    """make(meta), a cache, gets the lengths and the streams in memory that write_session wrote; ValueError
-    where the file is none of those, or says anything else than `own`.
+    """A cache made like a KVCache, with the lengths and the streams in memory that write_session wrote.
+
+    ValueError where the file is none of its own, or says anything else than `own`.
     """
     with open(path, "rb") as file:
         try:
@@ -1735,7 +1729,7 @@ def read_session(path, make, **own):
             meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
             for key, value in {"order": sys.byteorder, **own}.items():
                 expect(meta[key] == value, key, value, meta[key])
-            cache = make(meta)
+            cache = make(**{key: meta[key] for key in OPTIONS}, **meta["streams"])
             lengths = check_lengths(np.array(meta["lengths"]), cache.batch, cache.capacity)
             for name, x in cache._data.items():
                 saved, rows = data[f"stream_{name}"], x[:, : lengths.max()]
@@ -1841,8 +1835,8 @@ class HybridKVCache(KVCache):
         self.path, made = self._file.name, [] if again else [self._file.name]
         self._discard = weakref.finalize(self, discard, self._file, made, self._process)
 
-        def enlarged(meta):
-            self._allocate(max(self.capacity, meta["capacity"]))
+        def enlarged(capacity, **_):
+            self._allocate(max(self.capacity, capacity))
             return self
 
         try:
