@@ -1885,25 +1885,24 @@ class HybridKVCache(KVCache):
 
     def _rows(self, b, used):
         """The streams of the tokens used [N] by sequence b, from the fast tier if no other thread has it."""
-        rows, hits = used * self.batch + b, 0
+        rows = used * self.batch + b
         if self._lock.locked():  # perhaps by a thread that a fork left behind
-            records = self._slow[self.xp.asarray(rows)]
+            records, misses = self._slow[self.xp.asarray(rows)], len(rows)
         else:
             with self._lock:
                 self._clock += 1
-                hits = int((self._slot_of[rows] >= 0).sum())
-                records = self._fetch(rows, self._clock)
-        misses, record = len(rows) - hits, self._fast[0].nbytes
+                records, misses = self._fetch(rows, self._clock)
+        hits, nbytes = len(rows) - misses, misses * self._fast[0].nbytes
         self.hits += hits
         self.misses += misses
-        self.bytes_moved += misses * record
+        self.bytes_moved += nbytes
         split = {name: self.xp.ascontiguousarray(records[:, own]) for name, own in self._columns.items()}
         return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
 
     def _fetch(self, rows, stamp):
-        """The records of rows [N] -> [N, W], which the fast tier then holds, as last used at `stamp`.
+        """The records of rows [N] -> [N, W], and how many of them are not in the fast tier, the misses.
 
-        Misses go to the slots unused for longest, of too many the last ones.
+        Those go to the slots unused for longest, of too many the last. All are then last used at `stamp`.
         """
         slots, at = self._slot_of[rows], self.xp.asarray
         hit = slots >= 0
@@ -1919,7 +1918,7 @@ class HybridKVCache(KVCache):
         self._owner[free] = new
         self._stamp[free] = stamp
         self._slot_of[new] = free
-        return records
+        return records, len(missed)
 
     def _set_lengths(self, lengths):
         """Forget what lies beyond the new lengths, and pin the new local windows in place of the old ones."""
