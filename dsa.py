@@ -1929,7 +1929,9 @@ class HybridKVCache(KVCache):
         self._stamp[self._stamp == self.PINNED] = self._clock - 1
         ends = enumerate(lengths.tolist())
         windows = [np.arange(max(0, n - self.local_window), n) * self.batch + b for b, n in ends]
-        self._fetch(np.concatenate(windows), self.PINNED)
+        slots = self._slot_of[rows := np.concatenate(windows)]
+        self._stamp[slots[slots >= 0]] = self.PINNED
+        self._fetch(rows[slots < 0], self.PINNED)
         self._lengths = lengths
 
 
