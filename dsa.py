@@ -1776,8 +1776,7 @@ class HybridKVCache(KVCache):
         ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
         self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}  # of a record
         least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
-        fits = self.fast_bytes >= least
-        expect(fits, "fast_bytes", self.fast_bytes, f"at least {least}, for the local windows")
+        expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
         self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
         self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
@@ -1828,6 +1827,8 @@ class HybridKVCache(KVCache):
         """The slow tier in a new file, or in that of a session, which then goes on."""
         ended = f"{self.path}.npz"
         again = self._kept and os.path.exists(ended)
+        whole = not again or os.path.exists(self.path)
+        expect(whole, "path", repr(self.path), "a session's two files, but only .npz is there")
         if self._kept:
             self._file: Any = open(self.path, "r+b" if again else "x+b")  # noqa: SIM115
         else:
@@ -1923,7 +1924,7 @@ class HybridKVCache(KVCache):
     def _set_lengths(self, lengths):
         """Forget what lies beyond the new lengths, and pin the new local windows in place of the old ones."""
         token, b = np.divmod(self._owner, self.batch)
-        gone = token >= np.minimum(self._lengths, lengths)[b]
+        gone = token >= np.minimum(self._lengths, lengths)[b]  # also what an interrupted call left there
         self._slot_of[self._owner[gone]] = self._stamp[gone] = -1
         self._clock += 1
         self._stamp[self._stamp == self.PINNED] = self._clock - 1
