@@ -1143,6 +1143,7 @@ import contextlib
 import copy
 import ctypes
 import importlib
+import itertools
 import json
 import tempfile
 import weakref
