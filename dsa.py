@@ -1545,7 +1545,12 @@ def widened(bits):
 
 
 class Entries:
-    """How storage "fp8" keeps a token: as `packed`. Beyond the numbers of bfloat16 nothing may be stored."""
+    """Storage "fp8": a token as `packed`, the last qk_rope_head_dim values of "k" in bfloat16. Beyond the numbers
+    of bfloat16 nothing may be stored.
+
+    The stages of equation (1) take it as it is stored: index_q e4m3 codes, uint8 [..., T, J, E], whose scales
+    are in the weights, and index_k the entries, uint8 [..., S, E + 4].
+    """
 
     def __init__(self, rope):
         self.dtype, self.rope, self.widths = np.dtype(np.uint8), rope, {}
