@@ -1545,8 +1545,8 @@ def widened(bits):
 
 
 class Entries:
-    """Storage "fp8": a token as `packed`, the last qk_rope_head_dim values of "k" in bfloat16. Beyond the numbers
-    of bfloat16 nothing may be stored.
+    """Storage "fp8": a token as `packed`, the last qk_rope_head_dim values of "k" in bfloat16, beyond whose
+    numbers nothing may be stored.
 
     The stages of equation (1) take it as it is stored: index_q e4m3 codes, uint8 [..., T, J, E], whose scales
     are in the weights, and index_k the entries, uint8 [..., S, E + 4].
