@@ -3366,6 +3366,8 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, name):
     (SIZES | {"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
               "max_position_embeddings": None}, "YaRN"),
     (V32_CONFIG | {"quantization_config": {"weight_block_size": [64, 64]}}, "weight_block_size"),
+    (GLM_CONFIG | {"indexer_types": ["bogus"]}, "bogus"),
+    (GLM_CONFIG | {"index_topk_freq": -1}, "index_topk_freq"),
 ], ids=str)  # fmt: skip
 def test_a_config_json_that_is_not_understood_is_refused(dsa, tmp_path, config, named):
     """What an input means is used or refused, never dropped."""
