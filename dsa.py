@@ -1965,13 +1965,14 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
+        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}
         same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
+        names |= {name: name for name in (*same, "index_topk")}
         try:
             config = read_config(config)
-            found = {name: config.get(name) for name in (*same, "index_topk")} | rope_dims(config)
+            found = {own: config.get(name) for own, name in names.items()} | rope_dims(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
-        found |= {"n_heads": config.get("num_attention_heads"), "norm_eps": config.get("rms_norm_eps")}
         layout, model = config.get("indexer_rope_interleave"), str(config.get("model_type", "deepseek"))
         if layout is None and "index_rope_interleaved" not in dims:  # transformers drops it on saving
             layout, known = model.startswith("glm"), model.startswith(("glm", "deepseek"))
@@ -2131,15 +2132,12 @@ class DSALayer:
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
-        left = np.zeros(B, np.int64)
-        if starts is not None:
-            expect(lengths is None, "lengths", lengths, "None with starts")
-            left = np.asarray(starts)
-            fits = left.dtype.kind in "iu" and left.shape == (B,) and ((left >= 0) & (left <= T)).all()
-            expect(fits, "starts", left.tolist(), f"{B} integers from 0 to {T}")
-            left = left.astype(np.int64)
-            lengths = T - left
-        new, start = check_lengths(lengths, B, T), np.zeros(B, np.int64)
+        expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
+        left = np.zeros(B, np.int64) if starts is None else np.asarray(starts)
+        fits = left.dtype.kind in "iu" and left.shape == (B,) and ((left >= 0) & (left <= T)).all()
+        expect(fits, "starts", left.tolist(), f"{B} integers from 0 to {T}")
+        left = left.astype(np.int64)
+        new, start = check_lengths(T - left if lengths is None else lengths, B, T), np.zeros(B, np.int64)
         if cache is not None:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
