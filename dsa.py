@@ -2050,7 +2050,7 @@ class DSALayer:
         self._choice = DSAConfig(**vars(config) | {"indexer_precision": "fp32"})  # of what is rounded already
         i = np.arange(d.index_head_dim)
         signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
-        self._hadamard, self._frequencies = signs * d.index_head_dim**-0.5, d.frequencies()
+        self._hadamard = signs * d.index_head_dim**-0.5
 
     @classmethod
     def from_safetensors(cls, path, layer=0, *, config=None, n_layers=None, **dims):
@@ -2109,13 +2109,15 @@ class DSALayer:
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
         new, start, k_end, left = self._checked(x, cache, lengths, starts, indices, core)
-        dtype = accumulator(x, *self.weights.values())
-        w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
-        q, tokens, indexer = self._project(w, rolled(x, -left).astype(dtype), start, indices is None)
+        w = self.weights
+        if accumulator(x, *w.values()) == np.float64:
+            w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
+        own, codes = rolled(x, -left).astype(w["wo"].dtype), self._scores_codes(cache)
+        q, tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
             if indices is None:
-                chosen = self._select(indexer, tokens["index_k"], cache, start + new, self.xp.asarray(k_end))
+                chosen = self._select(indexer, tokens["index_k"], cache, start + new, k_end, codes)
             else:
                 chosen = rolled(indices, -left)
             y = projected(self._core(w, q, tokens["k"], chosen, cache, core), w["wo"]).astype(x.dtype)
@@ -2158,16 +2160,21 @@ class DSALayer:
             expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         return new, start, k_end, left
 
-    def _project(self, w, x, start, selects=True):
+    def _scores_codes(self, cache):
+        """Whether an indexer in fp8 scores what a cache in fp8 stores, as it stands."""
+        fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
+        return fp8 and self.dims.index_head_dim <= FP8_BLOCK
+
+    def _project(self, w, x, start, selects=True, codes=False):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
         tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
+        codes: the indexer's vectors are not rounded yet, as they will be to codes.
         """
         d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
         rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        angles = (start[:, None] + np.arange(T))[..., None, None] * self._frequencies  # [B, T, 1, rope / 2]
-        turn = [self.xp.asarray(d.rope_attention_factor * f(angles), x.dtype) for f in (np.cos, np.sin)]
-        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
-        q = projected(qr, w["wq_b"]).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
+        turn = turns(x, start, d)
+        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps).astype(x.dtype, copy=False)
+        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
         rotate(q[..., d.qk_nope_head_dim :], turn, interleaved=True)
         k = projected(x, w["wkv_a"])[:, :, None]  # [B, T, 1, R + rope]
         k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
@@ -2177,7 +2184,7 @@ class DSALayer:
         def prepared(u):  # a vector of the indexer [B, T, J, E]
             rotate(u[..., :rope], turn, d.index_rope_interleaved)
             u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
-            return PRECISIONS[d.indexer_precision](u)
+            return u if codes else PRECISIONS[d.indexer_precision](u)
 
         if self.has_indexer:
             index_k = by_rows(x, w["indexer.wk"])
@@ -2189,18 +2196,22 @@ class DSALayer:
             indexer["weights"] = by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
         return q, tokens, indexer
 
-    def _select(self, indexer, index_k, cache, lengths, k_end):
+    def _select(self, indexer, index_k, cache, lengths, k_end, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
         (index_q, weights), config = indexer.values(), self._choice
-        rounded = self.xp is not np and self.dims.indexer_precision == "fp8"
-        if cache is not None and cache.storage == "fp8" and rounded and index_q.shape[-1] <= FP8_BLOCK:
-            index_q, scales = quantize_fp8(index_q)  # exact, as it is rounded already
+        if codes:
+            index_q, scales = quantize_fp8(index_q)
             index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
         elif cache is not None:
             index_k = cache.read("index_k")
-            index_k = index_k.astype(index_q.dtype, copy=False) if rounded else index_k
+            if index_q.dtype.name == "bfloat16":  # as a GPU compares them
+                index_k = index_k.astype(index_q.dtype, copy=False)
+        ends: Any = None  # the default, where all sequences are alike
+        if (k_end[:, -1:] != index_k.shape[1]).any():
+            ends = self.xp.asarray(k_end)
+        windows = (None if ends is None else np.zeros_like(ends), ends)
         # Of q and k this looks at the shapes. lengths, where the config goes by them.
-        arrays = index_q, index_k[:, :, None], index_q, index_k, weights, (np.zeros_like(k_end), k_end)
+        arrays = index_q, index_k[:, :, None], index_q, index_k, weights, windows
         by_length = config.sparse_ratio or config.fallback_dense_threshold
         return choose_keys(config, self._place, None, {}, *arrays, lengths if by_length else None)
 
@@ -2208,35 +2219,36 @@ class DSALayer:
         """Equation (3) of q [B, T, H, nope + rope] over the cache or latents k [B, S, 1, R + rope], in one of
         its two forms -> [B, T, H * v].
         """
-        d, R, T, K = self.dims, self.kv_lora_rank, q.shape[1], indices.shape[-1]
+        d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
         S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
-        up, q = w["wkv_b"].reshape(d.n_heads, each, R), q.swapaxes(1, 2)  # [H, nope + v, R], [B, H, T, ...]
+        up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
+        out = np.empty_like(q, shape=(B, T, H, d.v_head_dim))
         if core == "auto":
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
             streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
             core = "expanded" if streamed and expanded else "absorbed"
-        scale = d.softmax_scale()
         if core == "absorbed":  # q . W c = qW . c
-            latent_q = np.empty_like(q, shape=(*q.shape[:3], R + rope), order="C")
-            np.matmul(q[..., :nope], up[:, :nope], out=latent_q[..., :R])
+            latent_q = np.empty_like(q, shape=(B, T, H, R + rope))
+            by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
             latent_q[..., R:] = q[..., nope:]
+            k = k.astype(q.dtype, copy=False)
             attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
-            out, _ = attend(latent_q.swapaxes(1, 2), indices=indices, d_v=R, scale=scale)
-            out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)  # [B, H, T, v]
-            return out.swapaxes(1, 2).reshape(*indices.shape[:2], d.n_heads * d.v_head_dim)
+            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale)
+            return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
         k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
-        out, some = np.empty_like(q, shape=(*q.shape[:3], d.v_head_dim)), max(1, 2**25 // max(1, k.size))
-        for h in (slice(h, h + some) for h in range(0, d.n_heads, some)):
+        for h in (
+            slice(h, h + some) for some in [max(1, 2**25 // max(1, k.size))] for h in range(0, H, some)
+        ):
             kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
             k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
             keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
-            heads = q[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
-            same = np.broadcast_to(indices[:, None], (*q[:, h].shape[:3], K))
-            out[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
-        return out.swapaxes(1, 2).reshape(*indices.shape[:2], d.n_heads * d.v_head_dim)
+            heads = q.swapaxes(1, 2)[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
+            same = np.broadcast_to(indices[:, None], (*kv.shape[:2], T, K))
+            out.swapaxes(1, 2)[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
+        return out.reshape(B, T, H * d.v_head_dim)
 
 
 def rolled(x, by):
@@ -2256,13 +2268,36 @@ def by_rows(x, weight):
     return y[:, 0]
 
 
-def projected(x, weight):
+@by_library
+def as_weight(x, dtype):
+    """A weight as it is multiplied, in the dtype of sums; a GPU's kernels take bfloat16 as it is."""
+    return x.astype(dtype, copy=False)
+
+
+@by_library
+def projected(x, weight, dtype=None):
     """x [..., in] @ weight [out, in].T; with batch axes in front a product would copy weight.T."""
-    return (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    y = (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    return y.astype(dtype or y.dtype, copy=False)
 
 
+@by_library
+def by_heads(x, weight, out):
+    """x [B, T, H, in] @ weight [H, in, out], each head by its own -> out [B, T, H, out]."""
+    np.matmul(x.swapaxes(1, 2), weight, out=out.swapaxes(1, 2))
+    return out
+
+
+@by_library
 def rms_norm(x, weight, eps):
     return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+
+
+@by_library
+def turns(x, start, d):
+    """cos and sin of RoPE for tokens x [B, T, ...] at positions from start [B] on, [B, T, 1, rope / 2]."""
+    angles = (start[:, None] + np.arange(x.shape[1]))[..., None, None] * d.frequencies()
+    return [(d.rope_attention_factor * f(angles)).astype(x.dtype) for f in (np.cos, np.sin)]
 
 
 def rotate(x, turn, interleaved):
@@ -2270,9 +2305,14 @@ def rotate(x, turn, interleaved):
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    (cos, sin), d = turn, x.shape[-1]
+    d = x.shape[-1]
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    x[..., i], x[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
+    rotate_pairs(x[..., i], x[..., j], *turn)
+
+
+@by_library
+def rotate_pairs(x, y, cos, sin):
+    x[...], y[...] = x * cos - y * sin, x * sin + y * cos
 
 
 def named_weights(weights, d):
@@ -2295,7 +2335,7 @@ def named_weights(weights, d):
     for name, key in key_of.items():
         expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
         expect(weights[key].shape == shapes[name], key, f"of shape {weights[key].shape}", expected)
-    return {name: weights[key].astype(dtype, copy=False) for name, key in key_of.items()}
+    return {name: as_weight(weights[key], dtype) for name, key in key_of.items()}
 
 
 # A checkpoint's folder.
@@ -3624,6 +3664,55 @@ def gpu_rounded_to_fp8(x):
     return dequantize_fp8(*quantize_fp8(x)).astype(ml_dtypes.bfloat16)
 
 
+# The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
+
+
+def gpu_projected(x, weight, dtype=None):
+    rows = x.astype(weight.dtype, copy=False).reshape(1, -1, x.shape[-1])
+    y = sys.modules["cupy"].empty((*x.shape[:-1], len(weight)), dtype or accumulator(weight))
+    product(aligned(rows), aligned(weight).T[None], y.reshape(1, -1, len(weight)))
+    return y
+
+
+def gpu_by_heads(x, weight, out):
+    heads, found = (z.reshape(-1, *z.shape[2:]).swapaxes(0, 1) for z in (x, out))  # [H, B * T, in or out]
+    product(heads, weight, found)
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def turn_table(d, length, dtype, device):
+    """turns of the first positions, [length, 1, rope / 2] each, which all layers of a model share."""
+    xp = sys.modules["cupy"]
+    angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
+    return [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
+
+
+def gpu_turns(x, start, d):
+    T, last = x.shape[1], int(start.max(initial=0))
+    table = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
+    alike = (start == last).all()  # then nothing goes to the device
+    at = slice(last, last + T) if alike else sys.modules["cupy"].asarray(start[:, None] + np.arange(T))
+    return [f[at] for f in table]
+
+
+@functools.cache
+def fused():
+    """Norms and RoPE in a launch or two, where array code takes eight."""
+    cupy = sys.modules["cupy"]
+    rms = cupy.ReductionKernel(
+        "T x, T n, T eps", "T r", "x * x", "a + b", "r = rsqrt(a / n + eps)", "0", "dsa_rms"
+    )
+    scale = cupy.ElementwiseKernel("T w, T x, T r", "T y", "y = w * x * r", "dsa_scale")
+    turned = "T p = a, q = b; x = p * cos - q * sin; y = p * sin + q * cos"
+    return rms, scale, cupy.ElementwiseKernel("X a, X b, T cos, T sin", "X x, X y", turned, "dsa_turn")
+
+
+def gpu_rms_norm(x, weight, eps):
+    rms, scale, _ = fused()
+    return scale(weight, x, rms(x, x.shape[-1], eps, axis=-1, keepdims=True))
+
+
 GPU = {
     "slow_tier": gpu_slow_tier,
     "rounded_to_fp8": gpu_rounded_to_fp8,
@@ -3641,7 +3730,15 @@ GPU = {
     "target_in_window": functools.partial(gpu_attention_target, indices=None),
     "target_in_set": gpu_attention_target,
     "loss_of_rows": gpu_indexer_loss,
-    "by_rows": lambda n, x, weight: projected(x, weight),
+    "by_rows": lambda n, x, weight: gpu_projected(x, weight),
+    "projected": gpu_projected,
+    "by_heads": gpu_by_heads,
+    "turns": gpu_turns,
+    "rms_norm": gpu_rms_norm,
+    "rotate_pairs": lambda x, y, cos, sin: fused()[2](x, y, cos, sin, x, y),
+    "as_weight": lambda x, dtype: (
+        x if x.ndim == 2 and x.dtype.name == "bfloat16" else x.astype(dtype, copy=False)
+    ),
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
