@@ -1442,7 +1442,7 @@ def by_library(function):
 
     @functools.wraps(function)
     def run(x, *args, **kwargs):
-        return KERNELS.get((function.__name__, library("x", x).__name__), function)(x, *args, **kwargs)
+        return KERNELS.get((function.__name__, type(x).__module__), function)(x, *args, **kwargs)
 
     return run
 
@@ -2112,7 +2112,7 @@ class DSALayer:
         w = self.weights
         if accumulator(x, *w.values()) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
-        own, codes = rolled(x, -left).astype(w["wo"].dtype), self._scores_codes(cache)
+        own, codes = rolled(x, -left).astype(w["wo"].dtype, copy=False), self._scores_codes(cache)
         q, tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
@@ -2129,7 +2129,8 @@ class DSALayer:
         """Of each sequence how many tokens are new, behind how many others, the keys that each token sees,
         k_end [B, T], and by how much it is padded on the left: it is rolled to stand right-padded, and back.
         """
-        B, T, dim = (dims(self.xp, x=(x, "B T dim"))[axis] for axis in ("B", "T", "dim"))
+        n = dims(self.xp, x=(x, "B T dim"))
+        B, T, dim, xp = n["B"], n["T"], n["dim"], n["xp"]
         expect(dim == self.dim, "dim", f"{dim} in x", f"{self.dim}")
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
@@ -2151,12 +2152,12 @@ class DSALayer:
         k_end = causal_end(start, new, T)
         seen = rolled(k_end, left)
         # A GPU would wait for what is asked of the contents of arrays.
-        finite = self.xp is not np or np.isfinite(x[seen > 0]).all()
+        finite = xp is not np or np.isfinite(x[seen > 0]).all()
         expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
         if indices is not None:
-            shape = {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": self.xp}
+            shape = {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": xp}
             check_indices("indices", indices, shape)
-            seen = self.xp is not np or (indices < seen[..., None]).all()
+            seen = xp is not np or (indices < seen[..., None]).all()
             expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         return new, start, k_end, left
 
@@ -2173,13 +2174,13 @@ class DSALayer:
         d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
         rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
         turn = turns(x, start, d)
-        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps).astype(x.dtype, copy=False)
+        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps, dtype=x.dtype)
         q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
         rotate(q[..., d.qk_nope_head_dim :], turn, interleaved=True)
-        k = projected(x, w["wkv_a"])[:, :, None]  # [B, T, 1, R + rope]
+        k = projected(x, w["wkv_a"])  # [B, T, R + rope]
         k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
-        rotate(k[..., R:], turn, interleaved=True)
-        tokens, indexer = {"k": k}, {}
+        rotate(k[:, :, None, R:], turn, interleaved=True)
+        tokens, indexer = {"k": k[:, :, None]}, {}
 
         def prepared(u):  # a vector of the indexer [B, T, J, E]
             rotate(u[..., :rope], turn, d.index_rope_interleaved)
@@ -2187,9 +2188,8 @@ class DSALayer:
             return u if codes else PRECISIONS[d.indexer_precision](u)
 
         if self.has_indexer:
-            index_k = by_rows(x, w["indexer.wk"])
-            index_k -= index_k.mean(-1, keepdims=True)  # LayerNorm
-            index_k = rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps) + w["indexer.k_norm.bias"]
+            norm = w["indexer.k_norm"], d.index_norm_eps, w["indexer.k_norm.bias"]
+            index_k = rms_norm(by_rows(x, w["indexer.wk"]), *norm)
             tokens["index_k"] = prepared(index_k[:, :, None])[:, :, 0]
         if selects:
             indexer["index_q"] = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
@@ -2256,6 +2256,7 @@ def rolled(x, by):
     return np.stack([np.roll(own, places, 0) for own, places in zip(x, by.tolist())]) if by.any() else x
 
 
+@by_library
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
 def by_rows(x, weight):
     """x @ weight.T, with the same bits for a token in any batch, block or chunk.
@@ -2289,8 +2290,11 @@ def by_heads(x, weight, out):
 
 
 @by_library
-def rms_norm(x, weight, eps):
-    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+def rms_norm(x, weight, eps, bias=None, dtype=None):
+    """RMSNorm of x [..., N] or, with a bias, LayerNorm."""
+    x = x if bias is None else x - x.mean(-1, keepdims=True)
+    y = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return (y if bias is None else y + bias).astype(dtype or y.dtype, copy=False)
 
 
 @by_library
@@ -2300,19 +2304,15 @@ def turns(x, start, d):
     return [(d.rope_attention_factor * f(angles)).astype(x.dtype) for f in (np.cos, np.sin)]
 
 
+@by_library
 def rotate(x, turn, interleaved):
     """RoPE, in place: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2].
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    d = x.shape[-1]
+    (cos, sin), d = turn, x.shape[-1]
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    rotate_pairs(x[..., i], x[..., j], *turn)
-
-
-@by_library
-def rotate_pairs(x, y, cos, sin):
-    x[...], y[...] = x * cos - y * sin, x * sin + y * cos
+    x[..., i], x[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
 
 
 def named_weights(weights, d):
@@ -3667,10 +3667,28 @@ def gpu_rounded_to_fp8(x):
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
+@functools.cache
+def cublas_types(kind, out):
+    """cuBLAS's numbers of two dtypes, and of what sums them; where 1 and 0 of that stand, and these."""
+    cublas, one_zero = (
+        sys.modules["cupy"].cuda.cublas,
+        np.array([1, 0], np.float64 if kind == np.float64 else np.float32),
+    )
+    compute = cublas.CUBLAS_COMPUTE_64F if kind == np.float64 else cublas.CUBLAS_COMPUTE_32F
+    one = one_zero.ctypes.data
+    return CUDA_R[kind.name], CUDA_R[out.name], compute, one, one + one_zero.itemsize, one_zero
+
+
 def gpu_projected(x, weight, dtype=None):
-    rows = x.astype(weight.dtype, copy=False).reshape(1, -1, x.shape[-1])
-    y = sys.modules["cupy"].empty((*x.shape[:-1], len(weight)), dtype or accumulator(weight))
-    product(aligned(rows), aligned(weight).T[None], y.reshape(1, -1, len(weight)))
+    cupy, (out, width) = sys.modules["cupy"], weight.shape
+    x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
+    y = cupy.empty((*x.shape[:-1], out), dtype or accumulator(weight))
+    kind, found, compute, one, zero, _ = cublas_types(weight.dtype, y.dtype)
+    if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
+        cublas, sizes = cupy.cuda.cublas, (out, y.size // out, width)
+        factors = weight.data.ptr, kind, width, x.data.ptr, kind, width
+        result = y.data.ptr, found, out, compute, cublas.CUBLAS_GEMM_DEFAULT
+        cublas.gemmEx(cupy.cuda.get_cublas_handle(), 1, 0, *sizes, one, *factors, zero, *result)
     return y
 
 
@@ -3696,21 +3714,29 @@ def gpu_turns(x, start, d):
     return [f[at] for f in table]
 
 
-@functools.cache
-def fused():
-    """Norms and RoPE in a launch or two, where array code takes eight."""
-    cupy = sys.modules["cupy"]
-    rms = cupy.ReductionKernel(
-        "T x, T n, T eps", "T r", "x * x", "a + b", "r = rsqrt(a / n + eps)", "0", "dsa_rms"
+def gpu_rms_norm(x, weight, eps, bias=None, dtype=None):
+    y, rows, N = sys.modules["cupy"].empty(x.shape, dtype or x.dtype), math.prod(x.shape[:-1]), x.shape[-1]
+    found = kernel(chip(x), "rms_norm", 256, ACC=x.dtype, OUT=y.dtype)
+    found((rows,), x.data, weight, bias, y, N, x.strides[-2] // x.itemsize, np.float64(eps))
+    return y
+
+
+def gpu_rotate(x, turn, interleaved):
+    (B, T, H, d), (cos, sin) = x.shape, turn
+    apart, next_head = (stride // x.itemsize for stride in x.strides[1:3])
+    found = kernel(chip(x), "rotate", 256, TYPE=x.dtype, ACC=cos.dtype)
+    found(
+        (B * T, -(-H * d // 512)),
+        x.data,
+        cos,
+        sin,
+        H,
+        d // 2,
+        2 * cos.size // d,
+        apart,
+        next_head,
+        int(interleaved),
     )
-    scale = cupy.ElementwiseKernel("T w, T x, T r", "T y", "y = w * x * r", "dsa_scale")
-    turned = "T p = a, q = b; x = p * cos - q * sin; y = p * sin + q * cos"
-    return rms, scale, cupy.ElementwiseKernel("X a, X b, T cos, T sin", "X x, X y", turned, "dsa_turn")
-
-
-def gpu_rms_norm(x, weight, eps):
-    rms, scale, _ = fused()
-    return scale(weight, x, rms(x, x.shape[-1], eps, axis=-1, keepdims=True))
 
 
 GPU = {
@@ -3730,12 +3756,12 @@ GPU = {
     "target_in_window": functools.partial(gpu_attention_target, indices=None),
     "target_in_set": gpu_attention_target,
     "loss_of_rows": gpu_indexer_loss,
-    "by_rows": lambda n, x, weight: gpu_projected(x, weight),
+    "by_rows": gpu_projected,
     "projected": gpu_projected,
     "by_heads": gpu_by_heads,
     "turns": gpu_turns,
     "rms_norm": gpu_rms_norm,
-    "rotate_pairs": lambda x, y, cos, sin: fused()[2](x, y, cos, sin, x, y),
+    "rotate": gpu_rotate,
     "as_weight": lambda x, dtype: (
         x if x.ndim == 2 and x.dtype.name == "bfloat16" else x.astype(dtype, copy=False)
     ),
