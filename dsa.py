@@ -2112,7 +2112,9 @@ class DSALayer:
         w = self.weights
         if accumulator(x, *w.values()) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
-        own, codes = rolled(x, -left).astype(w["wo"].dtype, copy=False), self._scores_codes(cache)
+        fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
+        codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
+        own = rolled(x, -left).astype(w["wo"].dtype, copy=False)
         q, tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
@@ -2145,9 +2147,8 @@ class DSALayer:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
             own = (self.streams, self.dims.qk_rope_head_dim, B)
-            expect(
-                has == own, "cache", f"of (streams, qk_rope_head_dim, batch) {has}", f"{own}, as new_cache's"
-            )
+            what = f"of (streams, qk_rope_head_dim, batch) = {has}"
+            expect(has == own, "cache", what, f"{own}, as new_cache makes it")
             start = cache.lengths
         k_end = causal_end(start, new, T)
         seen = rolled(k_end, left)
@@ -2161,15 +2162,10 @@ class DSALayer:
             expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         return new, start, k_end, left
 
-    def _scores_codes(self, cache):
-        """Whether an indexer in fp8 scores what a cache in fp8 stores, as it stands."""
-        fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
-        return fp8 and self.dims.index_head_dim <= FP8_BLOCK
-
     def _project(self, w, x, start, selects=True, codes=False):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
         tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
-        codes: the indexer's vectors are not rounded yet, as they will be to codes.
+        codes: the indexer's vectors are not rounded yet, as they are to be made codes.
         """
         d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
         rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
@@ -2206,10 +2202,9 @@ class DSALayer:
             index_k = cache.read("index_k")
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
-        ends: Any = None  # the default, where all sequences are alike
-        if (k_end[:, -1:] != index_k.shape[1]).any():
-            ends = self.xp.asarray(k_end)
-        windows = (None if ends is None else np.zeros_like(ends), ends)
+        alike = (k_end[:, -1:] == index_k.shape[1]).all()  # then the windows are the default
+        ends = None if alike else self.xp.asarray(k_end)
+        windows = (None if alike else np.zeros_like(ends), ends)
         # Of q and k this looks at the shapes. lengths, where the config goes by them.
         arrays = index_q, index_k[:, :, None], index_q, index_k, weights, windows
         by_length = config.sparse_ratio or config.fallback_dense_threshold
@@ -2239,9 +2234,8 @@ class DSALayer:
             return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
         k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
-        for h in (
-            slice(h, h + some) for some in [max(1, 2**25 // max(1, k.size))] for h in range(0, H, some)
-        ):
+        some = max(1, 2**25 // max(1, k.size))
+        for h in (slice(h, h + some) for h in range(0, H, some)):
             kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
             k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
             keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
@@ -2267,12 +2261,6 @@ def by_rows(x, weight):
     for i in range(0, len(weight), part):
         np.matmul(x[:, None], weight[i : i + part].T, out=y[:, :, i : i + part])  # [T, 1, part]
     return y[:, 0]
-
-
-@by_library
-def as_weight(x, dtype):
-    """A weight as it is multiplied, in the dtype of sums; a GPU's kernels take bfloat16 as it is."""
-    return x.astype(dtype, copy=False)
 
 
 @by_library
@@ -2326,7 +2314,8 @@ def named_weights(weights, d):
         expect(name in shapes, key, "no weight of this layer", f"one of {[*WEIGHTS, *shapes]}")
         expect(name not in key_of, key, f"the same weight as {key_of.get(name)}", "each once")
         key_of[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
-    theirs, indexed = {ours: f" ({name})" for name, ours in WEIGHTS.items()}, "indexer." in str(key_of)
+    theirs = {ours: f" ({name})" for name, ours in WEIGHTS.items()}
+    indexed = any(name.startswith("indexer.") for name in key_of)
     for name in shapes:
         found = name in key_of or (name.startswith("indexer.") and not indexed)
         expect(found, name + theirs.get(name, ""), "missing", "it among the weights")
@@ -2335,7 +2324,11 @@ def named_weights(weights, d):
     for name, key in key_of.items():
         expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
         expect(weights[key].shape == shapes[name], key, f"of shape {weights[key].shape}", expected)
-    return {name: as_weight(weights[key], dtype) for name, key in key_of.items()}
+    half = [key for key, x in weights.items() if xp is not np and x.ndim == 2 and x.dtype.name == "bfloat16"]
+    return {  # a GPU multiplies bfloat16 as it is
+        name: weights[key] if key in half else weights[key].astype(dtype, copy=False)
+        for name, key in key_of.items()
+    }
 
 
 # A checkpoint's folder.
@@ -3667,28 +3660,17 @@ def gpu_rounded_to_fp8(x):
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
-@functools.cache
-def cublas_types(kind, out):
-    """cuBLAS's numbers of two dtypes, and of what sums them; where 1 and 0 of that stand, and these."""
-    cublas, one_zero = (
-        sys.modules["cupy"].cuda.cublas,
-        np.array([1, 0], np.float64 if kind == np.float64 else np.float32),
-    )
-    compute = cublas.CUBLAS_COMPUTE_64F if kind == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    one = one_zero.ctypes.data
-    return CUDA_R[kind.name], CUDA_R[out.name], compute, one, one + one_zero.itemsize, one_zero
-
-
 def gpu_projected(x, weight, dtype=None):
-    cupy, (out, width) = sys.modules["cupy"], weight.shape
+    cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
     x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
-    y = cupy.empty((*x.shape[:-1], out), dtype or accumulator(weight))
-    kind, found, compute, one, zero, _ = cublas_types(weight.dtype, y.dtype)
+    y, one_zero = cupy.empty((*x.shape[:-1], N), dtype or acc), np.array([1, 0], acc)
+    cublas, handle, one = cupy.cuda.cublas, cupy.cuda.get_cublas_handle(), one_zero.ctypes.data
+    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
+    kind, sizes = CUDA_R[weight.dtype.name], (N, y.size // N, width)
+    factors = weight.data.ptr, kind, width, x.data.ptr, kind, width, one + acc.itemsize
+    out = y.data.ptr, CUDA_R[y.dtype.name], N, compute, cublas.CUBLAS_GEMM_DEFAULT
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
-        cublas, sizes = cupy.cuda.cublas, (out, y.size // out, width)
-        factors = weight.data.ptr, kind, width, x.data.ptr, kind, width
-        result = y.data.ptr, found, out, compute, cublas.CUBLAS_GEMM_DEFAULT
-        cublas.gemmEx(cupy.cuda.get_cublas_handle(), 1, 0, *sizes, one, *factors, zero, *result)
+        cublas.gemmEx(handle, 1, 0, *sizes, one, *factors, *out)
     return y
 
 
@@ -3700,7 +3682,7 @@ def gpu_by_heads(x, weight, out):
 
 @functools.lru_cache(maxsize=8)
 def turn_table(d, length, dtype, device):
-    """turns of the first positions, [length, 1, rope / 2] each, which all layers of a model share."""
+    """cos and sin at the first positions, [length, 1, rope / 2]; all layers of a model share it."""
     xp = sys.modules["cupy"]
     angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
     return [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
@@ -3716,27 +3698,17 @@ def gpu_turns(x, start, d):
 
 def gpu_rms_norm(x, weight, eps, bias=None, dtype=None):
     y, rows, N = sys.modules["cupy"].empty(x.shape, dtype or x.dtype), math.prod(x.shape[:-1]), x.shape[-1]
-    found = kernel(chip(x), "rms_norm", 256, ACC=x.dtype, OUT=y.dtype)
-    found((rows,), x.data, weight, bias, y, N, x.strides[-2] // x.itemsize, np.float64(eps))
+    normalize = kernel(chip(x), "rms_norm", 256, ACC=x.dtype, OUT=y.dtype)
+    normalize((rows,), x.data, weight, bias, y, N, x.strides[-2] // x.itemsize, np.float64(eps))
     return y
 
 
 def gpu_rotate(x, turn, interleaved):
     (B, T, H, d), (cos, sin) = x.shape, turn
-    apart, next_head = (stride // x.itemsize for stride in x.strides[1:3])
-    found = kernel(chip(x), "rotate", 256, TYPE=x.dtype, ACC=cos.dtype)
-    found(
-        (B * T, -(-H * d // 512)),
-        x.data,
-        cos,
-        sin,
-        H,
-        d // 2,
-        2 * cos.size // d,
-        apart,
-        next_head,
-        int(interleaved),
-    )
+    apart = (stride // x.itemsize for stride in x.strides[1:3])
+    turned = kernel(chip(x), "rotate", 256, TYPE=x.dtype, ACC=cos.dtype)
+    sizes = H, d // 2, 2 * cos.size // d, *apart, int(interleaved)
+    turned((B * T, -(-H * d // 512)), x.data, cos, sin, *sizes)
 
 
 GPU = {
@@ -3762,9 +3734,6 @@ GPU = {
     "turns": gpu_turns,
     "rms_norm": gpu_rms_norm,
     "rotate": gpu_rotate,
-    "as_weight": lambda x, dtype: (
-        x if x.ndim == 2 and x.dtype.name == "bfloat16" else x.astype(dtype, copy=False)
-    ),
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
