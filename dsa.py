@@ -2024,6 +2024,7 @@ class DSALayer:
     with model.layers.N.self_attn. before them; dims: the fields of LayerDims, whose shapes() are expected.
     ValueError for a weight that is missing, superfluous or of a wrong shape. A layer without indexer.*
     weights takes its selection from another layer: layer(x, indices=indices).
+    On a GPU matrices in bfloat16 stay so; what they multiply is rounded to it, and sums are float32.
     config: a DSAConfig, which selects in place of index_topk, always by the layer's own indexer; layer and
     n_layers are for its progressive_sparsity.
 
