@@ -2974,6 +2974,8 @@ SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 FEW = 8  # queries a sequence whose scoring is bound by memory
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+ONE_ZERO = [np.array([1, 0], dtype) for dtype in (np.float32, np.float64)]  # which cuBLAS reads from memory
+ONE_AT = {x.itemsize: x.ctypes.data for x in ONE_ZERO}
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
@@ -3664,8 +3666,8 @@ def gpu_rounded_to_fp8(x):
 def gpu_projected(x, weight, dtype=None):
     cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
     x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
-    y, one_zero = cupy.empty((*x.shape[:-1], N), dtype or acc), np.array([1, 0], acc)
-    cublas, handle, one = cupy.cuda.cublas, cupy.cuda.get_cublas_handle(), one_zero.ctypes.data
+    y, one = cupy.empty((*x.shape[:-1], N), dtype or acc), ONE_AT[acc.itemsize]
+    cublas, handle = cupy.cuda.cublas, cupy.cuda.get_cublas_handle()
     compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
     kind, sizes = CUDA_R[weight.dtype.name], (N, y.size // N, width)
     factors = weight.data.ptr, kind, width, x.data.ptr, kind, width, one + acc.itemsize
