@@ -1443,7 +1443,7 @@ def by_library(function):
 
     @functools.wraps(function)
     def run(x, *args, **kwargs):
-        return KERNELS.get((function.__name__, library("x", x).__name__), function)(x, *args, **kwargs)
+        return KERNELS.get((function.__name__, type(x).__module__), function)(x, *args, **kwargs)
 
     return run
 
@@ -1966,24 +1966,20 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
+        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}
+        same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
+        names |= {name: name for name in (*same, "index_topk")}
         try:
-            found = cls._found(read_config(config), dims)
+            config = read_config(config)
+            found = {own: config.get(name) for own, name in names.items()} | rope_dims(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
-        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
-
-    @staticmethod
-    def _found(config, dims):
-        """The fields of a config.json, None for those that it lacks."""
-        same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
-        found = {name: config.get(name) for name in (*same, "index_topk")} | rope_dims(config)
-        found |= {"n_heads": config.get("num_attention_heads"), "norm_eps": config.get("rms_norm_eps")}
         layout, model = config.get("indexer_rope_interleave"), str(config.get("model_type", "deepseek"))
         if layout is None and "index_rope_interleaved" not in dims:  # transformers drops it on saving
-            known = model.startswith(("glm", "deepseek"))
+            layout, known = model.startswith("glm"), model.startswith(("glm", "deepseek"))
             expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
-            layout = model.startswith("glm")
-        return found | {"index_rope_interleaved": layout}
+        found["index_rope_interleaved"] = layout
+        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
 
     def shapes(self, dim=7168, q_lora_rank=1536, kv_lora_rank=512):
         """The shape of each weight, by its name in a layer.
@@ -2029,6 +2025,7 @@ class DSALayer:
     with model.layers.N.self_attn. before them; dims: the fields of LayerDims, whose shapes() are expected.
     ValueError for a weight that is missing, superfluous or of a wrong shape. A layer without indexer.*
     weights takes its selection from another layer: layer(x, indices=indices).
+    On a GPU matrices in bfloat16 stay so; what they multiply is rounded to it, and sums are float32.
     config: a DSAConfig, which selects in place of index_topk, always by the layer's own indexer; layer and
     n_layers are for its progressive_sparsity.
 
@@ -2049,12 +2046,13 @@ class DSALayer:
         self.has_indexer = "indexer.wk" in self.weights
         index_k = {"index_k": (d.index_head_dim,)} if self.has_indexer else {}
         self.streams = {"k": (1, self.kv_lora_rank + d.qk_rope_head_dim), **index_k}
-        self.config = config or DSAConfig(top_k=d.index_topk)
-        self._place = (layer, n_layers) if self.config.progressive_sparsity else (0, 1)
-        self._top_k(0)  # raises if there is no such layer
+        self.config = config = config or DSAConfig(top_k=d.index_topk)
+        self._place = (layer, n_layers) if config.progressive_sparsity else (0, 1)
+        config.top_k_at(*self._place, num_keys=0)  # raises if there is no such layer
+        self._choice = DSAConfig(**vars(config) | {"indexer_precision": "fp32"})  # of what is rounded already
         i = np.arange(d.index_head_dim)
         signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
-        self._hadamard, self._frequencies = signs * d.index_head_dim**-0.5, d.frequencies()
+        self._hadamard = signs * d.index_head_dim**-0.5
 
     @classmethod
     def from_safetensors(cls, path, layer=0, *, config=None, n_layers=None, **dims):
@@ -2073,7 +2071,7 @@ class DSALayer:
         block = (known.get("quantization_config") or {}).get("weight_block_size")
         expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
-            weights = {name: x for name, x in weights.items() if "indexer" not in split_name(name)[2]}
+            weights = {name: x for name, x in weights.items() if "indexer" not in name}
         n_layers = n_layers or known.get("num_hidden_layers")
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
@@ -2083,9 +2081,7 @@ class DSALayer:
         return library("weights", self.weights["wo"])
 
     def __copy__(self):
-        new = object.__new__(type(self))
-        vars(new).update(vars(self), weights={name: x.copy() for name, x in self.weights.items()})
-        return new
+        return copy.deepcopy(self)
 
     def new_cache(
         self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
@@ -2114,170 +2110,149 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        n = dims(self.xp, x=(x, "B T dim"))
-        if starts is not None:  # turned to stand right-padded, and back at the end
-            at, back, lengths = self._turns(n, lengths, starts)
-            x = reordered("x", x, at)
-            indices = None if indices is None else reordered("indices", indices, at)
-        expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
-        expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
-        able = indices is not None or self.has_indexer
-        expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
-        new = check_lengths(lengths, n["B"], n["T"])
-        finite = self.xp is not np or np.isfinite(x[np.arange(n["T"]) < new[:, None]]).all()
-        expect(finite, "x", "NaN or infinite in a real token", "finite numbers")  # a GPU would wait for it
-        start = np.zeros(n["B"], np.int64) if cache is None else self._lengths_in(cache, n["B"])
-        k_end = causal_end(start, new, n["T"])
-        if indices is not None:
-            shape = {"...": (n["B"],), "T": n["T"], "S": k_end.max(initial=0), "xp": self.xp}
-            check_indices("indices", indices, shape)
-            seen = self.xp is not np or (indices < k_end[..., None]).all()
-            expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-        dtype = accumulator(x, *self.weights.values())
-        w = {name: weight.astype(dtype, copy=False) for name, weight in self.weights.items()}
-        q, tokens, indexer = self._project(w, x.astype(dtype), start, selects=indices is None)
+        new, start, k_end, left = self._checked(x, cache, lengths, starts, indices, core)
+        w = self.weights
+        if accumulator(x, *w.values()) == np.float64:
+            w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
+        fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
+        codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
+        own = rolled(x, -left).astype(w["wo"].dtype, copy=False)
+        q, tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
-            selected = indices
-            if selected is None:
-                ends = self.xp.asarray(k_end)
-                selected = self._select(indexer, tokens["index_k"], cache, start + new, ends)
-            y = projected(self._core(w, q, tokens["k"], selected, cache, core), w["wo"]).astype(x.dtype)
-            return (
-                (y, selected)
-                if starts is None
-                else (reordered("y", y, back), reordered("indices", selected, back))
-            )
+            if indices is None:
+                chosen = self._select(indexer, tokens["index_k"], cache, start + new, k_end, codes)
+            else:
+                chosen = rolled(indices, -left)
+            y = projected(self._core(w, q, tokens["k"], chosen, cache, core), w["wo"]).astype(x.dtype)
+            return rolled(y, left), rolled(chosen, left)
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
-    def _lengths_in(self, cache, batch):
-        check_type("cache", cache, KVCache)
-        has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-        needs = (self.streams, self.dims.qk_rope_head_dim, batch)
-        own = f"{needs}, as new_cache makes it"
-        expect(has == needs, "cache", f"of (streams, qk_rope_head_dim, batch) = {has}", own)
-        return cache.lengths
+    def _checked(self, x, cache, lengths, starts, indices, core):
+        """Of each sequence how many tokens are new, behind how many others, the keys that each token sees,
+        k_end [B, T], and by how much it is padded on the left: it is rolled to stand right-padded, and back.
+        """
+        n = dims(self.xp, x=(x, "B T dim"))
+        B, T, dim, xp = n["B"], n["T"], n["dim"], n["xp"]
+        expect(dim == self.dim, "dim", f"{dim} in x", f"{self.dim}")
+        expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
+        able = indices is not None or self.has_indexer
+        expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
+        expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
+        left = np.zeros(B, np.int64) if starts is None else np.asarray(starts)
+        fits = left.dtype.kind in "iu" and left.shape == (B,) and ((left >= 0) & (left <= T)).all()
+        expect(fits, "starts", left.tolist(), f"{B} integers from 0 to {T}")
+        left = left.astype(np.int64)
+        new, start = check_lengths(T - left if lengths is None else lengths, B, T), np.zeros(B, np.int64)
+        if cache is not None:
+            check_type("cache", cache, KVCache)
+            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+            own = (self.streams, self.dims.qk_rope_head_dim, B)
+            what = f"of (streams, qk_rope_head_dim, batch) = {has}"
+            expect(has == own, "cache", what, f"{own}, as new_cache makes it")
+            start = cache.lengths
+        k_end = causal_end(start, new, T)
+        seen = rolled(k_end, left)
+        # A GPU would wait for what is asked of the contents of arrays.
+        finite = xp is not np or np.isfinite(x[seen > 0]).all()
+        expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
+        if indices is not None:
+            shape = {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": xp}
+            check_indices("indices", indices, shape)
+            seen = xp is not np or (indices < seen[..., None]).all()
+            expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
+        return new, start, k_end, left
 
-    def _turns(self, n, lengths, starts):
-        """Of a left-padded batch the tokens' order right-padded [B, T], the order back, and lengths [B]."""
-        starts, shape, T = np.asarray(starts), (n["B"],), n["T"]
-        expect(lengths is None, "lengths", lengths, "None with starts")
-        fits = starts.dtype.kind in "iu" and starts.shape == shape and ((starts >= 0) & (starts <= T)).all()
-        expect(fits, "starts", starts.tolist(), f"{n['B']} integers from 0 to {T}")
-        starts = starts.astype(np.int64)
-        at, back = ((np.arange(T) + by[:, None]) % max(T, 1) for by in (starts, -starts))
-        return at, back, T - starts
-
-    def _top_k(self, num_keys):
-        (layer, n_layers), dense = self._place, self.config.fallback_dense_threshold
-        top_k = self.config.top_k_at(layer, n_layers, num_keys)
-        return max(top_k, num_keys) if dense is not None and num_keys <= dense else top_k
-
-    def _select(self, indexer, index_k, cache, lengths, k_end):
-        """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
-        rounded = self.xp is not np and self.dims.indexer_precision == "fp8"
-        if cache is not None and cache.storage == "fp8" and rounded and self.dims.index_head_dim <= FP8_BLOCK:
-            codes, scales = quantize_fp8(indexer["index_q"])  # exact, as it is rounded already
-            indexer = {"index_q": codes, "weights": indexer["weights"] * scales[..., 0]}
-            index_k = cache.stored("index_k")
-        elif cache is not None:
-            index_k = cache.read("index_k")
-            index_k = index_k.astype(indexer["index_q"].dtype, copy=False) if rounded else index_k
-        # Where a config goes by the number of keys, each sequence goes by its own.
-        top_k = [self._top_k(length) for length in lengths.tolist()]
-        alike = len(set(top_k)) <= 1
-        forced = {"local_window": self.config.local_window, "num_sink_tokens": self.config.num_sink_tokens}
-        found = []
-        for b in [slice(None)] if alike else [slice(b, b + 1) for b in range(len(top_k))]:
-            arrays = {name: x[b] for name, x in (*indexer.items(), ("index_k", index_k), ("k_end", k_end))}
-            found.append(lightning_select(**arrays, top_k=max(top_k[b], default=1), **forced))
-        K = max(x.shape[-1] for x in found)
-        found = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in found]
-        return np.concatenate(found)
-
-    def _project(self, w, x, start, selects=True):
+    def _project(self, w, x, start, selects=True, codes=False):
         """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
         tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
+        codes: the indexer's vectors are not rounded yet, as they are to be made codes.
         """
         d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
-        nope, rope, J, E = d.qk_nope_head_dim, d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        angles = (start[:, None] + np.arange(T))[..., None, None] * self._frequencies  # [B, T, 1, rope / 2]
-        turn = [self.xp.asarray(d.rope_attention_factor * f(angles), x.dtype) for f in (np.cos, np.sin)]
-        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
-        q = projected(qr, w["wq_b"]).reshape(B, T, d.n_heads, nope + rope)
-        rotate(q[..., nope:], turn, interleaved=True)
-        k = projected(x, w["wkv_a"])[:, :, None]  # [B, T, 1, R + rope]
+        rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
+        turn = turns(x, start, d)
+        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps, dtype=x.dtype)
+        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
+        rotate(q[..., d.qk_nope_head_dim :], turn, interleaved=True)
+        k = projected(x, w["wkv_a"])  # [B, T, R + rope]
         k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
-        rotate(k[..., R:], turn, interleaved=True)
-        if not self.has_indexer:
-            return q, {"k": k}, {}
+        rotate(k[:, :, None, R:], turn, interleaved=True)
+        tokens, indexer = {"k": k[:, :, None]}, {}
 
         def prepared(u):  # a vector of the indexer [B, T, J, E]
             rotate(u[..., :rope], turn, d.index_rope_interleaved)
             u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
-            return PRECISIONS[d.indexer_precision](u)
+            return u if codes else PRECISIONS[d.indexer_precision](u)
 
-        index_k = by_rows(x, w["indexer.wk"])
-        index_k -= index_k.mean(-1, keepdims=True)  # LayerNorm
-        index_k = rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps) + w["indexer.k_norm.bias"]
-        tokens = {"k": k, "index_k": prepared(index_k[:, :, None])[:, :, 0]}
-        if not selects:
-            return q, tokens, {}
-        index_q = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
-        weights = by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
-        return q, tokens, {"index_q": index_q, "weights": weights}
+        if self.has_indexer:
+            norm = w["indexer.k_norm"], d.index_norm_eps, w["indexer.k_norm.bias"]
+            index_k = rms_norm(by_rows(x, w["indexer.wk"]), *norm)
+            tokens["index_k"] = prepared(index_k[:, :, None])[:, :, 0]
+        if selects:
+            indexer["index_q"] = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
+            indexer["weights"] = by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
+        return q, tokens, indexer
+
+    def _select(self, indexer, index_k, cache, lengths, k_end, codes):
+        """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
+        (index_q, weights), config = indexer.values(), self._choice
+        if codes:
+            index_q, scales = quantize_fp8(index_q)
+            index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
+        elif cache is not None:
+            index_k = cache.read("index_k")
+            if index_q.dtype.name == "bfloat16":  # as a GPU compares them
+                index_k = index_k.astype(index_q.dtype, copy=False)
+        alike = (k_end[:, -1:] == index_k.shape[1]).all()  # then the windows are the default
+        ends = None if alike else self.xp.asarray(k_end)
+        windows = (None if alike else np.zeros_like(ends), ends)
+        # Of q and k this looks at the shapes. lengths, where the config goes by them.
+        arrays = index_q, index_k[:, :, None], index_q, index_k, weights, windows
+        by_length = config.sparse_ratio or config.fallback_dense_threshold
+        return choose_keys(config, self._place, None, {}, *arrays, lengths if by_length else None)
 
     def _core(self, w, q, k, indices, cache, core):
         """Equation (3) of q [B, T, H, nope + rope] over the cache or latents k [B, S, 1, R + rope], in one of
         its two forms -> [B, T, H * v].
         """
-        d, R, T, K = self.dims, self.kv_lora_rank, q.shape[1], indices.shape[-1]
+        d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
         S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
-        up, q = w["wkv_b"].reshape(d.n_heads, each, R), q.swapaxes(1, 2)  # [H, nope + v, R], [B, H, T, ...]
+        up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
+        out = np.empty_like(q, shape=(B, T, H, d.v_head_dim))
         if core == "auto":
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
             streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
             core = "expanded" if streamed and expanded else "absorbed"
-        if core == "expanded":
-            k = k if cache is None else cache.read("k")
-            out = self._attend_expanded(q, k[:, None, :, 0], up, indices[:, None])
-        else:  # q . W c = qW . c
-            latent_q = np.empty_like(q, shape=(*q.shape[:3], R + rope), order="C")
-            np.matmul(q[..., :nope], up[:, :nope], out=latent_q[..., :R])
+        if core == "absorbed":  # q . W c = qW . c
+            latent_q = np.empty_like(q, shape=(B, T, H, R + rope))
+            by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
             latent_q[..., R:] = q[..., nope:]
+            k = k.astype(q.dtype, copy=False)
             attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
-            out, _ = attend(latent_q.swapaxes(1, 2), indices=indices, d_v=R, scale=d.softmax_scale())
-            out = out.swapaxes(1, 2) @ up[:, nope:].swapaxes(1, 2)  # [B, H, T, v]
-        return out.swapaxes(1, 2).reshape(*indices.shape[:2], d.n_heads * d.v_head_dim)
-
-    def _attend_expanded(self, q, k, up, indices):
-        """q [B, H, T, nope + rope], latents k [B, 1, S, R + rope], up [H, nope + v, R] -> [B, H, T, v].
-
-        A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
-        """
-        d, R, some = self.dims, self.kv_lora_rank, max(1, 2**25 // max(1, k.size))
-        out = np.empty_like(q, shape=(*q.shape[:3], d.v_head_dim))
-        for h in range(0, d.n_heads, some):
-            q_h, kv = q[:, h : h + some], k[..., :R] @ up[h : h + some].swapaxes(1, 2)  # [B, h, S, nope + v]
-            k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], d.qk_rope_head_dim))
-            keys, values = np.split(kv, [d.qk_nope_head_dim], axis=-1)
-            keys = np.concatenate([keys, k_pe], -1)[..., None, :]  # [B, h, S, 1, nope + rope]
-            same = np.broadcast_to(indices, (*q_h.shape[:3], indices.shape[-1]))
-            heads = (q_h[..., None, :], keys, values[..., None, :])
-            out[:, h : h + some] = sparse_attention(*heads, same, scale=d.softmax_scale())[0][..., 0, :]
-        return out
+            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale)
+            return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
+        # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
+        k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
+        some = max(1, 2**25 // max(1, k.size))
+        for h in (slice(h, h + some) for h in range(0, H, some)):
+            kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
+            k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
+            keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
+            heads = q.swapaxes(1, 2)[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
+            same = np.broadcast_to(indices[:, None], (*kv.shape[:2], T, K))
+            out.swapaxes(1, 2)[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
+        return out.reshape(B, T, H * d.v_head_dim)
 
 
-def reordered(name, x, at):
-    """x [B, T, ...] with each sequence's tokens in the order of at [B, T]."""
-    xp = library(name, x)
-    expect(x.shape[:2] == at.shape, name, f"of shape {x.shape}", f"{at.shape} tokens")
-    return x[xp.arange(len(x))[:, None], xp.asarray(at)]
+def rolled(x, by):
+    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
+    return np.stack([np.roll(own, places, 0) for own, places in zip(x, by.tolist())]) if by.any() else x
 
 
+@by_library
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
 def by_rows(x, weight):
     """x @ weight.T, with the same bits for a token in any batch, block or chunk.
@@ -2290,15 +2265,36 @@ def by_rows(x, weight):
     return y[:, 0]
 
 
-def projected(x, weight):
+@by_library
+def projected(x, weight, dtype=None):
     """x [..., in] @ weight [out, in].T; with batch axes in front a product would copy weight.T."""
-    return (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    y = (x.reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], len(weight))
+    return y.astype(dtype or y.dtype, copy=False)
 
 
-def rms_norm(x, weight, eps):
-    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+@by_library
+def by_heads(x, weight, out):
+    """x [B, T, H, in] @ weight [H, in, out], each head by its own -> out [B, T, H, out]."""
+    np.matmul(x.swapaxes(1, 2), weight, out=out.swapaxes(1, 2))
+    return out
 
 
+@by_library
+def rms_norm(x, weight, eps, bias=None, dtype=None):
+    """RMSNorm of x [..., N] or, with a bias, LayerNorm."""
+    x = x if bias is None else x - x.mean(-1, keepdims=True)
+    y = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return (y if bias is None else y + bias).astype(dtype or y.dtype, copy=False)
+
+
+@by_library
+def turns(x, start, d):
+    """cos and sin of RoPE for tokens x [B, T, ...] at positions from start [B] on, [B, T, 1, rope / 2]."""
+    angles = (start[:, None] + np.arange(x.shape[1]))[..., None, None] * d.frequencies()
+    return [(d.rope_attention_factor * f(angles)).astype(x.dtype) for f in (np.cos, np.sin)]
+
+
+@by_library
 def rotate(x, turn, interleaved):
     """RoPE, in place: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2].
 
@@ -2312,35 +2308,41 @@ def rotate(x, turn, interleaved):
 def named_weights(weights, d):
     """The weights by their names in a layer, checked against d, in one dtype."""
     expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
-    names, xp = d.shapes(), None
-    given: dict[str, str] = {}
+    key_of: dict[str, str] = {}
+    shapes, xp = d.shapes(), None
     for key, x in weights.items():
-        name = split_name(key)[2]
-        expect(name in names, key, "no weight of this layer", f"one of {[*WEIGHTS, *names]}")
-        expect(name not in given, key, f"the same weight as {given.get(name)}", "each once")
-        given[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
-    also = {ours: f" ({theirs})" for theirs, ours in WEIGHTS.items()}
-    indexed = any(name.startswith("indexer.") for name in given)
-    for name in names:
-        needed = indexed or not name.startswith("indexer.")
-        expect(name in given or not needed, name + also.get(name, ""), "missing", "it among the weights")
-    found = {name: weights[key] for name, key in given.items()}
-    sizes = {given[name]: (*found[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
-    for name, shape in d.shapes(*sizes.values()).items():
-        actual = found[name].shape if name in found else shape
-        by = f"{shape}, by the dims and the lengths of {sizes}"
-        expect(actual == shape, given.get(name), f"of shape {actual}", by)
-    dtype = accumulator(*found.values())
-    return {name: x.astype(dtype, copy=False) for name, x in found.items()}
+        name = NAME.fullmatch(key)[3]
+        name = WEIGHTS.get(name, name)
+        expect(name in shapes, key, "no weight of this layer", f"one of {[*WEIGHTS, *shapes]}")
+        expect(name not in key_of, key, f"the same weight as {key_of.get(name)}", "each once")
+        key_of[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
+    theirs = {ours: f" ({name})" for name, ours in WEIGHTS.items()}
+    indexed = any(name.startswith("indexer.") for name in key_of)
+    for name in shapes:
+        found = name in key_of or (name.startswith("indexer.") and not indexed)
+        expect(found, name + theirs.get(name, ""), "missing", "it among the weights")
+    sizes = {key_of[name]: (*weights[key_of[name]].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
+    shapes, dtype = d.shapes(*sizes.values()), accumulator(*weights.values())
+    for name, key in key_of.items():
+        expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
+        expect(weights[key].shape == shapes[name], key, f"of shape {weights[key].shape}", expected)
+    half = [key for key, x in weights.items() if xp is not np and x.ndim == 2 and x.dtype.name == "bfloat16"]
+    return {  # a GPU multiplies bfloat16 as it is
+        name: weights[key] if key in half else weights[key].astype(dtype, copy=False)
+        for name, key in key_of.items()
+    }
 
 
 # A checkpoint's folder.
-NAME = re.compile(r"((?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?)(.*?)(?:\.weight)?", re.DOTALL)
+# A tensor's name: its prefix, the layer's number in that, if there is one, and its name in a layer.
+NAME: Any = re.compile(r"((?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?)(.*?)(?:\.weight)?", re.DOTALL)
 SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
 BUFFER = re.compile(
     r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
 )
 SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}
+E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32("nan"))  # the value of each code
+FLOATS_OF: dict[str, Any] = {"BF16": widened, "F8_E4M3": E4M3.take, "F8_E8M0": E8M0.take}
 REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
     r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
     r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
@@ -2378,40 +2380,36 @@ def rope_dims(config):
     known = known and rope.get("truncate", True) and rope.get("partial_rotary_factor", 1) == 1
     expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
     found = {"rope_theta": rope.get("rope_theta", config.get("rope_theta")), "rope_factor": 1.0}
-    if kind == "default":
-        return found
-    longest = config.get("max_position_embeddings")
-    length = rope.get("original_max_position_embeddings") or longest
-    factor = rope.get("factor") or (longest and longest / length)
-    expect(factor and length, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
-    mscale, all_dim, on_rope = (rope.get(name) for name in ("mscale", "mscale_all_dim", "attention_factor"))
-    if on_rope is None:
+    if kind == "yarn":
+        longest = config.get("max_position_embeddings")
+        length = rope.get("original_max_position_embeddings") or longest
+        factor = rope.get("factor") or (longest and longest / length)
+        expect(
+            factor and length, "YaRN in config.json", rope, "a factor and original_max_position_embeddings"
+        )
+        mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
-    found |= {"rope_factor": factor, "original_seq_len": length, "rope_attention_factor": on_rope}
-    betas = {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
-    return found | betas | {"mscale": all_dim or 0.0}
+        found |= {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
+        found |= {"rope_factor": factor, "original_seq_len": length, "mscale": all_dim or 0.0}
+        found["rope_attention_factor"] = on_rope if given is None else given
+    return found
 
 
 def shares_indexer(config, layer):
     """Whether a layer takes its selection from the last that has an indexer, by a config.json."""
     kinds = config.get("indexer_types") or config.get("index_topk_pattern") or ()
-    if layer < len(kinds):
-        return kinds[layer] in ("shared", "S")
-    freq, offset = config.get("index_topk_freq") or 1, config.get("index_skip_topk_offset", 2)
-    return not kinds and max(layer - offset + 1, 0) % freq > 0
-
-
-def split_name(name):
-    """A tensor's name -> its prefix, the layer's number in that, or None, and its name in a layer."""
-    match: Any = NAME.fullmatch(name)
-    return match[1], match[2] and int(match[2]), WEIGHTS.get(match[3], match[3])
+    expect(set(kinds) <= {*"FS", "full", "shared"}, "indexer_types in config.json", kinds, "full or shared")
+    freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
+    if kinds:
+        return layer < len(kinds) and kinds[layer] in ("shared", "S")
+    return max(layer - config.get("index_skip_topk_offset", 2) + 1, 0) % freq > 0
 
 
 def of_layer(name, layer):
-    prefix, number, own = split_name(name)
-    ours = prefix.endswith("attn.") or own.split(".")[0] in (*WEIGHTS, *WEIGHTS.values(), "indexer")
-    return ours and number in (None, layer) and not BUFFER.search(name)
+    prefix, number, own = NAME.fullmatch(name).groups()
+    ours = prefix.endswith("attn.") or own.split(".")[0] in ("indexer", *WEIGHTS, *WEIGHTS.values())
+    return ours and number in (None, str(layer)) and not BUFFER.search(name)
 
 
 def read_layer(path, layer):
@@ -2427,10 +2425,10 @@ def read_layer(path, layer):
         for name, *tensor in read_safetensors(file, layer):
             expect(name not in found, name, f"in {file} and another file", "in one (is it split for ranks?)")
             found[name] = tensor
-    prefixes = {split_name(name)[0] for name in found if split_name(name)[2] == "kv_norm"}
-    found = {name: x for name, x in found.items() if not prefixes or split_name(name)[0] in prefixes}
+    prefixes = {x[1] for x in map(NAME.fullmatch, found) if x[3] in ("kv_norm", "kv_a_layernorm")}
+    found = {name: x for name, x in found.items() if not prefixes or NAME.fullmatch(name)[1] in prefixes}
     expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
-    return dequantized({name: tensor_of(name, *tensor) for name, tensor in found.items()})
+    return dequantized(found)
 
 
 def read_safetensors(path, layer):
@@ -2441,58 +2439,48 @@ def read_safetensors(path, layer):
         expect(0 < size <= total - 8, path, f"a file of {total} bytes", whole)
         header = read_json(path, file.read(size))
     header.pop("__metadata__", None)
-    try:
-        for x in header.values():
-            begin, end = map(operator.index, x["data_offsets"])
-            x["shape"] = tuple(map(operator.index, x["shape"]))
-        rows = sorted((*x["data_offsets"], name, str(x["dtype"]), x["shape"]) for name, x in header.items())
-    except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path} is without dtype, shape, data_offsets of each, expected {whole}") from None
     at = 0
-    for begin, end, name, dtype, shape in rows:
-        size_of = np.dtype(SAFETENSORS.get(dtype, "u1")).itemsize
-        fits = dtype not in SAFETENSORS or end - begin == math.prod(shape) * size_of
-        fits = fits and begin == at <= end and min(shape, default=0) >= 0
-        expect(fits, path, f"at odds with itself in {name}, {dtype} {shape} at {[begin, end]}", whole)
-        at = end
+    try:
+        for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            (begin, end), shape = (tuple(map(operator.index, x[key])) for key in ("data_offsets", "shape"))
+            dtype, size_of = str(x["dtype"]), np.dtype(SAFETENSORS.get(x["dtype"], "V0")).itemsize
+            fits = begin == at <= end and (not size_of or end - begin == math.prod(shape) * size_of)
+            expect(fits and min(shape, default=0) >= 0, name, x, f"its bytes from {at} on")
+            if of_layer(name, layer):
+                yield name, dtype, shape, np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
+            at = end
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is at odds with itself, expected {whole}: {error}") from None
     expect(8 + size + at == total, path, f"a file of {total} bytes", f"{8 + size + at}: {whole}")
-    for begin, end, name, dtype, shape in rows:
-        if of_layer(name, layer):
-            yield name, dtype, shape, np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
-
-
-def tensor_of(name, dtype, shape, x):
-    """A tensor out of its bytes: bfloat16 as float32, e8m0 as powers of two, e4m3 as its codes."""
-    for pattern, kind in REFUSED.items():
-        other = re.search(pattern, f"{name} {dtype}")
-        expect(not other, name, f"{dtype}, as in a checkpoint with {kind}", "floats, or fp8 with scales")
-    allowed = SAFETENSORS.keys() - {"F8_E4M3" if SCALE.search(name) else "F8_E8M0"}
-    expect(dtype in allowed, name, f"of dtype {dtype}", f"one of {sorted(allowed)}", TypeError)
-    x = x.view(SAFETENSORS[dtype]).reshape(shape)
-    if dtype == "F8_E8M0":
-        with np.errstate(over="ignore"):  # 255, for NaN, becomes infinite
-            return np.ldexp(np.float32(1), x.astype(np.int32) - 127)
-    return widened(x) if dtype == "BF16" else x
 
 
 def dequantized(tensors):
-    """The tensors of a layer with each fp8 weight multiplied by its scales, which go."""
-    for name in [name for name in tensors if SCALE.search(name)]:
-        own = SCALE.sub(".weight", name)
-        scales, codes = tensors.pop(name), tensors.get(own, np.zeros(0))
-        expect(codes.dtype == np.uint8 and codes.ndim == 2, name, "given", f"fp8 weights for it, {own}")
-        blocks = tuple(-(-size // FP8_BLOCK) for size in codes.shape)
-        shapes = blocks, (len(codes), 1), (1, 1), (1,), ()
-        known = f"one of {shapes}, for blocks of 128 x 128, rows, or all"
-        expect(scales.shape in shapes, name, f"of shape {scales.shape}", known)
+    """A layer's tensors (dtype, shape, bytes) as floats, fp8 multiplied by its scales, which go."""
+    floats: dict[str, Any] = {}
+    for name, (dtype, shape, x) in tensors.items():
+        for pattern, kind in REFUSED.items():
+            other = re.search(pattern, f"{name} {dtype}")
+            expect(not other, name, f"{dtype}, as in a checkpoint with {kind}", "floats, or fp8 with scales")
+        known = SAFETENSORS.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
+        expect(dtype in known, name, f"of dtype {dtype}", f"one of {sorted(known)}", TypeError)
+        floats[name] = FLOATS_OF.get(dtype, np.asarray)(x.view(SAFETENSORS[dtype]).reshape(shape))
+    fp8 = [name for name, (dtype, *_) in tensors.items() if dtype == "F8_E4M3"]  # yet without scales
+    for name in filter(SCALE.search, tensors):
+        own, scales = SCALE.sub(".weight", name), floats.pop(name).astype(np.float32, copy=False)
+        expect(own in fp8 and floats[own].ndim == 2, name, "given", f"fp8 weights for it, {own}")
+        fp8.remove(own)
+        rows, columns = floats[own].shape
+        blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+        shapes = blocks, (rows, 1), (1, 1), (1,), ()
+        expected = f"one of {shapes}, for blocks of 128 x 128, rows, or all"
+        expect(scales.shape in shapes, name, f"of shape {scales.shape}", expected)
         expect(np.isfinite(scales).all(), name, "NaN or infinite", "numbers")
         if scales.shape == blocks:
-            scales = np.repeat(scales, FP8_BLOCK, axis=0)[: len(codes)]
-        tensors[own] = dequantize_fp8(codes, np.broadcast_to(scales, (len(codes), blocks[1])))
-    for name, x in tensors.items():
-        scales = name.removesuffix(".weight") + ".weight_scale_inv"
-        expect(x.dtype != np.uint8, scales, "missing", f"the scales of {name}, which is fp8")
-    return tensors
+            scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[:rows, :columns]
+        floats[own] *= scales
+    for name in fp8:
+        expect(False, f"{name.removesuffix('.weight')}.weight_scale_inv", "missing", f"it, as {name} is fp8")
+    return floats
 
 
 # 13. Training the indexer ---------------------------------------------------------------------------------
@@ -2987,6 +2975,8 @@ SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 FEW = 8  # queries a sequence whose scoring is bound by memory
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+ONE_ZERO = [np.array([1, 0], dtype) for dtype in (np.float32, np.float64)]  # which cuBLAS reads from memory
+ONE_AT = {x.itemsize: x.ctypes.data for x in ONE_ZERO}
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
@@ -3671,6 +3661,60 @@ def gpu_rounded_to_fp8(x):
     return dequantize_fp8(*quantize_fp8(x)).astype(ml_dtypes.bfloat16)
 
 
+# The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
+
+
+def gpu_projected(x, weight, dtype=None):
+    cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
+    x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
+    y, one = cupy.empty((*x.shape[:-1], N), dtype or acc), ONE_AT[acc.itemsize]
+    cublas, handle = cupy.cuda.cublas, cupy.cuda.get_cublas_handle()
+    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
+    kind, sizes = CUDA_R[weight.dtype.name], (N, y.size // N, width)
+    factors = weight.data.ptr, kind, width, x.data.ptr, kind, width, one + acc.itemsize
+    out = y.data.ptr, CUDA_R[y.dtype.name], N, compute, cublas.CUBLAS_GEMM_DEFAULT
+    if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
+        cublas.gemmEx(handle, 1, 0, *sizes, one, *factors, *out)
+    return y
+
+
+def gpu_by_heads(x, weight, out):
+    heads, found = (z.reshape(-1, *z.shape[2:]).swapaxes(0, 1) for z in (x, out))  # [H, B * T, in or out]
+    product(heads, weight, found)
+    return out
+
+
+@functools.lru_cache(maxsize=8)
+def turn_table(d, length, dtype, device):
+    """cos and sin at the first positions, [length, 1, rope / 2]; all layers of a model share it."""
+    xp = sys.modules["cupy"]
+    angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
+    return [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
+
+
+def gpu_turns(x, start, d):
+    T, last = x.shape[1], int(start.max(initial=0))
+    table = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
+    alike = (start == last).all()  # then nothing goes to the device
+    at = slice(last, last + T) if alike else sys.modules["cupy"].asarray(start[:, None] + np.arange(T))
+    return [f[at] for f in table]
+
+
+def gpu_rms_norm(x, weight, eps, bias=None, dtype=None):
+    y, rows, N = sys.modules["cupy"].empty(x.shape, dtype or x.dtype), math.prod(x.shape[:-1]), x.shape[-1]
+    normalize = kernel(chip(x), "rms_norm", 256, ACC=x.dtype, OUT=y.dtype)
+    normalize((rows,), x.data, weight, bias, y, N, x.strides[-2] // x.itemsize, np.float64(eps))
+    return y
+
+
+def gpu_rotate(x, turn, interleaved):
+    (B, T, H, d), (cos, sin) = x.shape, turn
+    apart = (stride // x.itemsize for stride in x.strides[1:3])
+    turned = kernel(chip(x), "rotate", 256, TYPE=x.dtype, ACC=cos.dtype)
+    sizes = H, d // 2, 2 * cos.size // d, *apart, int(interleaved)
+    turned((B * T, -(-H * d // 512)), x.data, cos, sin, *sizes)
+
+
 GPU = {
     "slow_tier": gpu_slow_tier,
     "rounded_to_fp8": gpu_rounded_to_fp8,
@@ -3688,7 +3732,12 @@ GPU = {
     "target_in_window": functools.partial(gpu_attention_target, indices=None),
     "target_in_set": gpu_attention_target,
     "loss_of_rows": gpu_indexer_loss,
-    "by_rows": lambda n, x, weight: projected(x, weight),
+    "by_rows": gpu_projected,
+    "projected": gpu_projected,
+    "by_heads": gpu_by_heads,
+    "turns": gpu_turns,
+    "rms_norm": gpu_rms_norm,
+    "rotate": gpu_rotate,
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}

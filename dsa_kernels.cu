@@ -2532,6 +2532,57 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// rms_norm                             y = weight * x / sqrt(mean x^2 + eps); LayerNorm where there is a bias
+// in    x rows of N numbers, `apart` from one row to the next; weight, bias (or null) [N]; all ACC
+// out   y [rows, N] OUT
+// grid  rows   block 256
+// ---------------------------------------------------------------------------------------------------------
+#ifdef RMS_NORM
+extern "C" __global__ void __launch_bounds__(256)
+    rms_norm(const ACC* x, const ACC* weight, const ACC* bias, OUT* y, i64 N, i64 apart, double eps) {
+    __shared__ ACC parts[2][8];
+    auto mean_of_block = [&](ACC part, ACC (&parts)[8]) {
+        part = sum_of_warp(part);
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = part;
+        __syncthreads();
+        ACC sum = 0;
+        for (int w = 0; w < 8; w++) sum += parts[w];
+        return sum / N;
+    };
+    x += blockIdx.x * apart;
+    ACC sum = 0, squares = 0, mean = 0;
+    if (bias) {
+        for (i64 i = threadIdx.x; i < N; i += 256) sum += x[i];
+        mean = mean_of_block(sum, parts[0]);
+    }
+    for (i64 i = threadIdx.x; i < N; i += 256) squares += (x[i] - mean) * (x[i] - mean);
+    const ACC r = 1 / sqrt(mean_of_block(squares, parts[1]) + ACC(eps));
+    for (i64 i = threadIdx.x; i < N; i += 256)
+        y[blockIdx.x * N + i] = Rounded<OUT>::of(weight[i] * (x[i] - mean) * r + (bias ? bias[i] : ACC(0)));
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// rotate                                                                                     RoPE, in place
+// inout x [tokens, H, 2 * half] TYPE, `apart` numbers from token to token, next_head from head to head
+// in    cos, sin [positions, half] ACC, those of token t at t % positions
+// grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ROTATE
+extern "C" __global__ void __launch_bounds__(256)
+    rotate(TYPE* x, const ACC* cos, const ACC* sin, i64 H, i64 half, i64 positions, i64 apart, i64 next_head,
+           i64 interleaved) {
+    const unsigned n = blockIdx.y * 256 + threadIdx.x, head = n / (unsigned)half, i = n % (unsigned)half;
+    if (head >= H) return;
+    TYPE* a = x + blockIdx.x * apart + head * next_head + (interleaved ? 2 * i : i);
+    TYPE* b = a + (interleaved ? 1 : half);
+    const i64 at = blockIdx.x % (unsigned)positions * half + i;
+    const ACC p = widen(*a), q = widen(*b), c = cos[at], s = sin[at];
+    *a = Rounded<TYPE>::of(p * c - q * s), *b = Rounded<TYPE>::of(p * s + q * c);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // Training, section 10 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
 // ---------------------------------------------------------------------------------------------------------

@@ -3366,6 +3366,8 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, name):
     (SIZES | {"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
               "max_position_embeddings": None}, "YaRN"),
     (V32_CONFIG | {"quantization_config": {"weight_block_size": [64, 64]}}, "weight_block_size"),
+    (GLM_CONFIG | {"indexer_types": ["bogus"]}, "bogus"),
+    (GLM_CONFIG | {"index_topk_freq": -1}, "index_topk_freq"),
 ], ids=str)  # fmt: skip
 def test_a_config_json_that_is_not_understood_is_refused(dsa, tmp_path, config, named):
     """What an input means is used or refused, never dropped."""
@@ -5031,6 +5033,22 @@ def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, storage, precision):
             assert_close(own[0].get(), y, 1e-9)
 
 
+@pytest.mark.parametrize("storage", [None, "bfloat16", "fp8"])
+def test_the_layer_in_bfloat16_on_the_gpu(dsa, cupy, hidden, storage):
+    """Weights stay in bfloat16 and sums are float32: with all keys selected, beside NumPy in float64."""
+    w, dims = layer_weights(dtype=BFLOAT16), SMALL | {"index_topk": 50, "indexer_precision": "fp8"}
+    exact = dsa.DSALayer({name: z.astype(F64) for name, z in w.items()}, **dims)
+    layer, x = dsa.DSALayer(to(cupy, w), **dims), hidden.astype(BFLOAT16)
+    assert layer.weights["wo"].dtype == BFLOAT16 and layer.weights["q_norm"].dtype == F32
+    caches = [z.new_cache(2, 50, storage) if storage else None for z in (exact, layer)]
+    for rows in (slice(0, 49), slice(49, 50)) if storage else (slice(0, 50),):
+        lengths = np.array([rows.stop - rows.start, 1])
+        y, indices = exact(x[:, rows].astype(F64), caches[0], lengths=lengths)
+        own_y, own = layer(cupy.asarray(x[:, rows]), caches[1], lengths=lengths)
+        np.testing.assert_array_equal(own.get(), indices)
+        assert own_y.dtype == BFLOAT16 and np.abs(own_y.get().astype(F64) - y).max() < 2e-2 * np.abs(y).max()
+
+
 @pytest.mark.parametrize(
     "J, E, dtype",
     [(64, 128, "e4m3"), (32, 128, "e4m3"), (64, 128, BFLOAT16), (128, 128, "f2"), (32, 64, "f2")],
@@ -5424,6 +5442,8 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("add_by_atomics", {"ACC": x}) for x in (FLOAT, DOUBLE)),
     *(("quantize_fp8", {"BLOCK": 128, "UE8M0": 1, "XT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
       for x in (FLOAT, DOUBLE, HALF, BF16)),
+    *(("rms_norm", {"ACC": x, "OUT": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
+    *(("rotate", {"ACC": x, "TYPE": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
 ]  # fmt: skip
 
 
