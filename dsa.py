@@ -3110,8 +3110,7 @@ class Kernel:
 
     def compile(self):
         """Compile it; CuPy keeps it on disk."""
-        cupy = sys.modules["cupy"]
-        file = Path(__file__).with_name("dsa_kernels.cu")
+        cupy, file = sys.modules["cupy"], Path(__file__).with_name("dsa_kernels.cu")
         expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
         with cupy.cuda.Device(self.chip.device):
             module = cupy.RawModule(code=file.read_text(encoding="utf-8"), options=self.options)
@@ -3124,21 +3123,23 @@ class Kernel:
     def __call__(self, grid, *args, shared=0):
         """Launch on the current stream. shared: bytes of dynamic shared memory.
 
-        Arrays have to be contiguous; x.data points to where x begins, wherever its other elements stand; an
-        int arrives as long long, a NumPy number as what it is, None as a null pointer.
+        An array arrives as a pointer to where it begins, an int as long long, None as a null pointer, a NumPy
+        number as what it is.
         """
-        cupy, own = sys.modules["cupy"], self.chip.device
+        own, array = self.chip.device, sys.modules["cupy"].ndarray
         for x in args:
-            if isinstance(x, (cupy.ndarray, cupy.cuda.MemoryPointer)):
-                device = getattr(x, "data", x).device_id
-                expect(device == own, "an array", f"on device {device}", f"device {own}, as of the others")
+            if isinstance(x, array) and x.data.device_id != own:
+                raise ValueError(f"an array is on device {x.data.device_id}, expected {own}, as others")
         if min(grid) > 0:
             if self.function is None:
                 compile_together(self)
-            self.function(grid, self.block, tuple(0 if x is None else x for x in args), shared)
+            given = [number(x) if type(x) is int or x is None else x for x in args]
+            self.function(grid, self.block, given, shared)
 
 
 kernel = functools.cache(Kernel)
+# An int, or None, as a launch takes it; CuPy would make it anew for each, in half a microsecond.
+number = functools.lru_cache(2**16)(lambda x: sys.modules["cupy"].cuda.function.CIntptr(x or 0))
 
 
 def launch(name, block, grid, *args, **constants):
@@ -3210,9 +3211,9 @@ def score_plan(chip, dtypes, real, J, E, few):
 
 def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, offset=None, out=None):
     """offset: S - T, unless the T queries are some of all."""
-    T, S, J, E = (n[axis] for axis in "TSJE")
-    real, dtypes = accumulator(index_q, index_k, weights), (index_q.dtype, index_k.dtype)
-    found, queries, keys, shared = score_plan(chip(index_q), dtypes, real, J, E, T <= FEW)
+    T, S, J, E, real = n["T"], n["S"], n["J"], n["E"], accumulator(index_q, index_k, weights)
+    plan = score_plan(chip(index_q), (index_q.dtype, index_k.dtype), real, J, E, T <= FEW)
+    found, queries, keys, shared = plan
     scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
     plain = found.name == "index_scores_fma"
     if plain and index_q.dtype == np.uint8:
@@ -3221,16 +3222,17 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, off
         index_q, index_k = index_q.astype(real, copy=False), index_k.astype(real, copy=False)
     index_q = aligned(index_q, 1 if plain else 16 // index_q.itemsize)
     weights, index_k = aligned(weights.astype(real, copy=False)), standing(index_k, 2)
-    row = max(1, index_k.shape[-1] * index_k.itemsize)
-    if index_k.strides[1] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
+    batch, row, _ = index_k.strides
+    if row != index_k.shape[-1] * index_k.itemsize or batch % max(1, row) or index_k.data.ptr % 16:
         index_k = aligned(index_k)
-    sizes = T, S, S - T if offset is None else offset, index_k.strides[0] // row, *((J, E) if plain else ())
+        batch, row, _ = index_k.strides
+    sizes = T, S, S - T if offset is None else offset, batch // max(1, row), *((J, E) if plain else ())
     blocks = math.prod(n["..."]) * -(-T // queries) * -(-S // keys)
-    found((blocks,), index_q, index_k.data, weights, k_start, k_end, scores, *sizes, shared=shared)
+    found((blocks,), index_q, index_k, weights, k_start, k_end, scores, *sizes, shared=shared)
     return scores
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def topk_plan(chip, real, rows, num_keys, forced):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
     block = 512 if rows > 128 else 1024
@@ -3301,7 +3303,7 @@ class Heads(NamedTuple):
 
     kind: tuple  # dtypes of q, k, v, of sums and of out
     shape: tuple  # H, G, D, Dv
-    align: tuple  # of rows of k and v, in bytes
+    places: tuple  # of k and of v: the address modulo 16, and bytes from sequence, key, group to the next
     tied: bool  # v is k[..., :Dv]
     rope: int | None  # how many rotated values packed keys have
 
@@ -3310,50 +3312,42 @@ def attend_tile(chip, a):
     """Which kernel attends: its name, the heads and keys of a block, its shared memory and its constants."""
     (q, k, v, real, _), (H, G, D, Dv) = a.kind, a.shape
     heads, rank = H // G, 0 if a.rope is None else D - a.rope  # rank: the values of packed keys in 8 bits
+    widths = packed_bytes(D, a.rope) if rank else D * k.itemsize, Dv * v.itemsize
+    align = tuple(math.gcd(16, *place, width) for place, width in zip(a.places, widths))  # of rows
     stored, sizes = {"R8": rank, "ROPE": a.rope or 0, "TIED": int(a.tied)}, {"D": D, "DV": Dv, "TYPE": q}
-    alike = rank % 8 == stored["ROPE"] % 8 == 0 and a.align[0] >= 4 and q.name == "bfloat16"
+    alike = rank % 8 == stored["ROPE"] % 8 == 0 and align[0] >= 4 and q.name == "bfloat16"
     tensor_cores = q.itemsize == 2 and (alike if rank else q == k == v) and chip.sm >= 80 and D * Dv
     small = heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
-    if tensor_cores and small and not rank and a.align == (16, 16) and D % 8 == Dv % 8 == 0:
+    if tensor_cores and small and not rank and align == (16, 16) and D % 8 == Dv % 8 == 0:
         return "attend_few_mma", heads, 64, 0, sizes
-    if tensor_cores and heads >= 8 and (tile := mma_tile(chip, a)):
-        latent = a.tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512
-        if latent and chip.sm == 90 and a.align[0] == 16 and rank in (0, 512):
-            return "attend_wgmma", 64, 64, 3 * 128 * D + 9072, stored | sizes  # struct Plan of the kernel
-        aligned = {"KEYS": tile[1], "VEC": a.align[0], "VVEC": a.align[1]}
-        return "attend_mma", *tile, stored | sizes | aligned
+    latent = a.tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
+    row, pairs = -(-D // 64) * 64, -(-Dv // 128)
+    key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)
+    key += 8 if a.tied else 8 + 4 * (-(-Dv // 64) * 64)
+    # The first tile that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads
+    # by 16 values take 8 of a thread's 255 registers, of which it can spare 128.
+    for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
+        maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
+        shared = block * (2 * row + 128) + keys * key + maxima
+        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
+        if tensor_cores and fits and heads >= 8 and (block == 16 or block // 2 < heads):
+            if latent and chip.sm == 90 and align[0] == 16:
+                return "attend_wgmma", 64, 64, 3 * 128 * D + 9072, stored | sizes  # struct Plan of the kernel
+            tile = {"KEYS": keys, "VEC": align[0], "VVEC": align[1]}
+            return "attend_mma", block, keys, shared, stored | sizes | tile
     most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * real.itemsize <= 40960)
     block = min(most, 1 << max(0, heads - 1).bit_length())
     types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": -(-Dv // 128) or 1}
     return "attend", block, 32, block * D * real.itemsize, stored | types
 
 
-def mma_tile(chip, a):
-    """Heads and keys of a block of attend_mma, and its shared memory: the first that fits, if any does.
-
-    227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads by 16 values take 8 of a
-    thread's 255 registers, of which it can spare 128.
-    """
-    H, G, D, Dv = a.shape
-    row, pairs = -(-D // 64) * 64, -(-Dv // 128)
-    key = 4 * row if a.rope is None else 2 * row + -(-packed_bytes(D, a.rope) // 16) * 16
-    key += 8 if a.tied else 8 + 4 * (-(-Dv // 64) * 64)
-    for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
-        maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
-        shared = block * (2 * row + 128) + keys * key + maxima
-        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
-        if fits and (block == 16 or block // 2 < H // G):
-            return block, keys, shared
-    return None
-
-
 @functools.lru_cache(maxsize=4096)
 def attention_plan(chip, rows, slots, a):
-    """The kernels that attend and merge, their grid, shared memory, and how many splits have how many slots.
+    """The kernels that attend and merge, their grid, shared memory, splits, and sizes for their arguments.
 
     Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
     """
-    (name, heads, keys, shared, sizes), (*_, real, out), (H, G, _, Dv) = attend_tile(chip, a), a.kind, a.shape
+    (name, heads, keys, shared, sizes), (*_, real, out), (H, G, D, Dv) = attend_tile(chip, a), a.kind, a.shape
     blocks = rows * G * -(-(H // G) // heads)
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
@@ -3365,7 +3359,9 @@ def attention_plan(chip, rows, slots, a):
     most = max(1, 512 // real.itemsize // columns)  # splits that fit a thread's registers
     types = {"ACC": real, "OUT": out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    return attend, merge, grid, shared, splits, chunk
+    strides = [x // kind.itemsize for kind, place in zip(a.kind[1:], a.places) for x in place[1:]]
+    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
+    return attend, merge, grid, shared, splits, (chunk, *strides), more
 
 
 def gpu_attention(
@@ -3376,27 +3372,25 @@ def gpu_attention(
     v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as packed makes it
     of keys with so many rotated values. Values that are k[..., :Dv] are read once.
     """
-    xp, (T, S, H, D), G = sys.modules["cupy"], (n[axis] for axis in "TSHD"), k.shape[-2]
+    xp, T, S, H, D, G = sys.modules["cupy"], n["T"], n["S"], n["H"], n["D"], k.shape[-2]
     rows, slots = math.prod(n["..."]) * T, S if indices is None else indices.shape[-1]
     Dv, real = d_v if v is None else v.shape[-1], accumulator(q, k, k if v is None else v)
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
     k = standing(k, 3)
-    v = k[..., :Dv] if tied else standing(v, 3)
-    align = tuple(math.gcd(16, x.data.ptr, *x.strides[:3], x.shape[-1] * x.itemsize) for x in (k, v))
+    v = k if tied else standing(v, 3)
     kind = q.dtype, k.dtype, v.dtype, real, np.dtype(out_dtype or q.dtype)
-    plan = attention_plan(chip(q), rows, slots, Heads(kind, (H, G, D, Dv), align, tied, rope))
-    attend, merge, grid, shared, splits, chunk = plan
+    places = (k.data.ptr % 16, *k.strides[:3]), (v.data.ptr % 16, *v.strides[:3])
+    plan = attention_plan(chip(q), rows, slots, Heads(kind, (H, G, D, Dv), places, tied, rope))
+    attend, merge, grid, shared, splits, sizes, more = plan
     q, indices = aligned(q), None if indices is None else slot_indices(indices)
     sink = None if sink is None else xp.ascontiguousarray(sink, real)
     found = out, lse = xp.empty((*n["..."], T, H, Dv), kind[-1]), xp.empty((*n["..."], T, H), real)
     if merge:
         compile_together(attend, merge)
         found = xp.empty((splits, rows, H, Dv), real), xp.empty((splits, rows, H), real)
-    arrays = q, k.data, v.data, indices, k_start, k_end, None if merge else sink, *found
-    strides = [stride // x.itemsize for x in (k, v) for stride in x.strides[:3]]
-    sizes = T, S, H, G, -1 if indices is None else slots, chunk, *strides, np.float64(scale)
-    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
-    attend(grid, *arrays, *sizes, *more, shared=shared)
+    arrays = q, k, v, indices, k_start, k_end, None if merge else sink, *found
+    sizes = T, S, H, G, -1 if indices is None else slots, *sizes
+    attend(grid, *arrays, *sizes, np.float64(scale), *more, shared=shared)
     if merge:
         merge((rows * H,), *found, sink, out, lse, splits, rows * H, H, Dv)
     return out, lse
@@ -3407,12 +3401,14 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     if "v" in cache.streams or cache.streams["k"][0] > 1:
         k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
         return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink, out_dtype=out_dtype)
-    k, D, rope = cache.stored("k"), cache.streams["k"][-1], cache.qk_rope_head_dim
-    n = dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
-    expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
+    k, width, (*batch, T, H, D) = cache.stored("k"), cache.streams["k"][-1], q.shape
+    if sink is not None:
+        dims(q=(q, "... T H D"), sink=(sink, "H"))
+    expect(width == D, "D", f"{D} in q", f"{width}, as in the cache")
     expect(integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
-    n, scale = n | {"S": k.shape[1]}, D**-0.5 if scale is None else scale
-    return gpu_attention(n, q, k, None, d_v, scale, sink, indices, out_dtype=out_dtype, rope=rope)
+    n, scale = {"...": batch, "T": T, "S": k.shape[1], "H": H, "D": D}, D**-0.5 if scale is None else scale
+    options = {"out_dtype": out_dtype, "rope": cache.qk_rope_head_dim}
+    return gpu_attention(n, q, k, None, d_v, scale, sink, indices, **options)
 
 
 def gpu_quantized(x, block, scale, least, out=None, rope=0):
