@@ -1150,7 +1150,6 @@ import zlib
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 __all__ += [  # noqa: RUF022
     "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
@@ -3015,13 +3014,9 @@ FEW = 8  # queries a sequence whose scoring is bound by memory
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
-class Chip(NamedTuple):
-    """What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0."""
-
-    device: int
-    sm: int
-    shared: int  # bytes that a block may ask for
-    processors: int
+# What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0; shared: the bytes that
+# a block may ask for; processors: how many it has.
+Chip = collections.namedtuple("Chip", "device sm shared processors")
 
 
 @functools.cache
@@ -3238,14 +3233,10 @@ def gpu_lightning_select(
     return indices
 
 
-class Heads(NamedTuple):
-    """What of a call of attention decides its kernel."""
-
-    kind: tuple  # dtypes of q, k, v, of sums and of out
-    shape: tuple  # H, G, D, Dv
-    places: tuple  # of k and of v: the address modulo 16, and bytes from sequence, key, group to the next
-    tied: bool  # v is k[..., :Dv]
-    rope: int | None  # how many rotated values packed keys have
+# What of a call of attention decides its kernel. kind: dtypes of q, k, v, of sums and of out; shape: H, G, D,
+# Dv; places, of k and v: the address modulo 16, and bytes from a sequence, key and group to the next; tied: v
+# is k[..., :Dv]; rope: how many rotated values packed keys have, else None.
+Heads = collections.namedtuple("Heads", "kind shape places tied rope")
 
 
 def attend_tile(chip, a):
