@@ -3055,31 +3055,36 @@ class Kernel:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
             self.function = raw.kernel
 
-    def __call__(self, grid, *args, shared=0):
+    def __call__(self, grid, arrays, sizes, shared=0):
         """Launch on the current stream. shared: bytes of dynamic shared memory.
 
-        An array arrives as a pointer to where it begins, an int as long long, None as a null pointer, a NumPy
+        An array arrives as a pointer to where it begins, None as a null pointer; an int as long long, a NumPy
         number as what it is.
         """
-        own, array = self.chip.device, sys.modules["cupy"].ndarray
-        for x in args:
-            if isinstance(x, array) and x.data.device_id != own:
-                raise ValueError(f"an array is on device {x.data.device_id}, expected {own}, as others")
+        for x in arrays:
+            if x is not None and x.data.device_id != self.chip.device:
+                raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
         if min(grid) > 0:
             if self.function is None:
                 compile_together(self)
-            given = [number(x) if type(x) is int or x is None else x for x in args]
-            self.function(grid, self.block, given, shared)
+            (null,) = as_arguments(0)
+            args = *(null if x is None else x for x in arrays), *as_arguments(*sizes)
+            self.function(grid, self.block, args, shared)
 
 
 kernel = functools.cache(Kernel)
-# An int, or None, as a launch takes it; CuPy would make it anew for each, in half a microsecond.
-number = functools.lru_cache(2**16)(lambda x: sys.modules["cupy"].cuda.function.CIntptr(x or 0))
 
 
-def launch(name, block, grid, *args, **constants):
-    """Launch a kernel on the device of its first argument, an array."""
-    kernel(chip(args[0]), name, block, **constants)(grid, *args)
+@functools.lru_cache(maxsize=4096, typed=True)
+def as_arguments(*sizes):
+    """Numbers as a launch takes them, which CuPy would make anew at each, in half a microsecond a number."""
+    pointer = sys.modules["cupy"].cuda.function.CIntptr  # of 8 bytes, as an int
+    return [pointer(x) if isinstance(x, int) else x for x in sizes]
+
+
+def launch(name, block, grid, arrays, sizes, **constants):
+    """Launch a kernel on the device of its first array."""
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, sizes)
 
 
 def compile_together(*kernels):
@@ -3163,7 +3168,7 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, off
         batch, row, _ = index_k.strides
     sizes = T, S, S - T if offset is None else offset, batch // max(1, row), *((J, E) if plain else ())
     blocks = math.prod(n["..."]) * -(-T // queries) * -(-S // keys)
-    found((blocks,), index_q, index_k, weights, k_start, k_end, scores, *sizes, shared=shared)
+    found((blocks,), (index_q, index_k, weights, k_start, k_end, scores), sizes, shared)
     return scores
 
 
@@ -3203,7 +3208,7 @@ def gpu_select_topk(
     rows = math.prod(n["..."]) * T
     found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S, any(quota[1:]))
     sizes = T, S, indices.shape[-1], offset, *quota
-    found((rows * blocks,), scores, k_start, k_end, indices, *sizes, shared=shared)
+    found((rows * blocks,), (scores, k_start, k_end, indices), sizes, shared)
     return indices
 
 
@@ -3320,10 +3325,10 @@ def gpu_attention(
         compile_together(attend, merge)
         found = xp.empty((splits, rows, H, Dv), real), xp.empty((splits, rows, H), real)
     arrays = q, k, v, indices, k_start, k_end, None if merge else sink, *found
-    sizes = T, S, H, G, -1 if indices is None else slots, *sizes
-    attend(grid, *arrays, *sizes, np.float64(scale), *more, shared=shared)
+    sizes = T, S, H, G, -1 if indices is None else slots, *sizes, np.float64(scale), *more
+    attend(grid, arrays, sizes, shared)
     if merge:
-        merge((rows * H,), *found, sink, out, lse, splits, rows * H, H, Dv)
+        merge((rows * H,), (*found, sink, out, lse), (splits, rows * H, H, Dv))
     return out, lse
 
 
@@ -3351,11 +3356,11 @@ def gpu_quantized(x, block, scale, least, out=None, rope=0):
         offsets = 0, 0  # of scales and of what is rotated, in bytes
     else:
         codes, scales, offsets = out, out, (width, out.shape[-1] - 2 * rope)
-    sizes = rows, width, rope, width + rope, codes.shape[-1], scales.shape[-1] * scales.itemsize, *offsets
+    strides = width + rope, codes.shape[-1], scales.shape[-1] * scales.itemsize
+    sizes = rows, width, rope, *strides, *offsets, np.float32(least)
     types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": accumulator(x)}
     grid = (-(-rows * (-(-width // block) + (rope > 0)) // 8),)
-    args = xp.ascontiguousarray(x), codes, scales, *sizes, np.float32(least)
-    launch("quantize_fp8", 256, grid, *args, **types)
+    launch("quantize_fp8", 256, grid, (xp.ascontiguousarray(x), codes, scales), sizes, **types)
     return codes, scales
 
 
@@ -3387,8 +3392,9 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
         q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
         s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
         pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)  # pairs: dS and P
-        args = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, N, H, G, Dv, np.float64(scale)
-        launch("attend_backward", 256, (M * H,), *args, TYPE=kind, ACC=acc)
+        arrays = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z
+        sizes = N, H, G, Dv, np.float64(scale)
+        launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
         product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
         dz -= from_z.sum(0)
         by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
@@ -3420,10 +3426,10 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink):
     dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
     for b in np.ndindex(*n["..."]):
         rows = slot_indices(indices[b])
-        by_query((T * H,), q[b], dout[b], k[b], v[b], norms[b], rows, None, dq[b], None, *sizes)
+        by_query((T * H,), (q[b], dout[b], k[b], v[b], norms[b], rows, None, dq[b], None), sizes)
         queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
-        queries = queries.astype(np.int32)
-        by_key((S * G,), k[b], v[b], q[b], dout[b], norms[b], queries, first, dk[b], dv[b], *sizes)
+        arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first, dk[b], dv[b]
+        by_key((S * G,), arrays, sizes)
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
     return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
 
@@ -3443,8 +3449,9 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
             heads, keys, strides = heads.reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
         s = product(heads, keys.swapaxes(1, 2))
         sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
-        launch("attention_lse", 256, (-(-M * H // 8),), s, sees, lse, M, *sizes, ACC=acc)
-        launch("attention_target", 256, (M * -(-N // 256),), s, sees, lse, target[b][t], *sizes, ACC=acc)
+        launch("attention_lse", 256, (-(-M * H // 8),), (s, sees, lse), (M, *sizes), ACC=acc)
+        arrays = s, sees, lse, target[b][t]
+        launch("attention_target", 256, (M * -(-N // 256),), arrays, sizes, ACC=acc)
     return target
 
 
@@ -3466,10 +3473,10 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
         keys = gathered_slots(keys, rows)  # [1 or M, N, E]
         r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
         scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        launch("weigh_heads", 256, (M * -(-N // 256),), r, w, scores, N, J, ACC=acc)
+        launch("weigh_heads", 256, (M * -(-N // 256),), (r, w, scores), (N, J), ACC=acc)
         losses[b][t], d_scores = kl(target[b][t], scores, sees)
-        args = r, d_scores, w, d_r, d_w[b][t], N, J
-        launch("indexer_backward", 256, (M * J,), *args, TYPE=kind, ACC=acc)
+        arrays = r, d_scores, w, d_r, d_w[b][t]
+        launch("indexer_backward", 256, (M * J,), arrays, (N, J), TYPE=kind, ACC=acc)
         product(d_r, keys, d_q[b][t].reshape(q.shape))
         slots = product(d_r.swapaxes(1, 2), q)  # [1 or M, N, E]
         if dense:
@@ -3511,7 +3518,7 @@ def gathered_slots(x, rows):
     taken = sys.modules["cupy"].empty((M * G, N, D), x.dtype)
     unit = math.gcd(16, x.data.ptr, D * x.itemsize)  # bytes at a time
     sizes = N, S, G, D * x.itemsize // unit
-    launch("gather", 256, (-(-N // 8), M * G), x, rows, taken, *sizes, UNIT=UNITS[unit])
+    launch("gather", 256, (-(-N // 8), M * G), (x, rows, taken), sizes, UNIT=UNITS[unit])
     return taken
 
 
@@ -3546,12 +3553,11 @@ def add_by_key(rows, slots, sums, deterministic):
     """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N], -1 for none."""
     xp, (M, N), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
     if slots.size and not deterministic:
-        grid, sizes = (-(-N // 8), M * G), (N, G, width)
-        launch("add_by_atomics", 256, grid, slots, rows, sums, *sizes, ACC=acc)
+        launch("add_by_atomics", 256, (-(-N // 8), M * G), (slots, rows, sums), (N, G, width), ACC=acc)
     elif slots.size:
         place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
-        args = slots, *slots_by_key(rows, place, S), sums, N, G, width
-        launch("add_by_key", 128, (S * G,), *args, ACC=acc, COLUMNS=-(-width // 128))
+        arrays, columns = (slots, *slots_by_key(rows, place, S), sums), -(-width // 128)
+        launch("add_by_key", 128, (S * G,), arrays, (N, G, width), ACC=acc, COLUMNS=columns)
 
 
 def slots_by_key(rows, place, num_keys):
