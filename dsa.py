@@ -3043,7 +3043,7 @@ class Kernel:
             if self.function is None:
                 compile_together(self)
             (null,) = as_arguments(0)
-            args = *(null if x is None else x for x in arrays), *as_arguments(*sizes)
+            args = [null if x is None else x for x in arrays] + as_arguments(*sizes)
             self.function(grid, self.block, args, shared)
 
 
@@ -3052,9 +3052,9 @@ kernel = functools.cache(Kernel)
 
 @functools.lru_cache(maxsize=4096, typed=True)
 def as_arguments(*sizes):
-    """Numbers as a launch takes them, which CuPy would make anew at each, in half a microsecond a number."""
-    pointer = sys.modules["cupy"].cuda.function.CIntptr  # of 8 bytes, as an int
-    return [pointer(x) if isinstance(x, int) else x for x in sizes]
+    """Numbers as a launch takes them; of each int CuPy would make that anew, in a third of a microsecond."""
+    made = getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
+    return [made(x) if isinstance(x, int) else x for x in sizes]
 
 
 def launch(name, block, grid, arrays, sizes, **constants):
@@ -3137,11 +3137,10 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, off
         index_q, index_k = index_q.astype(real, copy=False), index_k.astype(real, copy=False)
     index_q = aligned(index_q, 1 if plain else 16 // index_q.itemsize)
     weights, index_k = aligned(weights.astype(real, copy=False)), standing(index_k, 2)
-    batch, row, _ = index_k.strides
-    if row != index_k.shape[-1] * index_k.itemsize or batch % max(1, row) or index_k.data.ptr % 16:
+    row = max(1, index_k.shape[-1] * index_k.itemsize)  # rows are read side by side
+    if index_k.strides[1] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
         index_k = aligned(index_k)
-        batch, row, _ = index_k.strides
-    sizes = T, S, S - T if offset is None else offset, batch // max(1, row), *((J, E) if plain else ())
+    sizes = T, S, S - T if offset is None else offset, index_k.strides[0] // row, *((J, E) if plain else ())
     blocks = math.prod(n["..."]) * -(-T // queries) * -(-S // keys)
     found((blocks,), (index_q, index_k, weights, k_start, k_end, scores), sizes, shared)
     return scores
@@ -3233,7 +3232,7 @@ def attend_tile(chip, a):
         return "attend_few_mma", heads, 64, 0, sizes
     latent = a.tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
     row, pairs = -(-D // 64) * 64, -(-Dv // 128)
-    key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)
+    key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)  # bytes of shared memory
     key += 8 if a.tied else 8 + 4 * (-(-Dv // 64) * 64)
     # The first tile that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads
     # by 16 values take 8 of a thread's 255 registers, of which it can spare 128.
