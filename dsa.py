@@ -3357,12 +3357,12 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
     dz = xp.zeros_like(z)
-    kind, (q, k, v, out, dout) = factors(acc, q, k, v, out, dout)
+    kind, (q, k, out, dout, *v) = factors(acc, q, k, out, dout, *(() if tied else (v,)))
     lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * dkv.shape[-1] + 2 * H) * both_bytes + 32)
     for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
         M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
-        values = keys[..., :Dv] if tied else gathered_slots(v[b], rows)
+        values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
         q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
         s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
         pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)  # pairs: dS and P
@@ -3479,11 +3479,10 @@ def factors(acc, *arrays):
 
     Not float16: gradients of its scores are often so small that it would round them to 0.
     """
-    given = [x for x in arrays if x is not None]
-    kind, *others = {x.dtype for x in given}
-    if others or kind.name != "bfloat16" or acc != np.float32 or chip(given[0]).sm < 80:
+    kind, *others = {x.dtype for x in arrays}
+    if others or kind.name != "bfloat16" or acc != np.float32 or chip(arrays[0]).sm < 80:
         kind = acc
-    return kind, [None if x is None else sys.modules["cupy"].ascontiguousarray(x, kind) for x in arrays]
+    return kind, [sys.modules["cupy"].ascontiguousarray(x, kind) for x in arrays]
 
 
 def gathered_slots(x, rows):
@@ -3577,11 +3576,6 @@ def gpu_slow_tier(cache, shape, before):
     return slow
 
 
-def gpu_rounded_to_fp8(x):
-    """rounded_to_fp8 in bfloat16, which is exact, and what tensor cores take."""
-    return dequantize_fp8(*quantize_fp8(x)).astype(importlib.import_module("ml_dtypes").bfloat16)
-
-
 GPU = {
     "index_scores": gpu_index_scores, "select_topk": gpu_select_topk,
     "lightning_select": gpu_lightning_select, "predictive_select": gpu_predictive_select,
@@ -3591,6 +3585,7 @@ GPU = {
     "target_in_window": gpu_attention_target, "target_in_set": gpu_attention_target,
     "slow_tier": gpu_slow_tier, "by_rows": lambda n, x, weight: projected(x, weight),
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
-    "rounded_to_fp8": gpu_rounded_to_fp8,
+    # In bfloat16, which is exact, and what tensor cores take:
+    "rounded_to_fp8": lambda x: dequantize_fp8(*quantize_fp8(x)).astype("bfloat16"),
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
