@@ -3415,7 +3415,7 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
     target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
     bytes_each = N * (H * acc.itemsize + 32 + (indices is not None) * G * D * kind.itemsize)
     for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
-        M, heads = len(rows), q[b][t].reshape(-1, G, r, D)
+        M, heads = len(rows), q[b][t].reshape(len(rows), G, r, D)
         if indices is None:  # a group's heads of all queries share the keys
             heads = xp.ascontiguousarray(heads.swapaxes(0, 1)).reshape(G, M * r, D)
             keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)  # [G, N, D]
