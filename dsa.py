@@ -558,7 +558,8 @@ def dsa_attention(
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
     def attend_to_cache():
-        keys, index_keys = cache.read("k"), cache.read("index_k")
+        by_scores = candidates is not None or config.selector() == "lightning"  # which read no number of k
+        keys, index_keys = (cache.stored if by_scores else cache.read)("k"), cache.read("index_k")
         indices = choose(q, keys, index_q, index_keys, weights, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
 
