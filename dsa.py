@@ -1152,7 +1152,6 @@ import zlib
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 __all__ += [  # noqa: RUF022
     "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
@@ -2971,31 +2970,27 @@ TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
 }  # fmt: skip
-SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
-FEW = 8  # queries a sequence whose scoring is bound by memory
-SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
-CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
 ONE_ZERO = [np.array([1, 0], dtype) for dtype in (np.float32, np.float64)]  # which cuBLAS reads from memory
 ONE_AT = {x.itemsize: x.ctypes.data for x in ONE_ZERO}
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
+CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
+SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
+FEW = 8  # queries a sequence whose scoring is bound by memory
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 
-class Chip(NamedTuple):
-    """What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0."""
-
-    device: int
-    sm: int
-    shared: int  # bytes that a block may ask for
-    processors: int
+# What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0; shared: the bytes that
+# a block may ask for; processors: how many it has.
+Chip = collections.namedtuple("Chip", "device sm shared processors")
 
 
 @functools.cache
 def chip_of(device, portable):
     gpu = sys.modules["cupy"].cuda.Device(device)
     sm, has = int(gpu.compute_capability), gpu.attributes
-    shared, processors = has["MaxSharedMemoryPerBlockOptin"], has["MultiProcessorCount"]
-    return Chip(device, *((min(sm, 80), min(shared, 166912)) if portable else (sm, shared)), processors)
+    found = Chip(device, sm, has["MaxSharedMemoryPerBlockOptin"], has["MultiProcessorCount"])
+    return found._replace(sm=min(sm, 80), shared=min(found.shared, 166912)) if portable else found
 
 
 def chip(x):
@@ -3009,15 +3004,14 @@ class Kernel:
         self.chip, self.name, self.block = chip, name, (block,)
         self.function: Any = None
         named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in sorted(constants.items())}
-        arch = ("-arch=sm_90a",) if name.endswith("_wgmma") else ()
-        defined = (f"-D{key}={value}" for key, value in named.items())
-        self.options = "-std=c++17", f"-D{name.upper()}", *arch, *defined
+        self.options = "-std=c++17", f"-D{name.upper()}", *(f"-D{key}={x}" for key, x in named.items())
+        if name.endswith("_wgmma"):
+            self.options += ("-arch=sm_90a",)
         self.large_cluster = named.get("BLOCKS", 1) > 8  # has to be allowed, by attribute 14
 
     def compile(self):
         """Compile it; CuPy keeps it on disk."""
-        cupy = sys.modules["cupy"]
-        file = Path(__file__).with_name("dsa_kernels.cu")
+        cupy, file = sys.modules["cupy"], Path(__file__).with_name("dsa_kernels.cu")
         expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
         with cupy.cuda.Device(self.chip.device):
             module = cupy.RawModule(code=file.read_text(encoding="utf-8"), options=self.options)
@@ -3027,23 +3021,36 @@ class Kernel:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
             self.function = raw.kernel
 
-    def __call__(self, grid, *args, shared=0):
+    def __call__(self, grid, arrays, sizes, shared=0):
         """Launch on the current stream. shared: bytes of dynamic shared memory.
 
-        Arrays have to be contiguous; an int arrives as long long, a NumPy number as what it is, None as a
-        null pointer.
+        An array arrives as a pointer to where it begins, None as a null pointer; an int as long long, a NumPy
+        number as what it is.
         """
-        ndarray, device = sys.modules["cupy"].ndarray, self.chip.device
-        for x in args:
-            if isinstance(x, ndarray) and not (x.flags.c_contiguous and x.data.device_id == device):
-                raise ValueError(f"an array is not contiguous on device {device}, as the others are")
+        for x in arrays:
+            if x is not None and x.data.device_id != self.chip.device:
+                raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
         if min(grid) > 0:
             if self.function is None:
                 compile_together(self)
-            self.function(grid, self.block, tuple(0 if x is None else x for x in args), shared)
+            (null,) = as_arguments(0)
+            args = [null if x is None else x for x in arrays] + as_arguments(*sizes)
+            self.function(grid, self.block, args, shared)
 
 
 kernel = functools.cache(Kernel)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def as_arguments(*sizes):
+    """Numbers as a launch takes them; of each int CuPy would make that anew, in a third of a microsecond."""
+    made = getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
+    return [made(x) if isinstance(x, int) else x for x in sizes]
+
+
+def launch(name, block, grid, arrays, sizes, **constants):
+    """Launch a kernel on the device of its first array."""
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, sizes)
 
 
 def compile_together(*kernels):
@@ -3074,70 +3081,63 @@ def aligned(x, multiple=1):
     return padded
 
 
-def pointer(x):
-    """Where x begins, as an array that a launch takes, wherever its other elements stand."""
-    return sys.modules["cupy"].ndarray((1,), x.dtype, x.data)
-
-
-def entries(x):
-    """x [..., N, E] as a pointer to contiguous rows, and how many of them from a batch entry to the next.
+def standing(x, axes):
+    """x [..., *axes] with its batch axes as one: where it stands, or a copy with a contiguous last axis.
 
     The keys of a cache that is not full stand further apart than they are many; they are not copied.
     """
-    if x.ndim != 3:
-        x = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    row = x.shape[-1] * x.itemsize
-    whole = x.size and x.strides[1:] == (row, x.itemsize) and x.strides[0] % max(1, row) == 0
-    if not whole or x.data.ptr % 16:
-        return aligned(x), x.shape[1]
-    return pointer(x), x.strides[0] // row
+    x = x if x.ndim == axes + 1 else x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
+    return x if x.strides[-1] == x.itemsize or x.shape[-1] == 1 else aligned(x)
+
+
+def slot_indices(indices):
+    """indices as int32, contiguous; what is no key stays so."""
+    wide = indices if indices.dtype == np.int32 else indices.astype(np.int64).clip(-1, 2**31 - 1)
+    return sys.modules["cupy"].ascontiguousarray(wide, np.int32)
 
 
 @functools.cache
-def score_plan(chip, dtype, real, J, E, few):
-    """The kernel of (1) for index_q and index_k of a dtype, and a block's queries, keys and shared memory."""
+def score_plan(chip, dtypes, real, J, E, few):
+    """The kernel of (1) for index_q and index_k of dtypes, and a block's queries, keys and shared memory."""
+    dtype = dtypes[0] if dtypes[0] == dtypes[1] else real
     row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
-    fp8, hopper = dtype == np.uint8, chip.sm == 90
     if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or not tiles * J * E:
         return kernel(chip, "index_scores_fma", 256, REAL=real), 8, 512 // real.itemsize, 0
-    if hopper and J in (32, 64, 128) and row in (128, 256):
-        if few and fp8 and J <= 64:
+    if chip.sm == 90 and J in (32, 64, 128) and row in (128, 256):
+        if few and dtype == np.uint8 and J <= 64:
             return kernel(chip, "index_scores_few_wgmma", 128, J=J), FEW, 256, 43008
         shared = -(-(512 * row + 3652 + 6 * J) // 1024) * 1024  # struct Shared of the kernel
         found = kernel(chip, "index_scores_wgmma", 384, ELEMENT=dtype, J=J, E=E)
-        return found, 192, 512 if fp8 else 256, shared
+        return found, 192, 512 // dtype.itemsize, shared
     heads, vector = min(-(-J // 8) * 8, 64 if E <= 256 else 32), 16 // dtype.itemsize
     sizes = {"J": J, "E": E, "PITCH": -(-E // vector) * vector, "HEADS": heads, "TILES": tiles}
     shared = 2 * heads * (-(-row // 64) * 64 + 20)  # 2 of the kernel's struct Stage
     return kernel(chip, "index_scores_mma", 128, ELEMENT=dtype, **sizes), 64, 64 * tiles, shared
 
 
-def score_plan_of(n, index_q, index_k, real):
-    dtype = index_q.dtype if index_q.dtype == index_k.dtype else real
-    return score_plan(chip(index_q), dtype, real, n["J"], n["E"], n["T"] <= FEW)
-
-
 def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, offset=None, out=None):
     """offset: S - T, unless the T queries are some of all."""
-    T, S, J, E = n["T"], n["S"], n["J"], n["E"]
-    real = accumulator(index_q, index_k, weights)
-    found, queries, keys, shared = score_plan_of(n, index_q, index_k, real)
+    T, S, J, E, real = n["T"], n["S"], n["J"], n["E"], accumulator(index_q, index_k, weights)
+    plan = score_plan(chip(index_q), (index_q.dtype, index_k.dtype), real, J, E, T <= FEW)
+    found, queries, keys, shared = plan
     scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
-    sizes: tuple[int, ...] = ()
-    if found.name == "index_scores_fma":
-        sizes = J, E
-        if index_q.dtype == np.uint8:
-            index_q, index_k = n["xp"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
+    plain = found.name == "index_scores_fma"
+    if plain and index_q.dtype == np.uint8:
+        index_q, index_k = n["xp"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
+    if plain:
         index_q, index_k = index_q.astype(real, copy=False), index_k.astype(real, copy=False)
-    index_q, (index_k, apart) = aligned(index_q, 16 // index_q.itemsize if not sizes else 1), entries(index_k)
-    weights = aligned(weights.astype(real, copy=False))
-    sizes = T, S, S - T if offset is None else offset, apart, *sizes
+    index_q = aligned(index_q, 1 if plain else 16 // index_q.itemsize)
+    weights, index_k = aligned(weights.astype(real, copy=False)), standing(index_k, 2)
+    row = max(1, index_k.shape[-1] * index_k.itemsize)  # rows are read side by side
+    if index_k.strides[1] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
+        index_k = aligned(index_k)
+    sizes = T, S, S - T if offset is None else offset, index_k.strides[0] // row, *((J, E) if plain else ())
     blocks = math.prod(n["..."]) * -(-T // queries) * -(-S // keys)
-    found((blocks,), index_q, index_k, weights, k_start, k_end, scores, *sizes, shared=shared)
+    found((blocks,), (index_q, index_k, weights, k_start, k_end, scores), sizes, shared)
     return scores
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def topk_plan(chip, real, rows, num_keys, forced):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
     block = 512 if rows > 128 else 1024
@@ -3150,7 +3150,7 @@ def topk_plan(chip, real, rows, num_keys, forced):
     if blocks > 1 and together <= chip.shared:
         sizes = {"BLOCK": 512, "BLOCKS": blocks, "ROOM": room}
         return kernel(chip, "select_topk_cluster", 512, REAL=real, **sizes), blocks, together
-    block = 512 if blocks > 1 or rows > 128 else 1024
+    block = 512 if blocks > 1 else block
     return kernel(chip, "select_topk", block, REAL=real, BLOCK=block, ROOM=room), 1, shared
 
 
@@ -3165,16 +3165,15 @@ def blocks_of_row(chip, rows, num_keys):
 def gpu_select_topk(
     n, scores, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None, offset=None, out=None
 ):
-    T, S, xp = n["T"], n["S"], n["xp"]
+    T, S, xp, quota = n["T"], n["S"], n["xp"], (top_k, local_window, num_sink_tokens)
     scores = xp.ascontiguousarray(scores, accumulator(scores))
     indices = xp.empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
     if offset is None:
         offset = S if k_start is None and k_end is None else S - T  # S: up to the end
     rows = math.prod(n["..."]) * T
-    quota = top_k, local_window, num_sink_tokens
     found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S, any(quota[1:]))
-    args = scores, k_start, k_end, indices, T, S, indices.shape[-1], offset, *quota
-    found((rows * blocks,), *args, shared=shared)
+    sizes = T, S, indices.shape[-1], offset, *quota
+    found((rows * blocks,), (scores, k_start, k_end, indices), sizes, shared)
     return indices
 
 
@@ -3186,7 +3185,8 @@ def gpu_lightning_select(
     real, rows = accumulator(index_q, index_k, weights), math.prod(n["..."]) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     ranked = topk_plan(chip(index_q), real, min(rows, most), S, any(quota[1:]))
-    compile_together(score_plan_of(n, index_q, index_k, real)[0], ranked[0])
+    scored = score_plan(chip(index_q), (index_q.dtype, index_k.dtype), real, n["J"], n["E"], T <= FEW)
+    compile_together(scored[0], ranked[0])
     if rows <= most:
         scores = gpu_index_scores(n, index_q, index_k, weights, k_start, k_end)
         return gpu_select_topk(n, scores, *quota, k_start, k_end, S - T)
@@ -3203,113 +3203,66 @@ def gpu_lightning_select(
     return indices
 
 
-def strides_of(x):
-    """x [..., N, G, D] as what a kernel takes: a pointer, and the strides of batch, N and G, in elements.
-
-    A view is read where it stands, if its last axis is contiguous and its batch axes are one; else copied.
-    """
-    xp = sys.modules["cupy"]
-    if x.ndim != 4:
-        x = x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
-    if x.size == 0:
-        return xp.zeros(1, x.dtype), (0, 0, 0)
-    if x.strides[-1] != x.itemsize and x.shape[-1] > 1:
-        x = xp.ascontiguousarray(x)
-    return pointer(x), tuple(stride // x.itemsize for stride in x.strides[:3])
-
-
-def alignment(x, strides, width):
-    """The largest copy in bytes, up to 16, to which every row of x is aligned."""
-    return math.gcd(16, x.data.ptr, *(stride * x.itemsize for stride in (*strides, width)))
-
-
-def slot_indices(indices, num_keys):
-    """indices as int32, contiguous; what stands outside [0, num_keys) stays so."""
-    xp = sys.modules["cupy"]
-    if indices.dtype != np.int32:
-        wide = indices.astype(np.int64)
-        indices = xp.where((wide >= 0) & (wide < num_keys), wide, -1).astype(np.int32)
-    return xp.ascontiguousarray(indices)
-
-
-class Heads(NamedTuple):
-    """What of a call of attention decides its kernel. dtypes: of q, k, v; align: of rows of k, v, in bytes;
-    real, out: dtypes of sums and of out; tied: v is k[..., :Dv]; rank, rope: parts of packed keys, else 0.
-    """
-
-    dtypes: tuple
-    align: tuple
-    real: Any
-    out: Any
-    H: int
-    G: int
-    D: int
-    Dv: int
-    tied: bool
-    rank: int
-    rope: int
-
-
-def mma_tile(chip, heads, a):
-    """Heads and keys of a block of attend_mma, and its shared memory; None where none fits.
-
-    The first that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads by 16
-    values take 8 of a thread's 255 registers, of which it can spare 128.
-    """
-    row, v_row, pairs = -(-a.D // 64) * 64, -(-a.Dv // 64) * 64, -(-a.Dv // 128)
-    packed = -(-packed_bytes(a.D, a.rope) // 16) * 16 if a.rank else 2 * row + (0 if a.tied else 4 * v_row)
-    for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
-        columns = min(8 // min(2, block // 16), keys // 8)
-        shared = block * (2 * row + 128) + keys * (2 * row + packed + 8) + 4 * block * (columns + 1)
-        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
-        if fits and (block == 16 or heads > block // 2):
-            return block, keys, shared
-    return None
+# What of a call of attention decides its kernel. kind: dtypes of q, k, v, of sums and of out; shape: H, G, D,
+# Dv; places, of k and v: the address modulo 16, and bytes from a sequence, key and group to the next; tied: v
+# is k[..., :Dv]; rope: how many rotated values packed keys have, else None.
+Heads = collections.namedtuple("Heads", "kind shape places tied rope")
 
 
 def attend_tile(chip, a):
     """Which kernel attends: its name, the heads and keys of a block, its shared memory and its constants."""
-    (q, k, v), heads, real, common = a.dtypes, a.H // a.G, a.real, {"R8": a.rank, "ROPE": a.rope}
-    common["TIED"] = int(a.tied)
-    whole = a.rank % 8 == a.rope % 8 == 0 and a.align[0] >= 4 and q.name == "bfloat16"
-    alike = whole if a.rank else q == k == v
-    tensor_cores = q.itemsize == 2 and alike and chip.sm >= 80 and a.D * a.Dv
-    small = heads <= 16 and a.D + a.Dv <= (512 if heads < 8 else 256) and max(a.D, a.Dv) <= 256
-    if tensor_cores and small and not a.rank and a.align == (16, 16) and a.D % 8 == a.Dv % 8 == 0:
-        return "attend_few_mma", heads, 64, 0, {"D": a.D, "DV": a.Dv, "TYPE": q}
-    if tensor_cores and heads >= 8:
-        tile, sizes = mma_tile(chip, heads, a), {**common, "D": a.D, "DV": a.Dv, "TYPE": q}
-        latent = a.tied and a.G == 1 and heads >= 32 and a.D in (512, 576) and a.Dv == 512
-        if latent and tile and chip.sm == 90 and a.align[0] == 16 and a.rank in (0, 512):
-            return "attend_wgmma", 64, 64, 3 * 128 * a.D + 9072, sizes  # struct Plan of the kernel
-        if tile:
-            sizes |= {"KEYS": tile[1], "VEC": a.align[0], "VVEC": a.align[1]}
-            return "attend_mma", *tile, sizes
-    most = next(x for x in (8, 4, 2, 1) if x == 1 or x * a.D * real.itemsize <= 40960)
+    (q, k, v, real, _), (H, G, D, Dv) = a.kind, a.shape
+    heads, rank = H // G, 0 if a.rope is None else D - a.rope  # rank: the values of packed keys in 8 bits
+    widths = packed_bytes(D, a.rope) if rank else D * k.itemsize, Dv * v.itemsize
+    align = tuple(math.gcd(16, *place, width) for place, width in zip(a.places, widths))  # of rows
+    stored, sizes = {"R8": rank, "ROPE": a.rope or 0, "TIED": int(a.tied)}, {"D": D, "DV": Dv, "TYPE": q}
+    alike = rank % 8 == stored["ROPE"] % 8 == 0 and align[0] >= 4 and q.name == "bfloat16"
+    tensor_cores = q.itemsize == 2 and (alike if rank else q == k == v) and chip.sm >= 80 and D * Dv
+    small = heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
+    if tensor_cores and small and not rank and align == (16, 16) and D % 8 == Dv % 8 == 0:
+        return "attend_few_mma", heads, 64, 0, sizes
+    latent = a.tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
+    row, pairs = -(-D // 64) * 64, -(-Dv // 128)
+    key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)  # bytes of shared memory
+    key += 8 if a.tied else 8 + 4 * (-(-Dv // 64) * 64)
+    # The first tile that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads
+    # by 16 values take 8 of a thread's 255 registers, of which it can spare 128.
+    for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
+        maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
+        shared = block * (2 * row + 128) + keys * key + maxima
+        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
+        if tensor_cores and fits and heads >= 8 and (block == 16 or block // 2 < heads):
+            if latent and chip.sm == 90 and align[0] == 16:
+                return "attend_wgmma", 64, 64, 3 * 128 * D + 9072, stored | sizes  # struct Plan of the kernel
+            tile = {"KEYS": keys, "VEC": align[0], "VVEC": align[1]}
+            return "attend_mma", block, keys, shared, stored | sizes | tile
+    most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * real.itemsize <= 40960)
     block = min(most, 1 << max(0, heads - 1).bit_length())
-    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": -(-a.Dv // 128) or 1}
-    return "attend", block, 32, block * a.D * real.itemsize, common | types
+    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": -(-Dv // 128) or 1}
+    return "attend", block, 32, block * D * real.itemsize, stored | types
 
 
 @functools.lru_cache(maxsize=4096)
 def attention_plan(chip, rows, slots, a):
-    """The kernels that attend and merge, their grid, shared memory, and how many splits have how many slots.
+    """The kernels that attend and merge, their grid, shared memory, splits, and sizes for their arguments.
 
     Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
     """
-    name, heads, keys, shared, sizes = attend_tile(chip, a)
-    blocks = rows * a.G * -(-(a.H // a.G) // heads)
+    (name, heads, keys, shared, sizes), (*_, real, out), (H, G, D, Dv) = attend_tile(chip, a), a.kind, a.shape
+    blocks = rows * G * -(-(H // G) // heads)
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
     grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
     block = {"attend_mma": 256, "attend_wgmma": 512}.get(name, 128)
-    attend = kernel(chip, name, block, HEADS=heads, OUT=a.real if splits > 1 else a.out, **sizes)
-    columns = -(-a.Dv // 128) or 1
-    most = max(1, 512 // a.real.itemsize // columns)  # splits that fit a thread's registers
-    types = {"ACC": a.real, "OUT": a.out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
+    attend = kernel(chip, name, block, HEADS=heads, OUT=real if splits > 1 else out, **sizes)
+    columns = -(-Dv // 128) or 1
+    most = max(1, 512 // real.itemsize // columns)  # splits that fit a thread's registers
+    types = {"ACC": real, "OUT": out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    return attend, merge, grid, shared, splits, chunk
+    strides = [x // kind.itemsize for kind, place in zip(a.kind[1:], a.places) for x in place[1:]]
+    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
+    return attend, merge, grid, shared, splits, (chunk, *strides), more
 
 
 def gpu_attention(
@@ -3320,30 +3273,27 @@ def gpu_attention(
     v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as packed makes it
     of keys with so many rotated values. Values that are k[..., :Dv] are read once.
     """
-    xp, (T, S, H, D), G = sys.modules["cupy"], (n[axis] for axis in ("T", "S", "H", "D")), k.shape[-2]
-    rows, packed = math.prod(n["..."]) * T, rope is not None
-    slots = S if indices is None else indices.shape[-1]
-    Dv = d_v if v is None else v.shape[-1]
+    xp, T, S, H, D, G = sys.modules["cupy"], n["T"], n["S"], n["H"], n["D"], k.shape[-2]
+    rows, slots = math.prod(n["..."]) * T, S if indices is None else indices.shape[-1]
+    Dv, real = d_v if v is None else v.shape[-1], accumulator(q, k, k if v is None else v)
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    width, real = k.shape[-1], accumulator(q, *(() if packed else (k, k if v is None else v)))
-    k, k_strides = strides_of(k)
-    v, v_strides = (k, k_strides) if tied else strides_of(v)
-    align = alignment(k, k_strides, width), alignment(v, v_strides, Dv)
-    types = (q.dtype, k.dtype, v.dtype), align, real, np.dtype(out_dtype or q.dtype)
-    a = Heads(*types, H, G, D, Dv, tied, *((D - rope, rope) if packed else (0, 0)))
-    attend, merge, grid, shared, splits, chunk = attention_plan(chip(q), rows, slots, a)
-    q, indices = aligned(q), None if indices is None else slot_indices(indices, S)
+    k = standing(k, 3)
+    v = k if tied else standing(v, 3)
+    kind = q.dtype, k.dtype, v.dtype, real, np.dtype(out_dtype or q.dtype)
+    places = (k.data.ptr % 16, *k.strides[:3]), (v.data.ptr % 16, *v.strides[:3])
+    plan = attention_plan(chip(q), rows, slots, Heads(kind, (H, G, D, Dv), places, tied, rope))
+    attend, merge, grid, shared, splits, sizes, more = plan
+    q, indices = aligned(q), None if indices is None else slot_indices(indices)
     sink = None if sink is None else xp.ascontiguousarray(sink, real)
-    found = out, lse = xp.empty((*n["..."], T, H, Dv), a.out), xp.empty((*n["..."], T, H), real)
+    found = out, lse = xp.empty((*n["..."], T, H, Dv), kind[-1]), xp.empty((*n["..."], T, H), real)
     if merge:
         compile_together(attend, merge)
         found = xp.empty((splits, rows, H, Dv), real), xp.empty((splits, rows, H), real)
-    sizes = T, S, H, G, -1 if indices is None else slots, chunk, *k_strides, *v_strides
-    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
-    args = q, k, v, indices, k_start, k_end, None if merge else sink, *found, *sizes, np.float64(scale), *more
-    attend(grid, *args, shared=shared)
+    arrays = q, k, v, indices, k_start, k_end, None if merge else sink, *found
+    sizes = T, S, H, G, -1 if indices is None else slots, *sizes, np.float64(scale), *more
+    attend(grid, arrays, sizes, shared)
     if merge:
-        merge((rows * H,), *found, sink, out, lse, splits, rows * H, H, Dv)
+        merge((rows * H,), (*found, sink, out, lse), (splits, rows * H, H, Dv))
     return out, lse
 
 
@@ -3352,75 +3302,78 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     if "v" in cache.streams or cache.streams["k"][0] > 1:
         k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
         return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink, out_dtype=out_dtype)
-    k, D, rope = cache.stored("k"), cache.streams["k"][-1], cache.qk_rope_head_dim
-    n = dims(q=(q, "... T H D"), **({} if sink is None else {"sink": (sink, "H")}))
-    expect(n["D"] == D, "D", f"{n['D']} in q", f"{D}, as in the cache")
+    k, width, (*batch, T, H, D) = cache.stored("k"), cache.streams["k"][-1], q.shape
+    if sink is not None:
+        dims(q=(q, "... T H D"), sink=(sink, "H"))
+    expect(width == D, "D", f"{D} in q", f"{width}, as in the cache")
     expect(integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
-    n, scale = n | {"S": k.shape[1]}, D**-0.5 if scale is None else scale
-    return gpu_attention(n, q, k, None, d_v, scale, sink, indices, out_dtype=out_dtype, rope=rope)
+    n, scale = {"...": batch, "T": T, "S": k.shape[1], "H": H, "D": D}, D**-0.5 if scale is None else scale
+    options = {"out_dtype": out_dtype, "rope": cache.qk_rope_head_dim}
+    return gpu_attention(n, q, k, None, d_v, scale, sink, indices, **options)
 
 
-def gpu_quantized(x, block, scale, least):
-    """quantized, byte for byte."""
-    xp = sys.modules["cupy"]
-    x, codes = xp.ascontiguousarray(x), xp.empty(x.shape, np.uint8)
-    scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
-    write_codes(x, codes, scales, (0, 0), x.shape[-1], block, scale, least)
+def gpu_quantized(x, block, scale, least, out=None, rope=0):
+    """quantized, byte for byte; or packed, to out."""
+    xp, (*shape, width) = sys.modules["cupy"], x.shape
+    width, rows = width - rope, math.prod(shape)
+    if out is None:
+        codes, scales = xp.empty(x.shape, np.uint8), xp.empty((*shape, -(-width // block)), np.float32)
+        offsets = 0, 0  # of scales and of what is rotated, in bytes
+    else:
+        codes, scales, offsets = out, out, (width, out.shape[-1] - 2 * rope)
+    strides = width + rope, codes.shape[-1], scales.shape[-1] * scales.itemsize
+    sizes = rows, width, rope, *strides, *offsets, np.float32(least)
+    types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": accumulator(x)}
+    grid = (-(-rows * (-(-width // block) + (rope > 0)) // 8),)
+    launch("quantize_fp8", 256, grid, (xp.ascontiguousarray(x), codes, scales), sizes, **types)
     return codes, scales
 
 
 def gpu_packed(x, rope):
     """packed, byte for byte."""
-    xp, codes = sys.modules["cupy"], x.shape[-1] - rope
-    packed = xp.empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
-    offsets, least = (codes, packed.shape[-1] - 2 * rope), 448e-4 if rope else 1e-4
-    write_codes(xp.ascontiguousarray(x), packed, packed, offsets, codes, FP8_BLOCK, "ue8m0", least)
-    return packed
+    out = sys.modules["cupy"].empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
+    return gpu_quantized(x, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, out, rope)[0]
 
 
-def write_codes(x, out, scales, offsets, width, block, scale, least):
-    """quantize_fp8: the first `width` values of each row of x to out, their scales at an offset in scales."""
-    rows, rope = math.prod(x.shape[:-1]), x.shape[-1] - width
-    warps = rows * (-(-width // block) + (rope > 0))
-    sizes = rows, width, rope, x.shape[-1], out.shape[-1], scales.shape[-1] * scales.itemsize, *offsets
-    types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": accumulator(x)}
-    code = kernel(chip(x), "quantize_fp8", 256, **types)
-    code((-(-warps // 8),), x, out, scales, *sizes, np.float32(least))
-
-
-# Training: what section 10 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
-# of a query, or all keys.
+# Training: what section 13 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
+# of a query, or all keys; r: the heads of a group.
 
 
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
-    xp, (S, H, G, D), Dv = n["xp"], (n[axis] for axis in ("S", "H", "G", "D")), out.shape[-1]
-    alike = v is not None and q.dtype == k.dtype == v.dtype == dout.dtype and q.itemsize == 2
+    xp, (S, H, G, D), Dv, tied = n["xp"], (n[axis] for axis in "SHGD"), out.shape[-1], v is None
+    alike = not tied and q.dtype == k.dtype == v.dtype == dout.dtype and q.itemsize == 2
     if alike and H <= 4 * G and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128:
-        return gradients_by_rows(n, q, k, v, indices, out, lse, dout, np.float64(scale), sink)
-    acc, N, r = accumulator(q, k, *(() if v is None else (v,))), indices.shape[-1], H // G
-    like, width = (q, k, v), D if v is None else D + Dv  # of [dk | dv]
-    dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)
+        return gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink)
+    like, acc, N, r = (q, k, v, sink), accumulator(q, k, k if tied else v), indices.shape[-1], H // G
+    dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
-    dz, scale = xp.zeros_like(z), np.float64(scale)
-    kind, (q, k, v, out, dout) = factors(acc, q, k, v, out, dout)
+    dz = xp.zeros_like(z)
+    kind, (q, k, out, dout, *v) = factors(acc, q, k, out, dout, *(() if tied else (v,)))
     lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
-    attend = kernel(chip(q), "attend_backward", 256, TYPE=kind, ACC=acc)
-    for b, t in query_chunks(n, 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * both_bytes + 32)):
-        M, rows = t.stop - t.start, indices[b][t].astype(np.int64)
-        rows = np.where((rows >= 0) & (rows < S), rows, -1).astype(np.int32)
-        keys = gathered_slots(k[b], rows)  # [M * G, N, D]
-        values = keys[..., :Dv] if v is None else gathered_slots(v[b], rows)
+    bytes_each = 2 * H * D * kind.itemsize + N * ((G * dkv.shape[-1] + 2 * H) * both_bytes + 32)
+    for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
+        M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
+        values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
         q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
-        s = product(q_t, keys.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
-        dp = product(dout_t, values.swapaxes(1, 2), xp.empty((M * G, r, N), acc))
-        pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)
-        args = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z, N, H, G, Dv, scale
-        attend((M * H,), *args)
+        s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
+        pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)  # pairs: dS and P
+        arrays = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z
+        sizes = N, H, G, Dv, np.float64(scale)
+        launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
         product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
         dz -= from_z.sum(0)
-        add_by_key(rows, slot_gradients(pairs, q_t, dout_t, v is None), dkv[b], deterministic)
-    dk, dv = dkv[..., :D].astype(like[1].dtype), None if v is None else dkv[..., D:].astype(like[2].dtype)
-    return dq.astype(like[0].dtype), dk, dv, None if sink is None else dz.astype(sink.dtype)
+        by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
+        if tied:  # one product: [dS, P]^T [q, dout]
+            both = xp.zeros((M * G, 2, r, D), kind)
+            both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
+            slots = product(by_key, both.reshape(M * G, 2 * r, D))
+        else:  # [dS^T q, P^T dout]
+            slots = xp.empty((M * G, N, D + Dv), acc)
+            product(by_key[..., :r], q_t, slots[..., :D])
+            product(by_key[..., r:], dout_t, slots[..., D:])
+        add_by_key(rows, slots, dkv[b], deterministic)
+    grads = dq, dkv[..., :D], None if tied else dkv[..., D:], None if sink is None else dz
+    return tuple(None if d is None else d.astype(x.dtype) for d, x in zip(grads, like))
 
 
 def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink):
@@ -3432,212 +3385,173 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink):
     delta, lse = (dout.astype(np.float32) * out.astype(np.float32)).sum(-1), lse.astype(np.float32)
     z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
     norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
-    types, gpu = {"TYPE": q.dtype, "D": q.shape[-1], "DV": v.shape[-1]}, chip(q)
-    by_query, by_key = (kernel(gpu, "attend_backward_rows", 128, BY_KEY=x, **types) for x in (0, 1))
+    types, sizes = {"TYPE": q.dtype, "D": q.shape[-1], "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
+    by_query, by_key = (kernel(chip(q), "attend_backward_rows", 128, BY_KEY=x, **types) for x in (0, 1))
     compile_together(by_query, by_key)
     dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
     for b in np.ndindex(*n["..."]):
-        rows = slot_indices(indices[b], S)
-        by_query((T * H,), q[b], dout[b], k[b], v[b], norms[b], rows, None, dq[b], None, S, H, G, K, scale)
+        rows = slot_indices(indices[b])
+        by_query((T * H,), (q[b], dout[b], k[b], v[b], norms[b], rows, None, dq[b], None), sizes)
         queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
-        queries = queries.astype(np.int32)
-        by_key((S * G,), k[b], v[b], q[b], dout[b], norms[b], queries, first, dk[b], dv[b], S, H, G, K, scale)
+        arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first, dk[b], dv[b]
+        by_key((S * G,), arrays, sizes)
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
     return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
 
 
-def slots_by_key(rows, place, num_keys):
-    """The places of the slots rows [M, N], by key, ascending; and where each key's begin, [num_keys + 1]."""
-    xp = sys.modules["cupy"]
-    order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())
-    first = xp.searchsorted(order, xp.arange(num_keys + 1) << 32)
-    return order & 2**32 - 1, first
-
-
-def slot_gradients(pairs, q, dout, tied):
-    """[dS q | P dout] of each slot, or their sum where tied; pairs [Z, 2, r, N], q and dout [Z, r, width]."""
-    xp, (Z, _, r, N), D, Dv = sys.modules["cupy"], pairs.shape, q.shape[-1], dout.shape[-1]
-    slots = xp.empty((Z, N, D if tied else D + Dv), accumulator(pairs))
-    by_key = pairs.reshape(Z, 2 * r, N).swapaxes(1, 2)
-    if tied:  # one product: [dS, P]^T [q, dout]
-        both = xp.zeros((Z, 2, r, D), pairs.dtype)
-        both[:, 0], both[:, 1, :, :Dv] = q, dout
-        return product(by_key, both.reshape(Z, 2 * r, D), slots)
-    product(by_key[..., :r], q, slots[..., :D])
-    product(by_key[..., r:], dout, slots[..., D:])
-    return slots
-
-
-def seen_windows(n, k_start, k_end, indices):
-    """k_start and k_end as arrays; where indices say what a query sees, nothing is hidden by default."""
-    xp, T, S, shape = n["xp"], n["T"], n["S"], (*n["..."], n["T"])
-    start = xp.zeros(shape, np.int32) if k_start is None else k_start
-    if k_end is None:
-        causal = (xp.arange(T) + (S - T + 1)).clip(0)
-        k_end = xp.broadcast_to(causal if indices is None else xp.full(T, S), shape)
-    return start, k_end
-
-
-def gpu_attention_target(n, q, k, scale, k_start, k_end, indices):
-    """attention_target, from the products of all heads by kernels attention_lse and attention_target."""
-    xp, (S, H, G, D) = n["xp"], (n[axis] for axis in ("S", "H", "G", "D"))
-    acc, r, N = accumulator(q, k), H // G, S if indices is None else indices.shape[-1]
-    target, (start, end) = xp.zeros((*n["..."], n["T"], N), acc), seen_windows(n, k_start, k_end, indices)
-    kind, (q, k) = factors(acc, q, k)
-    scale, key_bytes = np.float64(scale), 32 + (indices is not None) * G * D * kind.itemsize
-    sum_up, share = (kernel(chip(q), name, 256, ACC=acc) for name in ("attention_lse", "attention_target"))
-    for b, t in query_chunks(n, N * (H * acc.itemsize + key_bytes)):
-        M = t.stop - t.start
-        rows = visible(xp.arange(S)[None] if indices is None else indices[b][t], start[b][t], end[b][t])
+def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
+    """target_in_window and target_in_set, by kernels attention_lse and attention_target."""
+    xp, (S, H, G, D), r = n["xp"], (n[axis] for axis in "SHGD"), n["H"] // n["G"]
+    acc, N = accumulator(q, k), S if indices is None else indices.shape[-1]
+    target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
+    bytes_each = N * (H * acc.itemsize + 32 + (indices is not None) * G * D * kind.itemsize)
+    for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
+        M, heads = len(rows), q[b][t].reshape(len(rows), G, r, D)
         if indices is None:  # a group's heads of all queries share the keys
-            heads = xp.ascontiguousarray(q[b][t].reshape(M, G, r, D).swapaxes(0, 1)).reshape(G, M * r, D)
-            keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)
+            heads = xp.ascontiguousarray(heads.swapaxes(0, 1)).reshape(G, M * r, D)
+            keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)  # [G, N, D]
         else:
-            heads, keys, strides = q[b][t].reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
-        s = product(heads, keys.swapaxes(1, 2), xp.empty((*heads.shape[:2], N), acc))
-        sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, scale)
-        sum_up((-(-M * H // 8),), s, sees, lse, M, *sizes)
-        share((M * -(-N // 256),), s, sees, lse, target[b][t], *sizes)
+            heads, keys, strides = heads.reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
+        s = product(heads, keys.swapaxes(1, 2))
+        sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
+        launch("attention_lse", 256, (-(-M * H // 8),), (s, sees, lse), (M, *sizes), ACC=acc)
+        arrays = s, sees, lse, target[b][t]
+        launch("attention_target", 256, (M * -(-N // 256),), arrays, sizes, ACC=acc)
     return target
 
 
-def gpu_indexer_loss(n, index_q, index_k, weights, target, indices, k_start, k_end, deterministic):
+def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_end, deterministic):
     """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
-    xp, (T, S, J, E) = n["xp"], (n[axis] for axis in ("T", "S", "J", "E"))
-    like, N = (index_q, index_k, weights), target.shape[-1]
-    start, end = seen_windows(n, k_start, k_end, indices)
+    xp, (T, S, J, E) = n["xp"], (n[axis] for axis in "TSJE")
+    like, N, dense = (index_q, index_k, weights), target.shape[-1], indices is None
     acc, losses = accumulator(*like), xp.zeros((*n["..."], T))
     kind, (index_q, index_k) = factors(acc, index_q, index_k)
     d_q, d_k, d_w = (xp.zeros(x.shape, acc) for x in like)
-    both_bytes, gpu = kind.itemsize + acc.itemsize, chip(index_q)
-    weigh = kernel(gpu, "weigh_heads", 256, ACC=acc)
-    backward = kernel(gpu, "indexer_backward", 256, TYPE=kind, ACC=acc)
-    for b, t in query_chunks(n, N * ((J + (indices is not None) * E) * both_bytes + 10 * acc.itemsize + 32)):
-        M, window = t.stop - t.start, (start[b][t], end[b][t])
-        rows = visible(xp.arange(S)[None] if indices is None else indices[b][t], *window).astype(np.int32)
-        sees = rows >= 0  # [M, N]
+    bytes_each = N * ((J + (not dense) * E) * (kind.itemsize + acc.itemsize) + 10 * acc.itemsize + 32)
+    for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
+        M, sees, q, keys = len(rows), rows >= 0, index_q[b][t], index_k[b][:, None]  # [M, J, E], [S, 1, E]
         some = sees.any(1)
         w = np.where(some[:, None], weights[b][t].astype(acc), 0)
-        if indices is None:  # what nobody sees, or sees nothing, is 0
-            q = gathered_slots(index_q[b][t].reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
-            keys = gathered_slots(index_k[b][:, None], np.where(sees.any(0), xp.arange(S), -1)[None])
-            q = q.reshape(1, M * J, E)
-        else:
-            q, keys = index_q[b][t], gathered_slots(index_k[b][:, None], rows)  # [M, J, E], [M, N, E]
-        r = product(q, keys.swapaxes(1, 2), xp.empty((*q.shape[:2], N), acc))
+        if dense:  # what nobody sees, or sees nothing, is 0
+            q = gathered_slots(q.reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
+            q, rows = q.reshape(1, M * J, E), np.where(sees.any(0), xp.arange(S), -1)[None]
+        keys = gathered_slots(keys, rows)  # [1 or M, N, E]
+        r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
         scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        weigh((M * -(-N // 256),), r, w, scores, N, J)
+        launch("weigh_heads", 256, (M * -(-N // 256),), (r, w, scores), (N, J), ACC=acc)
         losses[b][t], d_scores = kl(target[b][t], scores, sees)
-        backward((M * J,), r, d_scores, w, d_r, d_w[b][t], N, J)
+        arrays = r, d_scores, w, d_r, d_w[b][t]
+        launch("indexer_backward", 256, (M * J,), arrays, (N, J), TYPE=kind, ACC=acc)
         product(d_r, keys, d_q[b][t].reshape(q.shape))
-        slots = product(d_r.swapaxes(1, 2), q, xp.empty((len(q), N, E), acc))
-        if indices is None:
+        slots = product(d_r.swapaxes(1, 2), q)  # [1 or M, N, E]
+        if dense:
             d_k[b] += slots[0]
         else:
             add_by_key(rows, slots, d_k[b][:, None], deterministic)
     return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
-def query_chunks(n, bytes_each):
-    """b and a slice of its queries, as many as hold SLOT_BYTES; and M * G is a grid's y, which ends there."""
+def query_chunks(n, indices, windows, bytes_each):
+    """b, a slice of its queries, as many as SLOT_BYTES hold, and the keys that these see, [M, N] int32.
+
+    Of indices, or, where they are None, of all keys; -1 for none. M * G is a grid's y, which ends at 65,535.
+    """
     most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
+    (start, end), every = filled(n, windows), n["xp"].arange(n["S"])[None]
     for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
         for t in range(0, n["T"], most):
-            yield b, slice(t, min(t + most, n["T"]))
+            part = slice(t, min(t + most, n["T"]))
+            rows = visible(every if indices is None else indices[b][part], start[b][part], end[b][part])
+            yield b, part, rows.astype(np.int32)
 
 
 def factors(acc, *arrays):
-    """The arrays, contiguous, in a dtype that cuBLAS multiplies and sums in acc: the one they have, or acc.
+    """A dtype that cuBLAS multiplies and sums in acc, and the arrays in it, contiguous: theirs, or acc.
 
     Not float16: gradients of its scores are often so small that it would round them to 0.
     """
-    xp, given = sys.modules["cupy"], [x for x in arrays if x is not None]
-    kind, *others = {x.dtype for x in given}
-    bfloat16 = kind.name == "bfloat16" and chip(given[0]).sm >= 80
-    kind = kind if bfloat16 and not others and acc == np.float32 else acc
-    return kind, [None if x is None else xp.ascontiguousarray(x, kind) for x in arrays]
+    kind, *others = {x.dtype for x in arrays}
+    if others or kind.name != "bfloat16" or acc != np.float32 or chip(arrays[0]).sm < 80:
+        kind = acc
+    return kind, [sys.modules["cupy"].ascontiguousarray(x, kind) for x in arrays]
 
 
 def gathered_slots(x, rows):
     """x [S, G, D] at rows [M, N] -> [M * G, N, D], zeros where a row is no key."""
-    xp, (S, G, D), (M, N) = sys.modules["cupy"], x.shape, rows.shape
-    taken = xp.empty((M * G, N, D), x.dtype)
+    (S, G, D), (M, N), rows = x.shape, rows.shape, rows.astype(np.int32, copy=False)
+    taken = sys.modules["cupy"].empty((M * G, N, D), x.dtype)
     unit = math.gcd(16, x.data.ptr, D * x.itemsize)  # bytes at a time
-    gather = kernel(chip(x), "gather", 256, UNIT=UNITS[unit])
-    gather((-(-N // 8), M * G), x, rows.astype(np.int32, copy=False), taken, N, S, G, D * x.itemsize // unit)
+    sizes = N, S, G, D * x.itemsize // unit
+    launch("gather", 256, (-(-N // 8), M * G), (x, rows, taken), sizes, UNIT=UNITS[unit])
     return taken
 
 
-def product(a, b, out):
-    """out[...] = a @ b by cuBLAS, for a [N, m, k] and b [N, k, n] of one dtype; sums are the accumulator's.
+def product(a, b, out=None):
+    """a [N, m, k] @ b [N, k, n] of one dtype, by cuBLAS -> [N, m, n], or out, in the dtype of its sums.
 
-    Of each of the last two axes of a and b one is contiguous; out [N, m, n] may be wider than they are.
+    Of each of the last two axes of a and b one is contiguous; the rows of out may stand further apart.
     """
-    cupy = sys.modules["cupy"]
-    cublas, one, (N, m, k) = cupy.cuda.cublas, np.ones(1, accumulator(a)), a.shape
-    compute = cublas.CUBLAS_COMPUTE_64F if one.itemsize == 8 else cublas.CUBLAS_COMPUTE_32F
+    cupy, acc, (N, m, k), n = sys.modules["cupy"], accumulator(a), a.shape, b.shape[2]
+    out = cupy.empty((N, m, n), acc) if out is None else out
+    if 0 in (N, m, n, k):
+        out[...] = 0
+        return out
 
-    def operand(x):
-        """Is it transposed?, a pointer, the type, the lengths of a row and of a matrix."""
-        rows, columns = x.shape[1:]
-        matrix, row, column = (stride // x.itemsize for stride in x.strides)
+    def operand(x):  # is it transposed?, a pointer, the type, the lengths of a row and of a matrix
+        (_, rows, columns), (matrix, row, column) = x.shape, (stride // x.itemsize for stride in x.strides)
         straight = (column == 1 or columns == 1) and (row >= columns or rows == 1)
         row = max(row, columns) if straight else column
         return int(not straight), x.data.ptr, CUDA_R[x.dtype.name], row, matrix
 
-    if 0 in (*out.shape, k):
-        out[...] = 0
-        return out
-    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
-    sizes, zero = (out.shape[2], m, k), np.zeros_like(one)
-    cublas.gemmStridedBatchedEx(
-        cupy.cuda.get_cublas_handle(), b_t, a_t, *sizes, one.ctypes.data, *b_is, *a_is,
-        zero.ctypes.data, *out_is, N, compute, cublas.CUBLAS_GEMM_DEFAULT,
-    )  # fmt: skip
+    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
+    cublas, handle, one = cupy.cuda.cublas, cupy.cuda.get_cublas_handle(), ONE_AT[acc.itemsize]
+    zero = one + acc.itemsize
+    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
+    how = N, compute, cublas.CUBLAS_GEMM_DEFAULT
+    cublas.gemmStridedBatchedEx(handle, b_t, a_t, n, m, k, one, *b_is, *a_is, zero, *out_is, *how)
     return out
 
 
 def add_by_key(rows, slots, sums, deterministic):
     """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N], -1 for none."""
     xp, (M, N), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
-    if not slots.size:
-        return
-    if not deterministic:
-        add = kernel(chip(slots), "add_by_atomics", 256, ACC=acc)
-        add((-(-N // 8), M * G), slots, rows, sums, N, G, width)
-        return
-    order, first = slots_by_key(rows, xp.arange(M)[:, None] * (G * N) + xp.arange(N), S)  # of the first group
-    add = kernel(chip(slots), "add_by_key", 128, ACC=acc, COLUMNS=-(-width // 128))
-    add((S * G,), slots, order, first, sums, N, G, width)
+    if slots.size and not deterministic:
+        launch("add_by_atomics", 256, (-(-N // 8), M * G), (slots, rows, sums), (N, G, width), ACC=acc)
+    elif slots.size:
+        place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
+        arrays, columns = (slots, *slots_by_key(rows, place, S), sums), -(-width // 128)
+        launch("add_by_key", 128, (S * G,), arrays, (N, G, width), ACC=acc, COLUMNS=columns)
 
 
-def gpu_select_rows(n, top_k, windows, forced, score):
-    """select_topk of score(b, t, start, end) [M, S], array code, for a block of queries at a time."""
-    indices, windows = n["xp"].empty((*n["..."], n["T"], n["K"]), np.int32), filled(n, windows)
+def slots_by_key(rows, place, num_keys):
+    """The places of the slots rows [M, N], by key, ascending; and where each key's begin, [num_keys + 1]."""
+    xp = sys.modules["cupy"]
+    order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())
+    return order & 2**32 - 1, xp.searchsorted(order, xp.arange(num_keys + 1) << 32)
+
+
+def gpu_select_by(n, q, k, score, top_k, k_start, k_end, **forced):
+    """select_topk of score(q, k, s, start, end), array code, for blocks of queries; q: one or several."""
+    xp, windows, queries = n["xp"], filled(n, (k_start, k_end)), q if isinstance(q, tuple) else (q,)
+    indices = xp.empty((*n["..."], n["T"], n["K"]), np.int32)
     for b, t in blocks(n):
         start, end = (w[b][t] for w in windows)
-        x = n["xp"].broadcast_to(score(b, t, start, end), (len(start), n["S"]))
+        x = score(*(x[b][t] for x in queries), k[b], xp.arange(n["S"]), start[:, None], end[:, None])
+        x = xp.broadcast_to(x, (len(start), n["S"]))
         indices[b][t] = select_topk(x, top_k, k_start=start, k_end=end, **forced)
     return indices
 
 
-def gpu_select_by(n, q, k, score, top_k, k_start, k_end, **forced):
-    def scored(b, t, start, end):
-        return score(q[b][t], k[b], n["xp"].arange(n["S"]), start[:, None], end[:, None])
+def gpu_predictive_select(n, index_q, index_k, weights, top_k, candidates, widen, block, **rest):
+    forced = {name: rest[name] for name in ("local_window", "num_sink_tokens")}
 
-    return gpu_select_rows(n, top_k, (k_start, k_end), forced, scored)
+    def score(index_q, weights, candidates, index_k, s, start, end):
+        start, end = start[:, 0], end[:, 0]
+        seen = near(candidates, widen, block, n["S"], start, end, **forced)
+        return np.where(seen, index_scores(index_q, index_k, weights, k_start=start, k_end=end), -np.inf)
 
-
-def gpu_predictive_select(
-    n, index_q, index_k, weights, top_k, candidates, widen, block, k_start, k_end, **forced
-):
-    def scored(b, t, start, end):
-        seen = near(candidates[b][t], widen, block, n["S"], start, end, **forced)
-        x = index_scores(index_q[b][t], index_k[b], weights[b][t], k_start=start, k_end=end)
-        return np.where(seen, x, -np.inf)
-
-    return gpu_select_rows(n, top_k, (k_start, k_end), forced, scored)
+    return gpu_select_by(n, (index_q, weights, candidates), index_k, score, top_k, **rest)
 
 
 def gpu_slow_tier(cache, shape, before):
@@ -3646,9 +3560,8 @@ def gpu_slow_tier(cache, shape, before):
     memory = cuda.alloc_pinned_memory(nbytes)
     owner = lambda: memory  # noqa: E731
     weakref.finalize(owner, cuda.Device().synchronize).atexit = False  # who still reads it does so until here
-    slow = cache.xp.ndarray(
-        shape, cache.dtype, cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, owner), 0)
-    )
+    at = cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, owner), 0)
+    slow = cache.xp.ndarray(shape, cache.dtype, at)
     if before is not None:
         slow[: len(before)] = before
     return slow
@@ -3702,42 +3615,28 @@ def gpu_turns(x, start, d):
 
 def gpu_rms_norm(x, weight, eps, bias=None, dtype=None):
     y, rows, N = sys.modules["cupy"].empty(x.shape, dtype or x.dtype), math.prod(x.shape[:-1]), x.shape[-1]
-    normalize = kernel(chip(x), "rms_norm", 256, ACC=x.dtype, OUT=y.dtype)
-    normalize((rows,), x.data, weight, bias, y, N, x.strides[-2] // x.itemsize, np.float64(eps))
+    sizes = N, x.strides[-2] // x.itemsize, np.float64(eps)
+    launch("rms_norm", 256, (rows,), (x, weight, bias, y), sizes, ACC=x.dtype, OUT=y.dtype)
     return y
 
 
 def gpu_rotate(x, turn, interleaved):
     (B, T, H, d), (cos, sin) = x.shape, turn
     apart = (stride // x.itemsize for stride in x.strides[1:3])
-    turned = kernel(chip(x), "rotate", 256, TYPE=x.dtype, ACC=cos.dtype)
-    sizes = H, d // 2, 2 * cos.size // d, *apart, int(interleaved)
-    turned((B * T, -(-H * d // 512)), x.data, cos, sin, *sizes)
+    sizes, grid = (H, d // 2, 2 * cos.size // d, *apart, int(interleaved)), (B * T, -(-H * d // 512))
+    launch("rotate", 256, grid, (x, cos, sin), sizes, TYPE=x.dtype, ACC=cos.dtype)
 
 
 GPU = {
-    "slow_tier": gpu_slow_tier,
-    "rounded_to_fp8": gpu_rounded_to_fp8,
-    "index_scores": gpu_index_scores,
-    "select_topk": gpu_select_topk,
-    "lightning_select": gpu_lightning_select,
-    "dense_attention": gpu_attention,
-    "sparse_attention": gpu_attention,
-    "attend_to_entries": gpu_attend_to_entries,
-    "quantized": gpu_quantized,
-    "packed": gpu_packed,
-    "sparse_attention_backward": gpu_sparse_attention_backward,
-    "select_by": gpu_select_by,
-    "predictive_select": gpu_predictive_select,
-    "target_in_window": functools.partial(gpu_attention_target, indices=None),
-    "target_in_set": gpu_attention_target,
-    "loss_of_rows": gpu_indexer_loss,
-    "by_rows": gpu_projected,
-    "projected": gpu_projected,
-    "by_heads": gpu_by_heads,
-    "turns": gpu_turns,
-    "rms_norm": gpu_rms_norm,
+    "index_scores": gpu_index_scores, "select_topk": gpu_select_topk,
+    "lightning_select": gpu_lightning_select, "predictive_select": gpu_predictive_select,
+    "dense_attention": gpu_attention, "sparse_attention": gpu_attention, "select_by": gpu_select_by,
+    "attend_to_entries": gpu_attend_to_entries, "quantized": gpu_quantized, "packed": gpu_packed,
+    "sparse_attention_backward": gpu_sparse_attention_backward, "loss_of_rows": gpu_loss_of_rows,
+    "target_in_window": gpu_attention_target, "target_in_set": gpu_attention_target,
+    "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
+    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rms_norm": gpu_rms_norm,
     "rotate": gpu_rotate,
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
-}
+}  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
