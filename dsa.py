@@ -2789,7 +2789,7 @@ def by_key(rows, *slots):
 # which are forced, are among the first and last of the shards. Each attends by (3) to the members it holds,
 # and what they find is merged. Both times every rank decides for some of the rows, and tells all.
 
-SHARD_BUFFER = 2**26  # scores that a rank holds at a time, unless a single query has more
+SHARD_BUFFER = 2**27  # scores that a rank holds at a time, unless a single query has more
 INDEX_AXES = axes_of("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
@@ -2822,27 +2822,27 @@ def sharded_select(
 def sharded_attention(
     q, k_shard, v_shard, index_q, index_k_shard, weights, config, comm,
     *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
-    cache=None, lengths=None, owner=None, layer=0, n_layers=1,
+    cache=None, lengths=None, owner=None, layer=0, n_layers=1, scatter=False,
 ):  # fmt: skip
     """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
 
     All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
     config selects by equation (1). What one rank raises, all raise.
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
-    Each rank attends to its own members, and the parts are merged as by merge_attention: beside what
-    sharded_select sends, each sends H * (Dv + 1) numbers a query, and of its share of these as many to all.
+    Each rank attends to its own members, and the parts are merged: beside what sharded_select sends, each
+    sends H * (Dv + 1) numbers a query, in float16 if q is bfloat16, to those that merge, and they send out
+    and lse to all. scatter=True: each keeps out [M, H, Dv] and lse [M, H] of its share of all N queries, on
+    rank r from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
     """
-    # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
-    # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
-    # chunks to owner=0, 1, ...; what is decoded is short beside it.
+    # A long prompt goes in chunks to owner=0, 1, ...; what is decoded, short beside it, to the last rank. In
+    # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
     arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
-    places = (layer, n_layers), cache, lengths, owner
-    n, at, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *places)
-    quota, dense = config.quota_at(layer, n_layers, at.num_keys)
+    places = (layer, n_layers), cache, lengths, owner, scatter
+    n, at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *places)
     before = None if cache is None else cache.lengths
     try:
         with together(comm):
@@ -2853,22 +2853,23 @@ def sharded_attention(
                 cache.append(lengths=mine, **tokens)
                 index_k, attend, kept = cache.read("index_k"), cache.attend, [cache]
             index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
-        index = index_q, index_k, weights
-        indices = select_over_shards(comm, n, at, None if dense else quota, windows, *index)
-        with together(comm):
+        indices = select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights)
+
+        def part():  # over the members that are here; out gets q's dtype once it is merged
             first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
             own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
-            alone = {"sink": None, "out_dtype": accumulator(q, *kept)}  # it gets q's once merged
-            out, lse = attend(q, indices=own.astype(np.int32), **{**kwargs, **alone})
-        return (*merge_over_shards(comm, out, lse, sink, q.dtype), indices)
+            alone = {"sink": None, "out_dtype": accumulator(q, *kept)}
+            return attend(q, indices=own.astype(np.int32), **{**kwargs, **alone})
+
+        return (*merge_over_shards(comm, n, at, part, sink, q.dtype, scatter), indices)
     except BaseException:
         if cache is not None:
             cache.truncate(before)
         raise
 
 
-def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner):
-    """The checks of sharded_attention -> sizes, layout, windows, and how many tokens this rank keeps."""
+def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner, scatter):
+    """The checks of sharded_attention -> sizes, layout, quota, windows, and new tokens of this rank."""
     with together(comm):
         check_type("config", config, DSAConfig)
         if cache is not None:
@@ -2883,107 +2884,135 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
     mine = new * (comm.rank == owner)
-    same = {"config": config, "layer": layers, "scale": kwargs["scale"], "owner": owner}
+    same = {"config": config, "layer": layers, "scale": kwargs["scale"], "owner": owner, "scatter": scatter}
     same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     behind = at.shards[owner + 1 :, new > 0]
     expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    return n, at, windows if cache is None else (None, causal_end(at.total - new, new, n["T"])), mine
+    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
+    quota, dense = config.quota_at(*layers, at.num_keys)
+    return n, at, None if dense else quota, windows, mine
 
 
 def select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, first, size = n["xp"], at.first[..., None], at.size[..., None]
-    windows = windows_of({**n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
+    xp, windows = n["xp"], windows_of({**n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
         return xp.asarray(every_key(windows, at.num_keys))
     place, width = np.int32 if at.num_keys <= 2**31 else np.int64, min(quota["top_k"], at.longest)
     indices = xp.empty((*n["..."], n["T"], min(quota["top_k"], at.num_keys)), place)
+    near = [xp.asarray(np.clip(w - at.first[..., None], 0, at.size[..., None]), np.int32) for w in windows]
+    first = xp.asarray(at.first)[..., None, None]
 
-    def offers(t):  # what this shard selects: scores and keys [N, W], -inf where none is
-        near = (xp.asarray(np.clip(w[..., t] - first, 0, size), np.int32) for w in windows)
-        scores = scores_at(index_q[..., t, :, :], index_k, weights[..., t, :], at.first % KEY_TILE, *near)
-        lacks = [(0, 0)] * (scores.ndim - 1) + [(0, max(0, width - scores.shape[-1]))]
-        scores = np.pad(scores, lacks, constant_values=-np.inf) if lacks[-1][1] else scores
+    def offers(t, rows):  # what this shard selects: scores and keys [N, W], -inf where none is
+        own = index_q[..., t, :, :], index_k, weights[..., t, :], at.first % KEY_TILE
+        scores = scores_at(*own, *(w[..., t] for w in near))
+        if (lacks := width - scores.shape[-1]) > 0:
+            scores = np.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, lacks)], constant_values=-np.inf)
         kept = select_topk(scores, **quota)  # [..., T, W]
-        best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, np.maximum(kept, 0), -1))
-        keys = (kept + xp.asarray(first)[..., None]).astype(place)
-        return [x.reshape(math.prod(x.shape[:-1]), width) for x in (best, keys)]
+        x, kept, keys = (x.reshape(rows, x.shape[-1]) for x in (scores, kept, (kept + first).astype(place)))
+        return picked(x, kept, -np.inf), keys
 
-    def decide(own, best, keys):
-        best, keys = (x.swapaxes(0, 1).reshape(x.shape[1], comm.size * width) for x in (best, keys))
-        kept = select_topk(best, **quota)[:, : indices.shape[-1]]  # candidates [M, R * W], by ascending key
-        return [np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))]
+    def decide(_, *both):  # of candidates [R, M, W], side by side and thus by ascending key
+        x, keys = (x.swapaxes(0, 1).reshape(x.shape[1], comm.size * width) for x in both)
+        return [picked(keys, select_topk(x, **quota)[:, : indices.shape[-1]], -1)]
 
-    step = max(1, SHARD_BUFFER // max(1, math.prod(n["..."]) * at.longest))
-    for t in (slice(t, t + step) for t in range(0, n["T"], step)):
-        with together(comm, f", counting queries from {t.start}" if t.start else ""):
-            part = offers(t)
-        (found,) = decided(comm, part, decide)
+    batch, T = math.prod(n["..."]), n["T"]
+    step = SHARD_BUFFER // max(1, batch * at.longest)
+    step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
+    for t in (slice(t, min(t + step, T)) for t in range(0, T, step)):
+        where, rows = f", counting queries from {t.start}" if t.start else "", batch * (t.stop - t.start)
+        (found,) = decided(comm, at.ranks, rows, functools.partial(offers, t, rows), decide, where=where)
         indices[..., t, :] = found.reshape(indices[..., t, :].shape)
     return indices
+
+
+def picked(x, slots, absent):
+    """x [N, M] at slots [N, K], where `absent` stands for those of -1."""
+    row = library("x", x).arange(len(x))[:, None] * x.shape[1]
+    return np.where(slots < 0, absent, np.take(x, slots + row))
 
 
 @by_library
 def scores_at(index_q, index_k, weights, place, k_start, k_end):
     """index_scores with its bits over all ranks' keys, among which key 0 is at place [...] of a tile."""
-    dtype, shape = accumulator(index_q, index_k, weights), (*weights.shape[:-1], index_k.shape[-2])
-    scores = np.empty_like(weights, dtype, shape=shape)
+    dtype, (S, E) = accumulator(index_q, index_k, weights), index_k.shape[-2:]
+    scores = np.empty_like(weights, dtype, shape=(*weights.shape[:-1], S))
     for b in np.ndindex(place.shape):
         cut = -place[b] % KEY_TILE  # where the first whole tile begins
-        before = np.zeros_like(index_k[b], shape=(place[b], index_k.shape[-1]))
-        head = np.concatenate([before, index_k[b][:cut]])
+        head = np.concatenate([np.zeros_like(index_k[b], shape=(place[b], E)), index_k[b][:cut]])
         for keys, shift, own in ((head, place[b], slice(cut)), (index_k[b][cut:], -cut, slice(cut, None))):
             window = {"k_start": k_start[b] + shift, "k_end": k_end[b] + shift}
             scores[b][:, own] = index_scores(index_q[b], keys, weights[b], **window)[:, max(0, shift) :]
     return scores
 
 
-def merge_over_shards(comm, out, lse, sink, dtype):
-    """merge_attention of every rank's out [..., T, H, Dv] and lse [..., T, H], and the sink."""
-    rows, heads = lse.size, lse.shape[-1]  # a row is a head of a query, so that all work on a single query
+def merge_over_shards(comm, n, at, attend, sink, dtype, scatter):
+    """merge_attention of every rank's attend() -> out [..., T, H, Dv], lse [..., T, H], and the sink."""
+    queries, heads, width = [*n["..."], n["T"]], n["H"], n["Dv"]
+    rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
 
-    def merge(own, outs, lses):  # [R, M, Dv], [R, M]
+    def offers():
+        out, lse = attend()
+        if dtype.name != "bfloat16":
+            return out.reshape(rows, width), lse.reshape(rows)
+        largest = np.maximum(out.max(-1), -out.min(-1)).reshape(rows, 1)
+        largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
+        half = np.empty_like(out, np.float16, shape=(rows, width))  # of its largest: rounds a tenth as much
+        return np.divide(out.reshape(rows, width), largest, out=half), lse.reshape(rows), largest
+
+    def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
+        outs = outs if largest is None else outs * largest
         out, lse = merge_attention(outs[:, None], lses[:, None])  # [1, M, Dv], [1, M]
         out = out if sink is None else apply_sink(out, lse, np.tile(sink, rows // heads)[own])
         return out[0].astype(dtype, copy=False), lse[0]
 
-    found = decided(comm, (out.reshape(rows, out.shape[-1]), lse.reshape(rows)), merge)
-    return [x.reshape(like.shape) for x, like in zip(found, (out, lse))]
+    keep = max(1, heads) if scatter else 0
+    out, lse = decided(comm, at.ranks, rows, offers, merge, keep)
+    queries = [len(lse) // keep] if keep else queries
+    return out.reshape(*queries, heads, width), lse.reshape(*queries, heads)
 
 
-def decided(comm, parts, decide):
-    """decide of all ranks' parts [N, ...] -> arrays [N, ...] on every rank.
+def decided(comm, ranks, N, offers, decide, keep=0, where=""):
+    """decide(which, *offers [R, M, ...]) by every rank for its share of the rows -> [N, ...] on every rank.
 
-    Each rank decides for its share of the rows, decide(which, *parts) of [R, M, ...] -> arrays [M, ...].
+    offers() -> arrays [N, ...]. keep: shares are whole times so many rows, and each rank keeps [M, ...].
     """
-    R, rank, N = comm.size, comm.rank, len(parts[0])
-    edges = N * np.arange(R + 1) // R
-    rows, own = np.diff(edges), slice(*edges[rank : rank + 2])
-    mine = np.full(R, rows[rank])
-    parts = exchange(comm, parts, edges[:-1], rows, mine)
-    found = decide(own, *(x.reshape(R, rows[rank], *x.shape[1:]) for x in parts))
-    return exchange(comm, found, 0 * mine, mine, rows)
+    R, unit = comm.size, max(1, keep)
+    edges, everyone = N // unit * np.arange(R + 1) // R * unit, (np.arange(R) == comm.rank) | (keep == 0)
+    rows, own = np.diff(edges), slice(*edges[comm.rank : comm.rank + 2])
+    mine = np.full(R, rows[comm.rank])
+    parts = exchange(comm, ranks, offers, edges[:-1], rows, mine, where)
+    found = lambda: decide(own, *(x.reshape(R, mine[0], *x.shape[1:]) for x in parts))  # noqa: E731
+    return exchange(comm, ranks, found, 0 * mine, mine * everyone, rows * everyone)
 
 
-def exchange(comm, arrays, first, sent, received):
-    """Of each array [N, ...] send rank r the sent[r] rows from first[r] on -> what all send here, by rank."""
-    xp, found = library("x", arrays[0]), []
-    for x in arrays:
-        x = np.ascontiguousarray(on_host(x))
-        y = np.empty((sum(received), *x.shape[1:]), x.dtype)
-        width, bits = math.prod(x.shape[1:]), f"i{x.itemsize}"  # MPI knows integers of any size
-        comm.Alltoallv([x.view(bits), (sent * width, first * width)], [y.view(bits), received * width])
-        found.append(xp.asarray(y))
-    return found
+def exchange(comm, ranks, work, first, sent, received, where=""):
+    """Of each array [N, ...] of work() send rank r the sent[r] rows from first[r] on -> what all send here.
+
+    ranks: comm itself, for which CuPy's arrays go through the host, or what has its Alltoallv for them.
+    """
+    plan, into = [], np.cumsum(received) - received
+    with together(comm, where):
+        arrays = work()
+        xp = library("x", arrays[0])
+        home = np if ranks is comm else xp
+        for x in arrays:
+            x = home.ascontiguousarray(on_host(x) if home is np else x)
+            y = home.empty((sum(received), *x.shape[1:]), x.dtype)
+            width, bits = math.prod(x.shape[1:]), f"i{x.itemsize}"  # MPI knows integers of all sizes
+            send = [x.view(bits), (sent * width, first * width)]
+            plan.append((send, [y.view(bits), (received * width, into * width)], y))
+    for send, receive, _ in plan:
+        ranks.Alltoallv(send, receive)
+    return [xp.asarray(y) for *_, y in plan]
 
 
 def gathered(comm, x):
     """Every rank's NumPy array x [...] -> [R, ...]."""
-    every = np.empty((comm.size, *x.shape), x.dtype)
-    comm.Allgather(x, every)
+    comm.Allgather(x, every := np.empty((comm.size, *x.shape), x.dtype))
     return every
 
 
@@ -2991,7 +3020,7 @@ def gathered(comm, x):
 def together(comm, where=""):
     """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
     fits = hasattr(comm, "Alltoallv") and bool(comm)
-    expect(fits, "comm", repr(comm), "a communicator of mpi4py's, such as MPI.COMM_WORLD", TypeError)
+    expect(fits, "comm", repr(comm), "an mpi4py communicator, such as MPI.COMM_WORLD", TypeError)
     error, kinds = None, (TypeError, ValueError, IndexError, MemoryError)
     try:
         yield
@@ -3009,20 +3038,15 @@ def layout(comm, n, shard, arrays, **same):
     same |= {**n, "S": None, "xp": n["xp"].__name__}
     same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
-    ranks = comm.allgather(same) if (sums != sums[0]).any() else [same]
+    every = comm.allgather(same) if (sums != sums[0]).any() else [same]
     for name in same:
-        values = [rank[name] for rank in ranks]
-        expect(values.count(values[0]) == len(ranks), f"{name}, by rank,", values, "the same on every rank")
+        values = [rank[name] for rank in every]
+        expect(values.count(values[0]) == len(every), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
-    total = shards.sum(0)
-    return SimpleNamespace(
-        shards=shards,  # how many keys each rank holds of each sequence of the batch [R, ...]
-        first=shards[: comm.rank].sum(0),  # the place of this rank's first key [...]
-        size=shards[comm.rank],
-        total=total,
-        longest=int(shards.max(initial=0)),  # keys of the largest shard
-        num_keys=int(total.max(initial=0)),  # and of the longest sequence
-    )
+    total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
+    at = {"first": shards[: comm.rank].sum(0), "size": shards[comm.rank], "num_keys": int(most(total))}
+    ranks = KERNELS.get(("ranks", n["xp"].__name__), lambda comm: comm)(comm)  # for exchange
+    return SimpleNamespace(shards=shards, total=total, longest=int(most(shards)), ranks=ranks, **at)
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3741,3 +3765,44 @@ GPU = {
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
+
+
+# 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
+
+
+class NcclRanks:
+    """mpi4py's Alltoallv for CuPy arrays, on the current stream: grouped sends and receives, no wait."""
+
+    def __init__(self, api, comm, name):
+        self.api, self.nccl = api, api.NcclCommunicator(comm.size, name, comm.rank)
+
+    def Alltoallv(self, send, receive):
+        stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+        self.api.groupStart()
+        for move, (x, places) in ((self.nccl.send, send), (self.nccl.recv, receive)):
+            for rank, (count, first) in enumerate(zip(*(x.itemsize * place for place in places))):
+                if count:
+                    move(x.data.ptr + int(first), int(count), self.api.NCCL_INT8, rank, stream)
+        self.api.groupEnd()
+
+
+# Under which an MPI communicator keeps what nccl_ranks made for it, as long as it lives.
+nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Create_keyval())
+
+
+def nccl_ranks(comm):
+    """NcclRanks of comm, made once; or comm itself, if some rank has no NCCL or no GPU of its own."""
+    if comm.Get_attr(nccl_key()) is None:
+        with together(comm):
+            api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
+            gpu = cuda.runtime.getDeviceProperties(cuda.Device().id)["uuid"] if api.available else None
+            name = api.get_unique_id() if gpu and comm.rank == 0 else None
+        gpus, names = zip(*comm.allgather((gpu, name)))
+        fits = None not in gpus and len(set(gpus)) == comm.size
+        if not fits and comm.rank == 0:
+            print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
+        comm.Set_attr(nccl_key(), [NcclRanks(api, comm, names[0]) if fits else None])
+    return comm.Get_attr(nccl_key())[0] or comm
+
+
+KERNELS["ranks", "cupy"] = nccl_ranks

@@ -4638,7 +4638,7 @@ def ranks_select(dsa, comm, xp=np):
 
     for seed in range(60):
         rng, _, p = sharded_problem(seed)
-        dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**26
+        dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**27
         (index_k,) = sharded(comm, rng, (p.index_k, -2))
         dsa.scores_at = scored
         actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
@@ -4668,7 +4668,7 @@ def ranks_attention(dsa, comm, xp=np):
     stages = Stages(dsa, xp, SHARDED)
     for seed in range(60):
         rng, dtype, p = sharded_problem(seed)
-        dsa.SHARD_BUFFER = 500 if seed % 4 == 3 else 2**26
+        dsa.SHARD_BUFFER = 500 if seed % 4 == 3 else 2**27
         hybrid = {"strategy": "hybrid" if p.forced["local_window"] else "dynamic", **p.forced}
         dense, precision = (None, 0, 30)[seed % 3], ("fp32", "fp16", "fp8")[seed // 2 % 3]
         config = dsa.DSAConfig(p.top_k, indexer_precision=precision, fallback_dense_threshold=dense, **hybrid)
@@ -4693,6 +4693,10 @@ def ranks_attention(dsa, comm, xp=np):
             assert (np.abs(out - exact) <= 2**-11 * 1.01 * np.abs(exact) + 1e-6).all()
         first = [comm.bcast(x.tobytes()) for x in (out, lse)]
         assert first == [out.tobytes(), lse.tobytes()]
+        *own, _ = stages.sharded_attention(*shards, config, comm, **kwargs, scatter=True)
+        edges, N = [lse[..., 0].size * r // comm.size for r in (comm.rank, comm.rank + 1)], lse[..., 0].size
+        share = (x.reshape(N, *x.shape[len(p.batch) + 1 :])[slice(*edges)] for x in (out, lse))
+        assert_same(tuple(own), tuple(share))
 
 
 def ranks_cache(dsa, comm, xp=np):
@@ -4757,7 +4761,7 @@ def ranks_errors(dsa, comm):
     message = f"rank {last}, counting queries from {p.T - 1}: a score in the window of query .*0,?\\) is NaN"
     with pytest.raises(ValueError, match=message):
         dsa.sharded_select(*wrong, comm, **kwargs)
-    dsa.SHARD_BUFFER = 2**26
+    dsa.SHARD_BUFFER = 2**27
     apart = [(3, 7, "top_k"), (0, p.index_q.astype(np.float64), "dtypes"), (3, 8 + comm.rank, "top_k")]
     for i, x, name in apart if comm.size > 1 else []:
         wrong = [x if mine and i == j else y for j, y in enumerate(args)]
