@@ -31,30 +31,20 @@ selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines an
 from __future__ import annotations
 
 import collections
-import contextlib
 import contextvars
-import copy
 import functools
-import importlib
 import inspect
-import itertools
-import json
 import math
 import numbers
 import operator
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
-import weakref
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -81,22 +71,18 @@ def stage(declared, most=lambda n: 64):
     axes stands its dtype, or whose dtype it has; otherwise it is float32, or float64 if any input is.
     most(n): how many queries a block may have. To read on: a stage is its body; in_blocks is in section 8.
     """
-    arrays, results = (axes_of(half) for half in declared.split(" -> "))
+    arrays, results = map(axes_of, declared.split(" -> "))
 
     def declare(block):
-        signature = inspect.signature(block)
-        names, name = list(signature.parameters), block.__name__
-        defaults = {x.name: x.default for x in signature.parameters.values() if x.default is not x.empty}
-        optional = defaults.keys() | ({"v"} if "d_v" in names else set())
-        positional = sum(x.kind is not x.KEYWORD_ONLY for x in signature.parameters.values())
+        name, parameters, first = block.__name__, inspect.signature(block).parameters, next(iter(arrays))
+        optional = {"v", *(x for x in parameters if parameters[x].default is None)}
+        bind: dict[str, Any] = {}  # by Python itself: at its speed, with its errors, as namedtuple does
+        exec(f"def {name}{inspect.signature(block)}: return locals()", bind)
 
         @functools.wraps(block)
         def run(*args, **kwargs):
-            given = {**defaults, **dict(zip(names, args)), **kwargs}
-            twice = kwargs.keys() & set(names[: len(args)])
-            if given.keys() != set(names) or len(args) > positional or twice:
-                signature.bind(*args, **kwargs)  # raises what Python says of such a call
-            axes, decode = CODES.get((name, getattr(given[names[0]], "dtype", None)), (arrays, None))
+            given = bind[name](*args, **kwargs)
+            axes, decode = CODES.get((name, getattr(given[first], "dtype", None)), (arrays, None))
             n = sizes(axes, given, optional)
             check_options(n, given)
             if n["xp"] is not np:
@@ -126,9 +112,7 @@ KEY_TILE = 512  # keys that are multiplied at a time, by about as many rows: 1 M
 def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     """Equation (1), the relevance of every key to every query (V3.2 report, eq. 1). There is no hidden scale.
 
-    weights are of either sign; scores float32 (float64 for float64 input), -inf outside the window. In 8
-    bits, index_q holds e4m3 codes, uint8, whose scales are in the weights, and index_k [..., S, E + 4] the
-    entries of a KVCache(storage="fp8").
+    weights are of either sign; scores float32 (float64 for float64 input), -inf outside the window.
 
     >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
     >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
@@ -142,7 +126,7 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     def score(first):
         # The order in which BLAS adds up a product may depend on the call's shape and on the place in it. So
         # all are alike, one query by KEY_TILE keys, and a score has the same bits in any block or chunk.
-        keys, r = buffer("keys", (E, KEY_TILE), dtype), buffer("r", (T, J, KEY_TILE), dtype)
+        keys, r = np.empty((E, KEY_TILE), dtype), np.empty((T, J, KEY_TILE), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), KEY_TILE):
             tile = index_k[s : s + KEY_TILE]  # [N, E]
             keys[:, : len(tile)], keys[:, len(tile) :] = tile.T, 0
@@ -202,30 +186,12 @@ def first_k(x, top_k):
     """Equation (2): x [M, N], at least top_k of each row above -inf -> positions [M, top_k], ascending."""
     if top_k == 0:
         return np.zeros((len(x), 0), np.intp)
-    # Every 16th score gives a threshold that, as a bet, somewhat more than top_k reach; only those go on.
-    # Where fewer than top_k reach it, all go on: the rest is exact either way.
-    width, m, columns = x.shape[1], top_k // 16 + math.isqrt(top_k) + 4, None
-    if 32 * m < width:
-        reach = x >= largest(x[:, ::16], m)
-        count = np.count_nonzero(reach, axis=1)
-        if count.min() >= top_k:
-            place = np.arange(count.max()) < count[:, None]  # who goes on, side by side
-            columns, reached = np.zeros(place.shape, np.intp), np.full(place.shape, -np.inf, x.dtype)
-            flat = np.flatnonzero(reach)
-            columns[place], reached[place] = flat % width, x.ravel()[flat]
-            x = reached
-    kth = largest(x, top_k)
+    kth = np.partition(x, x.shape[1] - top_k, axis=1)[:, x.shape[1] - top_k, None]  # [M, 1]
     best = x >= kth
     for t in np.flatnonzero(np.count_nonzero(best, axis=1) > top_k):  # ties go to the lowest index
         ties = np.flatnonzero(x[t] == kth[t])
         best[t, ties[top_k - np.count_nonzero(best[t]) :]] = False
-    best = np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
-    return best if columns is None else np.take_along_axis(columns, best, axis=1)
-
-
-def largest(x, k):
-    """The k-th largest of each row: x [M, N] -> [M, 1]."""
-    return np.partition(x, x.shape[1] - k, axis=1)[:, x.shape[1] - k, None]
+    return np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
@@ -248,14 +214,12 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     v, (lo, hi) = k[..., :d_v] if v is None else v, span(k_start, k_end)
     q = np.multiply(q, scale, dtype=accumulator(q, k, v))
 
-    def tile(s):
-        keys, all_see = (
-            np.arange(s.start, s.stop)[:, None],
-            k_start.max() <= s.start and s.stop <= k_end.min(),
-        )
-        return attend(q, k[s], v[s], None if all_see else (keys >= k_start) & (keys < k_end))
+    def tile(own):
+        s = np.arange(own.start, own.stop)[:, None]
+        seen = (s >= k_start) & (s < k_end)  # [N, T]
+        return attend(q, k[own], v[own], None if seen.all() else seen)
 
-    out, lse = union(spread(tile, tiles(q, lo, hi)), q, v.shape[-1])
+    out, lse = over_tiles(tile, q, v.shape[-1], lo, hi)
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
@@ -275,22 +239,45 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    indices, values = indices.astype(np.int64), k[..., :d_v] if v is None else v
+    values = k[..., :d_v] if v is None else v
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
-    most = min(4, -(-indices.shape[1] // KEY_TILE), 2**21 // max(1, KEY_TILE * k[:1].size))
-    most = max(1, most)  # tiles of keys that a thread gathers
+    most = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))
+    shared, seen = None, None
+    if len(q) > 1:
+        shared, seen = in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])
 
-    def gather(t, keys):
-        k_s = take("k", k, keys, most)  # [N, G, D]
-        return attend(q[t : t + 1], k_s, k_s[..., :d_v] if v is None else take("v", v, keys, most))
+    def attend_to(t, keys):
+        def tile(own):
+            k_s = k[keys[own]]  # [N, G, D]
+            v_s = k_s[..., :d_v] if v is None else v[keys[own]]
+            return attend(q[t], k_s, v_s, None if seen is None else seen[own])
 
-    for t, row in enumerate(indices):
-        keys = row[row >= 0]
-        parts = [keys[own] for own in tiles(q[t : t + 1], 0, len(keys), most)]
-        parts = spread(functools.partial(gather, t), parts)
-        out[t], lse[t] = union(parts, q[t : t + 1], values.shape[-1])  # [1, H, Dv], [1, H]
+        return over_tiles(tile, q[t], values.shape[-1], 0, len(keys), most)
+
+    if seen is None:
+        for t, row in enumerate(indices):
+            out[t], lse[t] = attend_to(slice(t, t + 1), row[row >= 0])  # [1, H, Dv], [1, H]
+    else:
+        out, lse = attend_to(slice(None), shared)
     return out if sink is None else apply_sink(out, lse, sink), lse
+
+
+def in_common(indices, num_keys, heads):
+    """The keys [N] in rows [T, K], and which row has which, seen [N, T], if one product with all of them is
+    cheaper than each row's own of so many heads, as where most of the window is kept; otherwise seen is None.
+    """
+    T, K = indices.shape
+    there = np.zeros(num_keys + 1, bool)
+    there[indices] = True  # what is absent, -1, comes last
+    there[-1] = False
+    keys = np.flatnonzero(there)
+    if heads * len(keys) > (heads + 6) * K:
+        return keys, None
+    seen = np.zeros((len(keys) + 1, T), bool)
+    seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
+    alone = np.count_nonzero(seen[:-1]) == np.count_nonzero(indices >= 0)  # none repeats in its row
+    return keys, seen[:-1] if alone else None
 
 
 def attend(q, k, v, seen=None):
@@ -300,49 +287,32 @@ def attend(q, k, v, seen=None):
     (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)  # odd: keys with values that are not finite
     rows = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)  # [G, R, D]
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    x = keys @ rows.swapaxes(1, 2)  # [G, N, R]: BLAS's longer side first
+    x = rows @ keys.swapaxes(1, 2)  # [G, R, N]
     if seen is not None:
-        np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
+        sees = np.repeat(seen.T, H // G, axis=0)  # [R, N]
+        np.copyto(x, -np.inf, where=~sees)
         odd = np.flatnonzero(~np.isfinite(values).all((0, 2)))
-    top = over_keys(np.maximum, x)  # [G, R]
-    top = np.where(top == -np.inf, 0, top)  # as -inf - -inf is NaN
-    p = np.exp(np.subtract(x, top[:, None], out=x), out=x)  # exp2 is far slower on -inf
-    total = over_keys(np.add, p)  # [G, R]
-    out = p.swapaxes(1, 2) @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
+    top = x.max(-1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
+    p = np.exp(np.subtract(x, top, out=x), out=x)  # exp2 is far slower on -inf
+    total = p.sum(-1, keepdims=True)  # [G, R, 1]
+    out = p @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
     for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
-        sees = np.repeat(seen[i], H // G)
-        out[:, sees] += p[:, i, sees, None] * np.where(np.isfinite(values[:, i, None]), 0, values[:, i, None])
-    out /= np.where(total == 0, 1, total)[..., None]  #                                                    (3)
-    lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
-    return out.reshape(G, T, H // G, v.shape[-1]).swapaxes(0, 1).reshape(T, H, v.shape[-1]), lse
+        who, rest = sees[:, i], np.where(np.isfinite(values[:, i]), 0, values[:, i])  # [R], [G, Dv]
+        out[:, who] += p[:, who, i, None] * rest[:, None]
+    out /= np.where(total == 0, 1, total)  #                                                               (3)
+    out, lse = (x.reshape(G, T, H // G, -1).swapaxes(0, 1) for x in (out, top + np.log(total)))
+    return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
 
 
-def over_keys(reduce, x):
-    """x [G, N, R] reduced to [G, R]; eight keys side by side, as NumPy is slow on short last axes."""
-    G, N, R = x.shape
-    x = reduce.reduce(x.reshape(G, N // 8, 8 * R), axis=1).reshape(G, 8, R) if N and N % 8 == 0 else x
-    return reduce.reduce(x, axis=1, initial=-np.inf if reduce is np.maximum else 0)
-
-
-def tiles(q, lo, hi, most=2**20):
-    """The keys lo..hi in slices of about 2**26 multiply-adds for q [T, H, D], whatever the threads."""
+def over_tiles(work, q, d_v, lo, hi, most=2**20):
+    """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**26 multiply-adds, and
+    at most `most` times KEY_TILE, whatever the threads; these are merged two at a time, as they come.
+    """
     held = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))
     step = KEY_TILE * max(1, min(most, 2**26 // held // KEY_TILE))
-    return [slice(s, min(s + step, hi)) for s in range(lo, hi, step)]
-
-
-def union(parts, q, d_v):
-    """The parts merged two at a time, as they come; of none for q [T, H, D]: out 0, lse -inf."""
+    parts = spread(work, [slice(s, min(s + step, hi)) for s in range(lo, hi, step)])
     empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
     return functools.reduce(lambda a, b: merged(*zip(a, b)), parts, next(parts, empty))
-
-
-def take(name, x, rows, most):
-    """x [S, ...] at rows [N], in a buffer of its thread: a fresh one would cost as much again."""
-    if not x.flags.c_contiguous:  # np.take, twice as fast as x[rows], would first copy all of it
-        return x[rows]
-    out = buffer(name, (most * KEY_TILE, *x.shape[1:]), x.dtype)
-    return np.take(x, rows, axis=0, mode="clip", out=out[: len(rows)])
 
 
 def merge_attention(outs, lses):
@@ -472,6 +442,10 @@ SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, 
 PRECISIONS: dict[str, Any] = {"fp32": lambda x: x, "fp16": lambda x: x.astype(np.float16)}  # of the indexer
 REFINERS: dict[str, Any] = {}  # what selects among candidates
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
+DSA_AXES = axes_of(
+    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
+    " index_k [..., S, E], weights [..., T, J]"
+)
 
 
 @dataclass(frozen=True)
@@ -488,30 +462,25 @@ class DSAConfig:
 
     top_k: int = 2048
     sparse_ratio: float | None = None
-    strategy: str = "dynamic"  # or "fixed", "hybrid"
+    strategy: Literal["dynamic", "fixed", "hybrid"] = "dynamic"
     local_window: int = 0  # 128 and 256 are usual for hybrid
     num_sink_tokens: int = 0
-    global_selection: str = "lightning"  # (1), or "approximate", "lsh", "learned", "hierarchical"
-    pattern: str = "window"  # or "strided", "global", "random"
+    global_selection: Literal["lightning", "approximate", "lsh", "learned", "hierarchical"] = "lightning"
+    pattern: Literal["window", "strided", "global", "random"] = "window"
     batch_pad_to_multiple: int = 64
-    cache_strategy: str = "lru"
-    indexer_precision: str = "fp32"  # or "fp16", "fp8"
+    cache_strategy: Literal["lru"] = "lru"
+    indexer_precision: str = "fp32"  # of PRECISIONS
     fallback_dense_threshold: int | None = None
-    progressive_sparsity: bool = False
+    progressive_sparsity: Literal[False, True] = False
 
     def __post_init__(self):
-        choices = {
-            "strategy": ("fixed", "dynamic", "hybrid"), "pattern": ("window", "strided", "global", "random"),
-            "global_selection": ("lightning", "approximate", "lsh", "learned", "hierarchical"),
-            "cache_strategy": ("lru",), "indexer_precision": tuple(PRECISIONS),
-            "progressive_sparsity": (False, True),
-        }  # fmt: skip
-        for field, allowed in choices.items():
-            expect(getattr(self, field) in allowed, field, repr(getattr(self, field)), f"one of {allowed}")
-        least = {"top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1}
-        for field, low in (least | {"fallback_dense_threshold": 0}).items():
-            if getattr(self, field) is not None or field in least:
-                integer(field, getattr(self, field), low, WrongKind)
+        for field, kind in get_type_hints(DSAConfig).items():
+            value, least = getattr(self, field), int(field in ("top_k", "batch_pad_to_multiple"))
+            if get_origin(kind) is Literal or kind is str:
+                allowed = get_args(kind) or tuple(PRECISIONS)
+                expect(value in allowed, field, repr(value), f"one of {allowed}")
+            elif value is not None and field != "sparse_ratio":
+                integer(field, value, least, ValueError)
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
             quota(self.top_k, window, self.num_sink_tokens)
@@ -599,10 +568,7 @@ def dsa_attention(
 
 def dsa_dims(arrays, options, windows, cache, lengths):
     """The checks of dsa_attention -> sizes, and lengths [B] if any are given."""
-    axes = {"q": "... T H D", "k": "... S G D", "v": "... S G Dv"}
-    axes |= {"index_q": "... T J E", "index_k": "... S E", "weights": "... T J", "sink": "H"}
-    given = {name: (x, axes[name]) for name, x in (arrays | options).items() if name in axes}
-    n = dims(**{name: x for name, x in given.items() if x[0] is not None or name not in ("v", "sink")})
+    n = sizes(DSA_AXES, arrays | options, ("v", "sink"))
     check_options(n, arrays | options)
     if cache is not None or lengths is not None:
         alone = all(w is None for w in windows)
@@ -617,37 +583,29 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    for name, x in arrays.items():
-        for i, row in enumerate(() if x is None else x):
-            library(f"{name}[{i}]", row)
-    lengths = [len(x) for x in arrays["q"]]
-    for name, x in arrays.items():
-        own = lengths if x is None else [len(row) for row in x]
-        expect(own == lengths, f"the lengths in {name}", own, f"those in q, {lengths}")
-    padded = {name: None if x is None else pad_batch(x, multiple, name)[0] for name, x in arrays.items()}
-    return padded, np.array(lengths)
+    padded = {name: pad_batch(x, multiple, name) for name, x in arrays.items() if x is not None}
+    lengths = padded["q"][1]
+    for name, (_, own) in padded.items():
+        expect(own.tolist() == lengths.tolist(), f"the lengths in {name}", own, f"those in q, {lengths}")
+    return {name: padded[name][0] if name in padded else None for name in arrays}, lengths
 
 
 def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
     """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
     by_length = config.sparse_ratio or config.fallback_dense_threshold
     if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
-        parts = []
+        each = []
         for own in (slice(b, b + 1) for b in range(len(lengths))):
             near = None if candidates is None else candidates[own]
-            alone = [x[own] for x in (q, k, index_q, index_k, weights)]
+            alone: Any = [x[own] for x in (q, k, index_q, index_k, weights)]
             alone += [[w[own] for w in windows], lengths[own]]
-            parts.append(choose_keys(config, layer, near, options, *alone))
-        width = max(x.shape[-1] for x in parts)
-        return np.concatenate(
-            [np.pad(x, [(0, 0), (0, 0), (0, width - x.shape[-1])], constant_values=-1) for x in parts]
-        )
+            each.append(choose_keys(config, layer, near, options, *alone))
+        rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
+        return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)])
     chosen = config.selector() if candidates is None else "predictive"
     select: Any = (SELECTORS if candidates is None else REFINERS).get(chosen)
-    known = getattr(select, "options", ())
-    expect(
-        options.keys() <= set(known), "the options", sorted(options), f"some of {sorted(known)}", TypeError
-    )
+    known = sorted(getattr(select, "options", ()))
+    expect(options.keys() <= {*known}, "the options", sorted(options), f"some of {known}", TypeError)
     fits = select or (chosen == "lightning" and candidates is None)
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
@@ -673,8 +631,8 @@ class KVCache:
     """What the tokens so far left behind, for a batch of sequences, each of its own length.
 
     capacity: tokens per sequence; grow doubles it when it is full, otherwise a full cache raises ValueError.
-    storage: "float64", "float32", "float16", "bfloat16" or "fp8", which keeps the last qk_rope_head_dim
-    values of "k" in bfloat16. streams: what a token leaves, name=shape.
+    storage: "float64", "float32", "float16", "bfloat16", or another of STORAGES, which may treat the last
+    qk_rope_head_dim values of "k" apart. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
     xp: the library of the arrays. Any number of threads may read and attend; what changes the cache, such as
     append, truncate and close, is the caller's to lock.
@@ -697,10 +655,7 @@ class KVCache:
             fits = isinstance(shape, tuple) and len(shape) > 0 and name != "lengths"
             expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         if storage == "bfloat16":
-            try:
-                import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
-            except ImportError:
-                raise ImportError("storage 'bfloat16' needs ml_dtypes: pip install ml_dtypes") from None
+            import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
         self.xp, self.storage, self.grow, self.closed = xp, storage, bool(grow), False
         self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
@@ -732,10 +687,10 @@ class KVCache:
         given, own = sorted(tokens), sorted(self.streams)
         expect(given == own, "the streams given", given, f"the cache's {own}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
-        for name, shape in self.streams.items():
-            dims(self.xp, **{name: (tokens[name], "...")})
-            expected = (self.batch, *count, *shape)
-            expect(tokens[name].shape == expected, name, f"of shape {tokens[name].shape}", f"{expected}")
+        for name, x in tokens.items():
+            dims(self.xp, **{name: (x, "...")})
+            expected = (self.batch, *count, *self.streams[name])
+            expect(x.shape == expected, name, f"of shape {x.shape}", f"{expected}")
         new = check_lengths(lengths, self.batch, *count)
         need = int((self._lengths + new).max())
         most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
@@ -759,11 +714,11 @@ class KVCache:
             raise
 
     def read(self, name):
-        """A view (a copy of fp8) [B, longest length, *shape] of a stream; undefined beyond its own length."""
+        """A view (a copy if encoded) [B, longest length, *shape]; beyond a sequence's length undefined."""
         return self._codec.decode(name, self.stored(name)) if self._codec else self.stored(name)
 
     def stored(self, name):
-        """As read, but as it is stored: of fp8 the bytes, for index_scores."""
+        """As read, but as it is stored, encoded or not."""
         self._check_open()
         expect(name in self.streams, "name", repr(name), f"one of {sorted(self.streams)}")
         return self._stream(name)[:, : self._lengths.max()]
@@ -780,12 +735,10 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
-        n = dims(self.xp, q=(q, "B T H D"))
+        n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
         expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
-        n |= {"...": (self.batch,), "S": int(self._lengths.max())}
-        check_indices("indices", indices, n)
-        for b, length in enumerate(self._lengths.tolist()):
-            check_indices("indices", indices[b], n | {"...": (), "S": length})
+        for b, length in enumerate(self._lengths.tolist() if isinstance(indices, np.ndarray) else ()):
+            check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
     def truncate(self, lengths):
@@ -857,10 +810,6 @@ class NotANumber(Exception):
     """A block met NaN in the window of its query args[0]."""
 
 
-class WrongKind(TypeError, ValueError):
-    """A field of a configuration that is of the wrong kind: a TypeError as elsewhere, and a ValueError."""
-
-
 def expect(ok, name, value, expected, error=ValueError):
     if not ok:
         raise error(f"{name} is {value}, expected {expected}")
@@ -872,19 +821,16 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
+    if type(x) is (others or np).ndarray:
+        return others or np
     plain = type(x) in (np.ndarray, np.memmap)  # not a matrix, nor masked
-    if plain and others in (None, np):
-        return np
-    kinds, kind = (
-        sorted({"numpy"} | {home for _, home in KERNELS}),
-        f"a {type(x).__module__}.{type(x).__name__}",
-    )
+    known, kind = {"numpy"} | {home for _, home in KERNELS}, f"a {type(x).__module__}.{type(x).__name__}"
     home = "numpy" if plain else type(x).__module__.partition(".")[0]
-    xp = sys.modules[home] if home in kinds and (plain or home != "numpy") else None
-    expect(xp and isinstance(x, xp.ndarray), name, kind, f"an array of {' or '.join(kinds)}", TypeError)
-    same = others in (None, xp)
+    fits = plain or (home in known - {"numpy"} and isinstance(x, sys.modules[home].ndarray))
+    expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}", TypeError)
+    same = others in (None, sys.modules[home])
     expect(same, name, kind, f"an array of {others and others.__name__}, as others", TypeError)
-    return xp
+    return sys.modules[home]
 
 
 def dims(xp=None, **arrays):
@@ -904,8 +850,8 @@ def sizes(declared, given, optional, xp=None):
         if x is None and name in optional:
             continue
         n["xp"] = library(name, x, n["xp"])
-        allowed = ((dtypes,) if isinstance(dtypes, str) else dtypes) if dtypes else FLOATS
-        if not (x.dtype.kind in "iu" if dtypes == "int" else x.dtype.type.__name__ in allowed):
+        allowed = (dtypes,) if isinstance(dtypes, str) and dtypes else dtypes or FLOATS
+        if not (x.dtype.kind in "iu" if "int" in allowed else x.dtype.type.__name__ in allowed):
             raise TypeError(f"{name} is of dtype {x.dtype}, expected one of {', '.join(allowed)}")
         if not x.dtype.isnative:
             given[name] = x = x.astype(x.dtype.newbyteorder("="))
@@ -1031,16 +977,15 @@ def check_options(n, given):
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
     if "out_dtype" in given:
-        own, asked = given["q"].dtype, given["out_dtype"]
-        sums = accumulator(*(given[x] for x in "qkv" if given[x] is not None))
-        known = own if asked is None else [x for x in (own, sums) if asked in (x, x.type, x.name)]
-        expect(known, "out_dtype", asked, f"{own} or {sums}", TypeError)
-        given["out_dtype"] = known if asked is None else known[0]
+        own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
+        asked = own if given["out_dtype"] is None else given["out_dtype"]
+        expect(asked in (own, sums), "out_dtype", asked, f"{own} or {sums}", TypeError)
+        given["out_dtype"] = own if asked == own else sums
 
 
-# 8. Threads and buffers -----------------------------------------------------------------------------------
+# 8. Threads -----------------------------------------------------------------------------------------------
 
-OF_THREAD = threading.local()  # its buffers, and whether it is one of ours
+OF_THREAD = threading.local()  # whether it is one of ours
 THREADS: list[int | None] = [None]  # what set_num_threads set
 BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
 BLAS_BEFORE: list[int] = []  # the threads that each BLAS had before the first of them
@@ -1079,11 +1024,12 @@ def blas_libraries():
 
 def on_one_blas_thread(work):
     """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
-    me = object()
+    me, context = object(), contextvars.copy_context()
     try:
         try:
             share_blas(me, hold=True)
-            return contextvars.copy_context().run(quietly, work)
+            context.run(np.seterr, all="ignore")  # the code answers for -inf - -inf and the like
+            return context.run(work)
         finally:
             share_blas(me, hold=False)
     finally:  # again, if that was interrupted
@@ -1115,14 +1061,6 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
         after_in_parent=BLAS_OWNER.clear,
         after_in_child=lambda: [x.clear() for x in (BLAS_USERS, BLAS_OWNER)],
     )
-
-
-def quietly(work):
-    np.seterr(all="ignore")  # in this context; the code answers for -inf - -inf and the like
-    try:
-        return work()
-    finally:
-        OF_THREAD.__dict__.pop("buffers", None)
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1168,14 +1106,10 @@ def in_blocks(block, arrays, results, n, given, most):
 
 def blocks(n, most=64):
     """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
-    width = 1 if "H" in n else n.get("S", 1)  # attention holds tiles of keys, the others whole rows
-    held = KEY_TILE, n.get("J", 1), 2 * KEY_TILE, n.get("H", 1), 2**22, width
-    T, step = n["T"], max(1, min(most, *(a // max(1, b) for a, b in zip(held[::2], held[1::2]))))
-    return [
-        (b, slice(t, min(t + step, T)))
-        for b in itertools.product(*map(range, n["..."]))
-        for t in range(0, T, step)
-    ]
+    width = 1 if "H" in n else n.get("S") or 1  # attention holds tiles of keys, the others whole rows
+    T, J, H = n["T"], n.get("J") or 1, n.get("H") or 1
+    step = max(1, min(most, KEY_TILE // J, 2 * KEY_TILE // H, 2**22 // width))
+    return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
 def spread(work, jobs):
@@ -1203,13 +1137,19 @@ def spread(work, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def buffer(name, shape, dtype):
-    """An array of any content for this thread, the same one at each call that asks for the same."""
-    own, key = OF_THREAD.__dict__.setdefault("buffers", {}), (name, shape, dtype)
-    return own[key] if key in own else own.setdefault(key, np.empty(shape, dtype))
-
-
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
+
+import contextlib
+import copy
+import importlib
+import json
+import tempfile
+import weakref
+import zlib
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 __all__ += [  # noqa: RUF022
     "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
