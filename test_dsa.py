@@ -4559,6 +4559,23 @@ def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks):
     assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
 
 
+def test_nccl_moves_what_mpi_would(dsa, monkeypatch):
+    """Addresses and bytes of every rank that gets or gives some, in one group and on the current stream."""
+    calls: list[Any] = []
+    note = lambda name: lambda *args: calls.append((name, *args))  # noqa: E731
+    of = types.SimpleNamespace
+    pair, cuda = of(send=note("send"), recv=note("recv")), of(get_current_stream=lambda: of(ptr=5))
+    api = of(groupStart=note("start"), groupEnd=note("end"), NCCL_INT8=7)
+    api.NcclCommunicator = lambda *args: pair if args == (3, "name", 1) else None
+    monkeypatch.setitem(sys.modules, "cupy", of(cuda=cuda))
+    ranks = dsa.NcclRanks(api, of(size=3, rank=1), "name")
+    x, y = (of(itemsize=2, data=of(ptr=ptr)) for ptr in (100, 200))
+    (sent, first), (received, into) = (np.array(x) for x in ([[1, 0, 3], [4, 0, 4]], [[2, 2, 0], [0, 2, 4]]))
+    ranks.Alltoallv([x, (sent, first)], [y, (received, into)])
+    both = [("send", 108, 2, 7, 0, 5), ("send", 108, 6, 7, 2, 5), ("recv", 200, 4, 7, 0, 5)]
+    assert calls == [("start",), *both, ("recv", 204, 4, 7, 1, 5), ("end",)]
+
+
 def gpu_of(comm):
     """CuPy, on a GPU that is this rank's alone where there are enough."""
     cupy = poisoned(importlib.import_module("cupy"))
