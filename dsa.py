@@ -1142,6 +1142,7 @@ def spread(work, jobs):
 import contextlib
 import copy
 import importlib
+import itertools
 import json
 import tempfile
 import weakref
@@ -1214,18 +1215,14 @@ REFINERS["predictive"], predictive_select.options = predictive_select, ("widen",
 
 def near(candidates, widen, block, num_keys, start, end, local_window, num_sink_tokens):
     """Which keys each query looks at: those near candidates [T, C] and those that are always kept, [T, S]."""
-    xp, block, widen = (
-        library("candidates", candidates),
-        integer("block", block, 1),
-        integer("widen", widen, 0),
-    )
-    n = {"...": (), "T": len(start), "S": -(-num_keys // block), "xp": xp}
-    check_indices("candidates", candidates, n)
-    candidates, start, end = candidates.astype(np.int64)[..., None], start[:, None], end[:, None]
-    keys = block * candidates + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
-    keys = np.where((candidates >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
-    seen, s = xp.zeros((len(start), num_keys + 1), bool), xp.arange(num_keys)
-    seen[xp.arange(len(start))[:, None, None], keys] = True
+    block, widen, xp = integer("block", block, 1), integer("widen", widen, 0), library("k_start", start)
+    T, s, start, end = len(start), xp.arange(num_keys), start[:, None], end[:, None]
+    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-num_keys // block), "xp": xp})
+    first = candidates.astype(np.int64)[..., None]
+    keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
+    keys = np.where((first >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
+    seen = xp.zeros((T, num_keys + 1), bool)
+    seen[xp.arange(T)[:, None, None], keys] = True
     seen = seen[:, :-1] | (s >= end - local_window) | (s < start + num_sink_tokens)
     return seen & (s >= start) & (s < end)
 
@@ -1244,7 +1241,7 @@ def selector(choose):
     """Register choose(n, q, k, index, rest, **options): all selectors have one signature, take what they need
     of it and return what lightning_select does; with a local_window each is a hybrid of that and itself.
     """
-    known = {x.name: x for x in list(inspect.signature(choose).parameters.values())[5:]}
+    known = choose.__kwdefaults__ or {}
     axes = axes_of("q [..., T, H, D], k [..., S, G, D], index_q [..., T, J, E], index_k [..., S, E]")
     axes |= axes_of("weights [..., T, J]")
 
@@ -1261,7 +1258,7 @@ def selector(choose):
         q, k, *index = given.values()
         return on_one_blas_thread(lambda: choose(n, q, k, index, rest, **options))
 
-    select.__doc__ = f"{choose.__doc__}\n\n    Options: {', '.join(map(str, known.values())) or 'none'}."
+    select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
     select.__name__ = select.__qualname__ = choose.__name__.rstrip("_")
     SELECTORS[select.__name__], select.options = select, known  # type: ignore[attr-defined]
     return select
@@ -1274,7 +1271,7 @@ def lightning(n, q, k, index, rest):
 
 
 @selector
-def hierarchical(n, q, k, index, rest, block=64, oversample=4):
+def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
     """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
 
     The first and the last visible block are always in, since they may be visible only in part.
@@ -1306,18 +1303,17 @@ def drawn(xp, seed, *shapes, dtype=np.float64):
 
 
 @selector
-def approximate(n, q, k, index, rest, dim=64, seed=0, projection=None):
+def approximate(n, q, k, index, rest, *, dim=64, seed=0, projection=None):
     """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
     if projection is None:
         (projection,) = drawn(n["xp"], seed, (n["D"], integer("dim", dim, 1)))
     dims(k=(k, "... S G D"), projection=(projection, "D R"))
-    both = (x.reshape(*x.shape[:-1], n["G"], n["D"]) for x in features(q, k))
-    both = (x @ projection.astype(x.dtype) for x in both)  # [..., T, G, R], [..., S, G, R]
+    both = (x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k))
     return select_by(*both, lambda q, k, *_: np.tensordot(q, k, ((1, 2), (1, 2))), **rest)
 
 
 @selector
-def lsh(n, q, k, index, rest, bits=64, oversample=4, seed=0):
+def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
     """Random hyperplanes: the oversample * top_k keys nearest in Hamming distance, then by their logits."""
     bits, many = integer("bits", bits, 1), integer("oversample", oversample, 1) * rest["top_k"]
     (planes,) = drawn(n["xp"], seed, (n["G"] * n["D"], bits), dtype=np.float32)
@@ -1337,7 +1333,7 @@ def lsh(n, q, k, index, rest, bits=64, oversample=4, seed=0):
 
 
 @selector
-def learned(n, q, k, index, rest, mlp=None, hidden=16, seed=0):
+def learned(n, q, k, index, rest, *, mlp=None, hidden=16, seed=0):
     """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
 
     mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of `hidden` units.
@@ -1379,12 +1375,15 @@ def global_(n, q, k, index, rest):
 def strided(n, q, k, index, rest):
     """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
 
-    stride = lambda start, end: np.maximum(1, -((start - end) // rest["top_k"]))  # noqa: E731
-    return select_by(q, k, lambda q, k, s, *w: -1.0 * ((w[1] - 1 - s) % stride(*w)), **rest)
+    def score(q, k, s, start, end):
+        stride = np.maximum(1, -((start - end) // rest["top_k"]))  # [T, 1]
+        return -1.0 * ((end - 1 - s) % stride)
+
+    return select_by(q, k, score, **rest)
 
 
 @selector
-def random(n, q, k, index, rest, seed=0):
+def random(n, q, k, index, rest, *, seed=0):
     """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
     seed = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
 
@@ -1405,7 +1404,7 @@ def random(n, q, k, index, rest, seed=0):
 
 
 @selector
-def oracle(n, q, k, index, rest, scale=None):
+def oracle(n, q, k, index, rest, *, scale=None):
     """The keys of largest attention mass over all heads: as much as one set for all heads can capture."""
     check_options(n, given := {"scale": scale})
     return select_by(q, k, functools.partial(mass, **given), **rest)
@@ -1472,13 +1471,10 @@ def quantized(x, block, scale, least):
         if scale == "ue8m0":  # on the bits: the exponent, one more if the mantissa is not 0
             scales = ((scales.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
         x = x / np.repeat(scales, block, axis=-1)[..., : x.shape[-1]]
-        size = np.minimum(np.abs(x), 448)
+        size = np.clip(np.abs(x), 2.0**-11, 448)  # 0 itself has no exponent
         digits = np.minimum(4 - np.frexp(size)[1], 9)  # after the binary point; 9 for subnormals
-        size = np.ldexp(np.rint(np.ldexp(size, digits)), -digits)
-        # What is left is a float32 with a mantissa of 3 bits, whose exponent has the bias 127 in place of 7.
-        normal = (size.astype(np.float32).view(np.uint32) >> 20) - (120 << 3)
-        codes = np.where(np.isnan(size), 127, np.where(size < 2**-6, size * 2**9, normal))
-    return codes.astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7, scales
+        codes = np.rint(np.ldexp(size, digits)) + 8 * (9 - digits)  # a mantissa of 16 steps up the exponent
+    return np.where(np.isnan(x), 127, codes).astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7, scales
 
 
 def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
@@ -1487,12 +1483,12 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     >>> dequantize_fp8(np.array([126, 184], np.uint8), np.array([0.5], np.float32)).tolist()
     [224.0, -0.5]
     """
-    xp, N = dims(codes=(codes, "... N", "uint8"))["xp"], codes.shape[-1]
-    dims(xp, scales=(scales, "... M"))
-    shape = (*codes.shape[:-1], -(-N // integer("block", block, 1)))
+    n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
+    shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     with np.errstate(over="ignore"):
-        return xp.asarray(E4M3)[codes] * xp.repeat(scales.astype(np.float32), block, axis=-1)[..., :N]
+        scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
+        return n["xp"].asarray(E4M3)[codes] * scales
 
 
 @by_library
@@ -1548,7 +1544,12 @@ def widened(bits):
 
 
 class Entries:
-    """How storage "fp8" keeps a token: as `packed`. Beyond the numbers of bfloat16 nothing may be stored."""
+    """Storage "fp8": a token as `packed`, the last qk_rope_head_dim values of "k" in bfloat16, beyond whose
+    numbers nothing may be stored.
+
+    The stages of equation (1) take it as it is stored: index_q e4m3 codes, uint8 [..., T, J, E], whose scales
+    are in the weights, and index_k the entries, uint8 [..., S, E + 4].
+    """
 
     def __init__(self, rope):
         self.dtype, self.rope, self.widths = np.dtype(np.uint8), rope, {}
@@ -1569,7 +1570,7 @@ class Entries:
 
     def attend(self, cache, q, indices, **kwargs):
         def rows(b, used):
-            return {name: cache.stored(name)[b, used] for name in ("k", "v") if name in cache.streams}
+            return {name: cache.stored(name)[b, used] for name in cache.streams.keys() & {"k", "v"}}
 
         attend = KERNELS.get(("attend_to_entries", cache.xp.__name__), attend_to_rows)
         return attend(cache, q, indices, rows, **kwargs)
@@ -1598,14 +1599,15 @@ def decoded(n, given):
     return {**given, "index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
 
 
-CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]"), decoded
-CODES |= {
-    (name, np.dtype(np.uint8)): CODED for name in ("index_scores", "lightning_select", "predictive_select")
-}
+for name in ("index_scores", "lightning_select", "predictive_select"):
+    axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
+    CODES[name, np.dtype(np.uint8)] = axes, decoded
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 
 # 11. Caches that last, and a cache in two tiers -----------------------------------------------------------
+
+OPTIONS = ("capacity", "batch", "storage", "grow", "qk_rope_head_dim")  # of a cache, beside its streams
 
 
 class Session(KVCache):
@@ -1618,12 +1620,7 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with session_in(path) as (meta, data):
-            streams = {name: tuple(shape) for name, shape in meta["streams"].items()}
-            options = {key: meta[key] for key in ("batch", "storage", "grow", "qk_rope_head_dim")}
-            cache = KVCache(meta["capacity"], xp=xp, **options, **streams)
-            resume(cache, meta, data)
-        return cache
+        return read_session(path, functools.partial(KVCache, xp=xp))
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1651,49 +1648,47 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
 
 def write_session(cache, path, names, **more):
     """What describes a cache, and some of its streams, to a file: all of it, or what stood there stays."""
-    data: Any = {name: np.ascontiguousarray(on_host(cache.stored(name))).view(np.uint8) for name in names}
-    keys = ("batch", "capacity", "storage", "grow", "qk_rope_head_dim", "streams")
-    meta = {key: getattr(cache, key) for key in keys} | {"lengths": cache.lengths.tolist()}
+    data = {name: np.ascontiguousarray(on_host(cache.stored(name))).view(np.uint8) for name in names}
+    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")} | {"lengths": cache.lengths.tolist()}
     meta |= more | {"order": sys.byteorder, "sums": {name: zlib.crc32(x.data) for name, x in data.items()}}
+    arrays: Any = {f"stream_{name}": x for name, x in data.items()}
+    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     beside = f"{os.fspath(path)}.{os.getpid()}.part"
     try:
         with open(beside, "wb") as file:
-            text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-            streams: Any = {f"stream_{name}": x for name, x in data.items()}
-            np.savez(file, meta=text, **streams)
+            np.savez(file, **arrays)
         os.replace(beside, path)
     finally:
         Path(beside).unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def session_in(path, own=None):
-    """meta, which agrees with `own`, and data that write_session wrote; ValueError if the block raises."""
+def read_session(path, make, **own):
+    """A cache made like a KVCache, with the lengths and the streams in memory that write_session wrote.
+
+    ValueError where the file is none of its own, or says anything else than `own`.
+    """
     with open(path, "rb") as file:
         try:
             data = np.load(file, allow_pickle=False)
             meta = json.loads(bytes(data["meta"]))
-            for key, value in json.loads(json.dumps({"order": sys.byteorder, **(own or {})})).items():
+            meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
+            for key, value in {"order": sys.byteorder, **own}.items():
                 expect(meta[key] == value, key, value, meta[key])
-            yield meta, data
+            cache = make(**{key: meta[key] for key in OPTIONS}, **meta["streams"])
+            lengths = check_lengths(np.array(meta["lengths"]), cache.batch, cache.capacity)
+            for name, x in cache._data.items():
+                saved, rows = data[f"stream_{name}"], x[:, : lengths.max()]
+                fits = saved.dtype == np.uint8 and zlib.crc32(saved) == meta["sums"][name]
+                fits = fits and saved.view(cache.dtype).shape == rows.shape
+                expect(fits, f"the stream {name}", "another", "the one that was written")
+                rows[...] = cache.xp.asarray(saved.view(cache.dtype))
+            cache._set_lengths(lengths)
+            return cache
         except Exception as error:
             if isinstance(error, (ImportError, MemoryError)) or getattr(error, "filename", None):
                 raise  # which is nothing that the file says
             message = f"path is {os.fspath(path)!r}, expected what such a cache has written: {error}"
             raise ValueError(message) from error
-
-
-def resume(cache, meta, data):
-    """Go on where a session ended, with the streams that the cache holds in memory."""
-    lengths = check_lengths(np.array(meta["lengths"]), cache.batch, cache.capacity)
-    for name, x in cache._data.items():
-        saved, own = data[f"stream_{name}"], x[:, : lengths.max()]
-        fits = saved.dtype == np.uint8 and zlib.crc32(saved) == meta["sums"][name]
-        expect(fits, f"the stream {name}", "another", "the one that was written")
-        saved = saved.view(cache.dtype)
-        expect(saved.shape == own.shape, f"the stream {name}", f"of shape {saved.shape}", f"{own.shape}")
-        own[...] = cache.xp.asarray(saved)
-    cache._set_lengths(lengths)
 
 
 class HybridKVCache(KVCache):
@@ -1710,24 +1705,37 @@ class HybridKVCache(KVCache):
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
 
-    # At every line, slot_of[b, token] = s means that _fast[s] holds that token as the slow tier does, and
-    # _owner[s] is (b, token). So whatever interrupts, the worst is a miss.
+    # What attention reads of a token, its record, is row token * batch + b of _slow [rows, W]. At every line,
+    # _slot_of[row] = s means that _owner[s] is that row and that _fast[s] holds the same record, unless the
+    # row is beyond its sequence's length. So whatever interrupts, the worst is a miss.
     PINNED = np.iinfo(np.int64).max
 
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
-        self.path: Any = None if path is None else os.path.abspath(path)
-        self._kept, self._process = path is not None, os.getpid()
-        self._reader: dict[str, object] = {}  # who has the fast tier; a lock could be held by nobody
-        self._slow: Any = None
-        self._file: Any = None
-        self._stamp: Any
-        self._owner: Any
-        self._slot_of: Any
-        self._discard: Any = lambda: None
         self.hits = self.misses = self.bytes_moved = self._clock = 0
+        self._lock, self._process = threading.Lock(), os.getpid()
         super().__init__(capacity, **kwargs)
+        names = sorted(self._stored.keys() - self._in_memory().keys())  # a file has them in this order
+        expect("k" in names, "streams", sorted(self.streams), "k among them")
+        ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
+        self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}  # of a record
+        least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
+        expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
+        slots = self.fast_bytes // record
+        self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
+        self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
+        self._owner = np.zeros(slots, np.int64)
+        self._slot_of = np.full(0, -1)  # the slot of each row, -1 if it has none
+        self._slow: Any = None
+        self._discard: Any = lambda: None
+        self.path: Any = None if path is None else os.path.abspath(path)
+        self._kept = path is not None
+        if ("slow_tier", self.xp.__name__) in KERNELS:
+            expect(path is None, "path", repr(path), "None where the slow tier is no file")
+            self._allocate(self.capacity)
+        else:
+            self._open()
 
     @property
     def fast_nbytes(self):
@@ -1744,94 +1752,76 @@ class HybridKVCache(KVCache):
         expect(mine, "the cache", f"that of process {self._process}, which forked", "one that was made here")
         super().append(**kwargs)
 
-    def reorder(self, batch):
-        raise TypeError("a HybridKVCache cannot be reordered: save it, and reorder what KVCache.load gives")
+    def reorder(self, *batch):
+        raise TypeError("a HybridKVCache is not reordered, copied or pickled: save it, and use KVCache.load")
 
-    def __getstate__(self):
-        raise TypeError("a HybridKVCache can be neither copied nor pickled: save it, and use KVCache.load")
+    __getstate__ = reorder
 
     def close(self):
         try:
             if self._kept and not self.closed and os.getpid() == self._process:
-                write_session(
-                    self, f"{self.path}.npz", self._data, file_bytes=os.fstat(self._file.fileno()).st_size
-                )
+                size = os.fstat(self._file.fileno()).st_size
+                write_session(self, f"{self.path}.npz", self._data, file_bytes=size)
         finally:
             super().close()
             self._slow = None  # views that were read keep the mapping, and only they
             self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
             self._discard()
 
-    def _allocate(self, capacity):
-        first = self.capacity == 0
-        try:
-            with self._open_tiers() if first else contextlib.nullcontext() as session:
-                capacity = max(capacity, session[0]["capacity"] if session else 0)
-                room = max(capacity, self._slot_of.shape[1])  # more than that if growing has failed before
-                slot_of = np.full((self.batch, room), -1)
-                slot_of[:, : self._slot_of.shape[1]] = self._slot_of
-                # The capacity is the first axis, so that a growing file keeps what it holds in place.
-                slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
-                slow = slow_tier(self, (room, self.batch, self._fast.shape[1]), self._slow)
-                self._slow, self._slot_of = slow, slot_of
-                super()._allocate(capacity)
-                if session:
-                    resume(self, *session)
-            if first and self._kept:
-                self._made.clear()
-                Path(f"{self.path}.npz").unlink(missing_ok=session is None)  # so that nobody else opens it
-        except BaseException:
-            if first:
-                self._discard()
-            raise
-
-    def _open_tiers(self):
-        """An empty fast tier, the slow one's file -> a context: the session that goes on in it, or None."""
-        self._columns, width = {}, 0  # where each stream stands in a token's record
-        for name in self._stored.keys() - self._in_memory().keys():
-            self._columns[name] = slice(width, width + math.prod(self._stored[name]))
-            width = self._columns[name].stop
-        expect("k" in self._columns, "streams", sorted(self.streams), "k among them")
-        record = width * self.dtype.itemsize
-        least = max(1, self.batch * self.local_window) * record
-        fits = self.fast_bytes >= least
-        expect(fits, "fast_bytes", self.fast_bytes, f"at least {least}, for the local windows")
-        self._fast = self.xp.zeros((self.fast_bytes // record, width), self.dtype)
-        slots = len(self._fast)
-        self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
-        self._owner = np.zeros((slots, 2), np.int64)  # the (sequence, token) in each slot
-        self._slot_of = np.full((self.batch, 0), -1)  # the slot of each token, -1 if it has none
-        if ("slow_tier", self.xp.__name__) in KERNELS:
-            expect(not self._kept, "path", repr(self.path), "None where the slow tier is no file")
-            return contextlib.nullcontext()
-        again = self._kept and os.path.exists(f"{self.path}.npz")
+    def _open(self):
+        """The slow tier in a new file, or in that of a session, which then goes on."""
+        ended = f"{self.path}.npz"
+        again = self._kept and os.path.exists(ended)
         whole = not again or os.path.exists(self.path)
         expect(whole, "path", repr(self.path), "a session's two files, but only .npz is there")
         if self._kept:
-            self._file = open(self.path, "r+b" if again else "x+b")  # noqa: SIM115
+            self._file: Any = open(self.path, "r+b" if again else "x+b")  # noqa: SIM115
         else:
             self._file = tempfile.NamedTemporaryFile(prefix="dsa-", delete=False)  # noqa: SIM115
-        self.path, self._made = self._file.name, [] if again else [self._file.name]
-        self._discard = weakref.finalize(self, discard, self._file, self._made, self._process)
-        own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
-        own |= {"file_bytes": os.path.getsize(self.path)}
-        return session_in(f"{self.path}.npz", own) if again else contextlib.nullcontext()
+        self.path, made = self._file.name, [] if again else [self._file.name]
+        self._discard = weakref.finalize(self, discard, self._file, made, self._process)
+
+        def enlarged(capacity, **_):
+            self._allocate(max(self.capacity, capacity))
+            return self
+
+        try:
+            if again:
+                own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
+                read_session(ended, enlarged, **own, file_bytes=os.path.getsize(self.path))
+                os.unlink(ended)  # so that nobody else opens it
+            else:
+                self._allocate(self.capacity)
+        except BaseException:
+            self._discard()
+            raise
+        if self._kept:
+            made.clear()
+
+    def _allocate(self, capacity):
+        if self.capacity:  # which is 0 before there are tiers
+            rows = max(capacity * self.batch, len(self._slot_of))  # more if growing has failed before
+            slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
+            slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+            slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
+            self._slow, self._slot_of = slow, slot_of
+        if capacity > self.capacity:
+            super()._allocate(capacity)
 
     def _in_memory(self):
         return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
 
     def _write(self, b, start, tokens):
-        self._forget(b, start, start + len(tokens["k"]))
+        rows = slice(start * self.batch + b, (start + len(tokens["k"])) * self.batch + b, self.batch)
         super()._write(b, start, {name: tokens[name] for name in self._data})
         for name, columns in self._columns.items():
-            rows = self._slow[start : start + len(tokens[name]), b, columns]
-            rows[...] = tokens[name].reshape(rows.shape)
+            part = self._slow[rows, columns]
+            part[...] = tokens[name].reshape(part.shape)
 
     def _stream(self, name):
         if name in self._data:
             return self._data[name]
-        whole = self._slow[:, :, self._columns[name]].swapaxes(0, 1)
-        whole = whole.reshape(*whole.shape[:2], *self._stored[name])
+        whole = self._slow[:, self._columns[name]].reshape(-1, self.batch, *self._stored[name]).swapaxes(0, 1)
         if isinstance(whole, np.ndarray):
             whole.flags.writeable = False  # a forked child must not write into the file
         return whole
@@ -1840,69 +1830,54 @@ class HybridKVCache(KVCache):
         return attend_to_rows(self, q, indices, self._rows, **kwargs)
 
     def _rows(self, b, used):
-        """The streams of the tokens used by sequence b, from the fast tier if this thread can have it."""
-        me = object()
-        try:
-            try:
-                rows = self._fetched(b, used, self._reader.setdefault("", me) is me)
-            finally:
-                self._release(me)
-        finally:  # again, if that was interrupted
-            self._release(me)
-        split = {name: self.xp.ascontiguousarray(rows[:, columns]) for name, columns in self._columns.items()}
-        return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
-
-    def _release(self, me):
-        if self._reader.get("") is me:
-            self._reader.clear()
-
-    def _fetched(self, b, used, fast):
-        slots = self._slot_of[b, used] if fast else np.full(len(used), -1)
-        hit, at = slots >= 0, self.xp.asarray
-        rows = self.xp.empty((len(used), self._fast.shape[1]), self.dtype)
-        rows[at(hit)] = self._fast[at(slots[hit])] if fast else 0
-        rows[at(~hit)] = missed = self._slow[at(used[~hit]), b]
-        hits, misses, nbytes = len(used) - len(missed), len(missed), missed.nbytes
+        """The streams of the tokens used [N] by sequence b, from the fast tier if no other thread has it."""
+        rows = used * self.batch + b
+        if self._lock.locked():  # perhaps by a thread that a fork left behind
+            records, misses = self._slow[self.xp.asarray(rows)], len(rows)
+        else:
+            with self._lock:
+                self._clock += 1
+                records, misses = self._fetch(rows, self._clock)
+        hits, nbytes = len(rows) - misses, misses * self._fast[0].nbytes
         self.hits += hits
         self.misses += misses
         self.bytes_moved += nbytes
-        if fast:
-            self._clock += 1
-            self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], self._clock)  # or pinned, as it is
-            self._admit(b, used[~hit], missed, self._clock)
-        return rows
+        split = {name: self.xp.ascontiguousarray(records[:, own]) for name, own in self._columns.items()}
+        return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
 
-    def _admit(self, b, tokens, rows, stamp):
-        """Copy tokens into the slots unused for longest; where these are too few, only the latest tokens."""
+    def _fetch(self, rows, stamp):
+        """The records of rows [N] -> [N, W], and how many of them are not in the fast tier, the misses.
+
+        Those go to the slots unused for longest, of too many the last. All are then last used at `stamp`.
+        """
+        slots, at = self._slot_of[rows], self.xp.asarray
+        hit = slots >= 0
+        records = self.xp.empty((len(rows), self._fast.shape[1]), self.dtype)
+        records[at(hit)] = self._fast[at(slots[hit])]
+        records[at(~hit)] = missed = self._slow[at(rows[~hit])]
+        self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], stamp)  # a pinned one stays so
         free = np.flatnonzero(self._stamp < self._clock)
-        free = free[np.argsort(self._stamp[free], kind="stable")[: len(tokens)]]
-        tokens, rows = tokens[len(tokens) - len(free) :], rows[len(rows) - len(free) :]
-        evicted, token = self._owner[free].T
-        held = self._slot_of[evicted, token] == free
-        self._slot_of[evicted[held], token[held]] = -1
-        self._stamp[free] = -1
-        self._fast[self.xp.asarray(free)] = rows
-        self._owner[free] = np.stack([np.full_like(tokens, b), tokens], axis=1)
+        free = free[np.argsort(self._stamp[free], kind="stable")[: len(missed)]]
+        new, old = rows[~hit][len(missed) - len(free) :], self._owner[free]
+        self._slot_of[old[self._slot_of[old] == free]] = -1
+        self._fast[at(free)] = missed[len(missed) - len(free) :]
+        self._owner[free] = new
         self._stamp[free] = stamp
-        self._slot_of[b, tokens] = free
-
-    def _forget(self, b, start, stop):
-        slots = self._slot_of[b, start:stop]
-        self._stamp[slots[slots >= 0]] = -1
-        slots[...] = -1
+        self._slot_of[new] = free
+        return records, len(missed)
 
     def _set_lengths(self, lengths):
         """Forget what lies beyond the new lengths, and pin the new local windows in place of the old ones."""
+        token, b = np.divmod(self._owner, self.batch)
+        gone = token >= np.minimum(self._lengths, lengths)[b]  # also what an interrupted call left there
+        self._slot_of[self._owner[gone]] = self._stamp[gone] = -1
         self._clock += 1
         self._stamp[self._stamp == self.PINNED] = self._clock - 1
-        for b, (old, new) in enumerate(zip(self._lengths.tolist(), lengths.tolist())):
-            self._forget(b, new, old)
-        for b, new in enumerate(lengths.tolist()):
-            window = np.arange(max(0, new - self.local_window), new)
-            slots = self._slot_of[b, window]
-            self._stamp[slots[slots >= 0]] = self.PINNED
-            rows = self._slow[self.xp.asarray(window[slots < 0]), b]
-            self._admit(b, window[slots < 0], rows, self.PINNED)
+        ends = enumerate(lengths.tolist())
+        windows = [np.arange(max(0, n - self.local_window), n) * self.batch + b for b, n in ends]
+        slots = self._slot_of[rows := np.concatenate(windows)]
+        self._stamp[slots[slots >= 0]] = self.PINNED
+        self._fetch(rows[slots < 0], self.PINNED)
         self._lengths = lengths
 
 
