@@ -2005,10 +2005,9 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
 MPI_CALLS = {  # what sharded_attention asks of its communicator, and for what
-    "Alltoallv": "exchange", "Allgatherv": "exchange", "Allreduce": "merge",
-    "Allgather": "agree, wait", "allgather": "agree, wait", "bcast": "agree, wait",
+    "Alltoallv": "exchange", "Allgather": "agree, wait", "allgather": "agree, wait", "bcast": "agree, wait",
 }  # fmt: skip
-SHARD_STAGES = ("total", "attend", "exchange", "merge", "agree, wait", "score, select")
+SHARD_STAGES = ("total", "attend", "exchange", "agree, wait", "merge", "score, select")
 
 
 def sharded_keys(first: int, last: int, block: int = 1024):
@@ -2063,11 +2062,11 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
     for _ in range(repeat + 1):
         ranks = ClockedRank(comm)
         comm.Barrier()
-        with clocked("sparse_attention") as inside:
+        with clocked("sparse_attention", "merge_attention") as inside:
             start = time.perf_counter()
             out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, ranks, d_v=512)
             total = time.perf_counter() - start
-        own = {"attend": inside["sparse_attention"], **ranks.spent}
+        own = {"attend": inside["sparse_attention"], **ranks.spent, "merge": inside["merge_attention"]}
         times.append([total, *own.values(), total - sum(own.values())])
     seconds = np.median(times[1:], axis=0)  # the first warms up
     mean = np.array(comm.allgather(seconds)).mean(0)

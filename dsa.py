@@ -1142,7 +1142,6 @@ def spread(work, jobs):
 
 import contextlib
 import copy
-import ctypes
 import importlib
 import itertools
 import json
@@ -2488,16 +2487,16 @@ def dequantized(tensors):
 # window, with all else frozen; then inside its own set, while the model learns through sparse attention.
 
 
-def slots_at_a_time(numbers):
-    """most of a stage: how many queries to work on, each of whose K slots holds numbers(n) numbers."""
-    return lambda n: min(64, 2**20 // max(1, n["K"] * numbers(n)))
+def slots(numbers):
+    """most of a stage: how many queries to work on, each of whose K slots, or S, holds numbers(n) numbers."""
+    return lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * numbers(n)))
 
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, out [..., T, H, Dv],"
     " lse [..., T, H], dout [..., T, H, Dv], sink [H]"
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
-    most=slots_at_a_time(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
+    most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
 )
 def sparse_attention_backward(
     q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None, deterministic=True
@@ -2520,19 +2519,18 @@ def sparse_attention_backward(
     r, dtype, values = H // G, accumulator(q, k, k if v is None else v), k[..., :d_v] if v is None else v
     keys, values = (gather(x, rows, dtype).swapaxes(1, 2) for x in (k, values))  # [T, G, K, D], [T, G, K, Dv]
     q, out, dout, lse = (x.astype(dtype).reshape(T, G, r, -1) for x in (q, out, dout, lse))
-    z = np.full(H, -np.inf, dtype) if sink is None else sink.astype(dtype)
-    z = z.reshape(G, r, 1)
+    z = (np.full(H, -np.inf) if sink is None else sink).astype(dtype).reshape(G, r, 1)
     p = np.exp(scale * (q @ keys.swapaxes(2, 3)) - np.logaddexp(lse, z))  # [T, G, H/G, K]
     delta = (dout * out).sum(-1, keepdims=True)  # [T, G, H/G, 1]
     ds = scale * p * (dout @ values.swapaxes(2, 3) - delta)
     ds = np.where(rows[:, None, None] >= 0, ds, 0)  # of p, by_key drops what is absent
     dq = (ds @ keys).reshape(T, H, D)
-    dk, dv = ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout  # [T, G, K, D], [T, G, K, Dv]
+    parts = [ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout]  # of dk and dv, [T, G, K, D], [T, G, K, Dv]
     if v is None:
-        dk[..., :d_v] += dv
-    sums = by_key(rows, *(x.swapaxes(1, 2) for x in ((dk,) if v is None else (dk, dv))))
+        parts[0][..., :d_v] += parts.pop()
+    dk, *dv = by_key(rows, *(x.swapaxes(1, 2) for x in parts))
     dz = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z))).sum(0).ravel()
-    return dq, sums[0], None if v is None else sums[1], None if sink is None else -dz
+    return dq, dk, dv[0] if dv else None, None if sink is None else -dz
 
 
 def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None):
@@ -2545,22 +2543,20 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     >>> attention_target(np.ones((1, 2, 1)), np.log([[[1.0]], [[3.0]]])).round(6)
     array([[0.25, 0.75]])
     """
-    n, options = dims(q=(q, "... T H D"), k=(k, "... S G D")), {"scale": scale, "k_start": k_start}
-    if indices is None:
-        return target_in_window(q, k, **options, k_end=k_end)
-    return target_in_set(q, k, indices, **options, k_end=end_of_set(n, indices, k_end))
+    k_end = end_of_set(indices, k_end, q=(q, "... T H D"), k=(k, "... S G D"))
+    options = {"scale": scale, "k_start": k_start, "k_end": k_end}
+    return target_in_window(q, k, **options) if indices is None else target_in_set(q, k, indices, **options)
 
 
-def end_of_set(n, indices, k_end):
-    """k_end for indices, which say what a query sees: windows hide nothing unless they are given."""
-    check_indices("indices", indices, n)
-    return n["xp"].full(n["T"], n["S"]) if k_end is None else k_end
+def end_of_set(indices, k_end, **arrays):
+    """Checks all but k_end -> k_end for indices, where windows hide nothing unless they are given."""
+    n = dims(**arrays)
+    if indices is not None:
+        check_indices("indices", indices, n)
+    return k_end if indices is None or k_end is not None else n["xp"].full(n["T"], n["S"])
 
 
-@stage(
-    "q [..., T, H, D], k [..., S, G, D] -> target [..., T, S]",
-    most=lambda n: min(64, 2**20 // max(1, n["S"] * n["H"])),
-)
+@stage("q [..., T, H, D], k [..., S, G, D] -> target [..., T, S]", most=slots(lambda n: n["H"]))
 def target_in_window(q, k, *, scale=None, k_start=None, k_end=None):
     """attention_target in the dense warm-up."""
     (lo, hi), target = span(k_start, k_end), np.zeros((len(q), len(k)), accumulator(q, k))
@@ -2570,14 +2566,13 @@ def target_in_window(q, k, *, scale=None, k_start=None, k_end=None):
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], indices [..., T, K] int -> target [..., T, K]",
-    most=slots_at_a_time(lambda n: n["G"] * n["D"] + n["H"]),
+    most=slots(lambda n: n["G"] * n["D"] + n["H"]),
 )
 def target_in_set(q, k, indices, *, scale=None, k_start=None, k_end=None):
     """attention_target in the sparse stage."""
-    (T, H, D), G, dtype = q.shape, k.shape[1], accumulator(q, k)
-    rows = visible(indices, k_start, k_end)  # [T, K]
-    keys = gather(k, rows, dtype).transpose(0, 2, 3, 1)  # [T, G, D, K]
-    x = scale * (q.astype(dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
+    (T, H, D), G, rows = q.shape, k.shape[1], visible(indices, k_start, k_end)  # [T, K]
+    keys = gather(k, rows, accumulator(q, k)).transpose(0, 2, 3, 1)  # [T, G, D, K]
+    x = scale * (q.astype(keys.dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
     return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / H
 
 
@@ -2598,9 +2593,9 @@ def indexer_loss(
     (0.0, [0.0, 0.0])
     """
     arrays = {"index_q": (index_q, "... T J E"), "index_k": (index_k, "... S E")}
-    n = dims(**arrays, target=(target, "... T S" if indices is None else "... T K"))
-    k_end = k_end if indices is None else end_of_set(n, indices, k_end)
-    options = {"k_start": k_start, "k_end": k_end, "deterministic": deterministic}
+    arrays["target"] = target, "... T S" if indices is None else "... T K"
+    options = {"k_start": k_start, "k_end": end_of_set(indices, k_end, **arrays)}
+    options["deterministic"] = deterministic
     losses, *grads = loss_of_rows(index_q, index_k, weights, target, indices, **options)
     loss = losses.sum(dtype=np.float64)
     return float(loss) if isinstance(loss, float) else loss, tuple(grads)
@@ -2610,30 +2605,29 @@ def indexer_loss(
     "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J], target [..., T, K],"
     " indices [..., T, K] int"
     " -> losses [..., T], d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
-    most=slots_at_a_time(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
+    most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
 )
 def loss_of_rows(
     index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None, deterministic=True
 ):
     """The KL of each row, and the gradients of their sum. Without indices K is S: a block shares its keys."""
     (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
+    rows = visible(np.arange(lo, hi)[None] if indices is None else indices, k_start, k_end)
+    sees = rows >= 0  # [T, N]
     if indices is None:
-        rows, target = visible(np.arange(lo, hi)[None], k_start, k_end), target[:, lo:hi]
-        keys = np.where((rows >= 0).any(0)[:, None], index_k[lo:hi], 0).astype(dtype)[None]  # [1, N, E]
+        target, keys = target[:, lo:hi], np.where(sees.any(0)[:, None], index_k[lo:hi], 0).astype(dtype)[None]
     else:
-        rows = visible(indices, k_start, k_end)
-        keys = gather(index_k, rows, dtype)  # [T, N, E]
-    sees, shared = rows >= 0, T // len(keys)  # [T, N]
+        keys = gather(index_k, rows, dtype)  # [T, N, E], or [1, N, E]
     q, w = (x.astype(dtype) for x in (index_q, weights))
     q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
-    q = q.reshape(len(keys), shared * J, E)  # one product for all that share the keys
+    q = q.reshape(len(keys), T // len(keys) * J, E)  # one product for all that share the keys
     on = (q @ keys.swapaxes(1, 2)).reshape(T, J, sees.shape[1])
     np.maximum(on, 0, out=on)
     losses, d_scores = kl(target, (w[:, None] @ on)[:, 0], sees)  # [T], [T, N]                            (1)
     d_r = d_scores[:, None] * w[..., None]  # [T, J, N]
     d_r *= on > 0
-    d_r = d_r.reshape(len(keys), shared * J, sees.shape[1])
-    d_keys = d_r.swapaxes(1, 2) @ q  # [1 or T, N, E]
+    d_r = d_r.reshape(*q.shape[:2], sees.shape[1])
+    d_keys = d_r.swapaxes(1, 2) @ q  # as keys
     d_k = (slice(lo, hi), d_keys[0]) if indices is None else by_key(rows, d_keys)[0]
     return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
 
@@ -2688,17 +2682,17 @@ def by_key(rows, *slots):
     order = np.argsort(rows, axis=None, kind="stable")
     keys = rows.ravel()[order]
     first = np.flatnonzero(np.diff(keys, prepend=-1))  # of a key's slots; -1 sorts first, and has none
-    whole = (x.reshape(rows.size, *x.shape[2:])[order] for x in slots)
-    return [(keys[first], np.add.reduceat(x, first)) for x in whole]
+    return [(keys[first], np.add.reduceat(x.reshape(rows.size, *x.shape[2:])[order], first)) for x in slots]
 
 
-# 14. A sequence sharded over machines, through MPI --------------------------------------------------------
-# Rank r holds a contiguous range of the keys, which may be empty, and every rank holds the queries. Selection
-# is a reduction: the first top_k of all keys are the first top_k of what the shards select, and the first and
-# last keys of all, which are forced, are among the first and last of the shards. So a shard selects by (2),
-# and of these candidates, in the order of ranks and thus of keys, (2) selects again.
+# 14. A sequence sharded over machines ---------------------------------------------------------------------
+# Rank r holds a contiguous range of the keys, which may be empty, and every rank holds the queries. A shard
+# selects by (2), and of these candidates, in the order of ranks and thus of keys, (2) selects again: the
+# first top_k of all keys are the first top_k of what the shards select, and the first and last keys of all,
+# which are forced, are among the first and last of the shards. Each attends by (3) to the members it holds,
+# and what they find is merged. Both times every rank decides for some of the rows, and tells all.
 
-SHARD_BUFFER = 2**26  # numbers in a rank's buffers for a chunk of queries, unless a single query needs more
+SHARD_BUFFER = 2**27  # scores that a rank holds at a time, unless a single query has more
 INDEX_AXES = axes_of("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
@@ -2725,60 +2719,66 @@ def sharded_select(
         check_options(dict(n), given | {"k_start": k_start, "k_end": k_end})
     arrays, quota = [given.pop(name) for name in INDEX_AXES], given
     at = layout(comm, n, n["S"], arrays, **quota)
-    return select_over_shards(comm, n, at, quota, whole_windows(n, at, k_start, k_end), *arrays)
+    return select_over_shards(comm, n, at, quota, (k_start, k_end), *arrays)
 
 
 def sharded_attention(
     q, k_shard, v_shard, index_q, index_k_shard, weights, config, comm,
     *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
-    cache=None, lengths=None, owner=None, layer=0, n_layers=1,
+    cache=None, lengths=None, owner=None, layer=0, n_layers=1, scatter=False,
 ):  # fmt: skip
     """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
 
     All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
     config selects by equation (1). What one rank raises, all raise.
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
-    Each rank attends to its own members, and the parts are merged as by merge_attention: beside what
-    sharded_select sends, two sums over the ranks, of H and of H * (Dv + 1) numbers a query.
+    Each rank attends to its own members, and the parts are merged: beside what sharded_select sends, each
+    sends H * (Dv + 1) numbers a query, in float16 if q is bfloat16, to those that merge, and they send out
+    and lse to all. scatter=True: each keeps out [M, H, Dv] and lse [M, H] of its share of all N queries, on
+    rank r from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
     """
-    # The last rank takes what is decoded. In blocks dealt in turn the shards would grow alike, but no shard
-    # would be a range: ties, forced keys and windows would need the place of every key. A long prompt goes in
-    # chunks to owner=0, 1, ...; what is decoded is short beside it.
+    # A long prompt goes in chunks to owner=0, 1, ...; what is decoded, short beside it, to the last rank. In
+    # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
     arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
-    windows, where = (k_start, k_end), (config, (layer, n_layers), cache, lengths, owner)
-    n, at, new, mine = agreement(comm, arrays, kwargs, windows, *where)
-    tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
-
-    def start():
-        if cache is None:
-            return index_k_shard, functools.partial(sparse_attention, k=k_shard, v=v_shard)
-        cache.append(lengths=mine, **tokens)
-        return cache.read("index_k"), cache.attend
-
-    if cache is not None:
-        windows, before = (None, causal_end(at.total - new, new, n["T"])), cache.lengths
-    quota, dense = config.quota_at(layer, n_layers, at.num_keys)
+    places = (layer, n_layers), cache, lengths, owner, scatter
+    n, at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *places)
+    before = None if cache is None else cache.lengths
     try:
-        windows, quota = whole_windows(n, at, *windows), None if dense else quota
-        return attend_over_shards(comm, n, at, config, quota, windows, arrays, kwargs, cache, start)
+        with together(comm):
+            index_k, attend = index_k_shard, functools.partial(sparse_attention, k=k_shard, v=v_shard)
+            kept = [x for x in (k_shard, v_shard) if x is not None]
+            if cache is not None:
+                tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
+                cache.append(lengths=mine, **tokens)
+                index_k, attend, kept = cache.read("index_k"), cache.attend, [cache]
+            index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
+        indices = select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights)
+
+        def part():  # over the members that are here; out gets q's dtype once it is merged
+            first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
+            own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
+            alone = {"sink": None, "out_dtype": accumulator(q, *kept)}
+            return attend(q, indices=own.astype(np.int32), **{**kwargs, **alone})
+
+        return (*merge_over_shards(comm, n, at, part, sink, q.dtype, scatter), indices)
     except BaseException:
         if cache is not None:
             cache.truncate(before)
         raise
 
 
-def agreement(comm, arrays, kwargs, windows, config, layer, cache, lengths, owner):
-    """The checks of sharded_attention -> sizes, layout, and how many tokens are new, of them on this rank."""
+def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner, scatter):
+    """The checks of sharded_attention -> sizes, layout, quota, windows, and new tokens of this rank."""
     with together(comm):
         check_type("config", config, DSAConfig)
         if cache is not None:
             check_type("cache", cache, KVCache)
-        given = lengths is not None or owner is not None
-        expect(cache is not None or not given, "lengths or owner", "given", "None without a cache")
+        alone = lengths is owner is None
+        expect(cache is not None or alone, "lengths or owner", "given", "None without a cache")
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
         by = config.selector()
@@ -2787,103 +2787,143 @@ def agreement(comm, arrays, kwargs, windows, config, layer, cache, lengths, owne
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
     mine = new * (comm.rank == owner)
-    same = {"config": config, "layer": layer, "scale": kwargs["scale"], "owner": owner}
+    same = {"config": config, "layer": layers, "scale": kwargs["scale"], "owner": owner, "scatter": scatter}
     same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     behind = at.shards[owner + 1 :, new > 0]
     expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    return n, at, new, mine
-
-
-def attend_over_shards(comm, n, at, config, quota, windows, arrays, kwargs, cache, start):
-    """Equations (2) and (3) over all shards; start() -> index_k of this one, and what attends to it."""
-    q, k, v, index_q, _, weights = arrays.values()
-    with together(comm):
-        index_k, attend = start()
-        index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
-    if quota is None:  # every visible key
-        indices = n["xp"].asarray(every_key(windows, at.num_keys))
-    else:
-        indices = select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights)
-    with together(comm):
-        first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
-        own = np.where((indices >= first) & (indices < first + size), indices - first, -1).astype(np.int32)
-        sums = accumulator(q, *([x for x in (k, v) if x is not None] if cache is None else [cache]))
-        out, lse = attend(q, indices=own, **{**kwargs, "sink": None, "out_dtype": sums})  # q's, once merged
-    for t in chunks(n, n["H"] * (n["Dv"] + 1)):
-        out[..., t, :, :], lse[..., t, :] = merge_over_shards(comm, out[..., t, :, :], lse[..., t, :])
-    out = out if kwargs["sink"] is None else apply_sink(out, lse, kwargs["sink"])
-    return out.astype(q.dtype, copy=False), lse, indices
+    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
+    quota, dense = config.quota_at(*layers, at.num_keys)
+    return n, at, None if dense else quota, windows, mine
 
 
 def select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights):
-    """Equation (2) over the keys of all ranks, each of which decides for some queries -> [..., T, K]."""
-    place, width = np.int32 if at.num_keys <= 2**31 else np.int64, min(quota["top_k"], at.num_keys)
-    indices = n["xp"].empty((*n["..."], n["T"], width), place)
-    for t in chunks(n, at.longest):
-        with together(comm, f", counting queries from {t.start}" if t.start else ""):
-            part = (index_q[..., t, :, :], index_k, weights[..., t, :], [w[..., t] for w in windows])
-            offers = candidates_of(n["xp"], at, quota, place, *part)
-        N, W = offers[0].shape
-        rows = np.diff(N * np.arange(comm.size + 1) // comm.size)  # for how many queries each rank decides
-        mine = rows[comm.rank]
-        dealt = [exchange(comm, "Alltoallv", x, (comm.size, mine, W), W * rows) for x in offers]
-        best, keys = (x.swapaxes(0, 1).reshape(mine, comm.size * W) for x in dealt)  # by ascending key
-        kept = select_topk(best, **quota)[:, :width]
-        chosen = np.where(kept < 0, -1, np.take_along_axis(keys, np.maximum(kept, 0), -1))
-        shape = indices[..., t, :].shape
-        indices[..., t, :] = exchange(comm, "Allgatherv", chosen, shape, None, width * rows)
+    """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
+    xp, windows = n["xp"], windows_of({**n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
+    if quota is None:
+        return xp.asarray(every_key(windows, at.num_keys))
+    place, width = np.int32 if at.num_keys <= 2**31 else np.int64, min(quota["top_k"], at.longest)
+    indices = xp.empty((*n["..."], n["T"], min(quota["top_k"], at.num_keys)), place)
+    near = [xp.asarray(np.clip(w - at.first[..., None], 0, at.size[..., None]), np.int32) for w in windows]
+    first = xp.asarray(at.first)[..., None, None]
+
+    def offers(t, rows):  # what this shard selects: scores and keys [N, W], -inf where none is
+        own = index_q[..., t, :, :], index_k, weights[..., t, :], at.first % KEY_TILE
+        scores = scores_at(*own, *(w[..., t] for w in near))
+        if (lacks := width - scores.shape[-1]) > 0:
+            scores = np.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, lacks)], constant_values=-np.inf)
+        kept = select_topk(scores, **quota)  # [..., T, W]
+        x, kept, keys = (x.reshape(rows, x.shape[-1]) for x in (scores, kept, (kept + first).astype(place)))
+        return picked(x, kept, -np.inf), keys
+
+    def decide(_, *both):  # of candidates [R, M, W], side by side and thus by ascending key
+        x, keys = (x.swapaxes(0, 1).reshape(x.shape[1], comm.size * width) for x in both)
+        return [picked(keys, select_topk(x, **quota)[:, : indices.shape[-1]], -1)]
+
+    batch, T = math.prod(n["..."]), n["T"]
+    step = SHARD_BUFFER // max(1, batch * at.longest)
+    step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
+    for t in (slice(t, min(t + step, T)) for t in range(0, T, step)):
+        where, rows = f", counting queries from {t.start}" if t.start else "", batch * (t.stop - t.start)
+        (found,) = decided(comm, at.ranks, rows, functools.partial(offers, t, rows), decide, where=where)
+        indices[..., t, :] = found.reshape(indices[..., t, :].shape)
     return indices
 
 
-def candidates_of(xp, at, quota, place, index_q, index_k, weights, windows):
-    """What a shard selects -> scores and keys [N, W] of N queries, -inf where none is; W on all ranks."""
-    first, size = at.first[..., None], at.size[..., None]
-    windows = [xp.asarray(np.clip(w - first, 0, size), np.int32) for w in windows]
-    scores = scores_at(index_q, index_k, weights, at.first % KEY_TILE, *windows)
-    kept = select_topk(scores, **quota)  # [..., T, at most W]
-    shape = (*kept.shape[:-1], min(quota["top_k"], at.longest))
-    best, keys = xp.full(shape, -np.inf, scores.dtype), xp.zeros(shape, place)
-    found = np.take_along_axis(scores, np.maximum(kept, 0), -1)
-    best[..., : kept.shape[-1]] = np.where(kept < 0, -np.inf, found)
-    keys[..., : kept.shape[-1]] = kept + xp.asarray(first)[..., None]
-    return [x.reshape(math.prod(shape[:-1]), shape[-1]) for x in (best, keys)]
+def picked(x, slots, absent):
+    """x [N, M] at slots [N, K], where `absent` stands for those of -1."""
+    row = library("x", x).arange(len(x))[:, None] * x.shape[1]
+    return np.where(slots < 0, absent, np.take(x, slots + row))
 
 
 @by_library
 def scores_at(index_q, index_k, weights, place, k_start, k_end):
     """index_scores with its bits over all ranks' keys, among which key 0 is at place [...] of a tile."""
-    dtype, shape = accumulator(index_q, index_k, weights), (*weights.shape[:-1], index_k.shape[-2])
-    scores = np.empty_like(weights, dtype, shape=shape)
+    dtype, (S, E) = accumulator(index_q, index_k, weights), index_k.shape[-2:]
+    scores = np.empty_like(weights, dtype, shape=(*weights.shape[:-1], S))
     for b in np.ndindex(place.shape):
         cut = -place[b] % KEY_TILE  # where the first whole tile begins
-        before = np.zeros_like(index_k[b], shape=(place[b], index_k.shape[-1]))
-        head = np.concatenate([before, index_k[b][:cut]])
+        head = np.concatenate([np.zeros_like(index_k[b], shape=(place[b], E)), index_k[b][:cut]])
         for keys, shift, own in ((head, place[b], slice(cut)), (index_k[b][cut:], -cut, slice(cut, None))):
             window = {"k_start": k_start[b] + shift, "k_end": k_end[b] + shift}
             scores[b][:, own] = index_scores(index_q[b], keys, weights[b], **window)[:, max(0, shift) :]
     return scores
 
 
-def merge_over_shards(comm, out, lse):
-    """merge_attention of every rank's out [..., T, H, Dv] and lse [..., T, H], on every rank."""
-    with np.errstate(all="ignore"):
-        top = exchange(comm, "Allreduce", lse, lse.shape, op="MAX")
-        top[top == -np.inf] = 0
-        share = np.exp(lse - top)[..., None]
-        part = np.concatenate([out * share, share], axis=-1)
-        whole = exchange(comm, "Allreduce", part, part.shape, op="SUM")
-        total = whole[..., -1:]
-        return whole[..., :-1] / np.where(total == 0, 1, total), top + np.log(total[..., 0])
+def merge_over_shards(comm, n, at, attend, sink, dtype, scatter):
+    """merge_attention of every rank's attend() -> out [..., T, H, Dv], lse [..., T, H], and the sink."""
+    queries, heads, width = [*n["..."], n["T"]], n["H"], n["Dv"]
+    rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
+
+    def offers():
+        out, lse = attend()
+        if dtype.name != "bfloat16":
+            return out.reshape(rows, width), lse.reshape(rows)
+        largest = np.maximum(out.max(-1), -out.min(-1)).reshape(rows, 1)
+        largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
+        half = np.empty_like(out, np.float16, shape=(rows, width))  # of its largest: rounds a tenth as much
+        return np.divide(out.reshape(rows, width), largest, out=half), lse.reshape(rows), largest
+
+    def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
+        outs = outs if largest is None else outs * largest
+        out, lse = merge_attention(outs[:, None], lses[:, None])  # [1, M, Dv], [1, M]
+        out = out if sink is None else apply_sink(out, lse, np.tile(sink, rows // heads)[own])
+        return out[0].astype(dtype, copy=False), lse[0]
+
+    keep = max(1, heads) if scatter else 0
+    out, lse = decided(comm, at.ranks, rows, offers, merge, keep)
+    queries = [len(lse) // keep] if keep else queries
+    return out.reshape(*queries, heads, width), lse.reshape(*queries, heads)
+
+
+def decided(comm, ranks, N, offers, decide, keep=0, where=""):
+    """decide(which, *offers [R, M, ...]) by every rank for its share of the rows -> [N, ...] on every rank.
+
+    offers() -> arrays [N, ...]. keep: shares are whole times so many rows, and each rank keeps [M, ...].
+    """
+    R, unit = comm.size, max(1, keep)
+    edges, everyone = N // unit * np.arange(R + 1) // R * unit, (np.arange(R) == comm.rank) | (keep == 0)
+    rows, own = np.diff(edges), slice(*edges[comm.rank : comm.rank + 2])
+    mine = np.full(R, rows[comm.rank])
+    parts = exchange(comm, ranks, offers, edges[:-1], rows, mine, where)
+    found = lambda: decide(own, *(x.reshape(R, mine[0], *x.shape[1:]) for x in parts))  # noqa: E731
+    return exchange(comm, ranks, found, 0 * mine, mine * everyone, rows * everyone)
+
+
+def exchange(comm, ranks, work, first, sent, received, where=""):
+    """Of each array [N, ...] of work() send rank r the sent[r] rows from first[r] on -> what all send here.
+
+    ranks: comm itself, for which CuPy's arrays go through the host, or what has its Alltoallv for them.
+    """
+    plan, into = [], np.cumsum(received) - received
+    with together(comm, where):
+        arrays = work()
+        xp = library("x", arrays[0])
+        home = np if ranks is comm else xp
+        for x in arrays:
+            x = home.ascontiguousarray(on_host(x) if home is np else x)
+            y = home.empty((sum(received), *x.shape[1:]), x.dtype)
+            width, bits = math.prod(x.shape[1:]), f"i{x.itemsize}"  # MPI knows integers of all sizes
+            send = [x.view(bits), (sent * width, first * width)]
+            plan.append((send, [y.view(bits), (received * width, into * width)], y))
+    for send, receive, _ in plan:
+        ranks.Alltoallv(send, receive)
+    return [xp.asarray(y) for *_, y in plan]
+
+
+def gathered(comm, x):
+    """Every rank's NumPy array x [...] -> [R, ...]."""
+    comm.Allgather(x, every := np.empty((comm.size, *x.shape), x.dtype))
+    return every
 
 
 @contextlib.contextmanager
 def together(comm, where=""):
     """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
     fits = hasattr(comm, "Alltoallv") and bool(comm)
-    expect(fits, "comm", repr(comm), "a communicator of mpi4py's, such as MPI.COMM_WORLD", TypeError)
+    expect(fits, "comm", repr(comm), "an mpi4py communicator, such as MPI.COMM_WORLD", TypeError)
     error, kinds = None, (TypeError, ValueError, IndexError, MemoryError)
     try:
         yield
@@ -2901,66 +2941,15 @@ def layout(comm, n, shard, arrays, **same):
     same |= {**n, "S": None, "xp": n["xp"].__name__}
     same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
-    ranks = comm.allgather(same) if (sums != sums[0]).any() else [same]
+    every = comm.allgather(same) if (sums != sums[0]).any() else [same]
     for name in same:
-        values = [rank[name] for rank in ranks]
-        expect(values.count(values[0]) == len(ranks), f"{name}, by rank,", values, "the same on every rank")
+        values = [rank[name] for rank in every]
+        expect(values.count(values[0]) == len(every), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
-    total = shards.sum(0)
-    return SimpleNamespace(
-        shards=shards,  # how many keys each rank holds of each sequence of the batch [ranks, ...]
-        first=shards[: comm.rank].sum(0),  # the place of this rank's first key [...]
-        size=shards[comm.rank],
-        total=total,
-        longest=int(shards.max(initial=0)),  # keys of the largest shard
-        num_keys=int(total.max(initial=0)),  # and of the longest sequence
-    )
-
-
-def whole_windows(n, at, *windows):
-    """Windows that count the keys of all ranks, in NumPy."""
-    return windows_of({**n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
-
-
-def chunks(n, width):
-    """Slices of the queries: with `width` numbers for each, over the batch, a chunk fills SHARD_BUFFER."""
-    step = max(1, SHARD_BUFFER // max(1, math.prod(n["..."]) * width))
-    return [slice(t, min(t + step, n["T"])) for t in range(0, n["T"], step)]
-
-
-def gathered(comm, x):
-    """Every rank's x [...] -> [ranks, ...]."""
-    return exchange(comm, "Allgather", x, (comm.size, *x.shape))
-
-
-def exchange(comm, collective, x, shape, sent=None, received=None, op=None):
-    """The array of this shape that an MPI collective makes of every rank's x.
-
-    sent, received: how many numbers go to each rank and come from it, where that is not the same for all.
-    Where MPI is not CUDA-aware, CuPy arrays go through the host's memory; where it is, it still knows nothing
-    of streams, and has to be called after what is under way to x has ended. No buffer's address is null, as
-    that of an empty CuPy array is: where some ranks gave one, Intel's MPI was seen to wait forever.
-    """
-    from mpi4py import MPI
-
-    xp, x = library("x", x), x.ravel()
-    if xp is not np and cuda_aware():
-        xp.cuda.get_current_stream().synchronize()
-    else:
-        x = on_host(x)
-    x = x if x.size else np.empty_like(x, shape=1)[:-1]
-    y = np.empty_like(x, shape=math.prod(shape) + 1)[:-1]
-    getattr(comm, collective)([x, sent], [y, received], **({"op": getattr(MPI, op)} if op else {}))
-    return xp.asarray(y).reshape(shape)
-
-
-@functools.cache
-def cuda_aware():
-    """Whether MPI says that it reads GPUs' memory, by a function that Open MPI, MPICH and their kin have."""
-    from mpi4py import MPI
-
-    ask = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
-    return bool(ask and ask())
+    total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
+    at = {"first": shards[: comm.rank].sum(0), "size": shards[comm.rank], "num_keys": int(most(total))}
+    ranks = KERNELS.get(("ranks", n["xp"].__name__), lambda comm: comm)(comm)  # for exchange
+    return SimpleNamespace(shards=shards, total=total, longest=int(most(shards)), ranks=ranks, **at)
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3640,3 +3629,44 @@ GPU = {
     "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
+
+
+# 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
+
+
+class NcclRanks:
+    """mpi4py's Alltoallv for CuPy arrays, on the current stream: grouped sends and receives, no wait."""
+
+    def __init__(self, api, comm, name):
+        self.api, self.nccl = api, api.NcclCommunicator(comm.size, name, comm.rank)
+
+    def Alltoallv(self, send, receive):
+        stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+        self.api.groupStart()
+        for move, (x, places) in ((self.nccl.send, send), (self.nccl.recv, receive)):
+            for rank, (count, first) in enumerate(zip(*(x.itemsize * place for place in places))):
+                if count:
+                    move(x.data.ptr + int(first), int(count), self.api.NCCL_INT8, rank, stream)
+        self.api.groupEnd()
+
+
+# Under which an MPI communicator keeps what nccl_ranks made for it, as long as it lives.
+nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Create_keyval())
+
+
+def nccl_ranks(comm):
+    """NcclRanks of comm, made once; or comm itself, if some rank has no NCCL or no GPU of its own."""
+    if comm.Get_attr(nccl_key()) is None:
+        with together(comm):
+            api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
+            gpu = cuda.runtime.getDeviceProperties(cuda.Device().id)["uuid"] if api.available else None
+            name = api.get_unique_id() if gpu and comm.rank == 0 else None
+        gpus, names = zip(*comm.allgather((gpu, name)))
+        fits = None not in gpus and len(set(gpus)) == comm.size
+        if not fits and comm.rank == 0:
+            print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
+        comm.Set_attr(nccl_key(), [NcclRanks(api, comm, names[0]) if fits else None])
+    return comm.Get_attr(nccl_key())[0] or comm
+
+
+KERNELS["ranks", "cupy"] = nccl_ranks
