@@ -40,12 +40,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 try:
@@ -341,7 +344,7 @@ def update(bench: Bench) -> None:
         text = page.read_text(encoding="utf-8")
         for name, table in bench.tables.items():
             cpu = f"{p['machine']}; Python {p['python']}, {p['blas']}"
-            on = f"{p['gpu']}; {cpu}" if name.startswith("gpu") else cpu
+            on = f"{p['gpu']}; {cpu}" if "gpu" in p and name.startswith(("gpu", "lm")) else cpu
             body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
             lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
             figures = [f"![{finding}]({file})" for file, finding in table.figures]
@@ -1624,7 +1627,7 @@ STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # of decode, 
 
 def exact(x) -> np.ndarray:
     """A CuPy array or a torch tensor as NumPy's float64; codes stay codes."""
-    x = x.get() if hasattr(x, "get") else x.double().cpu()
+    x = x.get() if hasattr(x, "get") else x.detach().double().cpu()
     return np.asarray(x, None if x.dtype == np.uint8 else np.float64)
 
 
@@ -2120,7 +2123,699 @@ def sharded(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. The command line
+# 12. lm: a small language model that learns to read sparsely; torch for the model, DSA and its gradients ours
+# ------------------------------------------------------------------------------------------------------------
+
+LM = SimpleNamespace(
+    d=512, layers=8, H=8, D=64, J=4, E=64, batch=32768, contexts=(4096, 8192, 16384), rows=512, window=512,
+    dense=7000, warm=500, more=200, top_k=(512, 128), K=(64, 128, 256, 512, 1024, 2048), held=40, each=2,
+    least=64 * 1024, text=2**40, cues=200,
+)  # fmt: skip
+TOY = SimpleNamespace(
+    d=32, layers=2, H=2, D=16, J=2, E=16, batch=512, contexts=(64, 128, 256), rows=32, window=16,
+    dense=40, warm=20, more=4, top_k=(16, 8), K=(8, 16), held=4, each=2, least=2048, text=2**20, cues=2,
+)  # fmt: skip
+MATRICES, LAYERED = ("qkv", "out", "up", "down"), ("qkv", "out", "up", "down", "gain", "index")
+Function: Any = torch.autograd.Function if torch else object
+
+
+def give(x):
+    """A tensor as an array of the same memory, NumPy's or CuPy's."""
+    return sys.modules["cupy"].from_dlpack(x.detach()) if x.is_cuda else x.detach().numpy()
+
+
+class SparseAttention(Function):
+    """Equation (3) over the given keys, whose gradients are dsa's as well."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, indices):
+        out, lse = dsa.sparse_attention(*map(give, (q, k, v)), indices)
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = indices, out, lse
+        return tensor(out)
+
+    @staticmethod
+    def backward(ctx, dout):
+        arrays = map(give, ctx.saved_tensors)
+        grads = dsa.sparse_attention_backward(*arrays, *ctx.rest, give(dout.contiguous()))
+        return *map(tensor, grads[:3]), None
+
+
+class IndexerLoss(Function):
+    """KL of the indexer from the attention it is to foresee, a query, and dsa's gradients of it."""
+
+    @staticmethod
+    def forward(ctx, index_q, index_k, weights, target, where):
+        loss, grads = dsa.indexer_loss(*map(give, (index_q, index_k, weights)), target, **where)
+        ctx.grads, ctx.queries = grads, weights[..., 0].numel()
+        return torch.as_tensor(float(loss) if isinstance(loss, float) else tensor(loss)) / ctx.queries
+
+    @staticmethod
+    def backward(ctx, d):
+        return *(d / ctx.queries * tensor(g) for g in ctx.grads), None, None
+
+
+def fused(run):
+    """On a GPU by torch.compile, as what stands between the products would take as long as these."""
+
+    @functools.cache
+    def compiled():
+        return torch.compile(run, dynamic=False)
+
+    return lambda x, *rest: (compiled() if x.is_cuda else run)(x, *rest)
+
+
+def normed(x):
+    return torch.nn.functional.rms_norm(x, x.shape[-1:])
+
+
+def turned(x, turn):
+    """RoPE of the first half of x [N, heads, D]; turn [N, 1, D / 2]: cosines, then sines."""
+    (cos, sin), (a, b, rest) = turn.chunk(2, -1), x.split([x.shape[-1] // 4] * 2 + [x.shape[-1] // 2], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
+
+
+@fused
+def before(x, qkv, gain, turn, D: int):
+    """What attention takes of states x [N, d]: queries, the one head's keys and values, and the indexer x."""
+    x = normed(x)
+    q, k, v = (x @ qkv.T).view(len(x), -1, D).split([len(gain), 1, 1], 1)
+    return turned(normed(q) * gain[:, None], turn), turned(normed(k), turn), v.contiguous(), x
+
+
+@fused
+def indexed(x, weight, turn, J: int, E: int):
+    q, k, w = (x @ weight.T).split([J * E, E, J], -1)
+    return turned(q.view(-1, J, E), turn), turned(normed(k)[:, None], turn)[:, 0], w.float() * (J * E) ** -0.5
+
+
+@fused
+def after(x, y, out, up, down):
+    """The rest of a layer, y [N, H * D] being attention's: two products that square what is positive."""
+    x = x + y @ out.T
+    return x + torch.relu(normed(x) @ up.T).square() @ down.T
+
+
+class Decoder:
+    """Bytes to logits: multi-query attention with normed q and k, and beside each layer an indexer."""
+
+    def __init__(self, z, device: str, weights=None):
+        self.z, self.device, (d, L, n) = z, device, (z.d, z.layers, z.H * z.D)
+        shapes = {"embed": (256, d), "head": (256, d), "gain": (L, z.H), "qkv": (L, n + 2 * z.D, d)}
+        shapes |= {"out": (L, d, n), "up": (L, 4 * d, d), "down": (L, d, 4 * d)}
+        shapes["index"] = (L, (z.J + 1) * z.E + z.J, d)
+        draw = torch.Generator().manual_seed(0)
+        start = {name: torch.randn(shape, generator=draw) * d**-0.5 for name, shape in shapes.items()}
+        start |= {
+            "gain": torch.full(shapes["gain"], 1.5),
+            **{x: 0 * start[x] for x in ("out", "down", "head")},
+        }
+        self.weights = {
+            name: x.detach().to(device, copy=True).requires_grad_() for name, x in (weights or start).items()
+        }
+        at = torch.arange(z.contexts[-1] + 1, device=device)[:, None, None]
+
+        def turn(width):
+            angles = at * 1e5 ** -torch.linspace(0, 1, width // 4, device=device)
+            return torch.cat([angles.cos(), angles.sin()], -1)
+
+        self.turns = turn(z.D), turn(z.E)  # [positions, 1, width / 2]
+
+    def __call__(self, ids, attend, first: int = 0):
+        """Logits [B, T, 256] of ids [B, T] from position `first` on; attend(layer, q, k, v, index) -> out."""
+        (B, T), z, kind = ids.shape, self.z, torch.bfloat16 if self.device == "cuda" else torch.float32
+        w = {name: self.weights[name].to(kind).unbind() for name in LAYERED}
+        turn, narrow = (x[first : first + T].repeat(B, 1, 1) for x in self.turns)
+        x = normed(torch.nn.functional.embedding(ids.flatten(), self.weights["embed"])).to(kind)
+
+        def shaped(x):
+            return x.view(B, T, *x.shape[1:])
+
+        for i in range(z.layers):
+            *qkv, states = before(x, w["qkv"][i], w["gain"][i], turn, z.D)
+
+            def index(i=i, states=states.detach()):
+                return tuple(map(shaped, indexed(states, w["index"][i], narrow, z.J, z.E)))
+
+            y = attend(i, *map(shaped, qkv), index)
+            x = after(x, y.reshape(B * T, -1), w["out"][i], w["up"][i], w["down"][i])
+        return shaped(normed(x) @ self.weights["head"].to(kind).T).float()
+
+
+def dense(layer, q, k, v, index):
+    """SDPA, by cuDNN where it can, which is the fastest; of one query over a past, all of it is seen."""
+    backends = torch.nn.attention.SDPBackend
+    order = [backends.CUDNN_ATTENTION, backends.FLASH_ATTENTION, backends.MATH]
+    q, *kv = (x.transpose(1, 2) for x in (q, k, v))
+    kv = [x.expand(-1, q.shape[1], -1, -1) for x in kv]
+    with torch.nn.attention.sdpa_kernel(order, set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(q, *kv, is_causal=q.shape[2] > 1)
+    return out.transpose(1, 2)
+
+
+def windowed(width: int):
+    """SDPA over the last `width` keys: queries in blocks of as many, which see their own block and the last."""
+
+    def attend(layer, q, k, v, index):
+        (B, T, H, D), place = q.shape, torch.arange(2 * width, device=q.device)
+        q = q.reshape(-1, width, H, D).transpose(1, 2)
+        keys, values = (
+            torch.nn.functional.pad(x[:, :, 0], (0, 0, width, 0)).unfold(1, 2 * width, width).mT.flatten(0, 1)
+            for x in (k, v)
+        )  # [B * blocks, 2 * width, D]
+        behind = place[:width, None] + width - place  # how far each key is back
+        seen = ((behind >= 0) & (behind < width)).repeat(T // width, 1, 1)
+        seen[0, :, :width] = False  # what stands before the first token
+        keys, values = (x[:, None].expand(-1, H, -1, -1) for x in (keys, values))
+        seen = seen.repeat(B, 1, 1)[:, None]
+        out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
+        return out.transpose(1, 2).reshape(B, T, H, D)
+
+    return attend
+
+
+class Sparse:
+    """Our attention, over what select(q, k, index parts) keeps; an indexer that learns leaves its KL in kl."""
+
+    def __init__(self, select, learns: bool = False):
+        self.select, self.learns, self.kl = select, learns, list[Any]()
+
+    def __call__(self, layer, q, k, v, index):
+        parts = index()
+        indices = self.select(layer, give(q), give(k), *map(give, parts))
+        if self.learns:
+            target = dsa.attention_target(give(q), give(k), indices=indices)
+            self.kl.append(IndexerLoss.apply(*parts, target, {"indices": indices}))
+        return SparseAttention.apply(q, k, v, indices)
+
+
+def lightning(top_k: int, learns: bool = False) -> Sparse:
+    return Sparse(lambda layer, q, k, *index: dsa.lightning_select(*index, top_k), learns)
+
+
+def oracle(top_k: int) -> Sparse:
+    return Sparse(lambda layer, q, k, *index: dsa.select_topk(dsa.attention_target(q, k), top_k))
+
+
+def at_random(top_k: int) -> Sparse:
+    """Half of the keys by chance, half the newest; the same in every sequence, as no score decides."""
+
+    @functools.cache
+    def keep(layer, n, xp):
+        x = xp.zeros((n, 1, 1), np.float32)
+        return dsa.SELECTORS["random"](x, x, top_k, local_window=top_k // 2, seed=layer)
+
+    def select(layer, q, k, *index):
+        kept = keep(layer, q.shape[1], np if isinstance(q, np.ndarray) else sys.modules["cupy"])
+        return kept[None].repeat(len(q), 0)
+
+    return Sparse(select)
+
+
+class WarmUp:
+    """Dense attention, from which an indexer learns at some queries of each sequence."""
+
+    def __init__(self, rows: int):
+        self.rows, self.kl = rows, list[Any]()
+
+    def __call__(self, layer, q, k, v, index):
+        (index_q, index_k, weights), (B, T) = index(), q.shape[:2]
+        at = torch.rand(B, T, device=q.device).argsort(1)[:, : self.rows].sort(1)[0]
+        q_t, index_q, weights = (
+            x[torch.arange(B, device=q.device)[:, None], at] for x in (q, index_q, weights)
+        )
+        where = {"k_end": give(at + 1)}
+        target = dsa.attention_target(give(q_t), give(k), **where)
+        self.kl.append(IndexerLoss.apply(index_q, index_k, weights, target, where))
+        return dense(layer, q, k, v, index)
+
+
+RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.1)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.1, 0))
+
+
+@fused
+def orthogonal(x):
+    """Muon's step: about the orthogonal matrices nearest to x [L, m, n], by five of Newton and Schulz."""
+    tall = x.shape[1] / x.shape[2]
+    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.mT if tall > 1 else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x.mT * tall**0.5 if tall > 1 else x
+
+
+def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates, learns=None):
+    """Train the weights that learn, matrices by Muon, the rest by Adam -> [step, bits a byte, KL] on the way.
+
+    All that take as many steps read the same text. Contexts grow where rates RISE, and take turns elsewhere.
+    """
+    z, w, curve, learns = model.z, model.weights, list[list[float]](), learns or list(model.weights)
+    draw = torch.Generator(model.device).manual_seed(steps)
+    for x in w:
+        w[x].requires_grad_(x in learns)
+    matrices = [(w[x], torch.zeros_like(w[x])) for x in learns if x in MATRICES]
+    adam = torch.optim.AdamW([w[x] for x in learns if x not in MATRICES], betas=(0.9, 0.95))
+    kl, begun = getattr(attend, "kl", []), time.perf_counter()
+    sums, each = torch.zeros(2, device=model.device), max(1, steps // 50)
+    for i in bench.steps(range(steps), f"lm: {name}"):
+        n = z.contexts[min(2, 5 * i // (2 * steps)) if rates is RISE else 1 + i % 2]
+        at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=model.device)
+        ids, rate = text[at + torch.arange(n + 1, device=model.device)].int(), np.interp(i / steps, *rates)
+        kl.clear()
+        logits = model(ids[:, :-1], attend).flatten(0, 1)
+        bits = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten().long()) / math.log(2)
+        foreseen = sum(kl, torch.zeros_like(bits)) / max(1, len(kl))
+        (bits + foreseen).backward()
+        with torch.no_grad():
+            sums += torch.stack([bits, foreseen]) / each
+            for x, moment in matrices:
+                moment.mul_(0.95).add_(x.grad)
+                x.sub_(orthogonal(x.grad + 0.95 * moment), alpha=0.015 * rate)
+        adam.param_groups[0]["lr"] = 2e-3 * rate
+        adam.step()
+        for x in learns:
+            w[x].grad = None
+        if (i + 1) % each == 0:
+            curve.append([i + 1, *sums.tolist()])
+            sums.zero_()
+            if not np.isfinite(curve[-1]).all():
+                raise WrongAnswer(f"lm, {name}: the loss is {curve[-1][1:]} at step {i}")
+            if (i + 1) % (10 * each) == 0:
+                rate, begun = 10 * each * z.batch / (time.perf_counter() - begun), time.perf_counter()
+                bench.say(
+                    f"lm, {name}: step {i + 1} of {steps}, {curve[-1][1]:.4f} bits a byte, KL {curve[-1][2]:.4f}, "
+                    f"{rate:,.0f} tokens/s"
+                )
+    return curve
+
+
+def sources(folder: Path, z):
+    """Python sources -> a text to learn from, [windows, n + 1] held out and whose package each is, and a note.
+
+    Packages of middling size are held out, in the order of a hash of their names. A file of whose longer lines
+    most stand in these is not learned from, so that no copy of what is judged is.
+    """
+    packages: dict[str, list[Path]] = {}
+    for path in sorted(x for x in folder.rglob("*.py") if x.is_file()):
+        packages.setdefault(path.relative_to(folder).parts[0], []).append(path)
+    texts, left = {}, z.text
+    for name in sorted(packages, key=lambda name: zlib.crc32(name.encode())):
+        if left > 0:
+            texts[name] = [path.read_bytes() for path in packages[name]]
+            left -= sum(map(len, texts[name]))
+    held = [x for x, own in texts.items() if z.least <= sum(map(len, own)) <= 32 * z.least][: z.held]
+
+    def lines(text):
+        return {hash(line) for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
+
+    judged = set[int]().union(*(lines(x) for name in held for x in texts[name]))
+    rest = [x for name in texts if name not in held for x in texts[name]]
+    learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
+    n, windows, owners = z.contexts[-1] + 1, [], list[int]()
+    for i, name in enumerate(held):
+        text = np.frombuffer(b"\0".join(texts[name]), np.uint8)
+        starts = np.linspace(0, len(text) - n, min(z.each, len(text) // n)).astype(int)
+        windows += [text[x : x + n] for x in starts]
+        owners += [i] * len(starts)
+    text = np.frombuffer(b"\0".join(learned), np.uint8).copy()
+    note = (
+        f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; {len(windows)} windows of {len(held)} "
+        f"whole packages held out, and {len(rest) - len(learned)} files that repeat them left out."
+    )
+    return torch.from_numpy(text), torch.from_numpy(np.stack(windows)), torch.tensor(owners), note
+
+
+def judged(model: Decoder, attend, windows, n: int):
+    """Bits of each of the last n bytes of the windows, in NumPy: [windows, n]."""
+    batches, found = windows[:, -n - 1 :].int().split(max(1, model.z.batch // n)), []
+    with torch.no_grad():
+        for ids in batches:
+            logits = model(ids[:, :-1], attend).flatten(0, 1)
+            nats = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten().long(), reduction="none")
+            found.append((nats / math.log(2)).view(ids.shape[0], n).cpu().numpy())
+    return np.concatenate(found)
+
+
+def over(bits, reference, draws: int = 2000):
+    """How far bits [packages] are over the reference's, and the middle 95 % of that over draws of packages."""
+    rng = np.random.default_rng(0)
+    some = rng.integers(len(bits), size=(draws, len(bits)))
+    low, high = np.percentile(bits[some].sum(1) / reference[some].sum(1) - 1, (2.5, 97.5))
+    return float(bits.sum() / reference.sum() - 1), float(low), float(high)
+
+
+FAR, CUE, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_%s = '", 8
+
+
+def with_secrets(windows, z):
+    """Windows in which assignments to random names stand at distances FAR, to be completed at the end: ids."""
+    rng, letters = np.random.default_rng(0), np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+    ids = windows[np.arange(z.cues) % len(windows), -z.contexts[-1] :].cpu().numpy().copy()
+    lines = np.frombuffer(CUE % b"######" + b"#" * SECRET + b"'\n", np.uint8)
+    body = ids.shape[1] - len(FAR) * len(lines)
+    for row in ids:
+        for i, far in enumerate(FAR):
+            line = np.where(lines == ord("#"), rng.choice(letters, len(lines)), lines)
+            for at in (body - int(far * body), body + i * len(line)):
+                row[at : at + len(line)] = line[: len(row) - at]
+    return torch.from_numpy(ids).to(windows.device).int(), [
+        body + (i + 1) * len(lines) - 2 - SECRET for i in range(len(FAR))
+    ]
+
+
+def retrieved_secrets(model: Decoder, attend, ids, ends) -> list[float]:
+    """The share of secrets, at each distance, of which the likeliest next byte is right all the way."""
+    right = []
+    with torch.no_grad():
+        for some in ids.split(max(1, model.z.batch // ids.shape[1])):
+            same = model(some, attend)[:, :-1].argmax(-1) == some[:, 1:]
+            right.append(torch.stack([same[:, x - 1 : x - 1 + SECRET].all(1) for x in ends], 1))
+    return torch.cat(right).float().mean(0).tolist()
+
+
+def costs(bench: Bench, model: Decoder, windows, top_k: int) -> list[dict[str, Any]]:
+    """Seconds and bytes a token: training, a prefill, and one token after it, dense and DSA in turn."""
+    z, cuda, cells = model.z, model.device == "cuda", list[dict[str, Any]]()
+    n, past = z.contexts[-1], list[Any]()
+    ids = windows[:1, :n].int()
+
+    def remember(layer, q, k, v, index):
+        past.append((k.clone(), v.clone(), index()[1].clone()))
+        return dense(layer, q, k, v, index)
+
+    def onward(attend):
+        """The attention of one token, whose own key goes to the end of what is remembered."""
+
+        def run(layer, q, k, v, index):
+            parts = index()
+            for x, new in zip(past[layer], (k, v, parts[1]), strict=True):
+                x[:, -1:] = new
+            k, v, index_k = past[layer]
+            return attend(layer, q, k, v, lambda: (parts[0], index_k, parts[2]))
+
+        return run
+
+    def train(attend):
+        getattr(attend, "kl", []).clear()
+        some = windows[: z.batch // z.contexts[1], -z.contexts[1] :].int()
+        loss = model(some, attend).square().mean() + sum(getattr(attend, "kl", []))
+        loss.backward()
+
+    with torch.no_grad():
+        model(ids, remember)
+    long = windows[: max(1, z.batch // n), :n].int()
+    cases = {
+        f"training, {z.contexts[1]:,}": (train, z.batch, True),
+        f"prefill, {n:,}": (lambda attend: model(long, attend), long.numel(), False),
+        f"decoding at {n:,}": (lambda attend: model(ids[:, -1:], onward(attend), n - 1), 1, False),
+    }
+    for what, (run, tokens, learns) in cases.items():
+        runs, memory = {}, {}
+        for name, attend in (("dense", dense), ("DSA", lightning(top_k, learns))):
+
+            def timed(run=run, attend=attend, learns=learns):
+                with torch.set_grad_enabled(learns):
+                    run(attend)
+                if cuda:
+                    torch.cuda.synchronize()
+
+            runs[name] = timed
+            timed()  # compiles
+            if cuda:
+                sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                timed()
+                pool = sys.modules["cupy"].get_default_memory_pool().total_bytes()
+                memory[name] = torch.cuda.max_memory_allocated() - before + pool
+        laps = race(runs, 2)
+        cells.append({"what": what, "tokens": tokens, "memory": memory})
+        cells[-1] |= {name: Laps(x / tokens for x in own) for name, own in laps.items()}
+    return cells
+
+
+def check_gradients(bench: Bench, model: Decoder) -> None:
+    """Of attention to chosen keys and of the indexer's loss there: ours beside plain torch in float64."""
+    z, n = model.z, 4 * model.z.top_k[0]
+    kind = torch.bfloat16 if model.device == "cuda" else torch.float32
+    draw = torch.Generator().manual_seed(0)
+    widths = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.E), (z.E,), (z.J,)
+    given = [torch.randn((1, n, *x), generator=draw).to(model.device, kind) for x in widths]
+    given[5], dout = given[5].float(), torch.randn((1, n, z.H, z.D), generator=draw).to(model.device, kind)
+    kept = dsa.lightning_select(*map(give, given[3:]), z.top_k[0])
+    target = dsa.attention_target(give(given[0]), give(given[1]), indices=kept)
+    ours, theirs = ([x.clone().to(y or x).requires_grad_() for x in given] for y in (None, torch.float64))
+    out = SparseAttention.apply(*ours[:3], kept)
+    loss = IndexerLoss.apply(*ours[3:], target, {"indices": kept})
+    q, k, v, index_q, index_k, weights = (x[0] for x in theirs)
+    rows, p_in = tensor(kept)[0].long(), tensor(target)[0].double()
+    seen, rows = rows >= 0, rows.clamp(min=0)  # [T, K]
+    logits = torch.einsum("thd,tkd->thk", q, k[rows, 0]) * z.D**-0.5
+    p = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+    scores = torch.einsum("tj,tjk->tk", weights, torch.einsum("tje,tke->tjk", index_q, index_k[rows]).relu())
+    slope = scores.masked_fill(~seen, -math.inf).log_softmax(-1).masked_fill(~seen, 0)
+    plain = torch.einsum("thk,tkd->thd", p, v[rows, 0])
+    kl = (torch.xlogy(p_in, p_in) - p_in * slope).sum() / n
+    tol = 2e-2 if kind == torch.bfloat16 else 1e-4
+    bench.check("lm: attention", exact(out[0]), exact(plain), tol)
+    bench.check("lm: attention_target", exact(p_in), exact(p.mean(1)), tol)
+    bench.check("lm: indexer_loss", exact(loss), exact(kl), tol)
+    torch.autograd.backward([out, loss], [dout, None])
+    torch.autograd.backward([plain, kl], [dout[0].double(), None])
+    for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, theirs, strict=True):
+        bench.check(f"lm: gradient of {name}", exact(x.grad), exact(y.grad), tol)
+
+
+def choices(z):
+    """What is judged beside dense attention: name -> (whose weights, attention for a K, the reference)."""
+    learned, more = "dense, continued", [f"trained at {k}" for k in (*z.top_k, z.window)]
+    return {
+        f"DSA, {more[0]}": (f"DSA, {more[0]}", lightning, learned),
+        f"DSA, {more[1]}": (f"DSA, {more[1]}", lightning, learned),
+        "DSA, warm-up alone": ("warm-up", lightning, "dense"),
+        "the oracle's keys": ("warm-up", oracle, "dense"),
+        "window": ("warm-up", windowed, "dense"),
+        f"window, {more[2]}": (f"window, {more[2]}", windowed, learned),
+        "window, from scratch": ("window, from scratch", windowed, "dense"),
+        f"random and window, {more[2]}": (f"random and window, {more[2]}", at_random, learned),
+        "before warm-up": ("dense", lightning, "dense"),
+    }
+
+
+def judge(bench: Bench, models, z, windows, owners) -> list[dict[str, Any]]:
+    """Of every method, K and length: bits of the windows' last halves, by package, and by position."""
+    middle, most = z.contexts[1:]
+    presets = [math.ceil(x * middle) for x in dsa.SELECTION_RATIOS.values()]
+    asked = [("dense", "dense", dense, 0, n) for n in z.contexts]
+    asked += [("dense, continued", "dense, continued", dense, 0, n) for n in z.contexts]
+    for i, (name, (whose, form, _)) in enumerate(choices(z).items()):
+        sizes = [z.window] if name.startswith("window,") else z.K
+        lengths = z.contexts if name.startswith(("DSA", "window")) else [middle]
+        asked += [(name, whose, form(k), k, n) for n in lengths for k in sizes]
+        asked += [(name, whose, form(k), k, middle) for k in presets if i == 0 and k not in sizes]
+    cells, edges = list[dict[str, Any]](), [0, *(most >> i for i in range(5, 0, -1)), most]
+    for name, whose, attend, k, n in bench.steps(asked, "lm: judging"):
+        bits = judged(models[whose], attend, windows, n)
+        cells.append({"method": name, "K": k, "n": n})
+        cells[-1]["bits"] = np.bincount(owners.cpu(), bits[:, n // 2 :].mean(1)).tolist()
+        if n == most:
+            cells[-1]["by position"] = [float(bits[:, a:b].mean()) for a, b in itertools.pairwise(edges)]
+    return cells
+
+
+LM_OPTIONS: dict[str, dict[str, Any]] = {
+    "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
+    "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
+}  # fmt: skip
+
+
+@part("a language model that learns to read sparsely", "lm", "lm_position", "lm_secrets", "lm_cost", "lm_presets",
+      default=False, takes="25 minutes on an H100, not", options=LM_OPTIONS)  # fmt: skip
+def lm(bench: Bench) -> None:
+    """Train a decoder on Python sources with torch, its indexers and then all of it as DeepSeek did, and judge
+    it on packages held out. Needs torch, and without --quick a GPU and CuPy.
+    """
+    if torch is None:
+        raise MissingPackage("needs torch: pip install torch")
+    z, device, seconds = TOY if bench.args.quick else LM, "cuda", dict[str, float]()
+    try:
+        bench.results["provenance"]["gpu"] = Chip(bench).name
+    except MissingPackage:
+        if not bench.args.quick:
+            raise
+        device = "cpu"
+
+    def once(name, run):
+        """run(), or of an earlier run what it returned."""
+        file = bench.args.out / f"lm-{name.replace(' ', '-').replace(',', '')}.pt"
+        if not (bench.args.resume and file.exists()):
+            start = time.perf_counter()
+            result = run()
+            torch.save((time.perf_counter() - start, result), file)
+        seconds[name], result = torch.load(file, map_location=device, weights_only=False)
+        bench.say(f"lm, {name}: {seconds[name]:.1f} s")
+        return result
+
+    folder = bench.args.source or Path(sysconfig.get_path("purelib"))
+    text, windows, owners, note = once("text", lambda: sources(folder, z))
+    bench.say(f"lm, text: {note}")
+    models, curves = {"": Decoder(z, device)}, dict[str, list[list[float]]]()
+    check_gradients(bench, models[""])
+
+    def teach(name, start, attend, steps, rates, learns=None):
+        def run():
+            model = Decoder(z, device, start and models[start].weights)
+            curve = fit(bench, name, model, attend, text, steps, rates, learns)
+            return {x: y.detach() for x, y in model.weights.items()}, curve
+
+        weights, curves[name] = once(name, run)
+        models[name] = Decoder(z, device, weights)
+
+    teach("dense", None, dense, z.dense, RISE)
+    teach("warm-up", "dense", WarmUp(z.rows), z.warm, FALL, ["index"])
+    for k in z.top_k:
+        teach(f"DSA, trained at {k}", "warm-up", lightning(k, True), z.more, LAST)
+    teach("dense, continued", "warm-up", dense, z.more, LAST)
+    teach(f"window, trained at {z.window}", "warm-up", windowed(z.window), z.more, LAST)
+    teach(f"random and window, trained at {z.window}", "warm-up", at_random(z.window), z.more, LAST)
+    teach("window, from scratch", None, windowed(z.window), z.dense, RISE)
+    for name, column in (("dense", 1), ("warm-up", 2)):
+        if not curves[name][-1][column] < 0.9 * curves[name][0][column]:
+            raise WrongAnswer(f"lm, {name}: the loss went from {curves[name][0]} to {curves[name][-1]}")
+    cells = once("judged", lambda: judge(bench, models, z, windows, owners))
+    secrets = once("secrets", lambda: hunt_secrets(bench, models, z, windows))
+    taken = once("costs", lambda: costs(bench, models[f"DSA, trained at {z.top_k[0]}"], windows, z.top_k[0]))
+    bench.results["lm"] = {
+        "text": note,
+        "curves": curves,
+        "judged": cells,
+        "secrets": secrets,
+        "costs": taken,
+    }
+    bench.results["lm"] |= {"seconds": seconds, "sizes": vars(z)}
+    report_lm(bench, z, len(windows))
+    draw_lm(bench, z)
+
+
+def hunt_secrets(bench: Bench, models, z, windows) -> dict[str, list[float]]:
+    """The share of secrets found at each distance, by method."""
+    (ids, ends), n, first = with_secrets(windows, z), z.contexts[-1], f"DSA, trained at {z.top_k[0]}"
+    asked = {"dense, continued": ("dense, continued", dense)}
+    for x in (first, "DSA, warm-up alone", "window", f"window, trained at {z.window}"):
+        whose, form, _ = choices(z)[x]
+        asked[f"{x}, K = {z.window}"] = whose, form(z.window)
+    for preset, ratio in dsa.SELECTION_RATIOS.items():
+        asked[f"{preset}: {ratio:.0%}"] = first, lightning(math.ceil(ratio * n))
+    some = bench.steps(asked.items(), "lm: secrets")
+    return {x: retrieved_secrets(models[whose], attend, ids, ends) for x, (whose, attend) in some}
+
+
+def report_lm(bench: Bench, z, windows: int) -> None:
+    found, middle = bench.results["lm"], z.contexts[1]
+    bits = {(c["method"], c["K"], c["n"]): np.array(c["bits"]) for c in found["judged"]}
+    references = {name: reference for name, (_, _, reference) in choices(z).items()}
+    gap = found["over"] = [
+        {"method": m, "K": k, "n": n} | dict(zip(("over", "low", "high"), over(x, bits[references[m], 0, n])))
+        for (m, k, n), x in bits.items() if m in references
+    ]  # fmt: skip
+    at = {(c["method"], c["K"], c["n"]): [f"{100 * c[x]:+.2f}" for x in ("over", "low", "high")] for c in gap}
+    text = {cell: f"{mean} ({low} to {high})" for cell, (mean, low, high) in at.items()}
+    rows = [
+        [m, f"{n:,}", *(text.get((m, k, n), "") for k in z.K)]
+        for n in (middle, *z.contexts[::2]) for m in references if any((m, k, n) in text for k in z.K)
+    ]  # fmt: skip
+    level = {m: bits[m, 0, middle].sum() / windows for m in ("dense", "dense, continued")}
+    share = [f"K = {k} ({k / middle:.1%})" for k in z.K]
+    title = f"Held-out Python: bits a byte over dense attention's, in %; keys kept of {middle:,}"
+    tokens = {name: f"{steps * z.batch / 1e6:.3g}" for name, steps in (("dense", z.dense), ("more", z.more))}
+    note = (
+        f"{found['text']} {z.layers} layers, width {z.d}, {z.H} heads of {z.D} over one key head, index "
+        f"{z.J}x{z.E}, bytes as tokens. Dense for {tokens['dense']} million tokens, {level['dense']:.4f} bits a byte; "
+        f"indexers warmed up, {z.warm} steps on {z.rows} queries of each sequence; then {tokens['more']} million "
+        f"tokens more each: trained, and dense, continued, {level['dense, continued']:.4f}, beside which trained "
+        "ones stand, the others beside dense. In brackets the middle 95 % over draws of packages. Last half of each "
+        "window. Seeds are fixed; sums by atomics and cuBLAS's choices differ from run to run."
+    )
+    bench.table("lm", title, ["method", "tokens", *share], rows, note)
+    edges = [0, *(z.contexts[-1] >> i for i in range(5, -1, -1))]
+    rows = [
+        [c["method"] + (f", K = {c['K']}" if c["K"] else ""), *(f"{x:.4f}" for x in c["by position"])]
+        for c in found["judged"] if "by position" in c and c["K"] in (0, z.window)
+    ]  # fmt: skip
+    columns = [f"{a:,} to {b:,}" for a, b in itertools.pairwise(edges)]
+    bench.table("lm_position", "Bits a byte, by the position of the byte", ["method", *columns], rows)
+    columns = [f"{far * z.contexts[-1]:,.0f}" for far in FAR]
+    rows = [[name, *(f"{x:.0%}" for x in shares)] for name, shares in found["secrets"].items()]
+    title = f"Secrets found, of {z.cues} at each distance in {z.contexts[-1]:,} tokens"
+    note = (
+        f"A random name and its {SECRET} random letters, planted as an assignment; at the end the name asks."
+    )
+    bench.table("lm_secrets", title, ["method", *columns], rows, note)
+    rows = [
+        [c["what"], str(c["dense"]), str(c["DSA"]), f"{c['dense'].median / c['DSA'].median:.2f}x",
+         *(size(c["memory"][x]) if c["memory"] else "" for x in ("dense", "DSA"))] for c in found["costs"]
+    ]  # fmt: skip
+    title = f"Time a token, and memory, of the whole model: dense (SDPA), and DSA at K = {z.top_k[0]}"
+    note = "Of a step of training forward and backward; decoding one sequence, launch by launch, without a graph."
+    bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
+    first, rows = f"DSA, trained at {z.top_k[0]}", []
+    for preset, ratio in dsa.SELECTION_RATIOS.items():
+        k, shares = math.ceil(ratio * middle), found["secrets"][f"{preset}: {ratio:.0%}"]
+        rows.append([preset, f"{ratio:.0%}", f"{k:,}", text[first, k, middle], f"{np.mean(shares):.0%}"])
+    dense_finds = np.mean(found["secrets"]["dense, continued"])
+    note = f"Dense finds {dense_finds:.0%}. Secrets: mean over distances, the same share of {z.contexts[-1]:,} keys."
+    columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", "secrets found"]
+    bench.table("lm_presets", "What the presets cost a model that has learned them", columns, rows, note)
+
+
+def draw_lm(bench: Bench, z) -> None:
+    """Quality against K for all methods; loss against step."""
+    found, middle = bench.results["lm"], z.contexts[1]
+    names = (
+        "trained",
+        "hierarchical",
+        "warm-up only",
+        "oracle",
+        "window",
+        "strided",
+        "lsh",
+        "random",
+        "global",
+    )
+    shades = dict(zip(choices(z), names))
+    fig, ax = plt.subplots(figsize=(8, 3.8))
+    for name, shade in shades.items():
+        own = [c for c in found["over"] if c["method"] == name and c["n"] == middle and c["K"] in z.K]
+        y, low, high = (np.maximum([100 * c[x] for c in own], 0.01) for x in ("over", "low", "high"))
+        ax.errorbar([c["K"] for c in own], y, [y - low, high - y], color=COLOURS[shade], label=name)
+    log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
+    ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    of = {c["method"]: c["over"] for c in found["over"] if (c["K"], c["n"]) == (z.window, middle)}
+    finding = (
+        f"A language model that learned to read sparsely, on Python it has not seen: with {z.window / middle:.0%} "
+        f"of the keys {of[f'DSA, trained at {z.top_k[0]}']:.2%} more bits a byte than dense attention, with a "
+        f"window of as many {of[f'window, trained at {z.window}']:.0%} more"
+    )
+    bench.figure("lm", "lm.png", finding, fig)
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
+    shades |= {"dense": "dense", "warm-up": "warm-up only", "dense, continued": "oracle"}
+    for name, curve in found["curves"].items():
+        step, bits, kl = np.array(curve).T
+        axes[int(name not in ("dense", "window, from scratch"))].plot(step, bits, marker="", color=COLOURS[shades[name]], label=name)
+        if kl.any():
+            axes[2].plot(step, kl, marker="", color=COLOURS[shades[name]], label=name)
+    for ax, title in zip(
+        axes, ("bits a byte, from scratch", "bits a byte, onward", "KL of the indexers, nats")
+    ):
+        ax.set(yscale="log", xlabel=f"steps of {z.batch:,} tokens", title=title)
+        ax.legend()
+    bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 13. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 
