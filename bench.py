@@ -2123,20 +2123,25 @@ def sharded(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. lm: a small language model that learns to read sparsely; torch for the model, DSA and its gradients ours
+# 12. lm: a small language model that learns to read sparsely: torch's model, dsa's attention and gradients
 # ------------------------------------------------------------------------------------------------------------
 
 LM = SimpleNamespace(
-    d=512, layers=8, H=8, D=64, J=4, E=64, batch=32768, contexts=(4096, 8192, 16384), rows=512, window=512,
-    dense=7000, warm=500, more=200, top_k=(512, 128), K=(64, 128, 256, 512, 1024, 2048), held=40, each=2,
-    least=64 * 1024, text=2**40, cues=200,
+    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, window=512,
+    dense=2900, warm=250, more=100, top_k=(512, 128), K=(64, 128, 256, 512, 1024, 2048), cues=100,
+    held=40, least=2**16, text=2**28,
 )  # fmt: skip
 TOY = SimpleNamespace(
-    d=32, layers=2, H=2, D=16, J=2, E=16, batch=512, contexts=(64, 128, 256), rows=32, window=16,
-    dense=40, warm=20, more=4, top_k=(16, 8), K=(8, 16), held=4, each=2, least=2048, text=2**20, cues=2,
+    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=32, window=16,
+    dense=40, warm=20, more=4, top_k=(16, 8), K=(8, 16), cues=2, held=4, least=2**11, text=2**20,
 )  # fmt: skip
-MATRICES, LAYERED = ("qkv", "out", "up", "down"), ("qkv", "out", "up", "down", "gain", "index")
-Function: Any = torch.autograd.Function if torch else object
+LM_OPTIONS: dict[str, dict[str, Any]] = {
+    "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
+    "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
+}
+WARM, MORE = "DSA, warm-up alone", "dense, continued"
+MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
+RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.1)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.1, 0))
 
 
 def give(x):
@@ -2144,45 +2149,42 @@ def give(x):
     return sys.modules["cupy"].from_dlpack(x.detach()) if x.is_cuda else x.detach().numpy()
 
 
-class SparseAttention(Function):
-    """Equation (3) over the given keys, whose gradients are dsa's as well."""
+class Ours(Function):  # type: ignore[misc, valid-type]
+    """run(*arrays) -> a result and back, which makes the arrays' gradients of the result's: all of it dsa's."""
 
     @staticmethod
-    def forward(ctx, q, k, v, indices):
-        out, lse = dsa.sparse_attention(*map(give, (q, k, v)), indices)
-        ctx.save_for_backward(q, k, v)
-        ctx.rest = indices, out, lse
-        return tensor(out)
+    def forward(ctx, run, *tensors):
+        result, ctx.back = run(*map(give, tensors))
+        return tensor(result)
 
     @staticmethod
-    def backward(ctx, dout):
-        arrays = map(give, ctx.saved_tensors)
-        grads = dsa.sparse_attention_backward(*arrays, *ctx.rest, give(dout.contiguous()))
-        return *map(tensor, grads[:3]), None
+    def backward(ctx, slope):
+        return None, *map(tensor, ctx.back(give(slope.contiguous())))
 
 
-class IndexerLoss(Function):
-    """KL of the indexer from the attention it is to foresee, a query, and dsa's gradients of it."""
+def attention(indices):
+    def run(q, k, v):
+        out, lse = dsa.sparse_attention(q, k, v, indices)
+        return out, lambda dout: dsa.sparse_attention_backward(q, k, v, indices, out, lse, dout)[:3]
 
-    @staticmethod
-    def forward(ctx, index_q, index_k, weights, target, where):
-        loss, grads = dsa.indexer_loss(*map(give, (index_q, index_k, weights)), target, **where)
-        ctx.grads, ctx.queries = grads, weights[..., 0].numel()
-        return torch.as_tensor(float(loss) if isinstance(loss, float) else tensor(loss)) / ctx.queries
+    return run
 
-    @staticmethod
-    def backward(ctx, d):
-        return *(d / ctx.queries * tensor(g) for g in ctx.grads), None, None
+
+def foresight(target, where):
+    def run(*index):
+        loss, grads = dsa.indexer_loss(*index, target, **where)
+        each = 1 / index[2][..., 0].size  # a query
+        return np.full_like(index[2], loss * each, shape=()), lambda d: [
+            each * d * g.astype(np.float32) for g in grads
+        ]
+
+    return run
 
 
 def fused(run):
-    """On a GPU by torch.compile, as what stands between the products would take as long as these."""
-
-    @functools.cache
-    def compiled():
-        return torch.compile(run, dynamic=False)
-
-    return lambda x, *rest: (compiled() if x.is_cuda else run)(x, *rest)
+    """On a GPU by torch.compile: else what stands between the products takes as long as they do."""
+    compiled = functools.cache(lambda: torch.compile(run, dynamic=False))
+    return lambda x, *rest: (compiled() if x.is_cuda and len(x) > 99 else run)(x, *rest)
 
 
 def normed(x):
@@ -2191,166 +2193,144 @@ def normed(x):
 
 def turned(x, turn):
     """RoPE of the first half of x [N, heads, D]; turn [N, 1, D / 2]: cosines, then sines."""
-    (cos, sin), (a, b, rest) = turn.chunk(2, -1), x.split([x.shape[-1] // 4] * 2 + [x.shape[-1] // 2], -1)
+    (cos, sin), (a, b, rest) = turn.chunk(2, -1), x.tensor_split((x.shape[-1] // 4, x.shape[-1] // 2), -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
 
 
 @fused
-def before(x, qkv, gain, turn, D: int):
-    """What attention takes of states x [N, d]: queries, the one head's keys and values, and the indexer x."""
-    x = normed(x)
-    q, k, v = (x @ qkv.T).view(len(x), -1, D).split([len(gain), 1, 1], 1)
-    return turned(normed(q) * gain[:, None], turn), turned(normed(k), turn), v.contiguous(), x
-
-
-@fused
-def indexed(x, weight, turn, J: int, E: int):
-    q, k, w = (x @ weight.T).split([J * E, E, J], -1)
-    return turned(q.view(-1, J, E), turn), turned(normed(k)[:, None], turn)[:, 0], w.float() * (J * E) ** -0.5
+def before(x, turn, qkv, gain, index):
+    """Of states [N, d]: q, k, v; and index_q, index_k, weights, which teach the states nothing, if asked."""
+    x, H, D = normed(x), len(gain), 2 * turn.shape[-1]
+    q, k, v = (x @ qkv.T).view(len(x), -1, D).split((H, 1, 1), 1)
+    found = turned(normed(q) * gain[:, None], turn), turned(normed(k), turn), v.contiguous()
+    if index is None:
+        return found
+    J = len(index) // (D + 1)
+    y, weights = (x.detach() @ index.T).tensor_split(((J + 1) * D,), -1)
+    y = turned(y.view(len(x), J + 1, D), turn)
+    return *found, y[:, :J].contiguous(), normed(y[:, J]), weights.float() * (J * D) ** -0.5
 
 
 @fused
 def after(x, y, out, up, down):
-    """The rest of a layer, y [N, H * D] being attention's: two products that square what is positive."""
+    """The rest of a layer, y [N, H * D] being attention's: an MLP that squares what is positive."""
     x = x + y @ out.T
     return x + torch.relu(normed(x) @ up.T).square() @ down.T
 
 
 class Decoder:
-    """Bytes to logits: multi-query attention with normed q and k, and beside each layer an indexer."""
+    """Bytes to logits: multi-query attention with normed q and k; an indexer beside each layer."""
 
     def __init__(self, z, device: str, weights=None):
-        self.z, self.device, (d, L, n) = z, device, (z.d, z.layers, z.H * z.D)
-        shapes = {"embed": (256, d), "head": (256, d), "gain": (L, z.H), "qkv": (L, n + 2 * z.D, d)}
-        shapes |= {"out": (L, d, n), "up": (L, 4 * d, d), "down": (L, d, 4 * d)}
-        shapes["index"] = (L, (z.J + 1) * z.E + z.J, d)
+        self.z, self.device, d, L, n = z, device, z.d, z.layers, z.H * z.D
+        shapes = {
+            "embed": (256, d),
+            "head": (256, d),
+            "gain": (L, z.H),
+            "index": (L, (z.J + 1) * z.D + z.J, d),
+        }
+        shapes |= {"qkv": (L, n + 2 * z.D, d), "out": (L, d, n), "up": (L, 4 * d, d), "down": (L, d, 4 * d)}
         draw = torch.Generator().manual_seed(0)
-        start = {name: torch.randn(shape, generator=draw) * d**-0.5 for name, shape in shapes.items()}
-        start |= {
-            "gain": torch.full(shapes["gain"], 1.5),
-            **{x: 0 * start[x] for x in ("out", "down", "head")},
-        }
-        self.weights = {
-            name: x.detach().to(device, copy=True).requires_grad_() for name, x in (weights or start).items()
-        }
-        at = torch.arange(z.contexts[-1] + 1, device=device)[:, None, None]
-
-        def turn(width):
-            angles = at * 1e5 ** -torch.linspace(0, 1, width // 4, device=device)
-            return torch.cat([angles.cos(), angles.sin()], -1)
-
-        self.turns = turn(z.D), turn(z.E)  # [positions, 1, width / 2]
+        first = weights or {name: torch.randn(x, generator=draw) * d**-0.5 for name, x in shapes.items()}
+        if not weights:  # sharp enough to choose; and a layer begins as nothing
+            first |= {"gain": 1.5 + 0 * first["gain"], **{x: 0 * first[x] for x in ("out", "down", "head")}}
+        self.weights = {name: x.detach().to(device, copy=True).requires_grad_() for name, x in first.items()}
+        angles = torch.arange(z.contexts[-1]).outer(1e5 ** -torch.linspace(0, 1, z.D // 4))[:, None]
+        self.turn = torch.cat([angles.cos(), angles.sin()], -1).to(device)  # [positions, 1, D / 2]
 
     def __call__(self, ids, attend, first: int = 0):
-        """Logits [B, T, 256] of ids [B, T] from position `first` on; attend(layer, q, k, v, index) -> out."""
-        (B, T), z, kind = ids.shape, self.z, torch.bfloat16 if self.device == "cuda" else torch.float32
-        w = {name: self.weights[name].to(kind).unbind() for name in LAYERED}
-        turn, narrow = (x[first : first + T].repeat(B, 1, 1) for x in self.turns)
+        """Logits [B, T, 256] of ids [B, T], which stand at position `first` and after."""
+        (B, T), kind = ids.shape, torch.bfloat16 if self.device == "cuda" else torch.float32
+        w = {name: x.to(kind).unbind() for name, x in self.weights.items() if x.ndim > 2 or name == "gain"}
         x = normed(torch.nn.functional.embedding(ids.flatten(), self.weights["embed"])).to(kind)
-
-        def shaped(x):
-            return x.view(B, T, *x.shape[1:])
-
-        for i in range(z.layers):
-            *qkv, states = before(x, w["qkv"][i], w["gain"][i], turn, z.D)
-
-            def index(i=i, states=states.detach()):
-                return tuple(map(shaped, indexed(states, w["index"][i], narrow, z.J, z.E)))
-
-            y = attend(i, *map(shaped, qkv), index)
-            x = after(x, y.reshape(B * T, -1), w["out"][i], w["up"][i], w["down"][i])
-        return shaped(normed(x) @ self.weights["head"].to(kind).T).float()
+        turn = self.turn[first : first + T].repeat(B, 1, 1)
+        for i in range(self.z.layers):
+            index = w["index"][i] if attend.asks else None
+            found = before(x, turn, w["qkv"][i], w["gain"][i], index)
+            q, k, v, *parts = (y.view(B, T, *y.shape[1:]) for y in found)
+            x = after(x, attend(i, q, k, v, parts).reshape(B * T, -1), w["out"][i], w["up"][i], w["down"][i])
+        return (normed(x) @ self.weights["head"].to(kind).T).view(B, T, 256).float()
 
 
-def dense(layer, q, k, v, index):
-    """SDPA, by cuDNN where it can, which is the fastest; of one query over a past, all of it is seen."""
+def sdpa(q, k, v):
+    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it."""
     backends = torch.nn.attention.SDPBackend
     order = [backends.CUDNN_ATTENTION, backends.FLASH_ATTENTION, backends.MATH]
-    q, *kv = (x.transpose(1, 2) for x in (q, k, v))
-    kv = [x.expand(-1, q.shape[1], -1, -1) for x in kv]
+    q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
     with torch.nn.attention.sdpa_kernel(order, set_priority=True):
-        out = torch.nn.functional.scaled_dot_product_attention(q, *kv, is_causal=q.shape[2] > 1)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
     return out.transpose(1, 2)
 
 
-def windowed(width: int):
-    """SDPA over the last `width` keys: queries in blocks of as many, which see their own block and the last."""
+class Attend:
+    """A Decoder's attention: torch's to all keys, or ours to top_k that `by` selects.
 
-    def attend(layer, q, k, v, index):
-        (B, T, H, D), place = q.shape, torch.arange(2 * width, device=q.device)
-        q = q.reshape(-1, width, H, D).transpose(1, 2)
-        keys, values = (
-            torch.nn.functional.pad(x[:, :, 0], (0, 0, width, 0)).unfold(1, 2 * width, width).mT.flatten(0, 1)
-            for x in (k, v)
-        )  # [B * blocks, 2 * width, D]
-        behind = place[:width, None] + width - place  # how far each key is back
-        seen = ((behind >= 0) & (behind < width)).repeat(T // width, 1, 1)
-        seen[0, :, :width] = False  # what stands before the first token
-        keys, values = (x[:, None].expand(-1, H, -1, -1) for x in (keys, values))
-        seen = seen.repeat(B, 1, 1)[:, None]
-        out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=seen)
-        return out.transpose(1, 2).reshape(B, T, H, D)
+    The indexers learn at `rows` queries of each sequence, over all keys or those kept, and leave their KL in kl.
+    With a past, which the first call leaves there, it goes on behind it.
+    """
 
-    return attend
+    def __init__(self, by: str = "", top_k: int = 0, rows: int = 0):
+        self.by, self.top_k, self.rows, self.asks = by, top_k, rows, by == "lightning" or rows > 0
+        self.kl, self.past, self.fixed = list[Any](), None, dict[Any, Any]()
 
+    def select(self, layer, q, k, *index):
+        if self.by == "lightning":
+            return dsa.lightning_select(*index, self.top_k)
+        if self.by == "oracle":
+            return dsa.select_topk(dsa.attention_target(q, k), self.top_k)
+        half = {"local_window": self.top_k // 2, "seed": layer} if self.by == "random" else {}
+        if (at := (layer, len(q[0]))) not in self.fixed:  # what no score decides is alike in every sequence
+            one = q[0, :, :1, :1], k[0, :, :, :1]
+            self.fixed[at] = dsa.SELECTORS[self.by](*one, self.top_k, **half)[None]
+        return self.fixed[at].repeat(len(q), 0)
 
-class Sparse:
-    """Our attention, over what select(q, k, index parts) keeps; an indexer that learns leaves its KL in kl."""
-
-    def __init__(self, select, learns: bool = False):
-        self.select, self.learns, self.kl = select, learns, list[Any]()
-
-    def __call__(self, layer, q, k, v, index):
-        parts = index()
-        indices = self.select(layer, give(q), give(k), *map(give, parts))
-        if self.learns:
-            target = dsa.attention_target(give(q), give(k), indices=indices)
-            self.kl.append(IndexerLoss.apply(*parts, target, {"indices": indices}))
-        return SparseAttention.apply(q, k, v, indices)
-
-
-def lightning(top_k: int, learns: bool = False) -> Sparse:
-    return Sparse(lambda layer, q, k, *index: dsa.lightning_select(*index, top_k), learns)
-
-
-def oracle(top_k: int) -> Sparse:
-    return Sparse(lambda layer, q, k, *index: dsa.select_topk(dsa.attention_target(q, k), top_k))
+    def __call__(self, layer, q, k, v, parts):
+        if self.past is not None:
+            first = self.past.setdefault(layer, new := (k, v, *parts[1:2]))
+            if first is not new:
+                k, v, *index_k = (torch.cat(x, 1) for x in zip(first, new, strict=True))
+                parts = [*parts[:1], *index_k, *parts[2:]]
+        indices = self.select(layer, *map(give, (q, k, *parts))) if self.by else None
+        if self.rows:
+            b = torch.arange(len(q), device=q.device)[:, None]
+            at = torch.rand(q.shape[:2], device=q.device).argsort(1)[:, : self.rows].sort(1)[0]
+            where = {"indices": indices[give(b), give(at)]} if self.by else {"k_end": give(at + 1)}
+            target = dsa.attention_target(give(q[b, at]), give(k), **where)
+            index_q, index_k, weights = parts
+            self.kl.append(Ours.apply(foresight(target, where), index_q[b, at], index_k, weights[b, at]))
+        return Ours.apply(attention(indices), q, k, v) if self.by else sdpa(q, k, v)
 
 
-def at_random(top_k: int) -> Sparse:
-    """Half of the keys by chance, half the newest; the same in every sequence, as no score decides."""
+class Plain(Attend):
+    """Ours with all queries' KL, in torch alone."""
 
-    @functools.cache
-    def keep(layer, n, xp):
-        x = xp.zeros((n, 1, 1), np.float32)
-        return dsa.SELECTORS["random"](x, x, top_k, local_window=top_k // 2, seed=layer)
-
-    def select(layer, q, k, *index):
-        kept = keep(layer, q.shape[1], np if isinstance(q, np.ndarray) else sys.modules["cupy"])
-        return kept[None].repeat(len(q), 0)
-
-    return Sparse(select)
-
-
-class WarmUp:
-    """Dense attention, from which an indexer learns at some queries of each sequence."""
-
-    def __init__(self, rows: int):
-        self.rows, self.kl = rows, list[Any]()
-
-    def __call__(self, layer, q, k, v, index):
-        (index_q, index_k, weights), (B, T) = index(), q.shape[:2]
-        at = torch.rand(B, T, device=q.device).argsort(1)[:, : self.rows].sort(1)[0]
-        q_t, index_q, weights = (
-            x[torch.arange(B, device=q.device)[:, None], at] for x in (q, index_q, weights)
+    def __call__(self, layer, q, k, v, parts):
+        kept, b = (
+            tensor(self.select(layer, *map(give, (q, k, *parts)))).long(),
+            torch.arange(len(q))[:, None, None],
         )
-        where = {"k_end": give(at + 1)}
-        target = dsa.attention_target(give(q_t), give(k), **where)
-        self.kl.append(IndexerLoss.apply(index_q, index_k, weights, target, where))
-        return dense(layer, q, k, v, index)
+        index_q, index_k, weights = parts
+        logits = torch.einsum("bthd,btkd->bthk", q, k[b, kept, 0]) * q.shape[-1] ** -0.5
+        p = logits.masked_fill(kept[:, :, None] < 0, -1e4).softmax(-1)
+        scores = torch.einsum("btje,btke->btjk", index_q, index_k[b, kept]).relu().to(weights.dtype)
+        scores = torch.einsum("btj,btjk->btk", weights, scores).masked_fill(kept < 0, -1e4)
+        target = p.detach().to(scores.dtype).mean(2)
+        kl = torch.nn.functional.kl_div(scores.log_softmax(-1), target, reduction="sum")
+        self.kl.append(kl / kept[..., 0].numel())
+        return torch.einsum("bthk,btkd->bthd", p, v[b, kept, 0])
 
 
-RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.1)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.1, 0))
+def check_gradients(bench: Bench, z, device: str) -> None:
+    """Of one layer's weights, through attention and the KL: ours, and plain torch's over the same keys."""
+    model = Decoder(SimpleNamespace(**vars(z) | {"layers": 1}), device)
+    for x in model.weights.values():
+        x.data.normal_(0, z.d**-0.5)
+    ids, grads = torch.randint(256, (z.batch // z.contexts[0], z.contexts[0]), device=device), []
+    for form in (Attend, Plain):
+        loss = model(ids, attend := form("lightning", z.top_k[0], z.contexts[0])).square().mean()
+        grads.append(torch.autograd.grad(loss + attend.kl[0], [*model.weights.values()]))
+    for name, x, y in zip(model.weights, *grads, strict=True):
+        bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4 if device == "cpu" else 5e-2)
 
 
 @fused
@@ -2365,277 +2345,211 @@ def orthogonal(x):
     return x.mT * tall**0.5 if tall > 1 else x
 
 
-def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates, learns=None):
-    """Train the weights that learn, matrices by Muon, the rest by Adam -> [step, bits a byte, KL] on the way.
+def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates, learns=()):
+    """Train the weights that learn, or all; matrices by Muon -> [step, bits a byte, KL] on the way.
 
-    All that take as many steps read the same text. Contexts grow where rates RISE, and take turns elsewhere.
+    All of as many steps read the same text. Contexts grow where rates RISE, and take turns elsewhere.
     """
-    z, w, curve, learns = model.z, model.weights, list[list[float]](), learns or list(model.weights)
-    draw = torch.Generator(model.device).manual_seed(steps)
+    z, w, curve, begun = model.z, model.weights, list[list[float]](), time.perf_counter()
     for x in w:
-        w[x].requires_grad_(x in learns)
-    matrices = [(w[x], torch.zeros_like(w[x])) for x in learns if x in MATRICES]
-    adam = torch.optim.AdamW([w[x] for x in learns if x not in MATRICES], betas=(0.9, 0.95))
-    kl, begun = getattr(attend, "kl", []), time.perf_counter()
-    sums, each = torch.zeros(2, device=model.device), max(1, steps // 50)
+        w[x].requires_grad_(x in (learns or w))
+    some, device = {x: y for x, y in w.items() if y.requires_grad}, model.device
+    moments = {x: torch.zeros_like(some[x]) for x in some if x in MATRICES}
+    adam = torch.optim.AdamW([y for x, y in some.items() if x not in moments], betas=(0.9, 0.95))
+    draw, sums, each = (
+        torch.Generator(device).manual_seed(steps),
+        torch.zeros(2, device=device),
+        -(-steps // 50),
+    )
     for i in bench.steps(range(steps), f"lm: {name}"):
-        n = z.contexts[min(2, 5 * i // (2 * steps)) if rates is RISE else 1 + i % 2]
-        at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=model.device)
-        ids, rate = text[at + torch.arange(n + 1, device=model.device)].int(), np.interp(i / steps, *rates)
-        kl.clear()
-        logits = model(ids[:, :-1], attend).flatten(0, 1)
-        bits = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten().long()) / math.log(2)
-        foreseen = sum(kl, torch.zeros_like(bits)) / max(1, len(kl))
-        (bits + foreseen).backward()
+        n = z.contexts[np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else 1 + i % 2]
+        at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
+        ids, rate = text[at + torch.arange(n + 1, device=device)].int(), float(np.interp(i / steps, *rates))
+        bits = loss_of(model, ids, attend).mean()
+        kl = sum(attend.kl, torch.zeros_like(bits)) / model.z.layers
+        attend.kl.clear()
+        (bits + kl).backward()
         with torch.no_grad():
-            sums += torch.stack([bits, foreseen]) / each
-            for x, moment in matrices:
-                moment.mul_(0.95).add_(x.grad)
-                x.sub_(orthogonal(x.grad + 0.95 * moment), alpha=0.015 * rate)
+            sums += torch.stack([bits, kl]) / each
+            for x, moment in moments.items():
+                moment.mul_(0.95).add_(some[x].grad)
+                some[x].sub_(orthogonal(some[x].grad + 0.95 * moment), alpha=0.015 * rate)
         adam.param_groups[0]["lr"] = 2e-3 * rate
         adam.step()
-        for x in learns:
-            w[x].grad = None
+        for y in some.values():
+            y.grad = None
         if (i + 1) % each == 0:
             curve.append([i + 1, *sums.tolist()])
             sums.zero_()
             if not np.isfinite(curve[-1]).all():
-                raise WrongAnswer(f"lm, {name}: the loss is {curve[-1][1:]} at step {i}")
-            if (i + 1) % (10 * each) == 0:
-                rate, begun = 10 * each * z.batch / (time.perf_counter() - begun), time.perf_counter()
+                raise WrongAnswer(f"lm, {name}: step, bits and KL are {curve[-1]}")
+            if len(curve) % 10 == 0:
+                rate = (i + 1) * z.batch / (time.perf_counter() - begun)
                 bench.say(
-                    f"lm, {name}: step {i + 1} of {steps}, {curve[-1][1]:.4f} bits a byte, KL {curve[-1][2]:.4f}, "
-                    f"{rate:,.0f} tokens/s"
+                    "lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}, ".format(name, *curve[-1])
+                    + f"{rate:,.0f} tokens/s"
                 )
     return curve
 
 
-def sources(folder: Path, z):
-    """Python sources -> a text to learn from, [windows, n + 1] held out and whose package each is, and a note.
+def loss_of(model, ids, attend):
+    """Bits of each byte but the first, [B * T]."""
+    logits, want = model(ids[:, :-1], attend).flatten(0, 1), ids[:, 1:].flatten().long()
+    return torch.nn.functional.cross_entropy(logits, want, reduction="none") / math.log(2)
 
-    Packages of middling size are held out, in the order of a hash of their names. A file of whose longer lines
-    most stand in these is not learned from, so that no copy of what is judged is.
+
+def sources(folder: Path, z):
+    """A text to learn from; windows held out, [windows, n + 1], one of a package; and a note of what was done.
+
+    Packages of middling size are held out, by a hash of their names. A file of whose longer lines most stand in
+    these is not learned from, so that no copy of what is judged is.
     """
-    packages: dict[str, list[Path]] = {}
-    for path in sorted(x for x in folder.rglob("*.py") if x.is_file()):
+    packages, held, judged, rest = dict[str, list[Path]](), list[bytes](), set[int](), list[bytes]()
+    for path in sorted(folder.rglob("*.py")):
         packages.setdefault(path.relative_to(folder).parts[0], []).append(path)
-    texts, left = {}, z.text
-    for name in sorted(packages, key=lambda name: zlib.crc32(name.encode())):
-        if left > 0:
-            texts[name] = [path.read_bytes() for path in packages[name]]
-            left -= sum(map(len, texts[name]))
-    held = [x for x, own in texts.items() if z.least <= sum(map(len, own)) <= 32 * z.least][: z.held]
 
     def lines(text):
         return {hash(line) for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
 
-    judged = set[int]().union(*(lines(x) for name in held for x in texts[name]))
-    rest = [x for name in texts if name not in held for x in texts[name]]
+    for name in sorted(packages, key=lambda name: zlib.crc32(name.encode())):
+        files = [path.read_bytes() for path in packages[name] if path.is_file()]
+        if len(held) < z.held and z.least <= sum(map(len, files)) <= 32 * z.least:
+            held.append(b"\0".join(files))
+            judged |= lines(held[-1])
+        elif sum(map(len, rest)) < z.text:
+            rest += files
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
-    n, windows, owners = z.contexts[-1] + 1, [], list[int]()
-    for i, name in enumerate(held):
-        text = np.frombuffer(b"\0".join(texts[name]), np.uint8)
-        starts = np.linspace(0, len(text) - n, min(z.each, len(text) // n)).astype(int)
-        windows += [text[x : x + n] for x in starts]
-        owners += [i] * len(starts)
-    text = np.frombuffer(b"\0".join(learned), np.uint8).copy()
+    n, text = z.contexts[-1] + 1, np.frombuffer(b"\0".join(learned), np.uint8)
+    windows = [np.frombuffer(x, np.uint8, n, (len(x) - n) // 2) for x in held]
     note = (
-        f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; {len(windows)} windows of {len(held)} "
-        f"whole packages held out, and {len(rest) - len(learned)} files that repeat them left out."
+        f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} packages "
+        f"held out, and {len(rest) - len(learned)} files that repeat these left out."
     )
-    return torch.from_numpy(text), torch.from_numpy(np.stack(windows)), torch.tensor(owners), note
+    return torch.from_numpy(text.copy()), torch.from_numpy(np.stack(windows)), note
 
 
-def judged(model: Decoder, attend, windows, n: int):
-    """Bits of each of the last n bytes of the windows, in NumPy: [windows, n]."""
-    batches, found = windows[:, -n - 1 :].int().split(max(1, model.z.batch // n)), []
-    with torch.no_grad():
-        for ids in batches:
-            logits = model(ids[:, :-1], attend).flatten(0, 1)
-            nats = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten().long(), reduction="none")
-            found.append((nats / math.log(2)).view(ids.shape[0], n).cpu().numpy())
-    return np.concatenate(found)
+def over(bits, reference):
+    """How far the bits of packages are over the reference's, in %, and the middle 95 % of draws of packages."""
+    draws = np.random.default_rng(0).integers(len(bits), size=(2000, len(bits)))
+    low, high = np.percentile(bits[draws].sum(1) / reference[draws].sum(1), (2.5, 97.5))
+    return [float(100 * x - 100) for x in (bits.sum() / reference.sum(), low, high)]
 
 
-def over(bits, reference, draws: int = 2000):
-    """How far bits [packages] are over the reference's, and the middle 95 % of that over draws of packages."""
-    rng = np.random.default_rng(0)
-    some = rng.integers(len(bits), size=(draws, len(bits)))
-    low, high = np.percentile(bits[some].sum(1) / reference[some].sum(1) - 1, (2.5, 97.5))
-    return float(bits.sum() / reference.sum() - 1), float(low), float(high)
+FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
 
 
-FAR, CUE, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_%s = '", 8
-
-
-def with_secrets(windows, z):
-    """Windows in which assignments to random names stand at distances FAR, to be completed at the end: ids."""
+def secrets(bench: Bench, models, z, windows) -> dict[str, list[float]]:
+    """Assignments to random names, planted at distances FAR, are completed at the end: how often it is right."""
     rng, letters = np.random.default_rng(0), np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
-    ids = windows[np.arange(z.cues) % len(windows), -z.contexts[-1] :].cpu().numpy().copy()
-    lines = np.frombuffer(CUE % b"######" + b"#" * SECRET + b"'\n", np.uint8)
-    body = ids.shape[1] - len(FAR) * len(lines)
-    for row in ids:
-        for i, far in enumerate(FAR):
-            line = np.where(lines == ord("#"), rng.choice(letters, len(lines)), lines)
-            for at in (body - int(far * body), body + i * len(line)):
-                row[at : at + len(line)] = line[: len(row) - at]
-    return torch.from_numpy(ids).to(windows.device).int(), [
-        body + (i + 1) * len(lines) - 2 - SECRET for i in range(len(FAR))
+    ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
+    size = len(SECRET)
+    body = ids.shape[1] - len(FAR) * size
+    for row, (i, far) in itertools.product(ids, enumerate(FAR)):
+        own = np.where(line == ord("#"), rng.choice(letters, size), line)
+        for at in (body - int(far * body), body + i * size):
+            row[at : at + size] = own[: len(row) - at]
+    given, found = torch.from_numpy(ids).to(windows.device).int(), {}
+    ends = [body + i * size - 3 for i in range(1, len(FAR) + 1)]  # the last of each answer
+    first = f"DSA, trained at {z.top_k[0]}"
+    asked = [(MORE, MORE, Attend())]
+    asked += [
+        (f"{x}, K = {z.window}", whose, Attend(by, z.window))
+        for x, (whose, by, _) in list(methods(z).items())[:5]
     ]
+    asked += [
+        (f"{first}, {x:.0%}", first, Attend("lightning", math.ceil(x * ids.shape[1])))
+        for x in dsa.SELECTION_RATIOS.values()
+    ]
+    for name, whose, attend in bench.steps(asked, "lm: secrets"):
+        right = list[Any]()
+        with torch.no_grad():
+            for some in given.split(max(1, z.batch // z.contexts[-1])):
+                same = models[whose](some[:, :-1], attend).argmax(-1) == some[:, 1:]
+                right.append(torch.stack([same[:, x - 8 : x].all(1) for x in ends], 1))
+        found[name] = torch.cat(right).float().mean(0).tolist()
+    return found
 
 
-def retrieved_secrets(model: Decoder, attend, ids, ends) -> list[float]:
-    """The share of secrets, at each distance, of which the likeliest next byte is right all the way."""
-    right = []
-    with torch.no_grad():
-        for some in ids.split(max(1, model.z.batch // ids.shape[1])):
-            same = model(some, attend)[:, :-1].argmax(-1) == some[:, 1:]
-            right.append(torch.stack([same[:, x - 1 : x - 1 + SECRET].all(1) for x in ends], 1))
-    return torch.cat(right).float().mean(0).tolist()
-
-
-def costs(bench: Bench, model: Decoder, windows, top_k: int) -> list[dict[str, Any]]:
-    """Seconds and bytes a token: training, a prefill, and one token after it, dense and DSA in turn."""
-    z, cuda, cells = model.z, model.device == "cuda", list[dict[str, Any]]()
-    n, past = z.contexts[-1], list[Any]()
-    ids = windows[:1, :n].int()
-
-    def remember(layer, q, k, v, index):
-        past.append((k.clone(), v.clone(), index()[1].clone()))
-        return dense(layer, q, k, v, index)
-
-    def onward(attend):
-        """The attention of one token, whose own key goes to the end of what is remembered."""
-
-        def run(layer, q, k, v, index):
-            parts = index()
-            for x, new in zip(past[layer], (k, v, parts[1]), strict=True):
-                x[:, -1:] = new
-            k, v, index_k = past[layer]
-            return attend(layer, q, k, v, lambda: (parts[0], index_k, parts[2]))
-
-        return run
-
-    def train(attend):
-        getattr(attend, "kl", []).clear()
-        some = windows[: z.batch // z.contexts[1], -z.contexts[1] :].int()
-        loss = model(some, attend).square().mean() + sum(getattr(attend, "kl", []))
-        loss.backward()
-
-    with torch.no_grad():
-        model(ids, remember)
+def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
+    """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
+    middle, n, cells = *z.contexts[1:], list[dict[str, Any]]()
     long = windows[: max(1, z.batch // n), :n].int()
     cases = {
-        f"training, {z.contexts[1]:,}": (train, z.batch, True),
-        f"prefill, {n:,}": (lambda attend: model(long, attend), long.numel(), False),
-        f"decoding at {n:,}": (lambda attend: model(ids[:, -1:], onward(attend), n - 1), 1, False),
+        f"training, {middle:,}": (windows[: z.batch // middle, :middle].int(), 0),
+        f"prefill, {n:,}": (long, 0),
+        f"a token after {n:,}": (long[:, -1:], n - 1),
     }
-    for what, (run, tokens, learns) in cases.items():
-        runs, memory = {}, {}
-        for name, attend in (("dense", dense), ("DSA", lightning(top_k, learns))):
+    for what, (ids, first) in cases.items():
+        learns, cell, runs = what.startswith("training"), {"what": what}, {}
+        for name, attend in (("dense", Attend()), ("DSA", Attend("lightning", z.top_k[0], z.rows * learns))):
+            if first:
+                attend.past = {}
+                with torch.no_grad():
+                    model(long, attend)
 
-            def timed(run=run, attend=attend, learns=learns):
+            def run(ids=ids, first=first, learns=learns, attend=attend):
                 with torch.set_grad_enabled(learns):
-                    run(attend)
-                if cuda:
-                    torch.cuda.synchronize()
+                    out = model(ids, attend, first).square().mean() + sum(attend.kl)
+                if learns:
+                    out.backward()
+                    attend.kl.clear()
+                out.item()  # waits for the GPU
 
-            runs[name] = timed
-            timed()  # compiles
-            if cuda:
-                sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
-                before = torch.cuda.memory_allocated()
+            run()  # compiles
+            if model.device == "cuda":
+                pool = sys.modules["cupy"].get_default_memory_pool()
+                pool.free_all_blocks()
                 torch.cuda.reset_peak_memory_stats()
-                timed()
-                pool = sys.modules["cupy"].get_default_memory_pool().total_bytes()
-                memory[name] = torch.cuda.max_memory_allocated() - before + pool
-        laps = race(runs, 2)
-        cells.append({"what": what, "tokens": tokens, "memory": memory})
-        cells[-1] |= {name: Laps(x / tokens for x in own) for name, own in laps.items()}
+                before = torch.cuda.memory_allocated()
+                run()
+                cell[f"{name}, bytes"] = torch.cuda.max_memory_allocated() - before + pool.total_bytes()
+            runs[name] = run
+        laps = race(runs, 1)
+        cells.append(cell | {name: Laps(x / ids.numel() for x in laps[name]) for name in runs})
     return cells
 
 
-def check_gradients(bench: Bench, model: Decoder) -> None:
-    """Of attention to chosen keys and of the indexer's loss there: ours beside plain torch in float64."""
-    z, n = model.z, 4 * model.z.top_k[0]
-    kind = torch.bfloat16 if model.device == "cuda" else torch.float32
-    draw = torch.Generator().manual_seed(0)
-    widths = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.E), (z.E,), (z.J,)
-    given = [torch.randn((1, n, *x), generator=draw).to(model.device, kind) for x in widths]
-    given[5], dout = given[5].float(), torch.randn((1, n, z.H, z.D), generator=draw).to(model.device, kind)
-    kept = dsa.lightning_select(*map(give, given[3:]), z.top_k[0])
-    target = dsa.attention_target(give(given[0]), give(given[1]), indices=kept)
-    ours, theirs = ([x.clone().to(y or x).requires_grad_() for x in given] for y in (None, torch.float64))
-    out = SparseAttention.apply(*ours[:3], kept)
-    loss = IndexerLoss.apply(*ours[3:], target, {"indices": kept})
-    q, k, v, index_q, index_k, weights = (x[0] for x in theirs)
-    rows, p_in = tensor(kept)[0].long(), tensor(target)[0].double()
-    seen, rows = rows >= 0, rows.clamp(min=0)  # [T, K]
-    logits = torch.einsum("thd,tkd->thk", q, k[rows, 0]) * z.D**-0.5
-    p = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
-    scores = torch.einsum("tj,tjk->tk", weights, torch.einsum("tje,tke->tjk", index_q, index_k[rows]).relu())
-    slope = scores.masked_fill(~seen, -math.inf).log_softmax(-1).masked_fill(~seen, 0)
-    plain = torch.einsum("thk,tkd->thd", p, v[rows, 0])
-    kl = (torch.xlogy(p_in, p_in) - p_in * slope).sum() / n
-    tol = 2e-2 if kind == torch.bfloat16 else 1e-4
-    bench.check("lm: attention", exact(out[0]), exact(plain), tol)
-    bench.check("lm: attention_target", exact(p_in), exact(p.mean(1)), tol)
-    bench.check("lm: indexer_loss", exact(loss), exact(kl), tol)
-    torch.autograd.backward([out, loss], [dout, None])
-    torch.autograd.backward([plain, kl], [dout[0].double(), None])
-    for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, theirs, strict=True):
-        bench.check(f"lm: gradient of {name}", exact(x.grad), exact(y.grad), tol)
-
-
-def choices(z):
-    """What is judged beside dense attention: name -> (whose weights, attention for a K, the reference)."""
-    learned, more = "dense, continued", [f"trained at {k}" for k in (*z.top_k, z.window)]
+def methods(z) -> dict[str, tuple[str, str, str]]:
+    """What is judged: name -> whose weights it has, what selects its keys, and beside what it is judged."""
+    first, second, trained, warm = (
+        *(f"DSA, trained at {k}" for k in z.top_k),
+        f"window, trained at {z.window}",
+        WARM,
+    )
     return {
-        f"DSA, {more[0]}": (f"DSA, {more[0]}", lightning, learned),
-        f"DSA, {more[1]}": (f"DSA, {more[1]}", lightning, learned),
-        "DSA, warm-up alone": ("warm-up", lightning, "dense"),
-        "the oracle's keys": ("warm-up", oracle, "dense"),
-        "window": ("warm-up", windowed, "dense"),
-        f"window, {more[2]}": (f"window, {more[2]}", windowed, learned),
-        "window, from scratch": ("window, from scratch", windowed, "dense"),
-        f"random and window, {more[2]}": (f"random and window, {more[2]}", at_random, learned),
-        "before warm-up": ("dense", lightning, "dense"),
-    }
+        first: (first, "lightning", MORE), second: (second, "lightning", MORE), WARM: (WARM, "lightning", "dense"),
+        "window": (WARM, "window", "dense"), trained: (trained, "window", MORE),
+        "the oracle's keys": (WARM, "oracle", "dense"), "random keys and window": (WARM, "random", "dense"),
+        "before warm-up": ("dense", "lightning", "dense"),
+    }  # fmt: skip
 
 
-def judge(bench: Bench, models, z, windows, owners) -> list[dict[str, Any]]:
-    """Of every method, K and length: bits of the windows' last halves, by package, and by position."""
-    middle, most = z.contexts[1:]
+def judge(bench: Bench, models, z, windows) -> list[dict[str, Any]]:
+    """Bits a byte of the windows' last halves, by package, and by position, of every method, K and length."""
+    _, middle, most = z.contexts
     presets = [math.ceil(x * middle) for x in dsa.SELECTION_RATIOS.values()]
-    asked = [("dense", "dense", dense, 0, n) for n in z.contexts]
-    asked += [("dense, continued", "dense, continued", dense, 0, n) for n in z.contexts]
-    for i, (name, (whose, form, _)) in enumerate(choices(z).items()):
-        sizes = [z.window] if name.startswith("window,") else z.K
-        lengths = z.contexts if name.startswith(("DSA", "window")) else [middle]
-        asked += [(name, whose, form(k), k, n) for n in lengths for k in sizes]
-        asked += [(name, whose, form(k), k, middle) for k in presets if i == 0 and k not in sizes]
-    cells, edges = list[dict[str, Any]](), [0, *(most >> i for i in range(5, 0, -1)), most]
+    asked = [(x, x, Attend(), 0, n) for n in z.contexts for x in ("dense", MORE)]
+    for i, (name, (whose, by, _)) in enumerate(methods(z).items()):
+        sizes = ([*z.K, *presets], z.K, z.K, z.K, [z.window], z.top_k)[min(i, 5)]
+        lengths = z.contexts if i in (0, 1, 4) else [middle]
+        asked += [
+            (name, whose, Attend(by, k), k, n) for n in lengths for k in sizes if n == middle or k in z.K
+        ]
+    cells = list[dict[str, Any]]()
     for name, whose, attend, k, n in bench.steps(asked, "lm: judging"):
-        bits = judged(models[whose], attend, windows, n)
-        cells.append({"method": name, "K": k, "n": n})
-        cells[-1]["bits"] = np.bincount(owners.cpu(), bits[:, n // 2 :].mean(1)).tolist()
-        if n == most:
-            cells[-1]["by position"] = [float(bits[:, a:b].mean()) for a, b in itertools.pairwise(edges)]
+        parts = windows[:, -n - 1 :].int().split(max(1, z.batch // n))
+        with torch.no_grad():
+            bits = torch.cat([loss_of(models[whose], x, attend).view(len(x), n) for x in parts]).cpu().numpy()
+        places = [float(x.mean()) for x in np.split(bits, [n >> i for i in range(5, 0, -1)], 1)]
+        half = bits[:, n // 2 :].mean(1).tolist()
+        cells.append({"method": name, "K": k, "n": n, "bits": half, "by position": places})
     return cells
 
 
-LM_OPTIONS: dict[str, dict[str, Any]] = {
-    "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
-    "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
-}  # fmt: skip
-
-
-@part("a language model that learns to read sparsely", "lm", "lm_position", "lm_secrets", "lm_cost", "lm_presets",
-      default=False, takes="25 minutes on an H100, not", options=LM_OPTIONS)  # fmt: skip
+@part("a language model that learns to read sparsely, on one GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
+      "lm_presets", default=False, takes="ten minutes on an H100, and is not meant to run", options=LM_OPTIONS)  # fmt: skip
 def lm(bench: Bench) -> None:
-    """Train a decoder on Python sources with torch, its indexers and then all of it as DeepSeek did, and judge
-    it on packages held out. Needs torch, and without --quick a GPU and CuPy.
-    """
+    """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
         raise MissingPackage("needs torch: pip install torch")
     z, device, seconds = TOY if bench.args.quick else LM, "cuda", dict[str, float]()
@@ -2647,8 +2561,8 @@ def lm(bench: Bench) -> None:
         device = "cpu"
 
     def once(name, run):
-        """run(), or of an earlier run what it returned."""
-        file = bench.args.out / f"lm-{name.replace(' ', '-').replace(',', '')}.pt"
+        """run(), or what it returned in an earlier run."""
+        file = bench.args.out / f"lm, {name}.pt"
         if not (bench.args.resume and file.exists()):
             start = time.perf_counter()
             result = run()
@@ -2658,156 +2572,147 @@ def lm(bench: Bench) -> None:
         return result
 
     folder = bench.args.source or Path(sysconfig.get_path("purelib"))
-    text, windows, owners, note = once("text", lambda: sources(folder, z))
-    bench.say(f"lm, text: {note}")
-    models, curves = {"": Decoder(z, device)}, dict[str, list[list[float]]]()
-    check_gradients(bench, models[""])
+    text, windows, note = once("text", lambda: sources(folder, z))
+    bench.say(f"lm: {note}")
+    check_gradients(bench, z, device)
+    plan = {  # name: whose weights it begins with, how it attends, steps, rates, and what learns if not all
+        "dense": (None, Attend(), z.dense, RISE),
+        WARM: ("dense", Attend(rows=z.rows), z.warm, FALL, ("index",)),
+        **{f"DSA, trained at {k}": (WARM, Attend("lightning", k, z.rows), z.more, LAST) for k in z.top_k},
+        MORE: (WARM, Attend(), z.more, LAST),
+        f"window, trained at {z.window}": (WARM, Attend("window", z.window), z.more, LAST),
+    }
+    models, curves = dict[str, Decoder](), dict[str, Any]()
+    for name, (start, attend, *how) in plan.items():
 
-    def teach(name, start, attend, steps, rates, learns=None):
-        def run():
+        def teach(name=name, start=start, attend=attend, how=how):
             model = Decoder(z, device, start and models[start].weights)
-            curve = fit(bench, name, model, attend, text, steps, rates, learns)
-            return {x: y.detach() for x, y in model.weights.items()}, curve
+            return fit(bench, name, model, attend, text, *how), {
+                x: y.detach() for x, y in model.weights.items()
+            }
 
-        weights, curves[name] = once(name, run)
+        curves[name], weights = once(name, teach)
         models[name] = Decoder(z, device, weights)
-
-    teach("dense", None, dense, z.dense, RISE)
-    teach("warm-up", "dense", WarmUp(z.rows), z.warm, FALL, ["index"])
-    for k in z.top_k:
-        teach(f"DSA, trained at {k}", "warm-up", lightning(k, True), z.more, LAST)
-    teach("dense, continued", "warm-up", dense, z.more, LAST)
-    teach(f"window, trained at {z.window}", "warm-up", windowed(z.window), z.more, LAST)
-    teach(f"random and window, trained at {z.window}", "warm-up", at_random(z.window), z.more, LAST)
-    teach("window, from scratch", None, windowed(z.window), z.dense, RISE)
-    for name, column in (("dense", 1), ("warm-up", 2)):
+    for name, column in (("dense", 1), (WARM, 2)):
         if not curves[name][-1][column] < 0.9 * curves[name][0][column]:
             raise WrongAnswer(f"lm, {name}: the loss went from {curves[name][0]} to {curves[name][-1]}")
-    cells = once("judged", lambda: judge(bench, models, z, windows, owners))
-    secrets = once("secrets", lambda: hunt_secrets(bench, models, z, windows))
-    taken = once("costs", lambda: costs(bench, models[f"DSA, trained at {z.top_k[0]}"], windows, z.top_k[0]))
-    bench.results["lm"] = {
+    found = {
         "text": note,
         "curves": curves,
-        "judged": cells,
-        "secrets": secrets,
-        "costs": taken,
+        "judged": once("judged", lambda: judge(bench, models, z, windows)),
     }
-    bench.results["lm"] |= {"seconds": seconds, "sizes": vars(z)}
-    report_lm(bench, z, len(windows))
-    draw_lm(bench, z)
+    found["secrets"] = once("secrets", lambda: secrets(bench, models, z, windows))
+    found["costs"] = once("costs", lambda: costs(models[f"DSA, trained at {z.top_k[0]}"], windows, z))
+    bench.results["lm"] = found | {"seconds": seconds, "sizes": vars(z)}
+    report_lm(bench, z, bench.results["lm"])
 
 
-def hunt_secrets(bench: Bench, models, z, windows) -> dict[str, list[float]]:
-    """The share of secrets found at each distance, by method."""
-    (ids, ends), n, first = with_secrets(windows, z), z.contexts[-1], f"DSA, trained at {z.top_k[0]}"
-    asked = {"dense, continued": ("dense, continued", dense)}
-    for x in (first, "DSA, warm-up alone", "window", f"window, trained at {z.window}"):
-        whose, form, _ = choices(z)[x]
-        asked[f"{x}, K = {z.window}"] = whose, form(z.window)
-    for preset, ratio in dsa.SELECTION_RATIOS.items():
-        asked[f"{preset}: {ratio:.0%}"] = first, lightning(math.ceil(ratio * n))
-    some = bench.steps(asked.items(), "lm: secrets")
-    return {x: retrieved_secrets(models[whose], attend, ids, ends) for x, (whose, attend) in some}
+def percent(x) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(*x)
 
 
-def report_lm(bench: Bench, z, windows: int) -> None:
-    found, middle = bench.results["lm"], z.contexts[1]
+def report_lm(bench: Bench, z, found) -> None:
+    middle, long, first = *z.contexts[1:], f"DSA, trained at {z.top_k[0]}"
     bits = {(c["method"], c["K"], c["n"]): np.array(c["bits"]) for c in found["judged"]}
-    references = {name: reference for name, (_, _, reference) in choices(z).items()}
-    gap = found["over"] = [
-        {"method": m, "K": k, "n": n} | dict(zip(("over", "low", "high"), over(x, bits[references[m], 0, n])))
-        for (m, k, n), x in bits.items() if m in references
-    ]  # fmt: skip
-    at = {(c["method"], c["K"], c["n"]): [f"{100 * c[x]:+.2f}" for x in ("over", "low", "high")] for c in gap}
-    text = {cell: f"{mean} ({low} to {high})" for cell, (mean, low, high) in at.items()}
+    gaps = {x: over(y, bits[methods(z)[x[0]][2], 0, x[2]]) for x, y in bits.items() if x[1]}
+    found["over"] = [dict(zip(("method", "K", "n", "%", "low", "high"), (*x, *y))) for x, y in gaps.items()]
     rows = [
-        [m, f"{n:,}", *(text.get((m, k, n), "") for k in z.K)]
-        for n in (middle, *z.contexts[::2]) for m in references if any((m, k, n) in text for k in z.K)
+        [m, f"{n:,}", *(percent(gaps[m, k, n]) if (m, k, n) in gaps else "" for k in z.K)]
+        for n in (middle, *z.contexts[::2]) for m in methods(z) if (m, z.window, n) in gaps
     ]  # fmt: skip
-    level = {m: bits[m, 0, middle].sum() / windows for m in ("dense", "dense, continued")}
-    share = [f"K = {k} ({k / middle:.1%})" for k in z.K]
-    title = f"Held-out Python: bits a byte over dense attention's, in %; keys kept of {middle:,}"
-    tokens = {name: f"{steps * z.batch / 1e6:.3g}" for name, steps in (("dense", z.dense), ("more", z.more))}
-    note = (
-        f"{found['text']} {z.layers} layers, width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.E}, bytes as tokens. Dense for {tokens['dense']} million tokens, {level['dense']:.4f} bits a byte; "
-        f"indexers warmed up, {z.warm} steps on {z.rows} queries of each sequence; then {tokens['more']} million "
-        f"tokens more each: trained, and dense, continued, {level['dense, continued']:.4f}, beside which trained "
-        "ones stand, the others beside dense. In brackets the middle 95 % over draws of packages. Last half of each "
-        "window. Seeds are fixed; sums by atomics and cuBLAS's choices differ from run to run."
+    level, many = (
+        {x: bits[x, 0, middle].mean() for x in ("dense", MORE)},
+        f"{z.dense * z.batch / 1e6:.0f} million",
     )
-    bench.table("lm", title, ["method", "tokens", *share], rows, note)
-    edges = [0, *(z.contexts[-1] >> i for i in range(5, -1, -1))]
-    rows = [
-        [c["method"] + (f", K = {c['K']}" if c["K"] else ""), *(f"{x:.4f}" for x in c["by position"])]
-        for c in found["judged"] if "by position" in c and c["K"] in (0, z.window)
-    ]  # fmt: skip
-    columns = [f"{a:,} to {b:,}" for a, b in itertools.pairwise(edges)]
-    bench.table("lm_position", "Bits a byte, by the position of the byte", ["method", *columns], rows)
-    columns = [f"{far * z.contexts[-1]:,.0f}" for far in FAR]
-    rows = [[name, *(f"{x:.0%}" for x in shares)] for name, shares in found["secrets"].items()]
-    title = f"Secrets found, of {z.cues} at each distance in {z.contexts[-1]:,} tokens"
     note = (
-        f"A random name and its {SECRET} random letters, planted as an assignment; at the end the name asks."
+        f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index {z.J}x{z.D}; "
+        f"tokens are bytes. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level['dense']:.4f} bits a byte at "
+        f"{middle:,}. Indexers: warmed up for {z.warm} steps at {z.rows} queries of each sequence. Trained, {z.more} "
+        f"steps, stand beside dense continued for as many ({level[MORE]:.4f}), others beside dense. Last halves of "
+        "the windows; in brackets the middle 95 % over draws of packages. One seed; from run to run differ cuBLAS's "
+        "choices and sums by atomics. A window from scratch is missing."
     )
-    bench.table("lm_secrets", title, ["method", *columns], rows, note)
+    columns = ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)]
+    bench.table(
+        "lm",
+        f"Held-out Python: bits a byte over dense attention's, %; share of {middle:,}",
+        columns,
+        rows,
+        note,
+    )
     rows = [
-        [c["what"], str(c["dense"]), str(c["DSA"]), f"{c['dense'].median / c['DSA'].median:.2f}x",
-         *(size(c["memory"][x]) if c["memory"] else "" for x in ("dense", "DSA"))] for c in found["costs"]
+        [f"{c['method']}, K = {c['K']}".removesuffix(", K = 0"), *(f"{x:.4f}" for x in c["by position"])]
+        for c in found["judged"] if c["n"] == long and c["K"] in (0, z.window)
     ]  # fmt: skip
-    title = f"Time a token, and memory, of the whole model: dense (SDPA), and DSA at K = {z.top_k[0]}"
-    note = "Of a step of training forward and backward; decoding one sequence, launch by launch, without a graph."
+    columns = [f"{a:,} to {b:,}" for a, b in itertools.pairwise([0, *(long >> i for i in range(5, -1, -1))])]
+    bench.table("lm_position", "Bits a byte, by position", ["method", *columns], rows)
+    rows = [[x, *(f"{share:.0%}" for share in shares)] for x, shares in found["secrets"].items()]
+    title = f"Of {z.cues} random secrets at each distance in {long:,} tokens, the share that is found"
+    note = (
+        f"A random name is given {SECRET.count(b'#') - 6} random letters; at the end the name asks for them."
+    )
+    bench.table("lm_secrets", title, ["method", *(f"{x * long:,.0f}" for x in FAR)], rows, note)
+    rows = [
+        [c["what"], *(str(c[x]) for x in ("dense", "DSA")), f"{c['dense'].median / c['DSA'].median:.2f}x",
+         *(size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA"))] for c in found["costs"]
+    ]  # fmt: skip
+    title = (
+        f"Time a token, and memory beyond the weights, of the whole model: SDPA, and DSA at K = {z.top_k[0]}"
+    )
+    note = "Training: forward, backward and the indexer's. A token: launch by launch, no graph."
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
-    first, rows = f"DSA, trained at {z.top_k[0]}", []
+    rows = []
     for preset, ratio in dsa.SELECTION_RATIOS.items():
-        k, shares = math.ceil(ratio * middle), found["secrets"][f"{preset}: {ratio:.0%}"]
-        rows.append([preset, f"{ratio:.0%}", f"{k:,}", text[first, k, middle], f"{np.mean(shares):.0%}"])
-    dense_finds = np.mean(found["secrets"]["dense, continued"])
-    note = f"Dense finds {dense_finds:.0%}. Secrets: mean over distances, the same share of {z.contexts[-1]:,} keys."
-    columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", "secrets found"]
-    bench.table("lm_presets", "What the presets cost a model that has learned them", columns, rows, note)
+        k, shares = math.ceil(ratio * middle), found["secrets"][f"{first}, {ratio:.0%}"]
+        rows.append(
+            [preset, f"{ratio:.0%}", f"{k:,}", percent(gaps[first, k, middle]), f"{np.mean(shares):.0%}"]
+        )
+    columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {long:,}"]
+    note = f"Dense finds {np.mean(found['secrets'][MORE]):.0%}, over all distances."
+    bench.table(
+        "lm_presets", "The presets, in a model that has learned to read sparsely", columns, rows, note
+    )
+    draw_lm(bench, z, found, gaps)
 
 
-def draw_lm(bench: Bench, z) -> None:
+def draw_lm(bench: Bench, z, found, gaps) -> None:
     """Quality against K for all methods; loss against step."""
-    found, middle = bench.results["lm"], z.contexts[1]
+    middle, first, _, _, _, trained, *_ = z.contexts[1], *methods(z)
+    fig, ax = plt.subplots(figsize=(8, 3.8))
     names = (
         "trained",
         "hierarchical",
         "warm-up only",
-        "oracle",
         "window",
         "strided",
-        "lsh",
+        "oracle",
         "random",
         "global",
+        "dense",
+        "lsh",
     )
-    shades = dict(zip(choices(z), names))
-    fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name, shade in shades.items():
-        own = [c for c in found["over"] if c["method"] == name and c["n"] == middle and c["K"] in z.K]
-        y, low, high = (np.maximum([100 * c[x] for c in own], 0.01) for x in ("over", "low", "high"))
-        ax.errorbar([c["K"] for c in own], y, [y - low, high - y], color=COLOURS[shade], label=name)
+    colours = dict(zip((*methods(z), "dense", MORE), map(COLOURS.get, names)))
+    for name in methods(z):
+        own = [k for k in z.K if (name, k, middle) in gaps]
+        y, low, high = np.maximum([gaps[name, k, middle] for k in own], 0.01).T
+        ax.errorbar(own, y, [y - low, high - y], color=colours[name], label=name)
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    of = {c["method"]: c["over"] for c in found["over"] if (c["K"], c["n"]) == (z.window, middle)}
+    good, bad = (gaps[x, z.window, middle][0] for x in (first, f"window, trained at {z.window}"))
     finding = (
-        f"A language model that learned to read sparsely, on Python it has not seen: with {z.window / middle:.0%} "
-        f"of the keys {of[f'DSA, trained at {z.top_k[0]}']:.2%} more bits a byte than dense attention, with a "
-        f"window of as many {of[f'window, trained at {z.window}']:.0%} more"
+        f"A language model that learned to read sparsely, on Python it has not seen: with {z.window / middle:.0%} of "
+        f"the keys {good:.2f} % more bits a byte than dense attention, with a window of as many {bad:.0f} %"
     )
     bench.figure("lm", "lm.png", finding, fig)
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
-    shades |= {"dense": "dense", "warm-up": "warm-up only", "dense, continued": "oracle"}
     for name, curve in found["curves"].items():
         step, bits, kl = np.array(curve).T
-        axes[int(name not in ("dense", "window, from scratch"))].plot(step, bits, marker="", color=COLOURS[shades[name]], label=name)
+        axes[int(name != "dense")].plot(step, bits, marker="", color=colours[name], label=name)
         if kl.any():
-            axes[2].plot(step, kl, marker="", color=COLOURS[shades[name]], label=name)
+            axes[2].plot(step, kl, marker="", color=colours[name], label=name)
     for ax, title in zip(
-        axes, ("bits a byte, from scratch", "bits a byte, onward", "KL of the indexers, nats")
+        axes, ("bits a byte, dense", "bits a byte, onward", "KL of the indexers, nats"), strict=True
     ):
         ax.set(yscale="log", xlabel=f"steps of {z.batch:,} tokens", title=title)
         ax.legend()
