@@ -79,8 +79,7 @@ COLOURS = {
     "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
     "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
     "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a", "dense": "#343a40",
-    "trained": "#e03131", "learned, trained": "#66a80f", "warm-up only": "#ff8787",
-    "before training": "#ffc9c9", "scores": "#f08c00", "top-k": "#d9480f", "attend": "#0b62c4",
+    "scores": "#f08c00", "top-k": "#d9480f", "attend": "#0b62c4",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -637,31 +636,17 @@ def whole_prompt(cells: list[dict[str, Any]], tokens: int) -> tuple[float, float
     return float(dense.sum()), float(np.where(at <= TOP_K, dense, sparse).sum())
 
 
-def index_shape(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected JxE, such as 64x128")
-    J, E = map(int, text.split("x"))
-    return J, E
-
-
-SPEED: dict[str, dict[str, Any]] = {
-    "max-n": {"type": at_least(4096), "default": CONTEXTS[-1], "metavar": "N",
-              "help": "longest context (131072), at least 4096"},
-    "heads": {"type": at_least(1), "metavar": "H", "help": "query heads (128, and beside it a row of 16)"},
-    "index": {"type": index_shape, "metavar": "JxE", "help": "index heads and their width (64x128)"},
-}  # fmt: skip
+LONGEST = {"help": "longest context (131072), at least 4096", "default": CONTEXTS[-1]}
+LONGEST |= {"type": at_least(4096), "metavar": "N"}
 
 
 @part("time, memory and stages at DeepSeek-V3.2's shape, up to 131,072 tokens", "speed", "reads",
-      takes="over a minute", options=SPEED)  # fmt: skip
+      takes="over a minute", options={"max-n": LONGEST})  # fmt: skip
 def speed(bench: Bench) -> None:
     args, threads = bench.args, dsa.get_num_threads()
     most = min(args.max_n, 4096) if args.quick else args.max_n
-    given = args.heads or args.index
-    heads, (J, E) = args.heads or V32["H"], args.index or (V32["J"], V32["E"])
-    few = min(16, heads)
-    shapes = [("chunk", heads, J, E), ("token", heads, J, E)]
-    shapes += [] if given else [(f"{few} heads", few, 4, 32)]
+    wide = V32["H"], V32["J"], V32["E"]
+    shapes = [("chunk", *wide), ("token", *wide), ("16 heads", 16, 4, 32)]
     contexts = sorted({most, *(n for n in CONTEXTS if n <= most)})
     cells: list[dict[str, Any]] = []
     if torch:
@@ -698,10 +683,9 @@ def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
     cross = {kind: crossover(of_kind(cells, kind)) for kind in shapes}
     dense, sparse = whole_prompt(chunk, min(PROMPT, chunk[-1]["n"]))
     faster = "; ".join(f"{kind}: {n}" for kind, n in cross.items())
-    alone = f"; {shapes['16 heads']}, otherwise alike" if "16 heads" in shapes else ""
     note = (
-        f"chunk: the newest {last['queries']} queries, a block for each thread; token: "
-        f"one, on one core. {shapes['chunk']}{alone}; keys of {WIDTH}, values their first "
+        f"chunk: the newest {last['queries']} queries, a block for each thread; token: one, on one core. "
+        f"{shapes['chunk']}; {shapes['16 heads']}, otherwise alike; keys of {WIDTH}, values their first "
         f"{LATENT}, top_k {TOP_K}, float32, random data. DSA: the whole call; beside it its stages alone. by "
         "FLOPs: the ratio if all products ran at one rate. Methods take turns, thrice or more; medians; "
         f"spread: from fastest to slowest, of dense{', torch' if torch else ''} or DSA. DSA is faster from "
@@ -741,15 +725,12 @@ def draw_speed(bench: Bench, cells) -> None:
     left.set(ylabel="milliseconds a query", ylim=(0, None))
     left.set_title(f"Time of one of the newest {last['queries']} queries")
     left.legend(loc="upper left")
-    colours = {"chunk": "#0b62c4", "token": "#3fa7e8"}
-    for kind in dict.fromkeys(c["kind"] for c in cells):
-        own, colour = of_kind(cells, kind), colours.get(kind, "#f08c00")
-        x = [c["n"] / 1024 for c in own]
-        text = {"chunk": "a chunk of a prompt", "token": "one decoded token"}.get(kind, f"a chunk, {kind}")
-        right.plot(x, [c["ratio"] for c in own], color=colour, label=text)
-        if kind == "chunk":
-            flops = [c["flops ratio"] for c in own]
-            right.plot(x, flops, color="#343a40", ls=":", marker="", label="by FLOPs alone")
+    texts = ["a chunk of a prompt", "one decoded token", "a chunk, 16 heads"]
+    for text, kind, colour in zip(texts, ("chunk", "token", "16 heads"), ("#0b62c4", "#3fa7e8", "#f08c00")):
+        own = of_kind(cells, kind)
+        right.plot([c["n"] / 1024 for c in own], [c["ratio"] for c in own], color=colour, label=text)
+    flops = [c["flops ratio"] for c in chunk]
+    right.plot(n, flops, color="#343a40", ls=":", marker="", label="by FLOPs alone")
     right.axhline(1, color="#343a40", lw=0.8, marker="")
     right.set(ylim=(0, None))
     right.set_title(f"How many times faster DSA is; from {crossover(chunk)} tokens on it is")
@@ -835,11 +816,10 @@ def real(bench: Bench) -> None:
     layers = [(q[:, rows], k, v) for q, k, v in layers]
     cells = [(s, k) for s in ORDER for k in sizes]
     mass: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    error, lses = {cell: list[float]() for cell in cells}, []
+    error = {cell: list[float]() for cell in cells}
     for q, k, v in bench.steps(layers, "real: layers"):
         dense, dense_lse = dsa.dense_attention(q, k, v, **everything(len(rows), n))
         bench.check("dense_attention, model", dense[0], mix(attend(q[0], k[0]), v[0]), 1e-4)
-        lses.append(dense_lse)
         for name, top_k in cells:
             out, lse = dsa.sparse_attention(q, k, v, indices := choose(name, q, k, top_k, rows))
             captured = np.exp(lse - dense_lse)
@@ -1171,12 +1151,8 @@ def measured(streams, tokens: int, top_k: int) -> tuple[int, int]:
 @part("what is held at 100,000 tokens, computed from shapes, checked against measured allocations", "memory")
 def memory(bench: Bench) -> None:
     n, small, top_k = 100_000, 1024 if bench.args.quick else 2048, V32["top_k"]
-    kinds = {
-        "dense": MULTI_HEAD,
-        "DSA": MULTI_HEAD | INDEX_KEYS,
-        "MLA": MLA,
-        "DSA with MLA": MLA | INDEX_KEYS,
-    }
+    kinds = {"dense": MULTI_HEAD, "DSA": MULTI_HEAD | INDEX_KEYS, "MLA": MLA}
+    kinds["DSA with MLA"] = MLA | INDEX_KEYS
     heads = ["bytes a token", "keys and values", "index keys", "held", "read a step", "working set"]
     heads += [f"cache of {small:,}, measured", "computed", f"a step at {small:,}, measured", "computed"]
     found: list[list[str]] = []
@@ -1189,9 +1165,8 @@ def memory(bench: Bench) -> None:
         bench.check(f"memory: {name}, step at most twice the computed", step <= 2 * most, True, 0)
         read = index * n + kv * (top_k if index else n)
         at_n = kv * n, index * n, (kv + index) * n, read, step_bytes(streams, n, top_k)
-        found.append(
-            [f"{kv:,}" + (f" + {index}" if index else ""), *map(size, (*at_n, held, want, step, most))]
-        )
+        token = f"{kv:,} + {index}" if index else f"{kv:,}"
+        found.append([token, *map(size, (*at_n, held, want, step, most))])
     note = (
         "DeepSeek-V3.2's dimensions, two bytes a cached number: 128 heads of 192 + 128, or a latent of 512 + "
         f"64; index keys of {V32['E']}; top_k {top_k} (512 in the measured step). Sparsity does not shrink "
@@ -1200,9 +1175,7 @@ def memory(bench: Bench) -> None:
     )
     rows = [list(row) for row in zip(heads, *found, strict=True)]  # a column for each kind of cache
     bench.table("memory", f"Cache of one layer at {n:,} tokens", ["one layer", *kinds], rows, note)
-    bench.results["memory"] = {
-        kind: dict(zip(heads, x, strict=True)) for kind, x in zip(kinds, found, strict=True)
-    }
+    bench.results["memory"] = {kind: dict(zip(heads, x)) for kind, x in zip(kinds, found)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1329,7 +1302,7 @@ class GpuProblem:
     """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
 
     def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
-        self.scores = self.indices = self.out = self.lse = self.dout = None  # type: Any
+        self.scores = self.indices = None  # type: Any
         self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
         self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
@@ -1380,11 +1353,6 @@ class GpuProblem:
             else:
                 yield slice(i, i + 1), slice(self.s - n + i + 1)
 
-    def kept(self, keys, one, seen):
-        """The keys that a query has chosen, in float64, and the slots that select all of them."""
-        rows = self.indices[one][0]
-        return exact(keys[seen][rows]), np.arange(len(rows))[None]
-
     def check(self, what: str, tol: float, got, want) -> None:
         """Of three queries, in float64: each array of got beside that of want(one, seen)."""
         for one, seen in self.three():
@@ -1412,7 +1380,8 @@ class GpuProblem:
 
     def check_attention(self, x, stored=lambda k: k) -> None:
         def want(one, seen):
-            kept, slots = self.kept(self.k, one, seen)
+            kept = exact(self.k[seen][rows := self.indices[one][0]])
+            slots = np.arange(len(rows))[None]
             return dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
 
         self.check("attention", 1e-2, x[:1], lambda *at: want(*at)[:1])
@@ -1427,33 +1396,6 @@ class GpuProblem:
     def check_chain(self, x, fp8: bool = False) -> None:
         (self.check_fp8 if fp8 else self.check_attention)(x)
         self.check_same(x[2])
-
-    def learn(self) -> None:
-        """What the gradients need: the result, and its slope."""
-        self.out, self.lse = self.attend()
-        self.dout = self.chip.draw(*self.out.shape)
-        self.going_back = 2 * self.q.size // WIDTH * self.indices.shape[-1] * (3 * WIDTH + 2 * LATENT), 0
-
-    def backward(self, deterministic: bool = True):
-        rest = self.indices, self.out, self.lse, self.dout
-        kwargs = {"d_v": LATENT, "deterministic": deterministic}
-        return dsa.sparse_attention_backward(self.q, self.k, None, *rest, **kwargs)[:2]
-
-    def check_backward(self, x) -> None:
-        """dq of three queries, and dk of three keys out of all the queries that have chosen them."""
-
-        def want(one, seen):
-            kept, slots = self.kept(self.k, one, seen)
-            rest = [exact(y[one]) for y in (self.out, self.lse, self.dout)]
-            return dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[:1]
-
-        self.check("sparse_attention_backward, dq", 2e-2, x[:1], want)
-        for key in (0, self.s // 3, self.s - self.t):
-            who, _ = self.chip.xp.nonzero(self.indices == key)
-            q, *rest = (exact(y[who]) for y in (self.q, self.out, self.lse, self.dout))
-            k, slots = exact(self.k[key : key + 1]), np.zeros((len(q), 1), np.int64)
-            dk = dsa.sparse_attention_backward(q, k, None, slots, *rest, d_v=LATENT)[1]
-            self.chip.bench.check("gpu sparse_attention_backward, dk", exact(x[1][key : key + 1]), dk, 2e-2)
 
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
@@ -1481,12 +1423,6 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
     for what, x in list(cases.items())[: 3 if more else 1]:
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
-    if more:
-        with chip.alone(f"gradients, {s:,}"):
-            p.learn()
-            stage("sparse_attention_backward", [p], P.backward, P.check_backward, p.going_back)
-            atomics = functools.partial(P.backward, deterministic=False)
-            stage("the same, by atomics", [p], atomics, P.check_backward, p.going_back)
 
 
 def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None:
@@ -1586,9 +1522,7 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
     names = [name for name in max(decode, key=len) if name != "at"]
     rows = [row(x["at"], [x.get(name, "") for name in names]) for x in decode]
-    also = (
-        f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest); fp8 index keys."
-    )
+    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). fp8 index."
     bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
 
 
@@ -1717,12 +1651,12 @@ def sharded(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 LM = SimpleNamespace(
-    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, dense=1900, warm=200,
-    more=80, top_k=(512, 128), K=(64, 128, 256, 512, 1024, 2048), held=40, least=2**16, text=2**28, asked=60,
+    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, cues=60, held=40,
+    dense=1900, warm=200, more=80, top_k=(512, 128), K=[2**i for i in range(6, 12)], least=2**16, text=2**28,
 )  # fmt: skip
 TOY = SimpleNamespace(
-    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=32, dense=40, warm=20,
-    more=4, top_k=(16, 8), K=(8, 16), held=4, least=2**11, text=2**20, asked=2,
+    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=32, cues=2, held=4,
+    dense=40, warm=20, more=4, top_k=(16, 8), K=[8, 16], least=2**11, text=2**20,
 )  # fmt: skip
 LM_OPTIONS: dict[str, dict[str, Any]] = {
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
@@ -1730,6 +1664,7 @@ LM_OPTIONS: dict[str, dict[str, Any]] = {
 }
 WARM, MORE, FIRST = "DSA, warm-up alone", "dense, continued", "DSA, trained at {}"
 MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
+FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
 RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.1)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.1, 0))
 
 
@@ -1756,10 +1691,10 @@ def attention(indices, q, k, v):
     return out, lambda dout: dsa.sparse_attention_backward(q, k, v, indices, out, lse, dout)[:3]
 
 
-def foresight(target, where, *index):
+def foresight(target, where, index_q, index_k, weights):
     """The indexer's KL, a query."""
-    loss, grads = dsa.indexer_loss(*index, target, **where)
-    each = 1 / index[2][..., 0].size
+    loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where)
+    each = 1 / weights[..., 0].size
     return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
 
 
@@ -1835,10 +1770,9 @@ class Decoder:
 
 def sdpa(q, k, v):
     """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it."""
-    backends = torch.nn.attention.SDPBackend
-    order = [backends.CUDNN_ATTENTION, backends.FLASH_ATTENTION, backends.MATH]
+    by = torch.nn.attention.SDPBackend
     q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
-    with torch.nn.attention.sdpa_kernel(order, set_priority=True):
+    with torch.nn.attention.sdpa_kernel([by.CUDNN_ATTENTION, by.FLASH_ATTENTION, by.MATH], set_priority=True):
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
     return out.transpose(1, 2)
 
@@ -1846,11 +1780,11 @@ def sdpa(q, k, v):
 class Attend:
     """A Decoder's attention: torch's to all keys, or ours to the top_k that are selected `by` something.
 
-    The indexers learn at `rows` queries of each sequence, over all keys or those kept, and leave their KL in kl.
-    With a past, which the first call leaves there, it goes on behind it.
+    The indexers learn at `rows` queries of each sequence, over all keys or those kept, and leave their KL
+    in kl. With a past, which the first call leaves there, it goes on behind it.
     """
 
-    def __init__(self, by: str = "", top_k: int = 0, rows: int = 0, past: dict[int, Any] | None = None):
+    def __init__(self, by: str = "", top_k: int = 0, rows: int = 0, past: Any = None):
         self.by, self.top_k, self.rows, self.asks = by, top_k, rows, by == "lightning" or rows > 0
         self.kl, self.past, self.fixed = list[Any](), past, dict[tuple[int, int], Any]()
 
@@ -1871,15 +1805,14 @@ class Attend:
             if first is not new:
                 k, v, *keys = (torch.cat(x, 1) for x in zip(first, new, strict=True))
                 index = [*index[:1], *keys, *index[2:]]
-        indices = self.select(layer, *map(give, (q, k, *index))) if self.by else None
+        indices: Any = self.by and self.select(layer, *map(give, (q, k, *index)))
         if self.rows:
             b = torch.arange(len(q), device=q.device)[:, None]
             at = torch.rand(q.shape[:2], device=q.device).argsort(1)[:, : self.rows].sort(1)[0]
             where = {"indices": indices[give(b), give(at)]} if self.by else {"k_end": give(at + 1)}
-            learn = functools.partial(
-                foresight, dsa.attention_target(give(q[b, at]), give(k), **where), where
-            )
-            self.kl.append(Ours.apply(learn, index[0][b, at], index[1], index[2][b, at]).float())
+            target = dsa.attention_target(give(q[b, at]), give(k), **where)
+            parts = index[0][b, at], index[1], index[2][b, at]
+            self.kl.append(Ours.apply(functools.partial(foresight, target, where), *parts).float())
         return Ours.apply(functools.partial(attention, indices), q, k, v) if self.by else sdpa(q, k, v)
 
 
@@ -1957,8 +1890,6 @@ def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates
         if (i + 1) % each == 0:
             curve.append([i + 1, *sums.tolist()])
             sums.zero_()
-            if not np.isfinite(curve[-1]).all():
-                raise WrongAnswer(f"lm, {name}: step, bits and KL are {curve[-1]}")
             if len(curve) % 10 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
     return curve
@@ -1987,18 +1918,15 @@ def sources(folder: Path, z):
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
     n, text = z.contexts[-1] + 1, np.frombuffer(b"\0".join(learned), np.uint8).copy()
     windows = np.stack([np.frombuffer(x, np.uint8, n, (len(x) - n) // 2) for x in held])
-    note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} packages"
-    note += f" held out, and {len(rest) - len(learned)} files that repeat these left out."
+    note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
+    note += f"packages held out, and {len(rest) - len(learned)} files that repeat these left out."
     return torch.from_numpy(text), torch.from_numpy(windows), note
-
-
-FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
 
 
 def with_secrets(z, windows):
     """Windows in which random names are assigned to at distances FAR, and again at the end; and where."""
     rng, letters = np.random.default_rng(0), np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
-    ids, line = windows[np.arange(z.asked) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
+    ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
     body = ids.shape[1] - len(FAR) * len(line)
     for row, (i, far) in itertools.product(ids, enumerate(FAR)):
         own = np.where(line == ord("#"), rng.choice(letters, len(line)), line)
@@ -2012,10 +1940,10 @@ def methods(z) -> dict[str, tuple[str, str, str]]:
     """What is judged: name -> whose weights it has, what selects its keys, and beside what it stands."""
     first, second, window = *map(FIRST.format, z.top_k), f"window, trained at {z.top_k[0]}"
     return {
-        first: (first, "lightning", MORE), second: (second, "lightning", MORE), WARM: (WARM, "lightning", "dense"),
-        "window": (WARM, "window", "dense"), window: (window, "window", MORE),
-        "the oracle's keys": (WARM, "oracle", "dense"), "random keys and window": (WARM, "random", "dense"),
-        "before warm-up": ("dense", "lightning", "dense"),
+        first: (first, "lightning", MORE), second: (second, "lightning", MORE),
+        WARM: (WARM, "lightning", "dense"), "window": (WARM, "window", "dense"),
+        window: (window, "window", MORE), "the oracle's keys": (WARM, "oracle", "dense"),
+        "random and window": (WARM, "random", "dense"), "before warm-up": ("dense", "lightning", "dense"),
     }  # fmt: skip
 
 
@@ -2044,17 +1972,13 @@ def judge(bench: Bench, models, z, windows) -> list[dict[str, Any]]:
 
 def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
     """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
-    middle, n, cells = *z.contexts[1:], list[dict[str, Any]]()
+    (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
     some, long = windows[: z.batch // middle, :middle].int(), windows[: max(1, z.batch // n), :n].int()
-    cases = {
-        "training": (some, middle, 0),
-        "prefill": (long, n, 0),
-        "a token after": (long[:, -1:], n, n - 1),
-    }
+    cases = {"training": (some, middle, 0), "prefill": (long, n, 0), "a token at": (long[:, -1:], n, n - 1)}
     for what, (ids, size, first) in cases.items():
-        learns, cell, runs = what == "training", {"what": f"{what} {size:,}"}, {}
-        for name, how in (("dense", ()), ("DSA", ("lightning", z.top_k[0], z.rows * learns))):
-            attend = Attend(*how, past={} if first else None)
+        learns, runs, cell = what == "training", dict[str, Any](), {"what": f"{what} {size:,}"}
+        for name, by in (("dense", ""), ("DSA", "lightning")):
+            attend = Attend(by, z.top_k[0], z.rows * learns * bool(by), {} if first else None)
 
             def run(ids=ids, first=first, learns=learns, attend=attend):
                 with torch.set_grad_enabled(learns):
@@ -2079,19 +2003,16 @@ def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
     return cells
 
 
-@part("a language model that learns to read sparsely, on one GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="five minutes on an H100, and hours", options=LM_OPTIONS)  # fmt: skip
+@part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
+      "lm_presets", default=False, takes="five minutes on an H100, and days", options=LM_OPTIONS)  # fmt: skip
 def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
         raise MissingPackage("needs torch: pip install torch")
-    z, device, seconds = TOY if bench.args.quick else LM, "cuda", dict[str, float]()
-    try:
+    z, seconds = TOY if bench.args.quick else LM, dict[str, float]()
+    device = "cuda" if torch.cuda.is_available() or not bench.args.quick else "cpu"
+    if device == "cuda":
         bench.results["provenance"]["gpu"] = Chip(bench).name
-    except MissingPackage:
-        if not bench.args.quick:
-            raise
-        device = "cpu"
 
     def once(name, run):
         """run(), or what it returned in an earlier run."""
@@ -2122,9 +2043,10 @@ def lm(bench: Bench) -> None:
 
         curves[name], weights = once(name, teach)
         models[name] = Decoder(z, device, weights)
-    for (a, *old), *_, (b, *new) in (curves["dense"], [[x, z, y] for x, y, z in curves[WARM]]):
-        if not new[0] < 0.9 * old[0]:
-            raise WrongAnswer(f"lm: a loss of {old[0]} at step {a} is {new[0]} at step {b}")
+    for name, curve in curves.items():  # what begins with a trained model has little to gain
+        (_, *old), *_, (_, *new) = curve
+        if not new[name == WARM] < old[name == WARM] * (0.9 if name in ("dense", WARM) else 1.5):
+            raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
     found = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
     found["judged"] = once("judged", lambda: judge(bench, models, z, windows))
     found["costs"] = once("costs", lambda: costs(models[FIRST.format(z.top_k[0])], windows, z))
@@ -2133,7 +2055,7 @@ def lm(bench: Bench) -> None:
 
 
 def over(bits, reference):
-    """How far the bits of packages are over the reference's, in %, and the middle 95 % of draws of packages."""
+    """How far packages' bits are over the reference's, in %, and the middle 95 % over draws of packages."""
     draws = np.random.default_rng(0).integers(len(bits), size=(2000, len(bits)))
     low, high = np.percentile(bits[draws].sum(1) / reference[draws].sum(1), (2.5, 97.5))
     return [float(100 * x - 100) for x in (bits.sum() / reference.sum(), low, high)]
@@ -2153,11 +2075,11 @@ def report_lm(bench: Bench, z, found) -> None:
     level = [f"{bits[x, 0, middle].mean():.4f} bits a byte at {middle:,}" for x in ("dense", MORE)]
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}; tokens are bytes. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}. Indexers warmed "
-        f"up: {z.warm} steps, at {z.rows:,} queries of each sequence. What is trained for {z.more} steps more stands "
-        f"beside dense continued for as many, {level[1]}; the rest beside dense. Last halves of the windows; in "
-        "brackets the middle 95 % over draws of packages. One seed; from run to run differ cuBLAS's choices and "
-        "sums by atomics. A window trained from scratch is missing."
+        f"{z.J}x{z.D}, bytes as tokens. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}. Warm-up: "
+        f"{z.warm} steps, at {z.rows:,} queries of each sequence. Trained: {z.more} steps more, over dense "
+        f"continued for as many, {level[1]}; the rest over dense. Last halves of windows; in brackets the "
+        "middle 95 % over draws of packages. One seed; from run to run differ cuBLAS's choices and atomics' "
+        "sums. A window trained from scratch is missing."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     columns = ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)]
@@ -2167,44 +2089,31 @@ def report_lm(bench: Bench, z, found) -> None:
     columns = [f"{a:,} to {b:,}" for a, b in itertools.pairwise([0, *(most >> i for i in range(5, -1, -1))])]
     bench.table("lm_position", "Bits a byte, by position", ["method", *columns], rows)
     rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in long.items()]
-    title = f"Of {z.asked} secrets at each distance in {most:,} tokens, the share that is found"
-    note = "A random name is assigned 8 random letters; at the end, asked for one after another, all must be right."
+    title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
+    note = "A random name is assigned 8 random letters; asked for them at the end, all must be right."
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows, note)
     rows = []
     for c in found["costs"]:
         a, b = Laps(c["dense"]), Laps(c["DSA"])
         memory = [size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA")]
         rows.append([c["what"], str(a), str(b), f"{a.median / b.median:.2f}x", *memory])
-    title = f"Time a token of the whole model, and memory beyond its weights: SDPA, and DSA at K = {one}"
+    title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
     note = "Training: forward, backward, and the indexers'. A token: launch by launch, in no graph."
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
     rows = []
     for preset, ratio in dsa.SELECTION_RATIOS.items():
         k, hits = math.ceil(ratio * middle), cells[first, math.ceil(ratio * most), most]["secrets"]
         rows.append([preset, f"{ratio:.0%}", f"{k:,}", texts[first, k, middle], f"{np.mean(hits):.0%}"])
-    note = f"Secrets: at all distances, by the same share of keys; dense finds {np.mean(long[MORE]['secrets']):.0%}."
+    note = f"Secrets: at all distances, same share; dense finds {np.mean(long[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
-    bench.table(
-        "lm_presets", "The presets, in a model that has learned to read sparsely", columns, rows, note
-    )
+    bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
     draw_lm(bench, z, found, gaps)
 
 
 def draw_lm(bench: Bench, z, found, gaps) -> None:
     """Quality against K of all methods; loss against step."""
-    middle, one, curves = z.contexts[1], z.top_k[0], found["curves"]
-    shades = (
-        "trained",
-        "hierarchical",
-        "warm-up only",
-        "window",
-        "strided",
-        "oracle",
-        "random",
-        "global",
-        "dense",
-    )
-    colours = dict(zip((*methods(z), "dense"), map(COLOURS.get, shades), strict=True))
+    middle, one, curves = z.contexts[1], z.top_k[0], {x: np.array(y).T for x, y in found["curves"].items()}
+    colours = dict(zip((*methods(z), MORE), [f"C{i}" for i in range(9)]))
     fig, ax = plt.subplots(figsize=(8, 3.8))
     for name in methods(z):
         own = [k for k in z.K if (name, k, middle) in gaps]
@@ -2215,24 +2124,23 @@ def draw_lm(bench: Bench, z, found, gaps) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     good, bad = (gaps[x, one, middle][0] for x in (FIRST.format(one), f"window, trained at {one}"))
     finding = (
-        f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} of the "
-        f"keys {good:.2f} % more bits a byte than dense attention, with a window of as many {bad:.0f} %"
+        f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} "
+        f"of the keys {good:.2f} % more bits a byte than with all, with a window of as many {bad:.0f} %"
     )
     bench.figure("lm", "lm.png", finding, fig)
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
-    for name, curve in curves.items():
-        step, bits, kl = np.array(curve).T
-        if name == "dense":
-            axes[0].plot(step, bits, marker="", color=colours[name], label=name)
-        elif name not in (WARM, MORE):
-            more = 100 * (bits / np.array(curves[MORE])[:, 1] - 1)
-            axes[1].plot(step, more, marker="", color=colours[name], label=name)
+    fig, (left, ax, right) = plt.subplots(1, 3, figsize=(10, 3.4))
+    left.plot(*curves.pop("dense")[:2], marker="", color=COLOURS["dense"])
+    for name, (step, bits, kl) in curves.items():
+        style = {"marker": "", "color": colours[name], "label": name}
+        if name != WARM:
+            ax.plot(step, 100 * bits / curves[MORE][1] - 100, **style)
         if kl.any():
-            axes[2].plot(step, kl, marker="", color=colours[name], label=name)
-    texts = "bits a byte", f"bits over {MORE}, same text, %", "KL of the indexers, nats"
-    for ax, text, scale in zip(axes, texts, ("log", "symlog", "log"), strict=True):
-        ax.set(yscale=scale, xlabel=f"steps of {z.batch:,} tokens", title=text)
-        ax.legend()
+            right.plot(step, kl, **style)
+    left.set(title="bits a byte, dense", yscale="log", xlabel=f"steps of {z.batch:,} tokens")
+    ax.set(title=f"bits over {MORE}, on the same text, %", yscale="symlog", xlabel="steps more")
+    right.set(title="KL of the indexers, nats", yscale="log", xlabel="steps of warm-up, or more")
+    ax.legend()
+    right.legend()
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
 
 
@@ -2301,12 +2209,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     option("--threads", type=at_least(1), metavar="N", help="threads over query blocks (one per CPU)")
     option("--update", action="store_true", help="rewrite these tables in README.md and measured.md")
     for name in asked or usual:
-        if PARTS[name].options:
-            group = parser.add_argument_group(f"options of {name}") if asked else parser
-            for flag, keywords in PARTS[name].options.items():
-                group.add_argument(
-                    f"--{flag}", **(keywords if asked else keywords | {"help": argparse.SUPPRESS})
-                )
+        for flag, keywords in PARTS[name].options.items():
+            option(f"--{flag}", **keywords | ({} if asked else {"help": argparse.SUPPRESS}))
     for name in parts:
         if name not in PARTS:
             parser.error(f"unknown part {name!r}, expected some of: {' '.join(PARTS)}")
