@@ -1916,6 +1916,8 @@ def sources(folder: Path, z):
         elif sum(map(len, rest)) < z.text:
             rest += files
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
+    if not (held and learned):
+        raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
     n, text = z.contexts[-1] + 1, np.frombuffer(b"\0".join(learned), np.uint8).copy()
     windows = np.stack([np.frombuffer(x, np.uint8, n, (len(x) - n) // 2) for x in held])
     note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
@@ -2047,10 +2049,9 @@ def lm(bench: Bench) -> None:
         (_, *old), *_, (_, *new) = curve
         if not new[name == WARM] < old[name == WARM] * (0.9 if name in ("dense", WARM) else 1.5):
             raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
-    found = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
+    found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
     found["judged"] = once("judged", lambda: judge(bench, models, z, windows))
     found["costs"] = once("costs", lambda: costs(models[FIRST.format(z.top_k[0])], windows, z))
-    bench.results["lm"] = found
     report_lm(bench, z, found)
 
 
