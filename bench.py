@@ -1216,9 +1216,8 @@ class Chip:
         self.bench, self.xp, self.bf16 = bench, cupy, np.dtype(ml_dtypes.bfloat16)
         self.torch = torch is not None and torch.cuda.is_available()
         self.rng, self.failed = cupy.random.default_rng(0), list[str]()
-        driver, cuda = (
-            f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion())
-        )
+        versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        driver, cuda = (f"{n // 1000}.{n % 1000 // 10}" for n in versions)
         self.name = f"{name}, driver of CUDA {driver}, CUDA {cuda}, CuPy {cupy.__version__}"
 
     def draw(self, *shape: int, dtype=None):
@@ -1994,11 +1993,12 @@ def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
                 run(long, 0)
             run()  # compiles
             if model.device == "cuda":
-                pool, held = sys.modules["cupy"].get_default_memory_pool(), torch.cuda.memory_allocated()
+                pool = sys.modules["cupy"].get_default_memory_pool()
                 pool.free_all_blocks()
                 torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated() + pool.total_bytes()
                 run()
-                cell[f"{name}, bytes"] = torch.cuda.max_memory_allocated() - held + pool.total_bytes()
+                cell[f"{name}, bytes"] = torch.cuda.max_memory_allocated() + pool.total_bytes() - held
             runs[name] = run
         laps = race(runs, 1)
         cells.append(cell | {name: Laps(x / ids.numel() for x in laps[name]) for name in runs})
@@ -2093,11 +2093,10 @@ def report_lm(bench: Bench, z, found) -> None:
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     note = "A random name is assigned 8 random letters; asked for them at the end, all must be right."
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows, note)
-    rows = []
-    for c in found["costs"]:
-        a, b = Laps(c["dense"]), Laps(c["DSA"])
-        memory = [size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA")]
-        rows.append([c["what"], str(a), str(b), f"{a.median / b.median:.2f}x", *memory])
+    rows = [
+        [c["what"], str(c["dense"]), str(c["DSA"]), f"{c['dense'].median / c['DSA'].median:.2f}x",
+         *(size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA"))] for c in found["costs"]
+    ]  # fmt: skip
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
     note = "Training: forward, backward, and the indexers'. A token: launch by launch, in no graph."
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
