@@ -40,12 +40,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import textwrap
 import time
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 try:
@@ -76,8 +79,7 @@ COLOURS = {
     "oracle": "#111111", "lightning": "#0b62c4", "hybrid": "#3fa7e8", "hierarchical": "#159a77",
     "approximate": "#7b4fb5", "lsh": "#c06bb0", "learned": "#8a6d1d", "window": "#d9480f",
     "strided": "#f08c00", "global": "#868e96", "random": "#adb5bd", "torch": "#c92a2a", "dense": "#343a40",
-    "trained": "#e03131", "learned, trained": "#66a80f", "warm-up only": "#ff8787",
-    "before training": "#ffc9c9", "scores": "#f08c00", "top-k": "#d9480f", "attend": "#0b62c4",
+    "scores": "#f08c00", "top-k": "#d9480f", "attend": "#0b62c4",
 }  # fmt: skip
 STYLE: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
@@ -341,7 +343,7 @@ def update(bench: Bench) -> None:
         text = page.read_text(encoding="utf-8")
         for name, table in bench.tables.items():
             cpu = f"{p['machine']}; Python {p['python']}, {p['blas']}"
-            on = f"{p['gpu']}; {cpu}" if name.startswith("gpu") else cpu
+            on = f"{p['gpu']}; {cpu}" if "gpu" in p and name.startswith(("gpu", "lm")) else cpu
             body = [table.columns, ["---", *["---:"] * (len(table.columns) - 1)], *table.rows]
             lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in body]
             figures = [f"![{finding}]({file})" for file, finding in table.figures]
@@ -634,31 +636,17 @@ def whole_prompt(cells: list[dict[str, Any]], tokens: int) -> tuple[float, float
     return float(dense.sum()), float(np.where(at <= TOP_K, dense, sparse).sum())
 
 
-def index_shape(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected JxE, such as 64x128")
-    J, E = map(int, text.split("x"))
-    return J, E
-
-
-SPEED: dict[str, dict[str, Any]] = {
-    "max-n": {"type": at_least(4096), "default": CONTEXTS[-1], "metavar": "N",
-              "help": "longest context (131072), at least 4096"},
-    "heads": {"type": at_least(1), "metavar": "H", "help": "query heads (128, and beside it a row of 16)"},
-    "index": {"type": index_shape, "metavar": "JxE", "help": "index heads and their width (64x128)"},
-}  # fmt: skip
+LONGEST = {"help": "longest context (131072), at least 4096", "default": CONTEXTS[-1]}
+LONGEST |= {"type": at_least(4096), "metavar": "N"}
 
 
 @part("time, memory and stages at DeepSeek-V3.2's shape, up to 131,072 tokens", "speed", "reads",
-      takes="over a minute", options=SPEED)  # fmt: skip
+      takes="over a minute", options={"max-n": LONGEST})  # fmt: skip
 def speed(bench: Bench) -> None:
     args, threads = bench.args, dsa.get_num_threads()
     most = min(args.max_n, 4096) if args.quick else args.max_n
-    given = args.heads or args.index
-    heads, (J, E) = args.heads or V32["H"], args.index or (V32["J"], V32["E"])
-    few = min(16, heads)
-    shapes = [("chunk", heads, J, E), ("token", heads, J, E)]
-    shapes += [] if given else [(f"{few} heads", few, 4, 32)]
+    wide = V32["H"], V32["J"], V32["E"]
+    shapes = [("chunk", *wide), ("token", *wide), ("16 heads", 16, 4, 32)]
     contexts = sorted({most, *(n for n in CONTEXTS if n <= most)})
     cells: list[dict[str, Any]] = []
     if torch:
@@ -695,10 +683,9 @@ def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
     cross = {kind: crossover(of_kind(cells, kind)) for kind in shapes}
     dense, sparse = whole_prompt(chunk, min(PROMPT, chunk[-1]["n"]))
     faster = "; ".join(f"{kind}: {n}" for kind, n in cross.items())
-    alone = f"; {shapes['16 heads']}, otherwise alike" if "16 heads" in shapes else ""
     note = (
-        f"chunk: the newest {last['queries']} queries, a block for each thread; token: "
-        f"one, on one core. {shapes['chunk']}{alone}; keys of {WIDTH}, values their first "
+        f"chunk: the newest {last['queries']} queries, a block for each thread; token: one, on one core. "
+        f"{shapes['chunk']}; {shapes['16 heads']}, otherwise alike; keys of {WIDTH}, values their first "
         f"{LATENT}, top_k {TOP_K}, float32, random data. DSA: the whole call; beside it its stages alone. by "
         "FLOPs: the ratio if all products ran at one rate. Methods take turns, thrice or more; medians; "
         f"spread: from fastest to slowest, of dense{', torch' if torch else ''} or DSA. DSA is faster from "
@@ -738,15 +725,12 @@ def draw_speed(bench: Bench, cells) -> None:
     left.set(ylabel="milliseconds a query", ylim=(0, None))
     left.set_title(f"Time of one of the newest {last['queries']} queries")
     left.legend(loc="upper left")
-    colours = {"chunk": "#0b62c4", "token": "#3fa7e8"}
-    for kind in dict.fromkeys(c["kind"] for c in cells):
-        own, colour = of_kind(cells, kind), colours.get(kind, "#f08c00")
-        x = [c["n"] / 1024 for c in own]
-        text = {"chunk": "a chunk of a prompt", "token": "one decoded token"}.get(kind, f"a chunk, {kind}")
-        right.plot(x, [c["ratio"] for c in own], color=colour, label=text)
-        if kind == "chunk":
-            flops = [c["flops ratio"] for c in own]
-            right.plot(x, flops, color="#343a40", ls=":", marker="", label="by FLOPs alone")
+    texts = ["a chunk of a prompt", "one decoded token", "a chunk, 16 heads"]
+    for text, kind, colour in zip(texts, ("chunk", "token", "16 heads"), ("#0b62c4", "#3fa7e8", "#f08c00")):
+        own = of_kind(cells, kind)
+        right.plot([c["n"] / 1024 for c in own], [c["ratio"] for c in own], color=colour, label=text)
+    flops = [c["flops ratio"] for c in chunk]
+    right.plot(n, flops, color="#343a40", ls=":", marker="", label="by FLOPs alone")
     right.axhline(1, color="#343a40", lw=0.8, marker="")
     right.set(ylim=(0, None))
     right.set_title(f"How many times faster DSA is; from {crossover(chunk)} tokens on it is")
@@ -823,7 +807,7 @@ def check_sparse(bench: Bench, q, k, v, indices, out, mass) -> None:
     bench.check("captured mass, model", mass, total[..., 0].T, 1e-4)
 
 
-@part("what each selector keeps of a trained model's attention on real text", "real", "predictive")
+@part("what each selector keeps of a trained model's attention on real text", "real")
 def real(bench: Bench) -> None:
     sizes, windows, every = ((16, 64), 1, 8) if bench.args.quick else ((16, 32, 64, 128, 256), 2, 8)
     layers = model_layers(bench, windows)
@@ -832,11 +816,10 @@ def real(bench: Bench) -> None:
     layers = [(q[:, rows], k, v) for q, k, v in layers]
     cells = [(s, k) for s in ORDER for k in sizes]
     mass: dict[tuple[str, int], list[float]] = {cell: [] for cell in cells}
-    error, lses = {cell: list[float]() for cell in cells}, []
+    error = {cell: list[float]() for cell in cells}
     for q, k, v in bench.steps(layers, "real: layers"):
         dense, dense_lse = dsa.dense_attention(q, k, v, **everything(len(rows), n))
         bench.check("dense_attention, model", dense[0], mix(attend(q[0], k[0]), v[0]), 1e-4)
-        lses.append(dense_lse)
         for name, top_k in cells:
             out, lse = dsa.sparse_attention(q, k, v, indices := choose(name, q, k, top_k, rows))
             captured = np.exp(lse - dense_lse)
@@ -865,8 +848,6 @@ def real(bench: Bench) -> None:
          "error_by_layer": error[s, k]} for s, k in cells
     ]  # fmt: skip
     draw_real(bench, sizes, mass, error, n)
-    draw_sentence(bench)
-    predictive(bench, layers, lses, [k for k in sizes if 32 <= k <= 128])
 
 
 def draw_real(bench: Bench, sizes, mass, error, n: int) -> None:
@@ -888,64 +869,6 @@ def draw_real(bench: Bench, sizes, mass, error, n: int) -> None:
         f"keeps more than {ceiling:.0f} %, no static one more than {max(fixed):.0f} %"
     )
     bench.figure("real", "real.png", finding, fig)
-
-
-def draw_sentence(bench: Bench, layer: int = 3, word: str = "saw", top_k: int = 8) -> None:
-    """Which tokens each selector keeps for one query of one sentence."""
-    text = "The lighthouse keeper, who had not slept for two days, saw the ship long before it saw his light."
-    tokens = ["[CLS]", *bench.model.tokenizer.encode(text, add_special_tokens=False).tokens, "[SEP]"]
-    q, k, _ = bench.model(bench.model.tokenize(text))[1][layer - 1]
-    query = tokens.index(word)
-    p = attend(q, k)[:, query].mean(0)
-    fig, (top, ax) = plt.subplots(2, 1, figsize=(9.5, 4.2), height_ratios=[1, 3.4], sharex=True)
-    top.bar(range(len(tokens)), 100 * p, color=COLOURS["dense"], width=0.8)
-    top.set(ylabel="attention, %")
-    labels = []
-    for row, name in enumerate(ORDER):
-        kept = choose(name, q, k, top_k, np.arange(len(tokens)))[query]
-        ax.barh([row] * top_k, [0.9] * top_k, 0.84, kept - 0.45, color=COLOURS[name])
-        labels.append(f"{name}  {100 * p[kept].sum():.0f} %")
-    ax.set_yticks(range(len(ORDER)), labels)
-    ax.set_xticks(range(len(tokens)), tokens, rotation=55, ha="right", rotation_mode="anchor")
-    ax.set(xlim=(-0.6, len(tokens) - 0.4), ylim=(len(ORDER) - 0.5, -0.5))
-    ax.get_xticklabels()[query].set(color="#c92a2a", weight="bold")
-    for a in (top, ax):
-        a.grid(False)
-        a.axvline(query, color="#c92a2a", lw=0.8, ls=":", marker="", zorder=0)
-    finding = (
-        f'The {top_k} tokens each selector keeps for "{word}", and their mass (layer {layer}, all heads)'
-    )
-    bench.figure("real", "sentence.png", finding, fig)
-
-
-def predictive(bench: Bench, layers, lses, sizes) -> None:
-    """Score in layer l only what layer l - 1 selected, more of it and its neighbours: what does that lose?"""
-    (_, t), n = layers[0][0].shape[:2], layers[0][1].shape[1]
-    where, rows = everything(t, n), []
-    index = [heads_as_indexer(q, k) for q, k, _ in layers]
-    columns = ["K", "candidates of layer l - 1", "neighbours", "keys scored", "recall", "mass / exact"]
-    for top_k in bench.steps(sizes, "predictive"):
-        exact = [dsa.lightning_select(*x, top_k, **where) for x in index]
-        for times, widen in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 0)):
-            found = []
-            for layer in range(1, len(layers)):
-                candidates = dsa.lightning_select(*index[layer - 1], times * top_k, **where)
-                got = dsa.predictive_select(*index[layer], top_k, candidates, widen=widen, **where)
-                near = candidates[..., None] + np.arange(-widen, widen + 1)
-                allowed = as_mask(near.reshape(*near.shape[:-2], -1).clip(0, n - 1), n)
-                kept, best = as_mask(got, n), as_mask(exact[layer], n)
-                if not (kept <= allowed).all():
-                    raise WrongAnswer("predictive_select kept a key that is no candidate")
-                q, k, v = layers[layer]
-                sets = (dsa.sparse_attention(q, k, v, i)[1] for i in (got, exact[layer]))
-                mass, whole = (np.exp(lse - lses[layer]).mean() for lse in sets)
-                found.append((allowed.mean(), (kept & best).sum() / best.sum(), mass / whole))
-            means = (f"{x:.1%}" for x in np.mean(found, 0))
-            rows.append([str(top_k), str(times * top_k), f"+-{widen}", *means])
-    title = f"Predictive selection: layer l scores only what layer l - 1 selected of {n} tokens"
-    note = f"Exact selection scores every key. Mean over layers 2 to {len(layers)}."
-    bench.table("predictive", title, columns, rows, note)
-    bench.results["predictive"] = [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1228,12 +1151,8 @@ def measured(streams, tokens: int, top_k: int) -> tuple[int, int]:
 @part("what is held at 100,000 tokens, computed from shapes, checked against measured allocations", "memory")
 def memory(bench: Bench) -> None:
     n, small, top_k = 100_000, 1024 if bench.args.quick else 2048, V32["top_k"]
-    kinds = {
-        "dense": MULTI_HEAD,
-        "DSA": MULTI_HEAD | INDEX_KEYS,
-        "MLA": MLA,
-        "DSA with MLA": MLA | INDEX_KEYS,
-    }
+    kinds = {"dense": MULTI_HEAD, "DSA": MULTI_HEAD | INDEX_KEYS, "MLA": MLA}
+    kinds["DSA with MLA"] = MLA | INDEX_KEYS
     heads = ["bytes a token", "keys and values", "index keys", "held", "read a step", "working set"]
     heads += [f"cache of {small:,}, measured", "computed", f"a step at {small:,}, measured", "computed"]
     found: list[list[str]] = []
@@ -1246,9 +1165,8 @@ def memory(bench: Bench) -> None:
         bench.check(f"memory: {name}, step at most twice the computed", step <= 2 * most, True, 0)
         read = index * n + kv * (top_k if index else n)
         at_n = kv * n, index * n, (kv + index) * n, read, step_bytes(streams, n, top_k)
-        found.append(
-            [f"{kv:,}" + (f" + {index}" if index else ""), *map(size, (*at_n, held, want, step, most))]
-        )
+        token = f"{kv:,} + {index}" if index else f"{kv:,}"
+        found.append([token, *map(size, (*at_n, held, want, step, most))])
     note = (
         "DeepSeek-V3.2's dimensions, two bytes a cached number: 128 heads of 192 + 128, or a latent of 512 + "
         f"64; index keys of {V32['E']}; top_k {top_k} (512 in the measured step). Sparsity does not shrink "
@@ -1257,363 +1175,11 @@ def memory(bench: Bench) -> None:
     )
     rows = [list(row) for row in zip(heads, *found, strict=True)]  # a column for each kind of cache
     bench.table("memory", f"Cache of one layer at {n:,} tokens", ["one layer", *kinds], rows, note)
-    bench.results["memory"] = {
-        kind: dict(zip(heads, x, strict=True)) for kind, x in zip(kinds, found, strict=True)
-    }
+    bench.results["memory"] = {kind: dict(zip(heads, x)) for kind, x in zip(kinds, found)}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 8. layer: one layer at DeepSeek-V3.2's own dimensions
-# ------------------------------------------------------------------------------------------------------------
-
-NEWEST = 64  # tokens whose selection and output are compared
-INDEXERS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "fp8": {"indexer_precision": "fp8"},
-    "fp8, Hadamard": {"indexer_precision": "fp8", "hadamard": True},
-}
-STORED = [("float32", x) for x in INDEXERS]  # (storage, indexer); the first is the reference
-STORED += [("float64", "float32"), ("bfloat16", "float32"), *(("fp8", x) for x in INDEXERS)]
-LAYER_STAGES = {"lightning_select": "score and select", "sparse_attention": "attend to what was selected"}
-LAYER = {"tokens": {"type": at_least(1), "metavar": "N", "help": "prefill N tokens; decode at 4 N"}}
-# V3.2's sizes (the others are LayerDims' defaults), and those of --quick.
-WIDE = {"dim": 7168, "q_lora_rank": 1536, "kv_lora_rank": 512}
-QUICK = {"dim": 256, "q_lora_rank": 64, "kv_lora_rank": 64}
-QUICK_DIMS = {"n_heads": 8, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 64}
-QUICK_DIMS |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
-KEY_WEIGHTS = ("wkv_a", "kv_norm", "indexer.wk", "indexer.k_norm", "indexer.k_norm.bias")
-
-
-def random_weights(shapes) -> dict[str, np.ndarray]:
-    """Matrices keep the size of what they multiply; the norms' weights are near 1, the bias near 0."""
-
-    def draw(job):
-        seed, (name, shape) = job
-        x = np.random.default_rng(seed).standard_normal(shape, np.float32)
-        x *= 0.1 if len(shape) == 1 else shape[-1] ** -0.5
-        x += len(shape) == 1 and not name.endswith("bias")
-        return name, x
-
-    return dict(parallel(draw, enumerate(shapes.items())))
-
-
-class LayerRun:
-    """A layer for each indexer, all of the same weights, and their tokens: chunks of random states."""
-
-    def __init__(self, bench: Bench):
-        self.bench, quick = bench, bench.args.quick
-        self.chunk, ranks, dims = (64, QUICK, QUICK_DIMS) if quick else (512, WIDE, dict[str, Any]())
-        self.dim, d, one = ranks["dim"], dsa.LayerDims(**dims), dims | {"n_heads": 1, "index_n_heads": 1}
-        shapes, self.top_k = d.shapes(**ranks), d.index_topk
-        meminfo = Path("/proc/meminfo")
-        text = meminfo.read_text() if meminfo.exists() else "MemAvailable: 8000000"
-        held = 4 * sum(map(math.prod, shapes.values()))
-        # Beside the weights: what the core holds of a chunk's queries, and of a few heads' expanded keys.
-        held += 12 * self.chunk * d.n_heads * (ranks["kv_lora_rank"] + d.qk_rope_head_dim) + 2**28
-        self.left = 1024 * int(text.split("MemAvailable:")[1].split()[0]) - held
-        if self.left < 0:
-            raise SystemExit(f"layer: it needs {size(held)}, and {size(held + self.left)} are free")
-        weights = random_weights(shapes)
-        # What a token leaves in a cache depends on no head: a layer with one of each fills it for little.
-        keys = random_weights(dsa.LayerDims(**one).shapes(**(ranks | {"q_lora_rank": 1})))
-        keys |= {name: weights[name] for name in KEY_WEIGHTS}
-        self.layers = {name: dsa.DSALayer(weights, **dims, **x) for name, x in INDEXERS.items()}
-        self.keys = {name: dsa.DSALayer(keys, **one, **x) for name, x in INDEXERS.items()}
-
-    def states(self, i: int) -> np.ndarray:
-        """Chunk i of the sequence, [1, chunk, dim], drawn again whenever it is needed."""
-        return np.random.default_rng(i).standard_normal((1, self.chunk, self.dim), np.float32)
-
-    def fill(self, stored, n: int) -> list[dsa.KVCache]:
-        """Caches of n tokens, one for each (storage, indexer)."""
-        caches = [self.layers[indexer].new_cache(1, n, storage) for storage, indexer in stored]
-        first = np.zeros((1, self.chunk, 1), np.int32)  # attend to the first token, select nothing
-        for i in self.bench.steps(range(n // self.chunk), "layer: filling caches"):
-            x = self.states(i)
-            for cache, (_, name) in zip(caches, stored, strict=True):
-                self.keys[name](x, cache, indices=first)
-        return caches
-
-    def newest(self, cache, indexer: str, count: int, **kwargs):
-        """The last `count` tokens of a full cache, run again."""
-        cache.truncate(cache.lengths - count)
-        last = self.states(cache.capacity // self.chunk - 1)
-        return self.layers[indexer](last[:, self.chunk - count :], cache, **kwargs)
-
-    def tokens(self) -> int:
-        """How many tokens to prefill, once both forms of the core have agreed."""
-        (cache,) = self.fill(STORED[:1], 2 * self.top_k)
-        y, expanded = (self.newest(cache, "float32", NEWEST, core=x)[0] for x in ("absorbed", "expanded"))
-        self.bench.check("layer: absorbed and expanded core", y, expanded, 1e-4)
-        n = (self.bench.args.tokens or self.top_k * 11 // 4) // self.chunk * self.chunk
-        caches = 4 * n * sum(self.layers[i].new_cache(1, 1, s).bytes_per_token for s, i in STORED)
-        if n < self.top_k or caches > self.left:
-            raise SystemExit(f"--tokens: {n:,}, expected {self.top_k:,} or more, and as memory allows")
-        return n
-
-    def staged(self, run):
-        """Seconds of the stages, the rest, and all; and run's result."""
-        with clocked(*LAYER_STAGES) as spent:
-            start = time.perf_counter()
-            result = run()
-            total = time.perf_counter() - start
-        return np.array([total - sum(spent.values()), *spent.values(), total]), result
-
-
-@part("one V3.2 layer: stages, caches, fp8's error", "layer", "storage", default=False, takes="five minutes",
-      options=LAYER)  # fmt: skip
-def layer(bench: Bench) -> None:
-    if importlib.util.find_spec("ml_dtypes") is None:
-        raise MissingPackage("needs ml_dtypes: pip install ml_dtypes")
-    run = LayerRun(bench)
-    n, float32 = run.tokens(), run.layers["float32"]
-    cache, prefill, most = float32.new_cache(1, n), np.zeros(len(LAYER_STAGES) + 2), 0
-    for i in bench.steps(range(n // run.chunk), "layer: prefill"):
-        x = run.states(i)
-        seconds, (nbytes, (y, indices)) = run.staged(lambda x=x: weighed(lambda: float32(x, cache)))
-        prefill, most = prefill + seconds, max(most, nbytes)
-    last, kept = run.newest(cache, "float32", 1)
-    bench.check("layer: last token of the prefill, decoded", last, y[:, -1:], 1e-4)
-    bench.check("layer: its selection", kept, indices[:, -1:], 0)
-    caches = run.fill(STORED, 4 * n)
-    for name in cache.streams:
-        bench.check(f"layer: {name} from one head", caches[0].read(name)[:, :n], cache.read(name), 1e-4)
-    want, chosen = run.newest(caches[0], "float32", NEWEST)
-    rows, steps = [], dict[str, Any]()
-    for cache, (storage, indexer) in zip(caches, STORED, strict=True):
-        y, indices = run.newest(cache, indexer, NEWEST)
-        same, _ = run.newest(cache, indexer, NEWEST, indices=chosen)
-        agree = np.mean([np.isin(a, b).mean() for a, b in zip(indices[0], chosen[0], strict=True)])
-        errors = [f"{np.linalg.norm(x - want) / np.linalg.norm(want):.2g}" for x in (y, same)]
-        steps[f"{storage}, {indexer}"] = functools.partial(run.newest, cache, indexer, 1)
-        nbytes, (last, _) = weighed(steps[f"{storage}, {indexer}"])
-        bench.check("layer: a token decoded, and among others", last, y[:, -1:], 1e-4)
-        rows.append([storage, indexer, f"{cache.bytes_per_token:,}", f"{agree:.2%}", *errors, size(nbytes)])
-    laps = race(steps, 8)
-    for row in rows:
-        row.insert(6, str(laps[f"{row[0]}, {row[1]}"]))
-    decode = np.median([run.staged(steps["float32, float32"])[0] for _ in range(9)], 0)
-    stages = ["projections, cache and the rest", *LAYER_STAGES.values(), "whole layer"]
-    table = [
-        [stage, span(a), f"{a / prefill[-1]:.0%}", span(b), f"{b / decode[-1]:.0%}"]
-        for stage, a, b in zip(stages, prefill, decode, strict=True)
-    ]
-    note = (
-        f"Random weights, float32. {n:,} tokens in chunks, {span(prefill[-1] / n)} a token, in {size(most)} "
-    )
-    note += f"beyond weights, cache and input, by tracemalloc; one token at {4 * n:,}, median of 9."
-    columns = ["stage", f"prefill {n:,}", "share", f"decode at {4 * n:,}", "share"]
-    bench.table("layer", "One V3.2 layer: time by stage", columns, table, note)
-    bench.results["layer"] = {
-        "n": n,
-        "prefill": prefill.tolist(),
-        "decode": decode.tolist(),
-        "stages": stages,
-    }
-    note = (
-        f"Newest {NEWEST} of {4 * n:,} tokens, top_k {run.top_k:,}. Agree: share of float32's selection. "
-        "Error: norm of the difference of the layer's output from float32's, over norm; same keys: attending "
-        "to float32's. Weights and tokens are random: attention prefers nothing that the indexer scored "
-        "high, so a key swapped at the boundary counts as much as any. Decode: one token, in float32; caches "
-        f"take turns, ~: spread over {NOISY:.0%}. Memory: beyond weights, cache and input."
-    )
-    columns = ["cache", "indexer", "bytes a token", "agree", "error", "same keys", "decode", "memory"]
-    bench.table("storage", f"One V3.2 layer: what a cache costs at {4 * n:,} tokens", columns, rows, note)
-    bench.results["storage"] = [dict(zip(columns, row, strict=True)) for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 9. train: an indexer learned from the model's attention, judged on text it has not seen
-# ------------------------------------------------------------------------------------------------------------
-
-TRAINED_BY = ("trained", "warm-up only", "before training")
-J, E, INSIDE = 8, 64, 64  # the indexer's J and E, and the K of its sparse stage
-
-
-class Indexer:
-    """index_q = x Wq, index_k = x Wk, weights = x Ww of a layer's input x [..., T, dim], whose last is 1."""
-
-    def __init__(self, rng, dim: int):
-        shapes = zip(((dim, J * E), (dim, E), (dim, J)), (1.8, 1.8, 0.1 * (J * E) ** -0.5), strict=True)
-        self.parts = [(s * dim**-0.5 * rng.standard_normal(n)).astype(np.float32) for n, s in shapes]
-        self.parts[2][-1] = (J * E) ** -0.5  # of the constant: all heads begin alike
-        self.moments, self.steps = [(np.zeros_like(p), np.zeros_like(p)) for p in self.parts], 0
-
-    def __call__(self, x_q, x_k) -> tuple[Any, Any, Any]:
-        index_q = (x_q @ self.parts[0]).reshape(*x_q.shape[:-1], J, E)
-        return index_q, x_k @ self.parts[1], x_q @ self.parts[2]
-
-    def loss(self, x_q, x_k, target, **where):
-        """KL a query, and its gradients: the chain rule through the three projections."""
-        loss, grads = dsa.indexer_loss(*self(x_q, x_k), target, **where)
-        rows, pairs = target[..., 0].size, zip((x_q, x_k, x_q), grads, strict=True)
-        flat = ((x.reshape(-1, x.shape[-1]), d) for x, d in pairs)
-        return loss / rows, [x.T @ d.reshape(len(x), -1) / rows for x, d in flat]
-
-    def step(self, grads, rate: float) -> None:
-        """Adam."""
-        self.steps += 1
-        for p, g, (mean, square) in zip(self.parts, grads, self.moments, strict=True):
-            mean += 0.1 * (g - mean)
-            square += 0.01 * (g * g - square)
-            root = np.sqrt(square / (1 - 0.99**self.steps)) + 1e-8
-            p -= rate * mean / (1 - 0.9**self.steps) / root
-
-
-class Lesson:
-    """Of many windows: a layer's inputs x, its q and k, and its attention's distribution over all keys."""
-
-    def __init__(self, bench: Bench, layer: int, x):
-        self.q, self.k, _ = bench.model.qkv(layer, x)
-        self.target = dsa.attention_target(self.q, self.k, **everything(*x.shape[1:2] * 2))
-        self.x = np.concatenate([x, np.ones_like(x[..., :1])], -1)  # a bias for every projection
-
-    def draw(self, rng, windows: int = 4, rows: int = 128):
-        """Some queries of some windows, and all keys of these: a step's worth."""
-        w = rng.choice(len(self.x), min(windows, len(self.x)), replace=False)[:, None]
-        return w, np.sort(rng.choice(self.x.shape[1], (len(w), rows)), axis=1)
-
-
-def train_layer(rng, lesson: Lesson, steps, judge):
-    """Dense warm-up, then the sparse stage on its own selection; judge(step, indexer) in between."""
-    indexer, (warm, sparse) = Indexer(rng, lesson.x.shape[-1]), steps
-    n, marks = lesson.x.shape[1], {0, warm, warm + sparse, *range(0, warm, max(1, warm // 5))}
-    for i in range(warm + sparse + 1):
-        if i in marks:
-            judge(i, indexer)
-        if i == warm + sparse:
-            return indexer
-        w, rows = lesson.draw(rng)
-        x_q, x_k, where = lesson.x[w, rows], lesson.x[w[:, 0]], everything(rows.shape[1], n)
-        if i < warm:
-            loss, grads = indexer.loss(x_q, x_k, lesson.target[w, rows], **where)
-            rate = 4e-3 * min(1, (i + 1) / 40) * (0.05 + 0.95 * math.cos(math.pi / 2 * i / warm) ** 2)
-        else:
-            indices = dsa.lightning_select(*indexer(x_q, x_k), INSIDE, **where)
-            target = dsa.attention_target(lesson.q[w, rows], lesson.k[w[:, 0]], indices=indices)
-            loss, grads = indexer.loss(x_q, x_k, target, indices=indices)
-            rate = 2e-4 * (1 - (i - warm) / sparse)
-        if not math.isfinite(loss):
-            raise WrongAnswer(f"train: the loss is {loss} at step {i}")
-        indexer.step(grads, rate)
-
-
-def check_loss(bench: Bench, indexer: Indexer, x_q, x_k, target) -> None:
-    """The KL beside plain NumPy in float64, and its gradient along itself beside a central difference."""
-
-    def plain(parts):
-        q, k, w = (x @ p for x, p in zip((x_q, x_k, x_q), parts, strict=True))
-        scores = np.einsum("tjs,tj->ts", np.maximum(q.reshape(len(q), J, E) @ k.T, 0), w)
-        scores -= scores.max(1, keepdims=True)
-        log_q = scores - np.log(np.exp(scores).sum(1, keepdims=True))
-        return (target * (np.log(target) - log_q)).sum(1).mean()
-
-    loss, grads = indexer.loss(x_q, x_k, target, **everything(len(x_q), len(x_k)))
-    parts = [p.astype(np.float64) for p in indexer.parts]
-    bench.check("indexer_loss, model", loss, plain(parts), 1e-3)
-    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in grads))
-    ahead, behind = ([p + s * g / norm for p, g in zip(parts, grads)] for s in (1e-5, -1e-5))
-    bench.check("its gradient, model", norm, (plain(ahead) - plain(behind)) / 2e-5, 1e-2)
-
-
-@part("an indexer trained on the model's attention, judged on held-out text", "train", default=False,
-      takes="four minutes")  # fmt: skip
-def train(bench: Bench) -> None:
-    quick, n, sizes = bench.args.quick, MiniLM.WINDOW, (16, 32, 64, 128)
-    steps, lessons = ((30, 6), 6) if quick else ((400, 60), 72)
-    starts = np.arange(0, len(bench.text_ids) - n + 1, n)  # windows that do not overlap
-    split = max(1, len(starts) * 4 // 5)  # the last fifth of the text is held out, whole topics of it
-    spread = ((0, split, lessons), (split, len(starts), 2 if quick else 8))
-    parts = [starts[np.unique(np.linspace(a, z - 1, many).astype(int))] for a, z, many in spread]
-
-    def read(i):
-        return bench.model.inputs(bench.text_ids[i : i + n])
-
-    texts = [list(bench.steps(parallel(read, p), "train: reading", len(p))) for p in parts]
-    mass: dict[tuple[str, int], list[float]] = {(s, k): [] for s in (*TRAINED_BY, *ORDER) for k in sizes}
-    curve: dict[int, list[tuple[float, float]]] = {}
-    stages = dict(zip((sum(steps), steps[0], 0), TRAINED_BY, strict=True))
-    kl: dict[str, list[tuple[float, ...]]] = {s: [] for s in TRAINED_BY}
-    for layer in bench.steps(range(2 if quick else bench.model.config["num_hidden_layers"]), "train: layers"):
-        lesson, exam = (Lesson(bench, layer, np.stack([x[layer] for x in text])) for text in texts)
-        rows = np.arange(0, exam.x.shape[1], 8)
-        q, k, truth = exam.q[:, rows], exam.k, exam.target[:, rows]
-        where = everything(len(rows), exam.x.shape[1])
-        bench.check("attention_target, model", truth[0], attend(q[0], k[0]).mean(0), 1e-4)
-
-        def captured(indices, truth=truth):
-            if indices.min() < 0 or not (np.diff(indices, axis=-1) > 0).all():
-                raise WrongAnswer(f"not {indices.shape[-1]} different ascending indices")
-            return float(np.take_along_axis(truth, indices.astype(np.int64), -1).sum(-1).mean())
-
-        def judge(
-            step,
-            indexer: Indexer,
-            exam=exam,
-            rows=rows,
-            truth=truth,
-            where=where,
-            q=q,
-            k=k,
-            captured=captured,
-        ):
-            x, index = (exam.x[:, rows], exam.x), indexer(exam.x[:, rows], exam.x)
-            found = {s: captured(dsa.lightning_select(*index, s, **where)) for s in sizes}
-            curve.setdefault(step, []).append((indexer.loss(*x, truth, **where)[0], found[INSIDE]))
-            if step in stages:
-                own = dsa.lightning_select(*index, INSIDE, **where)
-                inside = indexer.loss(*x, dsa.attention_target(q, k, indices=own), indices=own)[0]
-                kl[stages[step]].append((curve[step][-1][0], inside))
-                for top_k, share in found.items():
-                    mass[stages[step], top_k].append(share)
-
-        indexer = train_layer(np.random.default_rng(layer), lesson, steps, judge)
-        check_loss(bench, indexer, exam.x[0, rows], exam.x[0], truth[0])
-        for s, top_k in itertools.product(ORDER, sizes):
-            mass[s, top_k].append(captured(choose(s, q, k, top_k, rows)))
-    report_train(bench, sizes, mass, kl, curve, steps, parts)
-
-
-def report_train(bench: Bench, sizes, mass, kl, curve, steps, parts) -> None:
-    mean = {cell: float(np.mean(x)) for cell, x in mass.items()}
-    names = sorted({s for s, _ in mass}, key=lambda s: -mean[s, INSIDE])
-    nats = {s: [f"{x:.3f}" for x in np.mean(kl[s], 0)] if s in kl else ["", ""] for s in names}
-    rows = [[s, *nats[s], *(f"{mean[s, k]:.1%}" for k in sizes)] for s in names]
-    note = (
-        f"Mean over {len(mass['trained', sizes[0]])} layers, {len(parts[1])} held-out windows of 512 and "
-        "every 8th query, of the last fifth of the text. KL: nats a query, over all keys and inside the "
-        f"indexer's own {INSIDE}. trained: {J} index heads of {E}, random at first, {steps[0]} steps "
-        f"of Adam on {len(parts[0])} windows of the rest (warm-up), then {steps[1]} on the model's attention "
-        f"inside its own {INSIDE} keys, which are all that this stage looks at. lightning: the model's own "
-        f"heads as index heads, 384 numbers a key, not {E}. learned: a random MLP."
-    )
-    columns = ["selector", "KL", f"KL inside {INSIDE}", *(f"mass K={k}" for k in sizes)]
-    bench.table("train", "An indexer trained on a real model, on text it has not seen", columns, rows, note)
-    shares = [{"selector": s, "K": k, "mass": x} for (s, k), x in mass.items()]
-    bench.results["train"] = {"mass_by_layer": shares, "kl_by_layer": kl, "curve_by_layer": curve}
-    fig, left = plt.subplots(figsize=(8, 3.6))
-    points = sorted(curve)
-    ax, losses, found = left.twinx(), *np.array([np.mean(curve[i], 0) for i in points]).T
-    left.plot(points, losses, color=COLOURS["dense"])
-    left.set(xlabel="step; shaded: the sparse stage", ylabel="KL a query, nats", yscale="log")
-    left.axvspan(steps[0], sum(steps), color="#f1f3f5", zorder=0)
-    ax.plot(points, found, color=COLOURS["trained"], lw=2.8)
-    for s, va in (("oracle", "bottom"), ("approximate", "top"), ("window", "top"), ("random", "top")):
-        ax.axhline(mean[s, INSIDE], color=COLOURS[s], ls="--", lw=1, marker="")
-        ax.text(sum(steps), mean[s, INSIDE], s, va=va, ha="right", fontsize=8, color=COLOURS[s])
-    ax.set(ylim=(0, None), ylabel=f"mass at K = {INSIDE}")
-    ax.yaxis.label.set_color(COLOURS["trained"])
-    ax.grid(False)
-    finding = (
-        f"On text it has not seen, a trained indexer keeps {mean['trained', INSIDE]:.1%} of the mass with "
-        f"{INSIDE} of 512 keys, {mean[TRAINED_BY[2], INSIDE]:.1%} before training; the most there is: "
-        f"{mean['oracle', INSIDE]:.1%}"
-    )
-    bench.figure("train", "train.png", finding, fig)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 10. gpu: the kernels beside torch and the chip's own ceilings
+# 8. gpu: the kernels beside torch and the chip's own ceilings
 # ------------------------------------------------------------------------------------------------------------
 
 PREFILL = 8192, 32768, 65536, 131072
@@ -1624,7 +1190,7 @@ STEPS, RATES, DENSE = 8, ("TFLOP/s", "TB/s"), "torch SDPA, dense"  # of decode, 
 
 def exact(x) -> np.ndarray:
     """A CuPy array or a torch tensor as NumPy's float64; codes stay codes."""
-    x = x.get() if hasattr(x, "get") else x.double().cpu()
+    x = x.get() if hasattr(x, "get") else x.detach().double().cpu()
     return np.asarray(x, None if x.dtype == np.uint8 else np.float64)
 
 
@@ -1650,9 +1216,8 @@ class Chip:
         self.bench, self.xp, self.bf16 = bench, cupy, np.dtype(ml_dtypes.bfloat16)
         self.torch = torch is not None and torch.cuda.is_available()
         self.rng, self.failed = cupy.random.default_rng(0), list[str]()
-        driver, cuda = (
-            f"{n // 1000}.{n % 1000 // 10}" for n in (runtime.driverGetVersion(), runtime.runtimeGetVersion())
-        )
+        versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        driver, cuda = (f"{n // 1000}.{n % 1000 // 10}" for n in versions)
         self.name = f"{name}, driver of CUDA {driver}, CUDA {cuda}, CuPy {cupy.__version__}"
 
     def draw(self, *shape: int, dtype=None):
@@ -1736,7 +1301,7 @@ class GpuProblem:
     """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
 
     def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
-        self.scores = self.indices = self.out = self.lse = self.dout = None  # type: Any
+        self.scores = self.indices = None  # type: Any
         self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
         self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
@@ -1787,11 +1352,6 @@ class GpuProblem:
             else:
                 yield slice(i, i + 1), slice(self.s - n + i + 1)
 
-    def kept(self, keys, one, seen):
-        """The keys that a query has chosen, in float64, and the slots that select all of them."""
-        rows = self.indices[one][0]
-        return exact(keys[seen][rows]), np.arange(len(rows))[None]
-
     def check(self, what: str, tol: float, got, want) -> None:
         """Of three queries, in float64: each array of got beside that of want(one, seen)."""
         for one, seen in self.three():
@@ -1819,7 +1379,8 @@ class GpuProblem:
 
     def check_attention(self, x, stored=lambda k: k) -> None:
         def want(one, seen):
-            kept, slots = self.kept(self.k, one, seen)
+            kept = exact(self.k[seen][rows := self.indices[one][0]])
+            slots = np.arange(len(rows))[None]
             return dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
 
         self.check("attention", 1e-2, x[:1], lambda *at: want(*at)[:1])
@@ -1834,33 +1395,6 @@ class GpuProblem:
     def check_chain(self, x, fp8: bool = False) -> None:
         (self.check_fp8 if fp8 else self.check_attention)(x)
         self.check_same(x[2])
-
-    def learn(self) -> None:
-        """What the gradients need: the result, and its slope."""
-        self.out, self.lse = self.attend()
-        self.dout = self.chip.draw(*self.out.shape)
-        self.going_back = 2 * self.q.size // WIDTH * self.indices.shape[-1] * (3 * WIDTH + 2 * LATENT), 0
-
-    def backward(self, deterministic: bool = True):
-        rest = self.indices, self.out, self.lse, self.dout
-        kwargs = {"d_v": LATENT, "deterministic": deterministic}
-        return dsa.sparse_attention_backward(self.q, self.k, None, *rest, **kwargs)[:2]
-
-    def check_backward(self, x) -> None:
-        """dq of three queries, and dk of three keys out of all the queries that have chosen them."""
-
-        def want(one, seen):
-            kept, slots = self.kept(self.k, one, seen)
-            rest = [exact(y[one]) for y in (self.out, self.lse, self.dout)]
-            return dsa.sparse_attention_backward(exact(self.q[one]), kept, None, slots, *rest, d_v=LATENT)[:1]
-
-        self.check("sparse_attention_backward, dq", 2e-2, x[:1], want)
-        for key in (0, self.s // 3, self.s - self.t):
-            who, _ = self.chip.xp.nonzero(self.indices == key)
-            q, *rest = (exact(y[who]) for y in (self.q, self.out, self.lse, self.dout))
-            k, slots = exact(self.k[key : key + 1]), np.zeros((len(q), 1), np.int64)
-            dk = dsa.sparse_attention_backward(q, k, None, slots, *rest, d_v=LATENT)[1]
-            self.chip.bench.check("gpu sparse_attention_backward, dk", exact(x[1][key : key + 1]), dk, 2e-2)
 
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
@@ -1888,12 +1422,6 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
     for what, x in list(cases.items())[: 3 if more else 1]:
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
-    if more:
-        with chip.alone(f"gradients, {s:,}"):
-            p.learn()
-            stage("sparse_attention_backward", [p], P.backward, P.check_backward, p.going_back)
-            atomics = functools.partial(P.backward, deterministic=False)
-            stage("the same, by atomics", [p], atomics, P.check_backward, p.going_back)
 
 
 def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None:
@@ -1993,14 +1521,12 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
     names = [name for name in max(decode, key=len) if name != "at"]
     rows = [row(x["at"], [x.get(name, "") for name in names]) for x in decode]
-    also = (
-        f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest); fp8 index keys."
-    )
+    also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). fp8 index."
     bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 11. sharded: what MPI costs on this machine
+# 9. sharded: what MPI costs on this machine
 # ------------------------------------------------------------------------------------------------------------
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
@@ -2119,7 +1645,506 @@ def sharded(bench: Bench) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 12. The command line
+# 10. lm: a small language model that learns to read sparsely: torch's model, dsa's attention and gradients
+# ------------------------------------------------------------------------------------------------------------
+
+LM = SimpleNamespace(
+    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, cues=60, held=40,
+    dense=1900, warm=200, more=80, top_k=(512, 128), K=[2**i for i in range(6, 12)], least=2**16, text=2**28,
+)  # fmt: skip
+TOY = SimpleNamespace(
+    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=32, cues=2, held=4,
+    dense=40, warm=20, more=4, top_k=(16, 8), K=[8, 16], least=2**11, text=2**20,
+)  # fmt: skip
+LM_OPTIONS: dict[str, dict[str, Any]] = {
+    "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
+    "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
+}
+WARM, MORE, FIRST = "DSA, warm-up alone", "dense, continued", "DSA, trained at {}"
+MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
+FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
+RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.1)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.1, 0))
+
+
+def give(x):
+    """A tensor as an array of the same memory, NumPy's or CuPy's."""
+    return sys.modules["cupy"].from_dlpack(x.detach()) if x.is_cuda else x.detach().numpy()
+
+
+class Ours(Function):  # type: ignore[misc, valid-type]
+    """run(*arrays) -> a result, and what makes the arrays' gradients of the result's: both are dsa's."""
+
+    @staticmethod
+    def forward(ctx, run, *tensors):
+        result, ctx.back = run(*map(give, tensors))
+        return torch.tensor(result) if isinstance(result, float) else tensor(result)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return None, *map(tensor, ctx.back(give(slope.contiguous())))
+
+
+def attention(indices, q, k, v):
+    out, lse = dsa.sparse_attention(q, k, v, indices)
+    return out, lambda dout: dsa.sparse_attention_backward(q, k, v, indices, out, lse, dout)[:3]
+
+
+def foresight(target, where, index_q, index_k, weights):
+    """The indexer's KL, a query."""
+    loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where)
+    each = 1 / weights[..., 0].size
+    return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
+
+
+def fused(run):
+    """On a GPU by torch.compile: else what stands between the products takes as long as they do."""
+    compiled = functools.cache(lambda: torch.compile(run, dynamic=False))
+    return lambda x, *rest: (compiled() if x.is_cuda and len(x) > 99 else run)(x, *rest)
+
+
+def normed(x):
+    return torch.nn.functional.rms_norm(x, x.shape[-1:])
+
+
+def turned(x, turn):
+    """RoPE of the first half of x [N, heads, D]; turn [N, 1, D / 2]: cosines, then sines."""
+    (cos, sin), (a, b, rest) = turn.chunk(2, -1), x.tensor_split((x.shape[-1] // 4, x.shape[-1] // 2), -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
+
+
+@fused
+def before(x, turn, qkv, gain, index):
+    """Of states [N, d]: q, k, v; and index_q, index_k, weights, which teach the states nothing, if asked."""
+    x, H, D = normed(x), len(gain), 2 * turn.shape[-1]
+    q, k, v = (x @ qkv.T).view(len(x), -1, D).split((H, 1, 1), 1)
+    found = turned(normed(q) * gain[:, None], turn), turned(normed(k), turn), v.contiguous()
+    if index is None:
+        return found
+    J = len(index) // (D + 1)
+    y, weights = (x.detach() @ index.T).tensor_split(((J + 1) * D,), -1)
+    y = turned(y.view(len(x), J + 1, D), turn)
+    return *found, y[:, :J].contiguous(), normed(y[:, J]), weights.float() * (J * D) ** -0.5
+
+
+@fused
+def after(x, y, out, up, down):
+    """The rest of a layer, y [N, H * D] being attention's: an MLP that squares what is positive."""
+    x = x + y @ out.T
+    return x + torch.relu(normed(x) @ up.T).square() @ down.T
+
+
+class Decoder:
+    """Bytes to logits: multi-query attention with normed q and k; an indexer beside each layer."""
+
+    def __init__(self, z, device: str, weights=None):
+        self.z, self.device, d, L, n, draw = z, device, z.d, z.layers, z.H * z.D, torch.Generator()
+        if weights is None:  # a layer begins as nothing, and is sharp enough to choose
+            shapes = {"index": (L, (z.J + 1) * z.D + z.J, d), "qkv": (L, n + 2 * z.D, d), "up": (L, 4 * d, d)}
+            weights = {x: torch.zeros(L, d, y) for x, y in (("out", n), ("down", 4 * d))}
+            weights |= {"head": torch.zeros(256, d), "gain": torch.full((L, z.H), 1.5)}
+            for seed, (name, shape) in enumerate((shapes | {"embed": (256, d)}).items()):
+                weights[name] = torch.randn(shape, generator=draw.manual_seed(seed)) * d**-0.5
+        self.weights = {x: y.detach().to(device, copy=True).requires_grad_() for x, y in weights.items()}
+        angles = torch.arange(z.contexts[-1]).outer(1e5 ** -torch.linspace(0, 1, z.D // 4))[:, None]
+        self.turn = torch.cat([angles.cos(), angles.sin()], -1).to(device)  # [positions, 1, D / 2]
+
+    def __call__(self, ids, attend, first: int = 0):
+        """Logits [B, T, 256] of ids [B, T], which stand at position `first` and after."""
+        (B, T), kind = ids.shape, torch.bfloat16 if self.device == "cuda" else torch.float32
+        w = {name: self.weights[name].to(kind).unbind() for name in (*MATRICES, "gain", "index")}
+        x = normed(torch.nn.functional.embedding(ids.flatten(), self.weights["embed"])).to(kind)
+        turn = self.turn[first : first + T].repeat(B, 1, 1)
+        for i in range(self.z.layers):
+            found = before(x, turn, w["qkv"][i], w["gain"][i], w["index"][i] if attend.asks else None)
+            q, k, v, *index = (y.view(B, T, *y.shape[1:]) for y in found)
+            x = after(x, attend(i, q, k, v, index).reshape(B * T, -1), w["out"][i], w["up"][i], w["down"][i])
+        return (normed(x) @ self.weights["head"].to(kind).T).view(B, T, 256).float()
+
+    def bits(self, ids, attend):
+        """Of each byte but the first, [B * T]."""
+        logits, want = self(ids[:, :-1], attend).flatten(0, 1), ids[:, 1:].flatten().long()
+        return torch.nn.functional.cross_entropy(logits, want, reduction="none") / math.log(2)
+
+
+def sdpa(q, k, v):
+    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it."""
+    by = torch.nn.attention.SDPBackend
+    q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
+    with torch.nn.attention.sdpa_kernel([by.CUDNN_ATTENTION, by.FLASH_ATTENTION, by.MATH], set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    return out.transpose(1, 2)
+
+
+class Attend:
+    """A Decoder's attention: torch's to all keys, or ours to the top_k that are selected `by` something.
+
+    The indexers learn at `rows` queries of each sequence, over all keys or those kept, and leave their KL
+    in kl. With a past, which the first call leaves there, it goes on behind it.
+    """
+
+    def __init__(self, by: str = "", top_k: int = 0, rows: int = 0, past: Any = None):
+        self.by, self.top_k, self.rows, self.asks = by, top_k, rows, by == "lightning" or rows > 0
+        self.kl, self.past, self.fixed = list[Any](), past, dict[tuple[int, int], Any]()
+
+    def select(self, layer, q, k, *index):
+        if self.by == "lightning":
+            return dsa.lightning_select(*index, self.top_k)
+        if self.by == "oracle":
+            return dsa.select_topk(dsa.attention_target(q, k), self.top_k)
+        half = {"local_window": self.top_k // 2, "seed": layer} if self.by == "random" else {}
+        if (at := (layer, q.shape[1])) not in self.fixed:  # what no score decides is alike in every sequence
+            one = q[0, :, :1, :1], k[0, :, :, :1]
+            self.fixed[at] = dsa.SELECTORS[self.by](*one, self.top_k, **half)[None]
+        return self.fixed[at].repeat(len(q), 0)
+
+    def __call__(self, layer, q, k, v, index):
+        if self.past is not None:
+            first = self.past.setdefault(layer, new := (k, v, *index[1:2]))
+            if first is not new:
+                k, v, *keys = (torch.cat(x, 1) for x in zip(first, new, strict=True))
+                index = [*index[:1], *keys, *index[2:]]
+        indices: Any = self.by and self.select(layer, *map(give, (q, k, *index)))
+        if self.rows:
+            b = torch.arange(len(q), device=q.device)[:, None]
+            at = torch.rand(q.shape[:2], device=q.device).argsort(1)[:, : self.rows].sort(1)[0]
+            where = {"indices": indices[give(b), give(at)]} if self.by else {"k_end": give(at + 1)}
+            target = dsa.attention_target(give(q[b, at]), give(k), **where)
+            parts = index[0][b, at], index[1], index[2][b, at]
+            self.kl.append(Ours.apply(functools.partial(foresight, target, where), *parts).float())
+        return Ours.apply(functools.partial(attention, indices), q, k, v) if self.by else sdpa(q, k, v)
+
+
+class Plain(Attend):
+    """Ours with the KL of all queries, by torch alone."""
+
+    def __call__(self, layer, q, k, v, index):
+        kept, kind = tensor(self.select(layer, *map(give, (q, k, *index)))).long(), q.dtype
+        q, k, v, index_q, index_k, weights = (x.float() for x in (q, k[:, :, 0], v[:, :, 0], *index))
+        b, absent = torch.arange(len(q), device=q.device)[:, None, None], kept < 0
+        logits = torch.einsum("bthd,btkd->bthk", q, k[b, kept]) * q.shape[-1] ** -0.5
+        p = logits.masked_fill(absent[:, :, None], -1e4).softmax(-1)
+        scores = torch.einsum("btje,btke->btjk", index_q, index_k[b, kept]).relu()
+        scores = torch.einsum("btj,btjk->btk", weights, scores).masked_fill(absent, -1e4).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(scores, p.detach().mean(2), reduction="sum")
+        self.kl.append(kl / q.shape[:2].numel())
+        return torch.einsum("bthk,btkd->bthd", p, v[b, kept]).to(kind)
+
+
+def check_gradients(bench: Bench, z, device: str) -> None:
+    """Of one layer's weights, through attention and the KL: ours, and plain torch's over the same keys."""
+    model, n, grads = Decoder(SimpleNamespace(**vars(z) | {"layers": 1}), device), z.contexts[0], []
+    torch.manual_seed(0)
+    for x in model.weights.values():
+        x.data.normal_(0, z.d**-0.5)
+    ids = torch.randint(256, (z.batch // n, n), device=device)
+    for form in (Attend, Plain):
+        loss = model(ids, attend := form("lightning", z.top_k[0], n)).square().mean()
+        grads.append(torch.autograd.grad(loss + attend.kl[0], [*model.weights.values()]))
+    for name, x, y in zip(model.weights, *grads, strict=True):
+        bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4 if device == "cpu" else 5e-2)
+
+
+@fused
+def orthogonal(x):
+    """Muon's step: about the orthogonal matrices nearest to x [L, m, n], by five of Newton and Schulz."""
+    tall = x.shape[1] / x.shape[2]
+    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.mT if tall > 1 else x
+    for _ in range(5):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x.mT * tall**0.5 if tall > 1 else x
+
+
+def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates, learns=()):
+    """Train the weights that learn, or all; matrices by Muon -> [step, bits a byte, KL] on the way.
+
+    All of as many steps read the same text. Contexts grow where rates RISE, and take turns elsewhere.
+    """
+    z, device, curve, each = model.z, model.device, list[list[float]](), -(-steps // 50)
+    some = {x: y.requires_grad_(x in (learns or model.weights)) for x, y in model.weights.items()}
+    some = {x: y for x, y in some.items() if y.requires_grad}
+    moments = {x: torch.zeros_like(some[x]) for x in some if x in MATRICES}
+    adam = torch.optim.AdamW([y for x, y in some.items() if x not in moments], betas=(0.9, 0.95))
+    draw, sums = torch.Generator(device).manual_seed(steps), torch.zeros(2, device=device)
+    torch.manual_seed(0)
+    for i in bench.steps(range(steps), f"lm: {name}"):
+        n = z.contexts[np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else 1 + i % 2]
+        at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
+        ids, rate = text[at + torch.arange(n + 1, device=device)].int(), float(np.interp(i / steps, *rates))
+        bits = model.bits(ids, attend).mean()
+        kl = sum(attend.kl, torch.zeros_like(bits)) / z.layers
+        attend.kl.clear()
+        (bits + kl).backward()
+        with torch.no_grad():
+            sums += torch.stack([bits, kl]) / each
+            for x, moment in moments.items():
+                moment.mul_(0.95).add_(some[x].grad)
+                some[x].sub_(orthogonal(some[x].grad + 0.95 * moment), alpha=0.015 * rate)
+        adam.param_groups[0]["lr"] = 2e-3 * rate
+        adam.step()
+        for y in some.values():
+            y.grad = None
+        if (i + 1) % each == 0:
+            curve.append([i + 1, *sums.tolist()])
+            sums.zero_()
+            if len(curve) % 10 == 0:
+                bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
+    return curve
+
+
+def sources(folder: Path, z):
+    """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words.
+
+    Packages of middling size are held out, by a hash of their names. A file of whose longer lines most stand
+    in these is not learned from, so that no copy of what is judged is.
+    """
+    packages, held, judged, rest = dict[str, list[Path]](), list[bytes](), set[int](), list[bytes]()
+    for path in sorted(folder.rglob("*.py")):
+        packages.setdefault(path.relative_to(folder).parts[0], []).append(path)
+
+    def lines(text):
+        return {hash(line) for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
+
+    for name in sorted(packages, key=lambda name: zlib.crc32(name.encode())):
+        files = [path.read_bytes() for path in packages[name] if path.is_file()]
+        if len(held) < z.held and z.least <= sum(map(len, files)) <= 32 * z.least:
+            held.append(b"\0".join(files))
+            judged |= lines(held[-1])
+        elif sum(map(len, rest)) < z.text:
+            rest += files
+    learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
+    if not (held and learned):
+        raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
+    n, text = z.contexts[-1] + 1, np.frombuffer(b"\0".join(learned), np.uint8).copy()
+    windows = np.stack([np.frombuffer(x, np.uint8, n, (len(x) - n) // 2) for x in held])
+    note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
+    note += f"packages held out, and {len(rest) - len(learned)} files that repeat these left out."
+    return torch.from_numpy(text), torch.from_numpy(windows), note
+
+
+def with_secrets(z, windows):
+    """Windows in which random names are assigned to at distances FAR, and again at the end; and where."""
+    rng, letters = np.random.default_rng(0), np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+    ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
+    body = ids.shape[1] - len(FAR) * len(line)
+    for row, (i, far) in itertools.product(ids, enumerate(FAR)):
+        own = np.where(line == ord("#"), rng.choice(letters, len(line)), line)
+        for at in (body - int(far * body), body + i * len(line)):
+            row[at : at + len(line)] = own[: len(row) - at]
+    ends = [body + i * len(line) - 3 for i in range(1, len(FAR) + 1)]  # of the answers
+    return torch.from_numpy(ids).to(windows.device), ends
+
+
+def methods(z) -> dict[str, tuple[str, str, str]]:
+    """What is judged: name -> whose weights it has, what selects its keys, and beside what it stands."""
+    first, second, window = *map(FIRST.format, z.top_k), f"window, trained at {z.top_k[0]}"
+    return {
+        first: (first, "lightning", MORE), second: (second, "lightning", MORE),
+        WARM: (WARM, "lightning", "dense"), "window": (WARM, "window", "dense"),
+        window: (window, "window", MORE), "the oracle's keys": (WARM, "oracle", "dense"),
+        "random and window": (WARM, "random", "dense"), "before warm-up": ("dense", "lightning", "dense"),
+    }  # fmt: skip
+
+
+@torch.no_grad() if torch else lambda run: run
+def judge(bench: Bench, models, z, windows) -> list[dict[str, Any]]:
+    """Of every method, length and K: bits a byte of the windows' last halves; by position; secrets found."""
+    (_, middle, most), one, (some, ends) = z.contexts, [z.top_k[0]], with_secrets(z, windows)
+    asked = [(x, x, "", 0, n) for n in z.contexts for x in ("dense", MORE)]
+    for i, (name, (whose, by, _)) in enumerate(methods(z).items()):
+        for n in z.contexts if i in (0, 1, 4) else [middle]:
+            presets = [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] if i == 0 else []
+            asked += [(name, whose, by, k, n) for k in dict.fromkeys([*(z.K if i < 4 else one), *presets])]
+    cells = list[dict[str, Any]]()
+    for name, whose, by, k, n in bench.steps(asked, "lm: judging"):
+        attend, many = Attend(by, k), max(1, z.batch // n)
+        parts = [models[whose].bits(x, attend).view(-1, n) for x in windows[:, -n - 1 :].int().split(many)]
+        bits = torch.cat(parts).cpu().numpy()
+        cells.append({"method": name, "K": k, "n": n, "bits": bits[:, n // 2 :].mean(1).tolist()})
+        if n == most:
+            places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
+            right = [models[whose](x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in some.int().split(many)]
+            hits = torch.stack([torch.cat(right)[:, x - 8 : x].all(1) for x in ends], 1).float().mean(0)
+            cells[-1] |= {"by position": [float(x.mean()) for x in places], "secrets": hits.tolist()}
+    return cells
+
+
+def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
+    """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
+    (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
+    some, long = windows[: z.batch // middle, :middle].int(), windows[: max(1, z.batch // n), :n].int()
+    cases = {"training": (some, middle, 0), "prefill": (long, n, 0), "a token at": (long[:, -1:], n, n - 1)}
+    for what, (ids, size, first) in cases.items():
+        learns, runs, cell = what == "training", dict[str, Any](), {"what": f"{what} {size:,}"}
+        for name, by in (("dense", ""), ("DSA", "lightning")):
+            attend = Attend(by, z.top_k[0], z.rows * learns * bool(by), {} if first else None)
+
+            def run(ids=ids, first=first, learns=learns, attend=attend):
+                with torch.set_grad_enabled(learns):
+                    out = model(ids, attend, first).square().mean() + sum(attend.kl)
+                if learns:
+                    out.backward()
+                    attend.kl.clear()
+                out.item()  # waits for the GPU
+
+            if first:
+                run(long, 0)
+            run()  # compiles
+            if model.device == "cuda":
+                pool = sys.modules["cupy"].get_default_memory_pool()
+                pool.free_all_blocks()
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated() + pool.total_bytes()
+                run()
+                cell[f"{name}, bytes"] = torch.cuda.max_memory_allocated() + pool.total_bytes() - held
+            runs[name] = run
+        laps = race(runs, 1)
+        cells.append(cell | {name: Laps(x / ids.numel() for x in laps[name]) for name in runs})
+    return cells
+
+
+@part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
+      "lm_presets", default=False, takes="five minutes on an H100, and days", options=LM_OPTIONS)  # fmt: skip
+def lm(bench: Bench) -> None:
+    """Needs torch, and without --quick a GPU and CuPy."""
+    if torch is None:
+        raise MissingPackage("needs torch: pip install torch")
+    z, seconds = TOY if bench.args.quick else LM, dict[str, float]()
+    device = "cuda" if torch.cuda.is_available() or not bench.args.quick else "cpu"
+    if device == "cuda":
+        bench.results["provenance"]["gpu"] = Chip(bench).name
+
+    def once(name, run):
+        """run(), or what it returned in an earlier run."""
+        file = bench.args.out / f"lm, {name}.pt"
+        if not (bench.args.resume and file.exists()):
+            start = time.perf_counter()
+            torch.save((run(), time.perf_counter() - start), file)
+        result, seconds[name] = torch.load(file, map_location=device, weights_only=False)
+        bench.say(f"lm, {name}: {seconds[name]:.1f} s")
+        return result
+
+    folder = bench.args.source or Path(sysconfig.get_path("purelib"))
+    text, windows, note = once("text", lambda: sources(folder, z))
+    check_gradients(bench, z, device)
+    plan = {  # name: whose weights it begins with, how it attends, steps, rates, and what learns if not all
+        "dense": (None, Attend(), z.dense, RISE),
+        WARM: ("dense", Attend(rows=z.rows), z.warm, FALL, ("index",)),
+        **{FIRST.format(k): (WARM, Attend("lightning", k, z.rows), z.more, LAST) for k in z.top_k},
+        MORE: (WARM, Attend(), z.more, LAST),
+        f"window, trained at {z.top_k[0]}": (WARM, Attend("window", z.top_k[0]), z.more, LAST),
+    }
+    models, curves = dict[str, Decoder](), dict[str, Any]()
+    for name, (start, attend, *how) in plan.items():
+
+        def teach(name=name, start=start, attend=attend, how=how):
+            model = Decoder(z, device, start and models[start].weights)
+            return fit(bench, name, model, attend, text, *how), model.weights
+
+        curves[name], weights = once(name, teach)
+        models[name] = Decoder(z, device, weights)
+    for name, curve in curves.items():  # what begins with a trained model has little to gain
+        (_, *old), *_, (_, *new) = curve
+        if not new[name == WARM] < old[name == WARM] * (0.9 if name in ("dense", WARM) else 1.5):
+            raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
+    found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
+    found["judged"] = once("judged", lambda: judge(bench, models, z, windows))
+    found["costs"] = once("costs", lambda: costs(models[FIRST.format(z.top_k[0])], windows, z))
+    report_lm(bench, z, found)
+
+
+def over(bits, reference):
+    """How far packages' bits are over the reference's, in %, and the middle 95 % over draws of packages."""
+    draws = np.random.default_rng(0).integers(len(bits), size=(2000, len(bits)))
+    low, high = np.percentile(bits[draws].sum(1) / reference[draws].sum(1), (2.5, 97.5))
+    return [float(100 * x - 100) for x in (bits.sum() / reference.sum(), low, high)]
+
+
+def report_lm(bench: Bench, z, found) -> None:
+    (_, middle, most), one, first = z.contexts, z.top_k[0], FIRST.format(z.top_k[0])
+    cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
+    bits, names = {at: np.array(c["bits"]) for at, c in cells.items()}, methods(z)
+    gaps = {at: over(x, bits[names[at[0]][2], 0, at[2]]) for at, x in bits.items() if at[1]}
+    found["over"] = [[*at, *x] for at, x in gaps.items()]
+    texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
+    rows = [
+        [name, f"{n:,}", *(texts.get((name, k, n), "") for k in z.K)]
+        for n in (middle, *z.contexts[::2]) for name in names if (name, one, n) in texts
+    ]  # fmt: skip
+    level = [f"{bits[x, 0, middle].mean():.4f} bits a byte at {middle:,}" for x in ("dense", MORE)]
+    note = (
+        f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
+        f"{z.J}x{z.D}, bytes as tokens. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}. Warm-up: "
+        f"{z.warm} steps, at {z.rows:,} queries of each sequence. Trained: {z.more} steps more, over dense "
+        f"continued for as many, {level[1]}; the rest over dense. Last halves of windows; in brackets the "
+        "middle 95 % over draws of packages. One seed; from run to run differ cuBLAS's choices and atomics' "
+        "sums. A window trained from scratch is missing."
+    )
+    title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
+    columns = ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)]
+    bench.table("lm", title, columns, rows, note)
+    long = {f"{m}, K = {k}" if k else m: c for (m, k, n), c in cells.items() if n == most and k in (0, one)}
+    rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in long.items()]
+    columns = [f"{a:,} to {b:,}" for a, b in itertools.pairwise([0, *(most >> i for i in range(5, -1, -1))])]
+    bench.table("lm_position", "Bits a byte, by position", ["method", *columns], rows)
+    rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in long.items()]
+    title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
+    note = "A random name is assigned 8 random letters; asked for them at the end, all must be right."
+    bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows, note)
+    rows = [
+        [c["what"], str(c["dense"]), str(c["DSA"]), f"{c['dense'].median / c['DSA'].median:.2f}x",
+         *(size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA"))] for c in found["costs"]
+    ]  # fmt: skip
+    title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
+    note = "Training: forward, backward, and the indexers'. A token: launch by launch, in no graph."
+    bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
+    rows = []
+    for preset, ratio in dsa.SELECTION_RATIOS.items():
+        k, hits = math.ceil(ratio * middle), cells[first, math.ceil(ratio * most), most]["secrets"]
+        rows.append([preset, f"{ratio:.0%}", f"{k:,}", texts[first, k, middle], f"{np.mean(hits):.0%}"])
+    note = f"Secrets: at all distances, same share; dense finds {np.mean(long[MORE]['secrets']):.0%}."
+    columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
+    bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
+    draw_lm(bench, z, found, gaps)
+
+
+def draw_lm(bench: Bench, z, found, gaps) -> None:
+    """Quality against K of all methods; loss against step."""
+    middle, one, curves = z.contexts[1], z.top_k[0], {x: np.array(y).T for x, y in found["curves"].items()}
+    colours = dict(zip((*methods(z), MORE), [f"C{i}" for i in range(9)]))
+    fig, ax = plt.subplots(figsize=(8, 3.8))
+    for name in methods(z):
+        own = [k for k in z.K if (name, k, middle) in gaps]
+        y, low, high = np.maximum([gaps[name, k, middle] for k in own], 0.01).T
+        ax.errorbar(own, y, [y - low, high - y], color=colours[name], label=name)
+    log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
+    ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    good, bad = (gaps[x, one, middle][0] for x in (FIRST.format(one), f"window, trained at {one}"))
+    finding = (
+        f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} "
+        f"of the keys {good:.2f} % more bits a byte than with all, with a window of as many {bad:.0f} %"
+    )
+    bench.figure("lm", "lm.png", finding, fig)
+    fig, (left, ax, right) = plt.subplots(1, 3, figsize=(10, 3.4))
+    left.plot(*curves.pop("dense")[:2], marker="", color=COLOURS["dense"])
+    for name, (step, bits, kl) in curves.items():
+        style = {"marker": "", "color": colours[name], "label": name}
+        if name != WARM:
+            ax.plot(step, 100 * bits / curves[MORE][1] - 100, **style)
+        if kl.any():
+            right.plot(step, kl, **style)
+    left.set(title="bits a byte, dense", yscale="log", xlabel=f"steps of {z.batch:,} tokens")
+    ax.set(title=f"bits over {MORE}, on the same text, %", yscale="symlog", xlabel="steps more")
+    right.set(title="KL of the indexers, nats", yscale="log", xlabel="steps of warm-up, or more")
+    ax.legend()
+    right.legend()
+    bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 11. The command line
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -2183,12 +2208,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     option("--threads", type=at_least(1), metavar="N", help="threads over query blocks (one per CPU)")
     option("--update", action="store_true", help="rewrite these tables in README.md and measured.md")
     for name in asked or usual:
-        if PARTS[name].options:
-            group = parser.add_argument_group(f"options of {name}") if asked else parser
-            for flag, keywords in PARTS[name].options.items():
-                group.add_argument(
-                    f"--{flag}", **(keywords if asked else keywords | {"help": argparse.SUPPRESS})
-                )
+        for flag, keywords in PARTS[name].options.items():
+            option(f"--{flag}", **keywords | ({} if asked else {"help": argparse.SUPPRESS}))
     for name in parts:
         if name not in PARTS:
             parser.error(f"unknown part {name!r}, expected some of: {' '.join(PARTS)}")
