@@ -972,9 +972,8 @@ def sparse(impl, p, indices, **kwargs):
     return impl.sparse_attention(p.q, *p.kv, indices, **p.latent, scale=p.scale, **kwargs)
 
 
-def select(impl, p, top_k=None, **kwargs):
-    top_k = p.top_k if top_k is None else top_k
-    return impl.lightning_select(*p.index, top_k, **(p.forced | p.windows | kwargs))
+def select(impl, p, **kwargs):
+    return impl.lightning_select(*p.index, p.top_k, **(p.forced | p.windows | kwargs))
 
 
 def drawn_indices(p, seed):
@@ -1282,10 +1281,7 @@ ORACLES: list[Any] = [
     reach, accumulator, index_scores_by_hand, select_by_sort, select_by_hand, lightning_by_hand,
     attention_by_hand, dense_by_hand, sparse_by_hand, merge_by_hand, sink_by_hand,
 ]  # fmt: skip
-RIGHT = "\n".join(
-    [
-        *map(inspect.getsource, ORACLES),
-        """
+TYPED = """
 select_topk, lightning_select = select_by_hand, lightning_by_hand
 
 def typed(out, lse, *arrays):
@@ -1307,9 +1303,8 @@ def merge_attention(outs, lses):
 
 def apply_sink(out, lse, sink):
     return sink_by_hand(out, lse, sink).astype(out.dtype)
-""",
-    ]
-)  # fmt: skip, a right module: the oracles in the dtypes that are due
+"""
+RIGHT = "\n".join([*map(inspect.getsource, ORACLES), TYPED])  # the oracles, in the dtypes that are due
 PLANTED = """
 index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
@@ -1909,13 +1904,13 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
         dsa, p, config, rows=rows, cache=cache, **options)  # fmt: skip
     refused: list[Any] = [
         (ValueError, "streams", lambda: cache.append(k=good["k"])), (ValueError, "extra", add(extra=p.k)),
-        (ValueError, r"^index_k .*\(2, 2, 4\)", add(index_k=p.index_k[:, :2])),
-        (ValueError, r"^k .*\(2, 3, 2, 1\)", add(k=good["k"][..., :1])),
+        (ValueError, "^index_k", add(index_k=p.index_k[:, :2])),
+        (ValueError, "^k", add(k=good["k"][..., :1])),
         (TypeError, "^index_k", add(index_k=[[1]])),
         *((ValueError, "lengths", add(lengths=np.array(n))) for n in ([1, 4], [1, -1], [1])),
         *((ValueError, "lengths", cut(*n)) for n in ([7, 3], [-1, 3], [6])),
         (IndexError, "6", read(6)), (IndexError, "-2", read(-2)), (IndexError, "3", read(3)),  # 0's
-        (ValueError, "^B .*1 .*batch = 2", read(0, q[:1])), (ValueError, "^d_v .*6", read(0, d_v=6)),
+        (ValueError, "^B .*1", read(0, q[:1])), (ValueError, "^d_v .*6", read(0, d_v=6)),
         (ValueError, "NaN", step(replace(p, index_k=p.index_k * NAN, k=p.k * 9))),
         (ValueError, "index_q", step(replace(p, index_q=p.index_q[..., :1]))),
         (ValueError, "sink", step(sink=np.ones(17))), (ValueError, "k_end", step(k_end=np.ones((2, 3), int))),
