@@ -2948,7 +2948,7 @@ def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths
     assume(max(lengths) > 0)
     rng, B, T, w = np.random.default_rng(seed), len(lengths), max(lengths), layer_weights(seed, dtype)
     layer, x = dsa.DSALayer(w, **SMALL | mode), normal(rng, B, T, DIM).astype(dtype)
-    other = dsa.DSALayer({name: z for name, z in w.items() if "indexer" not in name}, **SMALL)
+    other = dsa.DSALayer(layer_weights(seed, dtype, indexer=False), **SMALL)
     x[rng.random((B, T)) < 0.2] = x[0, 0]  # repeated tokens: near ties, which rounding would decide
     whole, done = [layer(x[b : b + 1, :n]) for b, n in enumerate(lengths)], np.zeros(B, int)
     caches: list[Any] = [z.new_cache(B, T, dtype.name) if step else None for z in (layer, other)]
@@ -3010,13 +3010,6 @@ def test_a_cache_of_less_precision_costs_as_much_as_its_rounding(dsa, hidden, st
         assert hybrid.hits + hybrid.misses > seen
 
 
-def test_both_name_sets_and_a_prefix_are_one_layer(dsa, hidden):
-    """Names are names."""
-    w = layer_weights()
-    for named in (checkpoint_names(w), checkpoint_names(w, "")):
-        assert_same(dsa.DSALayer(named, **SMALL)(hidden), dsa.DSALayer(w, **SMALL)(hidden))
-
-
 @pytest.mark.parametrize("name", layer_weights())
 @pytest.mark.parametrize("named", [dict, checkpoint_names])
 def test_a_weight_missing_extra_or_misshapen_is_named(dsa, name, named):
@@ -3047,9 +3040,8 @@ def test_bad_dims_are_named(dsa, bad):
 
 def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     """What a new user gets wrong first, NaN in x, no room, another layer's cache, indices that do not fit."""
-    weights, config = layer_weights(), dsa.DSAConfig
-    new = functools.partial(dsa.DSALayer, weights, **SMALL)
-    layer, sharing = new(), dsa.DSALayer({n: w for n, w in weights.items() if "indexer" not in n}, **SMALL)
+    new, config = functools.partial(dsa.DSALayer, layer_weights(), **SMALL), dsa.DSAConfig
+    layer, sharing = new(), dsa.DSALayer(layer_weights(indexer=False), **SMALL)
     cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, hidden)
     first = layer(hidden[:, :10], cache)[1]
     before, rows, x = snapshot(cache), np.array([2, 0]), hidden[:, :2]
@@ -3191,46 +3183,32 @@ def yarn_factor(m):
 NO_YARN: dict[str, Any] = {"factor": 1.0, "mscale": 0.0}
 OF_YARN_5: dict[str, Any] = {"length": 64, "theta": 5000.0}
 PLAIN_FACTOR = OF_YARN_5 | {"mscale": 0.0, "on_rope": yarn_factor(1)}
-CONFIGS: dict[str, Any] = {  # what config.json says, and what layer_by_loops computes for it
-    "hub": (
-        V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": YARN | BOTH_MSCALES | {"type": "yarn"}},
-        {"length": 64},
-    ),
-    "no scaling": (V32_CONFIG | {"rope_theta": 8e6, "rope_scaling": None}, NO_YARN | {"theta": 8e6}),
-    "sizes alone": (SIZES, NO_YARN),
-    "transformers 5": (with_yarn(**BOTH_MSCALES), OF_YARN_5),
-    "mscales": (
-        with_yarn(mscale=0.7, mscale_all_dim=1.3),
-        OF_YARN_5 | {"mscale": 1.3, "on_rope": yarn_factor(0.7) / yarn_factor(1.3)},
-    ),
-    "one mscale": (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
-    "neither": (with_yarn(beta_fast=None), PLAIN_FACTOR),
-    "mscale of 0": (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
-    "attention_factor": (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
-    "no factor": (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
-    "no length": (
-        with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64},
-        PLAIN_FACTOR,
-    ),
-    "betas": (
-        with_yarn(beta_fast=4, beta_slow=0.5, attention_factor=1),
-        OF_YARN_5 | {"mscale": 0.0, "fast": 4, "slow": 0.5},
-    ),
-    "eps": (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
-    "glm": (
-        GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-        NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)},
-    ),
-    "glm, said": (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
-    "v32, said": (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
-    "sees": ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
-}
+CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes for it
+    (V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": YARN | BOTH_MSCALES | {"type": "yarn"}},
+     {"length": 64}), (SIZES, NO_YARN),
+    (V32_CONFIG | {"rope_theta": 8e6, "rope_scaling": None}, NO_YARN | {"theta": 8e6}),
+    (with_yarn(**BOTH_MSCALES), OF_YARN_5), (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
+    (with_yarn(mscale=0.7, mscale_all_dim=1.3),
+     OF_YARN_5 | {"mscale": 1.3, "on_rope": yarn_factor(0.7) / yarn_factor(1.3)}),
+    (with_yarn(beta_fast=None), PLAIN_FACTOR), (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
+    (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
+    (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
+    (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
+    (with_yarn(beta_fast=4, beta_slow=0.5, attention_factor=1),
+     OF_YARN_5 | {"mscale": 0.0, "fast": 4, "slow": 0.5}),
+    (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
+    (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+     NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
+    (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
+    (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
+    ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, name):
+@pytest.mark.parametrize("config, oracle", CONFIGS)
+def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config, oracle):
     """Out of a folder, the layer is section 3: sizes, RoPE of both forms, layout, eps; given dims win."""
-    (config, oracle), w = CONFIGS[name], layer_weights()
+    w = layer_weights()
     write_checkpoint(tmp_path, checkpoint_names(w), config)
     layer = dsa.DSALayer.from_safetensors(tmp_path, 3)
     assert_by_hand(dsa, layer, w, hidden[:1, :20], **oracle)
@@ -3666,37 +3644,30 @@ def test_the_656_bytes_of_a_token(dsa):
 
 @given(seed=seeds, E=st.sampled_from([8, 31, 128]), J=st.sampled_from([1, 3, 64]))
 def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
-    """index_q as codes, index_k as entries of a cache: the scores and selections of the decoded vectors."""
+    """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which are
+    the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
     rng = np.random.default_rng(seed)
     q, k, w = (rng.standard_normal(shape, F32) for shape in ((2, 9, J, E), (2, 70, E), (2, 9, J)))
-    codes, scales = dsa.quantize_fp8(q)
+    (q8, s_q), (k8, s_k) = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
+    scaled_w, back = w * s_q[..., 0], dsa.dequantize_fp8(q8, s_q)
     with dsa.KVCache(70, batch=2, storage="fp8", index_k=(E,)) as cache:
         cache.append(index_k=k)
         entries, keys = cache.stored("index_k"), cache.read("index_k")
-    found = impl.index_scores(codes, entries, w * scales[..., 0])
-    expected = dsa.index_scores(dsa.dequantize_fp8(codes, scales), keys, w)
+    expected = dsa.index_scores(back, keys, w)
+    formula = dsa.index_scores(q8.view(E4M3).astype(F32), k8.view(E4M3).astype(F32), scaled_w)
+    assert_same(expected, formula * s_k[..., 0][:, None])
+    found = impl.index_scores(q8, entries, scaled_w)
     sizes = [np.linalg.norm(x, axis=-1) for x in (q * w[..., None], k)]
     size = sizes[0].sum(-1)[..., None] * sizes[1][:, None]  # of it, Hopper's tensor cores keep 14 bits
     assert_close(found / size, expected / size, 5e-5 if (J, E) == (64, 128) else 1e-6)
-    assert_same(impl.lightning_select(codes, entries, w * scales[..., 0], 7), impl.select_topk(found, 7))
-    with pytest.raises(ValueError, match="index_k"):
-        impl.index_scores(codes, entries[..., :-1], w)
-    with pytest.raises(TypeError, match="index_k"):
-        impl.index_scores(codes, keys, w)
-
-
-@given(seed=seeds, E=st.sampled_from([8, 31, 128]))
-def test_the_fp8_indexer_is_its_formula_bit_for_bit(dsa, seed, E):
-    """Scores of dequantised vectors are relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
-    rng = np.random.default_rng(seed)
-    q, k, w = (rng.standard_normal(s, F32) for s in ((1, 9, 3, E), (1, 40, E), (1, 9, 3)))
-    (q8, s_q), (k8, s_k) = both = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
-    back = [dsa.dequantize_fp8(*x) for x in both]
-    scores = dsa.index_scores(q8.view(E4M3).astype(F32), k8.view(E4M3).astype(F32), w * s_q[..., 0])
-    assert_same(dsa.index_scores(*back, w), scores * s_k[..., 0][:, None])
-    main = q[:, :, :, :4], k[:, :, None, :4], k[:, :, None, :2]
-    config = dsa.DSAConfig(top_k=5, indexer_precision="fp8")
-    assert_same(dsa.dsa_attention(*main, q, k, w, config)[2], dsa.lightning_select(*back, w, 5))
+    assert_same(impl.lightning_select(q8, entries, scaled_w, 7), impl.select_topk(found, 7))
+    main, config = (q[:, :, :1, :4], *2 * [k[:, :, None, :4]]), dsa.DSAConfig(5, indexer_precision="fp8")
+    assert_same(dsa.dsa_attention(*main, q, k, w, config)[2], dsa.lightning_select(back, keys, w, 5))
+    for wrong, error in ((entries[..., :-1], ValueError), (keys, TypeError)):
+        with pytest.raises(error, match="index_k"):
+            impl.index_scores(q8, wrong, w)
+    with pytest.raises(ValueError, match="^E is 129"):
+        dsa.index_scores(np.zeros((1, 1, 129), np.uint8), np.zeros((1, 133), np.uint8), w[:1, 0, :1])
 
 
 def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
@@ -3764,10 +3735,6 @@ def kl_by_hand(target, scores, keys):
     return each[(keys >= 0) & (target > 0)].sum()
 
 
-def scores_of_all_keys(p):
-    return index_scores_by_hand(*p.index, k_end=np.full(p.T, p.S))
-
-
 @given(p=problems(), seed=seeds, sparse=st.booleans())
 def test_the_target_is_attentions_and_the_loss_is_the_kl(trains, p, seed, sparse):
     """Over the window, or inside the selected set; a row that sees nothing is all 0 and adds nothing."""
@@ -3776,9 +3743,10 @@ def test_the_target_is_attentions_and_the_loss_is_the_kl(trains, p, seed, sparse
     expected = target_by_hand(p, keys)
     assert target.dtype == acc
     assert_close(target, expected, TOLERANCE[acc])
+    scores = index_scores_by_hand(*p.index, k_end=np.full(p.T, p.S))
     loss = trains.indexer_loss(*p.index, expected, **kwargs)[0]
     assert isinstance(loss, float) if trains.xp is np else loss.shape == ()
-    assert_close(loss, kl_by_hand(expected, scores_of_all_keys(p), keys), 10 * TOLERANCE[acc])
+    assert_close(loss, kl_by_hand(expected, scores, keys), 10 * TOLERANCE[acc])
 
 
 @given(p=indexed, seed=seeds)
