@@ -2903,8 +2903,8 @@ def test_the_layer_is_section_3(dsa, hidden, mode):
 
 
 @given(
-    rope=st.sampled_from([2, 8, 64]), theta=st.floats(1.5, 1e7), factor=st.floats(1, 50),
-    length=st.integers(1, 10**6), betas=st.tuples(st.floats(0.1, 50), st.floats(0.1, 50)),
+    rope=st.sampled_from([2, 8, 64]), theta=st.sampled_from([1.5, 10, 1e4]), factor=st.floats(1, 50),
+    length=st.sampled_from([1, 64, 4096, 10**6]), betas=st.tuples(st.floats(0.1, 50), st.floats(0.1, 50)),
 )  # fmt: skip
 def test_frequencies_are_yarns(dsa, rope, theta, factor, length, betas):
     """Also where all pairs turn faster than beta_fast, or slower than beta_slow."""
@@ -3644,8 +3644,8 @@ def test_the_656_bytes_of_a_token(dsa):
 
 @given(seed=seeds, E=st.sampled_from([8, 31, 128]), J=st.sampled_from([1, 3, 64]))
 def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
-    """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which are
-    the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
+    """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which
+    are the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
     rng = np.random.default_rng(seed)
     q, k, w = (rng.standard_normal(shape, F32) for shape in ((2, 9, J, E), (2, 70, E), (2, 9, J)))
     (q8, s_q), (k8, s_k) = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
@@ -3666,7 +3666,7 @@ def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
     for wrong, error in ((entries[..., :-1], ValueError), (keys, TypeError)):
         with pytest.raises(error, match="index_k"):
             impl.index_scores(q8, wrong, w)
-    with pytest.raises(ValueError, match="^E is 129"):
+    with pytest.raises(ValueError, match=r"^E is 129"):
         dsa.index_scores(np.zeros((1, 1, 129), np.uint8), np.zeros((1, 133), np.uint8), w[:1, 0, :1])
 
 
@@ -4014,29 +4014,21 @@ def training_calls(dsa, T, S, K, dtype, seed=0):
 
 
 @slow
-@given(seed=seeds)
-def test_gradients_add_up_over_chunks_of_queries(dsa, seed):
-    """Many blocks: each query's gradient is its own, a key's is the sum over the chunks it is seen from."""
-    T = 150
-    for call in training_calls(dsa, T, 40, 7, F64, seed).values():
-        chunks = [call(slice(a, a + 50)) for a in (0, 50, 100)]
-        for whole, *parts in zip(call(), *chunks, strict=True):
-            own = whole.shape[:1] == (T,)
-            assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
-
-
-@slow
 @given(seed=seeds, dtype=st.sampled_from(DTYPES))
-def test_threads_never_change_a_bit_of_a_gradient(dsa, seed, dtype):
-    """A key's gradient is a sum over queries in many blocks, added in their order, whoever comes first."""
-    calls = training_calls(dsa, 200 + seed % 100, 300, 9, dtype, seed)
+def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype):
+    """Threads never change a bit; a query's gradient is its own, a key's is the sum over chunks of queries."""
+    T = 200 + seed % 100
     try:
-        dsa.set_num_threads(1)
-        expected = {name: call() for name, call in calls.items()}
-        for n in (2, 5, None):
-            dsa.set_num_threads(n)
-            for name, call in calls.items():
-                assert_same(call(), expected[name])
+        for call in training_calls(dsa, T, 300, 9, dtype, seed).values():
+            dsa.set_num_threads(1)
+            expected = call()
+            for n in (2, 5, None):
+                dsa.set_num_threads(n)
+                assert_same(call(), expected)
+            chunks = [call(slice(a, a + T // 3)) for a in range(0, T, T // 3)]
+            for whole, *parts in zip(expected, *chunks, strict=True) if dtype == F64 else ():
+                own = whole.shape[:1] == (T,)
+                assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
     finally:
         dsa.set_num_threads(None)
 
