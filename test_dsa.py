@@ -3409,10 +3409,10 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         assert (padded(step[b], 40) == expected[-1]).all()
         assert_close(step_y[b, 0], y[b, n - 1], 1e-12)
     rope = YARN | BOTH_MSCALES | {"type": "yarn", "original_max_position_embeddings": 4096}
-    for said, given in ((n_layers, None), (99, n_layers)):
+    for said, own_n in ((n_layers, None), (99, n_layers)):
         known = V32_CONFIG | {"num_hidden_layers": said, "rope_scaling": rope}
         write_checkpoint(tmp_path, checkpoint_names(w, f"layers.{layer}.attn."), known)
-        loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config, n_layers=given)
+        loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config, n_layers=own_n)
         assert_same(loaded(x, lengths=lengths), (y, indices))
 
 
@@ -4534,15 +4534,8 @@ def test_index_scores_of_many_heads(dsa, cupy, J, E, dtype, numbers):
     """Hopper has kernels for these, in fp8 one for few queries: integers and powers of two are exact, NaN
     stays, in any number and windows. Else products are summed in few bits: to 1e-3 of the largest."""
     rng = np.random.default_rng(7)
-    for batch, T, S in (
-        (2, 1, 3),
-        (2, 3, 70),
-        (2, 201, 1300),
-        (1, 1, 1000),
-        (3, 2, 257),
-        (2, 8, 513),
-        (2, 3, 4),
-    ):
+    sizes = (2, 1, 3), (2, 3, 70), (2, 201, 1300), (1, 1, 1000), (3, 2, 257), (2, 8, 513), (2, 3, 4)
+    for batch, T, S in sizes:
         q, k, w = (numbers(rng, batch, *shape).astype(F32) for shape in ((T, J, E), (S, E), (T, J)))
         if dtype == "e4m3":
             (q, s_q), (k, s_k) = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
@@ -4554,10 +4547,8 @@ def test_index_scores_of_many_heads(dsa, cupy, J, E, dtype, numbers):
             k[-1, 2, 5] = 127 if dtype == "e4m3" else NAN
         start, end = rng.integers(-9, S, (batch, T)), rng.integers(0, S + 9, (batch, T))
         for windows in ({}, {"k_end": end}, {"k_start": start, "k_end": end}):
-            found, expected = (
-                on(cupy, dsa.index_scores, q, k, w, **windows),
-                dsa.index_scores(q, k, w, **windows),
-            )
+            found = on(cupy, dsa.index_scores, q, k, w, **windows)
+            expected = dsa.index_scores(q, k, w, **windows)
             size = 0 if numbers is small else 1e-3 * np.abs(expected[expected > -INF]).max(initial=0)
             np.testing.assert_allclose(found, expected, rtol=0, atol=size)
 
