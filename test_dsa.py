@@ -3537,9 +3537,8 @@ def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attenti
 def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, capsys):
     """The block of README.md, on a small checkpoint instead of V3.2's."""
     block = readme("import[^`]*from_safetensors")[1]
-    write_shards(
-        tmp_path / "DeepSeek-V3.2", checkpoint_names(layer_weights(dtype=F32), "model.layers.30.self_attn.")
-    )
+    tensors = checkpoint_names(layer_weights(dtype=F32), "model.layers.30.self_attn.")
+    write_shards(tmp_path / "DeepSeek-V3.2", tensors)
     sizes = {k: n for k, n in SMALL.items() if k != "index_topk"}
     small = functools.partial(dsa.DSALayer.from_safetensors, **sizes)
     monkeypatch.setattr(dsa.DSALayer, "from_safetensors", small)
@@ -3761,11 +3760,8 @@ def test_the_mlps_loss_is_that_of_the_scores_it_selects_by(trains, p, seed):
 def test_gradients_are_slopes(trains, p, seed, sparse, z):
     """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
     rows of the target need not sum to 1."""
-    (kwargs, keys), indices, rng = (
-        trained_on(p, seed, sparse),
-        drawn_indices(p, seed),
-        np.random.default_rng(seed),
-    )
+    (kwargs, keys), indices = trained_on(p, seed, sparse), drawn_indices(p, seed)
+    rng = np.random.default_rng(seed)
     target = target_by_hand(p, keys) * rng.integers(0, 3, (*p.batch, p.T, 1))
     (H, _), C, options = p.q.shape[-2:], math.prod(p.k.shape[-2:]), p.latent | {"scale": p.scale}
     mlp = [rng.standard_normal(shape) for shape in ((3, C), (3, C), 3, 3)]
@@ -3832,6 +3828,7 @@ def test_gradients_in_any_dtype_are_those_in_float64(trains, p, seed, sparse, z)
     q, k, w = in_float64(p.index)
     expected = dsa.indexer_loss(q, k, w, target, **kwargs)[1]
     assert_gradients(grads, expected, p.index, max(TOLERANCE[accumulator(dtype)], rounding))
+    # Products lowered by 1e-9, of which those of exactly 0 are negative, give the same.
     less = [np.concatenate([x, np.full_like(x[..., :1], y)], -1) for x, y in ((q, 1), (k, -1e-9))]
     parts = zip(dsa.indexer_loss(*less, w, target, **kwargs)[1], expected, strict=True)
     assert_gradients([x[..., : e.shape[-1]] for x, e in parts], expected, expected, 1e-6)
@@ -4598,8 +4595,7 @@ def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
     v, options = v if Dv else None, latent | {"sink": sink}
     out, lse = dsa.sparse_attention(q, k, v, indices, **options)
     backward = q, k, v, indices, out, lse, dout
-    wide = latent | {"sink": sink.astype(F64)}
-    expected = dsa.sparse_attention_backward(*in_float64(backward), **wide)
+    expected = dsa.sparse_attention_backward(*in_float64(backward), **latent, sink=sink.astype(F64))
     target = dsa.attention_target(*in_float64((q, k)), indices=indices)
     loss, of_index = dsa.indexer_loss(*in_float64(index), target, indices=indices)
     tolerance = {BFLOAT16: 8e-3, F16: 1e-3, F32: 1e-5}[dtype]
