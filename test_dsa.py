@@ -3195,8 +3195,8 @@ CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes
     (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
-    (with_yarn(beta_fast=4, beta_slow=0.5, attention_factor=1),
-     OF_YARN_5 | {"mscale": 0.0, "fast": 4, "slow": 0.5}),
+    (with_yarn(beta_fast=0.9, beta_slow=0.1, attention_factor=1),
+     OF_YARN_5 | {"mscale": 0.0, "fast": 0.9, "slow": 0.1}),
     (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
@@ -3924,10 +3924,8 @@ def test_training_without_slots_heads_or_width(trains, J, E):
 
 def test_training_of_mixed_dtypes(trains):
     """The accumulator is float64 if any factor is; what is returned has the dtype of what it belongs to."""
-    rng, shapes = (
-        np.random.default_rng(1),
-        ((4, 2, 3), (6, 1, 3), (6, 1, 2), (4, 2, 5), (6, 5), (4, 2), (4, 2, 2)),
-    )
+    rng = np.random.default_rng(1)
+    shapes = (4, 2, 3), (6, 1, 3), (6, 1, 2), (4, 2, 5), (6, 5), (4, 2), (4, 2, 2)
     *arrays, dout = (normal(rng, *shape) for shape in shapes)
     indices = rng.integers(0, 6, (4, 3))
     out, lse = trains.sparse_attention(*arrays[:3], indices)
