@@ -3316,6 +3316,7 @@ def file(name, change):
     return write
 
 
+END = sum(x.nbytes for x in layer_weights().values())
 REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
     (says(rope_scaling={"type": "linear", "factor": 4.0}), "linear"),
     (says(rope_scaling={"factor": 4.0}), "factor"), (says(rope_scaling="yarn"), "^config is not what"),
@@ -3330,10 +3331,11 @@ REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
     *((q_b_proj(others), f"q_b_proj.*{kind}") for others, kind in (
         ({".weight": "I8", ".weight_scale": "F32"}, "int8"), ({".weight": ("I64", np.ones(1, int))}, "I64"),
         ({".qweight": "I32", ".qzeros": "I32", ".scales": "F32"}, "AWQ"),
-        ({".weight": "U8", ".weight_scale": "F8_E4M3", ".weight_scale_2": "F32"}, "NVFP4"),
-        ({".weight_packed": "U8", ".weight_global_scale": "F32"}, "NVFP4"),
-        ({".weight": "U8", ".weight_scale": "F8_E8M0"}, "MXFP4"),
-        ({".weight": "F4", ".weight_scale": "U8"}, "MXFP4"), ({"_blocks": "U8", "_scales": "U8"}, "MXFP4"),
+        ({".weight_scale_2": "F32", ".weight": "U8"}, "with NVFP4"),
+        ({".weight_scale": "F8_E4M3", ".weight": "U8"}, "with NVFP4"),
+        ({".weight_global_scale": "F32", ".weight_packed": "U8"}, "with NVFP4"),
+        ({".weight_packed": "U8"}, "4 bits"), ({".weight": "F4"}, "4 bits"), ({".weight": "U8"}, "4 bits"),
+        ({".weight_scale": "U8", ".weight": "F4"}, "with MXFP4"), ({"_blocks": "U8"}, "with MXFP4"),
         ({".weight": "F8_E5M2"}, "F8_E5M2"), ({".weight": "F8_E8M0"}, "F8_E8M0"), ({".bias": "F32"}, "bias"),
         ({".more": "F32"}, "no weight"), ({".weight": "F32", ".weight_scale": "F32"}, "fp8"),
         ({".weight_scale": "F32"}, "fp8"), ({".weight": ZEROS}, "weight_scale_inv is missing"),
@@ -3348,11 +3350,14 @@ REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
     (holds(lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}), "draft"),
     *((file(MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is") for at in (  # of 24 x 64 numbers
         (b"[0, 12288]", b"[12288, 0]"), (b"[0, 12288]", b"[8, 12288]"), (b"[0, 12288]", b"[8, 12296]"),
-        (b"[0, 12288]", b'["0", "8"]'), (b"[0, 12288]", b"[0.0, 8.0]"), (b"[0, 12288]", b"[0, 8, 9] "),
+        (b"[0, 12288]", b'["0", "8"]'), (b": [0, 12288]", b":[0,12288.0]"), (b"[0, 12288]", b"[0, 8, 9] "),
         (b"offsets", b"offset "), (b"shape", b"forms"), (b"[24, 64]", b"[24, 65]"), (b"F64", b"F16"),
         (b": [24, 64]", b":[-24,-64]"))),
-    *((file(MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is") for n in (0, 4, 100, -1)),
-    (file(MODEL, lambda raw: raw + b"more"), f"{MODEL} is"),
+    (file(MODEL, lambda raw: raw.replace(b"[%d, %d]" % (END - 128, END), b"[%d, %d]" % (END - 120, END + 8))
+          + bytes(8)), f"{MODEL} is at odds"),  # a gap before the last
+    *((file(MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is a file of") for n in (0, 4, 100, -1)),
+    (file(MODEL, lambda raw: raw + b"more"), f"{MODEL} is a file of"),
+    (file(MODEL, lambda raw: bytes(8)), f"{MODEL} is a file of"),
     (file(MODEL, lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9)), f"{MODEL} is without"),
     (lambda folder, _: shutil.copy(folder / MODEL, folder / "model-2.safetensors"), "another file"),
     *((file("config.json", text), "config.json is without") for text in ("{", "[1]")),
