@@ -3337,8 +3337,9 @@ REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
         ({".weight_packed": "U8"}, "4 bits"), ({".weight": "F4"}, "4 bits"), ({".weight": "U8"}, "4 bits"),
         ({".weight_scale": "U8", ".weight": "F4"}, "with MXFP4"), ({"_blocks": "U8"}, "with MXFP4"),
         ({".weight": "F8_E5M2"}, "F8_E5M2"), ({".weight": "F8_E8M0"}, "F8_E8M0"),
-        ({".bias": "F32"}, "with bias"), ({".more": "F32"}, "no weight"), ({".weight": "F32", ".weight_scale": "F32"}, "fp8"),
-        ({".weight_scale": "F32"}, "fp8"), ({".weight": ZEROS}, "weight_scale_inv is missing"),
+        ({".bias": "F32"}, "with bias"), ({".more": "F32"}, "no weight"),
+        ({".weight": "F32", ".weight_scale": "F32"}, "fp8"), ({".weight_scale": "F32"}, "fp8"),
+        ({".weight": ZEROS}, "weight_scale_inv is missing"),
         ({".weight": ZEROS, ".weight_scale": np.ones((96, 2), F32)}, "96, 2"),
         ({".weight": ZEROS, ".weight_scale": "F32", ".weight_scale_inv": "F32"}, "given"),
         ({".weight": ZEROS, ".weight_scale": ("F8_E8M0", np.full((1, 1), 255, np.uint8))}, "NaN"),
@@ -3755,7 +3756,8 @@ def test_the_mlps_loss_is_that_of_the_scores_it_selects_by(trains, p, seed):
     np.testing.assert_array_equal(kept, select_by_hand(scores, p.top_k, k_start=p.lo, k_end=p.hi))
     keys = trained_on(p, seed, False)[1]
     target = target_by_hand(p, keys)
-    loss = trains.learned_loss(p.q, p.k, mlp, target, **p.windows)[0]
+    loss, grads = trains.learned_loss(p.q, p.k, mlp, target, **p.windows)
+    assert [x.dtype for x in grads] == [F64] * 4  # as mlp, if q and k have less
     assert_close(loss, kl_by_hand(target, scores, keys), 1e-4)
 
 
