@@ -34,14 +34,13 @@ import collections
 import contextvars
 import functools
 import inspect
+import itertools
 import math
 import numbers
-import operator
 import os
 import re
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -133,7 +132,8 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
             np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, KEY_TILE]; a scalar 0 is slow
             scores[:, s : s + KEY_TILE] = (weights[:, None] @ r)[:, 0, : len(tile)]  # [T, N]             (1)
 
-    collections.deque(spread(score, range(lo - lo % KEY_TILE, hi, 8 * KEY_TILE)), 0)
+    for _ in spread(score, range(lo - lo % KEY_TILE, hi, 8 * KEY_TILE)):
+        pass
     return hidden(scores, k_start, k_end)
 
 
@@ -154,7 +154,7 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     (T, S), (lo, hi) = scores.shape, span(k_start, k_end)
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
     for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):
-        raise NotANumber(int(t))
+        raise FloatingPointError(int(t))  # of the block; in_blocks names the query
     seen = x > -np.inf
     count, indices = np.count_nonzero(seen, axis=1), np.full((T, min(top_k, S)), -1, np.int32)
     for t in np.flatnonzero(count <= top_k):
@@ -239,45 +239,43 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    values = k[..., :d_v] if v is None else v
+    values, heads = k[..., :d_v] if v is None else v, q.shape[1] // k.shape[1]
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
     most = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))
-    shared, seen = None, None
-    if len(q) > 1:
-        shared, seen = in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])
 
-    def attend_to(t, keys):
+    def attend_to(t, keys, seen=None):
         def tile(own):
             k_s = k[keys[own]]  # [N, G, D]
             v_s = k_s[..., :d_v] if v is None else v[keys[own]]
             return attend(q[t], k_s, v_s, None if seen is None else seen[own])
 
-        return over_tiles(tile, q[t], values.shape[-1], 0, len(keys), most)
+        out[t], lse[t] = over_tiles(tile, q[t], values.shape[-1], 0, len(keys), most)
 
-    if seen is None:
-        for t, row in enumerate(indices):
-            out[t], lse[t] = attend_to(slice(t, t + 1), row[row >= 0])  # [1, H, Dv], [1, H]
+    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads)):
+        attend_to(slice(None), *shared)
     else:
-        out, lse = attend_to(slice(None), shared)
+        for t, row in enumerate(indices):
+            attend_to(slice(t, t + 1), row[row >= 0])
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
 def in_common(indices, num_keys, heads):
-    """The keys [N] in rows [T, K], and which row has which, seen [N, T], if one product with all of them is
-    cheaper than each row's own of so many heads, as where most of the window is kept; otherwise seen is None.
+    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
+    cheaper than each row's own, as where most of the window is kept; None elsewhere, or if a key repeats.
     """
-    T, K = indices.shape
     there = np.zeros(num_keys + 1, bool)
-    there[indices] = True  # what is absent, -1, comes last
-    there[-1] = False
-    keys = np.flatnonzero(there)
-    if heads * len(keys) > (heads + 6) * K:
-        return keys, None
+    there[indices] = True
+    there[-1] = False  # what is absent, -1
+    keys, (T, K) = np.flatnonzero(there), indices.shape
+    if (
+        heads * len(keys) > (heads + 6) * K
+    ):  # as measured: the fewer heads share a row, the slower it is alone
+        return None
     seen = np.zeros((len(keys) + 1, T), bool)
     seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
-    alone = np.count_nonzero(seen[:-1]) == np.count_nonzero(indices >= 0)  # none repeats in its row
-    return keys, seen[:-1] if alone else None
+    alone = np.count_nonzero(seen[:-1]) == np.count_nonzero(indices >= 0)
+    return (keys, seen[:-1]) if alone else None
 
 
 def attend(q, k, v, seen=None):
@@ -479,7 +477,7 @@ class DSAConfig:
             if get_origin(kind) is Literal or kind is str:
                 allowed = get_args(kind) or tuple(PRECISIONS)
                 expect(value in allowed, field, repr(value), f"one of {allowed}")
-            elif value is not None and field != "sparse_ratio":
+            elif kind is int or (value is not None and field != "sparse_ratio"):
                 integer(field, value, least, ValueError)
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
@@ -547,20 +545,21 @@ def dsa_attention(
         q, k, v, index_q, index_k, weights = arrays.values()
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
-    choose = functools.partial(choose_keys, config, (layer, n_layers), candidates, options)
+    choose = functools.partial(choose_keys, config, (layer, n_layers), options)
+    arrays |= {"candidates": candidates}
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
         windows = windows_of(n, k_start, k_end)
-        indices = choose(q, k, index_q, index_k, weights, windows, lengths)
+        indices = choose(arrays, windows, lengths)
         if lengths is None and config.quota_at(layer, n_layers, n["S"])[1]:  # dense: nothing to gather
             return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
     def attend_to_cache():
         by_scores = candidates is not None or config.selector() == "lightning"  # which read no number of k
-        keys, index_keys = (cache.stored if by_scores else cache.read)("k"), cache.read("index_k")
-        indices = choose(q, keys, index_q, index_keys, weights, cache.window(n["T"], lengths), cache.lengths)
+        keys = {"k": (cache.stored if by_scores else cache.read)("k"), "index_k": cache.read("index_k")}
+        indices = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
 
     tokens = {"k": k, "index_k": index_k} | ({} if v is None else {"v": v})
@@ -591,40 +590,40 @@ def pad_lists(arrays, multiple):
     return {name: padded[name][0] if name in padded else None for name in arrays}, lengths
 
 
-def choose_keys(config, layer, candidates, options, q, k, index_q, index_k, weights, windows, lengths):
+def choose_keys(config, layer, options, arrays, windows, lengths):
     """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
+    arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     by_length = config.sparse_ratio or config.fallback_dense_threshold
     if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
         each = []
-        for own in (slice(b, b + 1) for b in range(len(lengths))):
-            near = None if candidates is None else candidates[own]
-            alone: Any = [x[own] for x in (q, k, index_q, index_k, weights)]
-            alone += [[w[own] for w in windows], lengths[own]]
-            each.append(choose_keys(config, layer, near, options, *alone))
+        for b in (slice(b, b + 1) for b in range(len(lengths))):
+            alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
+            each.append(choose_keys(config, layer, options, *alone))
         rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
         return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)])
-    chosen = config.selector() if candidates is None else "predictive"
-    select: Any = (SELECTORS if candidates is None else REFINERS).get(chosen)
+    chosen = "predictive" if "candidates" in arrays else config.selector()
+    select: Any = (REFINERS if "candidates" in arrays else SELECTORS).get(chosen)
     known = sorted(getattr(select, "options", ()))
     expect(options.keys() <= {*known}, "the options", sorted(options), f"some of {known}", TypeError)
-    fits = select or (chosen == "lightning" and candidates is None)
+    fits = select or chosen == "lightning"
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
+    q, k = arrays["q"], arrays["k"]
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
     quota, dense = config.quota_at(*layer, num_keys)
     if dense:  # every visible key
         n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": library("q", q)}
         return every_key(filled(n, windows), min(max(1, num_keys), n["S"]))
-    index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
-    common = {"index_q": index_q, "index_k": index_k, "weights": weights, **quota, **options}
-    common |= {"k_start": windows[0], "k_end": windows[1]}
-    if candidates is not None:
-        return select(candidates=candidates, **common)
-    return lightning_select(**common) if chosen == "lightning" else select(q, k, **common)
+    index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
+    index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
+    if "candidates" in arrays:
+        return select(candidates=arrays["candidates"], **index)
+    return lightning_select(**index) if chosen == "lightning" else select(q, k, **index)
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
 
 
+ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int")  # what a cache attends with
 STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
 
 
@@ -721,23 +720,24 @@ class KVCache:
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
         self._check_open()
-        expect(name in self.streams, "name", repr(name), f"one of {sorted(self.streams)}")
-        return self._stream(name)[:, : self._lengths.max()]
+        if name not in self.streams:
+            raise ValueError(f"name is {name!r}, expected one of {sorted(self.streams)}")
+        return self._stream(name)[:, : max(self._lengths.tolist())]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
         self._check_open()
         new = check_lengths(lengths, self.batch, integer("num_tokens", num_tokens, 0))
-        most = self._lengths.tolist()
-        expect((new <= most).all(), "num_tokens", new.tolist(), f"at most the tokens held, {most}")
+        check_lengths(new, self.batch, self._lengths, "num_tokens")
         end = self.xp.asarray(causal_end(self._lengths - new, new, num_tokens))
         return np.zeros_like(end), end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
-        n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
-        expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
+        n = sizes(ATTENDED, {"q": q, "indices": indices}, (), self.xp)
+        if n["B"] != self.batch:
+            raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
         for b, length in enumerate(self._lengths.tolist() if isinstance(indices, np.ndarray) else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
@@ -745,9 +745,7 @@ class KVCache:
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
         self._check_open()
-        lengths, most = check_lengths(lengths, self.batch), self._lengths.tolist()
-        expect((lengths <= most).all(), "lengths", lengths.tolist(), f"at most {most}")
-        self._set_lengths(lengths)
+        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self._lengths))
 
     def close(self):
         """Give the memory back. To append, read or attend after that raises ValueError."""
@@ -805,10 +803,8 @@ class KVCache:
 # 7. Checks ------------------------------------------------------------------------------------------------
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
-class NotANumber(Exception):
-    """A block met NaN in the window of its query args[0]."""
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+LIBRARIES: dict[type, Any] = {np.ndarray: np}  # whose arrays are of a type, as far as seen
 
 
 def expect(ok, name, value, expected, error=ValueError):
@@ -822,21 +818,19 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
-    if type(x) is (others or np).ndarray:
-        return others or np
-    plain = type(x) in (np.ndarray, np.memmap)  # not a matrix, nor masked
-    known, kind = {"numpy"} | {home for _, home in KERNELS}, f"a {type(x).__module__}.{type(x).__name__}"
-    home = "numpy" if plain else type(x).__module__.partition(".")[0]
-    fits = plain or (home in known - {"numpy"} and isinstance(x, sys.modules[home].ndarray))
+    if (found := LIBRARIES.get(type(x))) and others in (None, found):
+        return found
+    known = {"numpy", *(home for _, home in KERNELS)} if others is None else {others.__name__}
+    home, kind = type(x).__module__.partition(".")[0], f"a {type(x).__module__}.{type(x).__name__}"
+    plain = type(x) is np.memmap or home != "numpy"  # not a matrix, nor masked
+    fits = home in known and plain and isinstance(x, sys.modules[home].ndarray)
     expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}", TypeError)
-    same = others in (None, sys.modules[home])
-    expect(same, name, kind, f"an array of {others and others.__name__}, as others", TypeError)
-    return sys.modules[home]
+    return LIBRARIES.setdefault(type(x), sys.modules[home])
 
 
 def dims(xp=None, **arrays):
     """sizes of q=(q, "... T H D"), ...; behind the axes may stand the dtypes that are allowed."""
-    declared = {name: (tuple(axes.split()), dtypes) for name, (_, axes, *dtypes) in arrays.items()}
+    declared = {name: (tuple(axes.split()), tuple(dtypes)) for name, (_, axes, *dtypes) in arrays.items()}
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
@@ -844,22 +838,27 @@ def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    n: dict[str, Any] = {"xp": xp}
-    owner: dict[str, str] = {}
-    for name, (axes, dtypes) in declared.items():
-        x = given[name]
-        if x is None and name in optional:
-            continue
-        n["xp"] = library(name, x, n["xp"])
-        allowed = (dtypes,) if isinstance(dtypes, str) and dtypes else dtypes or FLOATS
-        if not (x.dtype.kind in "iu" if "int" in allowed else x.dtype.type.__name__ in allowed):
-            raise TypeError(f"{name} is of dtype {x.dtype}, expected one of {', '.join(allowed)}")
+    arrays = [(name, given[name]) for name in declared if given[name] is not None or name not in optional]
+    for name, x in arrays:
+        xp = library(name, x, xp)
         if not x.dtype.isnative:
-            given[name] = x = x.astype(x.dtype.newbyteorder("="))
-        lead, batch = x.ndim - len(axes) + 1, axes[0] == "..."
+            given[name] = x.astype(x.dtype.newbyteorder("="))
+    return {**sizes_of(tuple([(name, declared[name], x.dtype, x.shape) for name, x in arrays])), "xp": xp}
+
+
+@functools.lru_cache(maxsize=4096)
+def sizes_of(arrays):
+    """sizes of (name, (axes, dtypes), dtype, shape), ...; the layers of a model ask for the same."""
+    n: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for name, (axes, dtypes), dtype, shape in arrays:
+        allowed = (dtypes,) if isinstance(dtypes, str) and dtypes else dtypes or FLOATS
+        if not (dtype.kind in "iu" if "int" in allowed else dtype.type.__name__ in allowed):
+            raise TypeError(f"{name} is of dtype {dtype}, expected one of {', '.join(allowed)}")
+        lead, batch = len(shape) - len(axes) + 1, axes[0] == "..."
         if lead < 0 or (lead != 1 and not batch):
-            raise ValueError(f"{name} is of shape {x.shape}, expected axes [{', '.join(axes)}]")
-        for axis, size in zip(axes, (x.shape[:lead], *x.shape[lead:]) if batch else x.shape):
+            raise ValueError(f"{name} is of shape {shape}, expected axes [{', '.join(axes)}]")
+        for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
             if "+" in axis:
                 axis, size = axis.split("+")[0], size - int(axis.split("+")[1])
             if n.setdefault(axis, size) != size:
@@ -874,7 +873,7 @@ def sizes(declared, given, optional, xp=None):
 
 
 def accumulator(*arrays):
-    return np.dtype(np.float64 if any(x.dtype.type is np.float64 for x in arrays) else np.float32)
+    return F64 if np.float64 in [x.dtype.type for x in arrays] else F32
 
 
 def check_integers(name, x, xp=np):
@@ -884,33 +883,32 @@ def check_integers(name, x, xp=np):
 
 
 def integer(name, value, least, error=TypeError):
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, (bool, np.bool_)):
-        raise error(f"{name} is {value!r}, expected an integer")
-    expect(number >= least, name, number, f"at least {least}")
-    return number
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)  # np.int64 is, np.bool_ not
+    if not whole or value < least:
+        raise (ValueError if whole else error)(
+            f"{name} is {value!r}, expected an integer of at least {least}"
+        )
+    return int(value)
 
 
 def quota(top_k, local_window, num_sink_tokens):
     forced = (integer("local_window", local_window, 0), integer("num_sink_tokens", num_sink_tokens, 0))
-    top_k, both = integer("top_k", top_k, 1), "local_window + num_sink_tokens"
-    expect(sum(forced) <= top_k, both, f"{forced[0]} + {forced[1]}", f"at most top_k = {top_k}")
-    return (top_k, *forced)
+    if sum(forced) > integer("top_k", top_k, 1):
+        both = f"local_window + num_sink_tokens is {local_window} + {num_sink_tokens}"
+        raise ValueError(f"{both}, expected at most top_k = {top_k}")
+    return (int(top_k), *forced)
 
 
-def check_lengths(lengths, batch=None, most=None):
-    """lengths as int64 [B], each at least 0 and at most `most`; None in a batch: `most` everywhere."""
+def check_lengths(lengths, batch=None, most=None, name="lengths"):
+    """lengths as int64 [B], each at least 0 and at most `most`, a number or [B]; None in a batch: `most`."""
     if lengths is None and batch is not None and most is not None:
         return np.full(batch, most)
     lengths = np.asarray(lengths)
-    check_integers("lengths", lengths)
+    check_integers(name, lengths)
     fits = lengths.ndim == 1 and batch in (None, len(lengths))
-    expect(fits, "lengths", f"of shape {lengths.shape}", "[B]" if batch is None else f"{(batch,)}")
+    expect(fits, name, f"of shape {lengths.shape}", "[B]" if batch is None else f"{(batch,)}")
     fits = (lengths >= 0).all() and (most is None or (lengths <= most).all())
-    expect(fits, "lengths", lengths.tolist(), "0 or more" if most is None else f"0 to {most}")
+    expect(fits, name, lengths.tolist(), "0 or more" if most is None else f"0 to at most {most}")
     return lengths.astype(np.int64)
 
 
@@ -920,11 +918,9 @@ def check_indices(name, indices, n):
     shape = (*n["..."], n["T"])
     if indices.shape[:-1] != shape:
         raise ValueError(f"{name} is of shape {indices.shape}, expected {(*shape, 'K')}")
-    if indices.size and isinstance(indices, np.ndarray):
-        least, most = int(indices.min()), int(indices.max())
-        if least < -1 or most >= n["S"]:
-            wrong = least if least < -1 else most
-            raise IndexError(f"a key in {name} is {wrong}, expected -1 or a key in [0, {n['S']})")
+    for s in (indices.min(), indices.max()) if isinstance(indices, np.ndarray) and indices.size else ():
+        if not -1 <= s < n["S"]:
+            raise IndexError(f"a key in {name} is {s}, expected -1 or a key in [0, {n['S']})")
 
 
 def windows_of(n, k_start, k_end):
@@ -980,17 +976,17 @@ def check_options(n, given):
     if "out_dtype" in given:
         own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
         asked = own if given["out_dtype"] is None else given["out_dtype"]
-        expect(asked in (own, sums), "out_dtype", asked, f"{own} or {sums}", TypeError)
+        if asked not in (own, sums):  # what is said of a dtype takes 2 us to say
+            raise TypeError(f"out_dtype is {asked}, expected {own} or {sums}")
         given["out_dtype"] = own if asked == own else sums
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
 
-OF_THREAD = threading.local()  # whether it is one of ours
 THREADS: list[int | None] = [None]  # what set_num_threads set
 BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
 BLAS_BEFORE: list[int] = []  # the threads that each BLAS had before the first of them
-BLAS_OWNER: dict[str, object] = {}  # who changes these now: not a lock, which could be held by nobody
+BLAS_LOCK = threading.Lock()  # for the two. No signal comes between a lock and its `with`
 
 
 def set_num_threads(n):
@@ -1033,34 +1029,28 @@ def on_one_blas_thread(work):
             return context.run(work)
         finally:
             share_blas(me, hold=False)
-    finally:  # again, if that was interrupted
-        if me in BLAS_USERS or BLAS_OWNER.get("") is me:
+    finally:
+        if me in BLAS_USERS:  # that was interrupted
             share_blas(me, hold=False)
 
 
 def share_blas(me, hold):
-    own_blas(me)
-    if hold and not BLAS_USERS:
-        BLAS_BEFORE[:] = [lib.get_num_threads() for lib in blas_libraries()]
-    if hold:
-        BLAS_USERS.add(me)
-    for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-        lib.set_num_threads(1 if hold or BLAS_USERS - {me} else before)
-    if not hold:
-        BLAS_USERS.discard(me)
-    BLAS_OWNER.pop("", None)
-
-
-def own_blas(me):
-    while BLAS_OWNER.setdefault("", me) is not me:
-        time.sleep(1e-5)
+    with BLAS_LOCK:
+        if hold and not BLAS_USERS:
+            BLAS_BEFORE[:] = [lib.get_num_threads() for lib in blas_libraries()]
+        if hold:
+            BLAS_USERS.add(me)
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or {me} == BLAS_USERS else ()):
+            lib.set_num_threads(1 if hold else before)
+        if not hold:
+            BLAS_USERS.discard(me)
 
 
 if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
     os.register_at_fork(
-        before=lambda: own_blas("fork"),
-        after_in_parent=BLAS_OWNER.clear,
-        after_in_child=lambda: [x.clear() for x in (BLAS_USERS, BLAS_OWNER)],
+        before=BLAS_LOCK.acquire,
+        after_in_parent=BLAS_LOCK.release,
+        after_in_child=lambda: [done() for done in (BLAS_USERS.clear, BLAS_LOCK.release)],
     )
 
 
@@ -1085,7 +1075,7 @@ def in_blocks(block, arrays, results, n, given, most):
         own = {name: given[name][(*b, t) if by_query else b] for name, by_query in cut.items()}
         try:
             found = block(**{**given, **own})
-        except NotANumber as wrong:
+        except FloatingPointError as wrong:
             query = (*b, t.start + wrong.args[0])
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
         return job, found if isinstance(found, tuple) else (found,)
@@ -1115,25 +1105,17 @@ def blocks(n, most=64):
 
 def spread(work, jobs):
     """work(job) for each job, on threads unless this is one of them -> the results, in order."""
-    threads = min(get_num_threads(), len(jobs))
-    if threads <= 1 or getattr(OF_THREAD, "is_ours", False):
+    threads, name = min(get_num_threads(), len(jobs)), "a thread of dsa"
+    if threads <= 1 or threading.current_thread().name.startswith(name):
         yield from map(work, jobs)
         return
-
-    def start():
-        OF_THREAD.is_ours = True
-        np.seterr(all="ignore")
-
-    pool: Any = ThreadPoolExecutor(threads, initializer=start)
-    try:
-        # So few are under way that results which wait to be taken fill little memory.
-        under_way: collections.deque = collections.deque()
-        for job in jobs:
-            under_way.append(pool.submit(work, job))
-            if len(under_way) > 2 * threads:
-                yield under_way.popleft().result()
-        while under_way:  # an error in a thread is raised here, or above
+    pool: Any = ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore"))
+    try:  # so few are under way that results which wait to be taken fill little memory
+        jobs = iter(jobs)
+        under_way = collections.deque(pool.submit(work, job) for job in itertools.islice(jobs, 2 * threads))
+        while under_way:  # an error in a thread is raised here
             yield under_way.popleft().result()
+            under_way.extend(pool.submit(work, job) for job in itertools.islice(jobs, 1))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1143,8 +1125,8 @@ def spread(work, jobs):
 import contextlib
 import copy
 import importlib
-import itertools
 import json
+import operator
 import tempfile
 import weakref
 import zlib
@@ -2206,9 +2188,10 @@ class DSALayer:
         ends = None if alike else self.xp.asarray(k_end)
         windows = (None if alike else np.zeros_like(ends), ends)
         # Of q and k this looks at the shapes. lengths, where the config goes by them.
-        arrays = index_q, index_k[:, :, None], index_q, index_k, weights, windows
+        arrays = {"q": index_q, "k": index_k[:, :, None]}
+        arrays |= {"index_q": index_q, "index_k": index_k, "weights": weights}
         by_length = config.sparse_ratio or config.fallback_dense_threshold
-        return choose_keys(config, self._place, None, {}, *arrays, lengths if by_length else None)
+        return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
 
     def _core(self, w, q, k, indices, cache, core):
         """Equation (3) of q [B, T, H, nope + rope] over the cache or latents k [B, S, 1, R + rope], in one of

@@ -1113,6 +1113,7 @@ DSAConfig: top_k=0 => top_k 0 | top_k=-5 => top_k -5 | top_k=2.5 => top_k 2.5
 | fallback_dense_threshold=-1 => fallback_dense_threshold -1 | num_sink_tokens=2049 => num_sink_tokens 2049
 | strategy="hybrid", local_window=0 => local_window 0 | progressive_sparsity="yes" => progressive_sparsity yes
 | strategy="hybrid", local_window=2049 => local_window 2049
+| batch_pad_to_multiple=None => batch_pad_to_multiple None | top_k=None, sparse_ratio=0.1 => top_k None
 | strategy="hybrid", top_k=10, local_window=6, num_sink_tokens=5 => num_sink_tokens 5
 set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
 """  # functions: what to change => the error, if it is no ValueError, and what its message must hold
@@ -2071,6 +2072,8 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
         before, after = snapshot(cache), then(cache)
     for act in acts[: 4 if kind == "HybridKVCache" else 5]:
         with make() as cache:
+            act(cache)  # once before, as what checks find is kept
+        with make() as cache:
             found = lines(dsa, functools.partial(act, cache))
         assert len(found) > 5
         for at in found:
@@ -2093,6 +2096,8 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
     with threadpoolctl.threadpool_limits(2):
         before, expected = count(), call()
         for at in lines(dsa, call):
+            with threadpoolctl.threadpool_limits(1):
+                call()  # whose number is not to come back
             with pytest.raises(Stop):
                 lines(dsa, call, at)
             assert count() == before, at
