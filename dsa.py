@@ -268,9 +268,7 @@ def in_common(indices, num_keys, heads):
     there[indices] = True
     there[-1] = False  # what is absent, -1
     keys, (T, K) = np.flatnonzero(there), indices.shape
-    if (
-        heads * len(keys) > (heads + 6) * K
-    ):  # as measured: the fewer heads share a row, the slower it is alone
+    if heads * len(keys) > (heads + 6) * K:  # as measured: a row of few heads is slow alone
         return None
     seen = np.zeros((len(keys) + 1, T), bool)
     seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
@@ -291,7 +289,7 @@ def attend(q, k, v, seen=None):
         np.copyto(x, -np.inf, where=~sees)
         odd = np.flatnonzero(~np.isfinite(values).all((0, 2)))
     top = x.max(-1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
-    p = np.exp(np.subtract(x, top, out=x), out=x)  # exp2 is far slower on -inf
+    p = np.exp(np.subtract(x, top, out=x), out=x)
     total = p.sum(-1, keepdims=True)  # [G, R, 1]
     out = p @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
     for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
