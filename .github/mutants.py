@@ -8,7 +8,6 @@ The ranges are lines of dsa.py. mutmut passes over decorated functions, and so o
 
 import ast
 import concurrent.futures
-import copy
 import os
 import random
 import shutil
@@ -27,70 +26,75 @@ SWAPS = {
 }  # fmt: skip
 
 
-def mutant(tree, place):
-    """The tree with its node at this place of ast.walk changed -> words and source; None if it cannot."""
-    tree = copy.deepcopy(tree)
+def can_change(node):
+    """Whether a mutant of it is made: operators, constants, branches, statements that are no docstring."""
+    if isinstance(node, ast.Compare):
+        return type(node.ops[0]) in SWAPS
+    if isinstance(node, (ast.BinOp, ast.BoolOp)):
+        return type(node.op) in SWAPS
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, (bool, int, float))
+    docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return isinstance(node, (ast.If, ast.IfExp, ast.Assign, ast.AugAssign, ast.Expr)) and not docstring
+
+
+def mutant(source, place):
+    """The source with its node at this place of ast.walk changed -> words and source."""
+    tree = ast.parse(source)
     nodes = list(ast.walk(tree))
     node, parents = nodes[place], {id(child): node for node in nodes for child in ast.iter_child_nodes(node)}
     said = f"{getattr(node, 'lineno', 0)}: {ast.unparse(node)[:90]}"
-    if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+    if isinstance(node, ast.Compare):
         node.ops[0] = SWAPS[type(node.ops[0])]()
-    elif isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPS:
+    elif isinstance(node, (ast.BinOp, ast.BoolOp)):
         node.op = SWAPS[type(node.op)]()
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+    elif isinstance(node, ast.Constant):
         node.value = not node.value if isinstance(node.value, bool) else node.value + 1
     elif isinstance(node, (ast.If, ast.IfExp)):
         node.test = ast.UnaryOp(ast.Not(), node.test)
-    elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            return None  # a docstring
+    else:
         for _, value in ast.iter_fields(parents[id(node)]):
             if isinstance(value, list) and node in value:
                 value[value.index(node)] = ast.Pass()
-    else:
-        return None
     return f"{type(node).__name__} at {said}", ast.unparse(ast.fix_missing_locations(tree))
 
 
-def survives(found, seconds, tests):
+def survives(source, place, seconds, tests):
+    """What was changed, if the tests pass all the same; otherwise None."""
+    said, source = mutant(source, place)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("test_dsa.py", "README.md", "pyproject.toml", "dsa_kernels.cu"):
             shutil.copy(ROOT / name, folder)
-        Path(folder, "dsa.py").write_text(found[1])
+        Path(folder, "dsa.py").write_text(source)
         command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
         env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": folder}
         try:
-            return not subprocess.run(
-                command, cwd=folder, env=env, capture_output=True, timeout=seconds
-            ).returncode
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return False
+            return None
+        return None if done.returncode else said
 
 
 def main(ranges, count, seed, workers, seconds, *tests):
-    tree = ast.parse((ROOT / "dsa.py").read_text())
+    source = (ROOT / "dsa.py").read_text()
+    tree = ast.parse(source)
     spans = [range(*(int(x) + i for i, x in enumerate(part.split("-")))) for part in ranges.split(",")]
     functions = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
     inside = {id(x) for function in functions for statement in function.body for x in ast.walk(statement)}
-    places = [
-        i
-        for i, x in enumerate(ast.walk(tree))
-        if id(x) in inside and any(x.lineno in s for s in spans if hasattr(x, "lineno"))
-    ]
+    nodes = [(i, x) for i, x in enumerate(ast.walk(tree)) if id(x) in inside and can_change(x)]
+    places = [i for i, x in nodes if any(x.lineno in span for span in spans)]
     random.Random(int(seed)).shuffle(places)
-    drawn = (found for place in places if (found := mutant(tree, place)))
-    chosen = [found for _, found in zip(range(int(count)), drawn)]
-    killed = 0
+    places, killed = places[: int(count)], 0
     with concurrent.futures.ThreadPoolExecutor(int(workers)) as pool:
-        said = {pool.submit(survives, found, float(seconds), tests): found[0] for found in chosen}
-        for number, done in enumerate(concurrent.futures.as_completed(said), 1):
-            killed += not done.result()
-            if done.result() or number % 50 == 0:
+        runs = [pool.submit(survives, source, place, float(seconds), tests) for place in places]
+        for number, done in enumerate(concurrent.futures.as_completed(runs), 1):
+            killed += done.result() is None
+            if done.result() or number % 25 == 0:
                 print(
-                    f"survives: {said[done]}" if done.result() else f"{number} mutants, {killed} killed",
+                    f"survives: {done.result()}" if done.result() else f"{number}, {killed} killed",
                     flush=True,
                 )
-    print(f"{len(chosen)} mutants, {killed} killed")
+    print(f"{len(places)} mutants, {killed} killed")
 
 
 if __name__ == "__main__":
