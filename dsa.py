@@ -2049,7 +2049,7 @@ class DSALayer:
         block = (known.get("quantization_config") or {}).get("weight_block_size")
         expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
-            weights = {name: x for name, x in weights.items() if "indexer" not in name}
+            weights = {name: x for name, x in weights.items() if "indexer" not in NAME.fullmatch(name)[3]}
         n_layers = n_layers or known.get("num_hidden_layers")
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
@@ -2182,7 +2182,9 @@ class DSALayer:
             index_k = cache.read("index_k")
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
-        alike = (k_end[:, -1:] == index_k.shape[1]).all()  # then the windows are the default
+        alike = (
+            k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
+        )  # then the windows are the default
         ends = None if alike else self.xp.asarray(k_end)
         windows = (None if alike else np.zeros_like(ends), ends)
         # Of q and k this looks at the shapes. lengths, where the config goes by them.
@@ -2228,15 +2230,19 @@ class DSALayer:
 
 def rolled(x, by):
     """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
-    return np.stack([np.roll(own, places, 0) for own, places in zip(x, by.tolist())]) if by.any() else x
+    if not by.any():
+        return x
+    rows = [np.roll(own, places, 0) for own, places in zip(x, by.tolist())]
+    return np.stack(rows).astype(x.dtype, copy=False)
 
 
 @by_library
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
 def by_rows(x, weight):
-    """x @ weight.T, with the same bits for a token in any batch, block or chunk.
+    """x @ weight.T, in NumPy with the same bits for a token in any batch, block or chunk.
 
     As in index_scores, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
+    cuBLAS chooses by the number of rows, so that on a GPU scores that all but tie may rank in another order.
     """
     y, part = np.empty((len(x), 1, len(weight)), x.dtype), max(1, KEY_TILE**2 // max(1, weight.shape[1]))
     for i in range(0, len(weight), part):
@@ -2288,7 +2294,8 @@ def named_weights(weights, d):
     """The weights by their names in a layer, checked against d, in one dtype."""
     expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
     key_of: dict[str, str] = {}
-    shapes, xp = d.shapes(), None
+    xp: Any = None
+    shapes = d.shapes()
     for key, x in weights.items():
         name = NAME.fullmatch(key)[3]
         name = WEIGHTS.get(name, name)
@@ -2305,11 +2312,14 @@ def named_weights(weights, d):
     for name, key in key_of.items():
         expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
         expect(weights[key].shape == shapes[name], key, f"of shape {weights[key].shape}", expected)
-    half = [key for key, x in weights.items() if xp is not np and x.ndim == 2 and x.dtype.name == "bfloat16"]
-    return {  # a GPU multiplies bfloat16 as it is
-        name: weights[key] if key in half else weights[key].astype(dtype, copy=False)
-        for name, key in key_of.items()
-    }
+    kinds = {x.dtype.name for x in weights.values() if x.ndim == 2}
+    half = xp is not np and kinds == {"bfloat16"}  # matrices, which a GPU multiplies as they are
+
+    def kept(x):
+        kind = x.dtype if half and x.ndim == 2 else dtype
+        return x.astype(kind, copy=False) if xp is np else xp.ascontiguousarray(x, kind)
+
+    return {name: kept(weights[key]) for name, key in key_of.items()}
 
 
 # A checkpoint's folder.
@@ -2382,7 +2392,8 @@ def shares_indexer(config, layer):
     freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
     if kinds:
         return layer < len(kinds) and kinds[layer] in ("shared", "S")
-    return max(layer - config.get("index_skip_topk_offset", 2) + 1, 0) % freq > 0
+    offset = config.get("index_skip_topk_offset")
+    return max(layer - (2 if offset is None else offset) + 1, 0) % freq > 0
 
 
 def of_layer(name, layer):
@@ -2714,9 +2725,9 @@ def sharded_attention(
     config selects by equation (1). What one rank raises, all raise.
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
     Each rank attends to its own members, and the parts are merged: beside what sharded_select sends, each
-    sends H * (Dv + 1) numbers a query, in float16 if q is bfloat16, to those that merge, and they send out
-    and lse to all. scatter=True: each keeps out [M, H, Dv] and lse [M, H] of its share of all N queries, on
-    rank r from N * r // R to N * (r + 1) // R.
+    sends H * (Dv + 1) numbers a query, those of out in float16 beside a scale if q is bfloat16, to those that
+    merge, and they send out and lse to all; 2**31 numbers in a call need MPI 4. scatter=True: each keeps out
+    [M, H, Dv] and lse [M, H] of its share of all N queries, on rank r from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
@@ -3571,8 +3582,11 @@ def gpu_by_heads(x, weight, out):
 def turn_table(d, length, dtype, device):
     """cos and sin at the first positions, [length, 1, rope / 2]; all layers of a model share it."""
     xp = sys.modules["cupy"]
-    angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
-    return [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
+    with xp.cuda.Device(device):
+        angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
+        table = [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
+        xp.cuda.get_current_stream().synchronize()  # as other streams may read it next
+    return table
 
 
 def gpu_turns(x, start, d):
@@ -3624,11 +3638,13 @@ class NcclRanks:
     def Alltoallv(self, send, receive):
         stream = sys.modules["cupy"].cuda.get_current_stream().ptr
         self.api.groupStart()
-        for move, (x, places) in ((self.nccl.send, send), (self.nccl.recv, receive)):
-            for rank, (count, first) in enumerate(zip(*(x.itemsize * place for place in places))):
-                if count:
-                    move(x.data.ptr + int(first), int(count), self.api.NCCL_INT8, rank, stream)
-        self.api.groupEnd()
+        try:
+            for move, (x, places) in ((self.nccl.send, send), (self.nccl.recv, receive)):
+                for rank, (count, first) in enumerate(zip(*(x.itemsize * place for place in places))):
+                    if count:
+                        move(x.data.ptr + int(first), int(count), self.api.NCCL_INT8, rank, stream)
+        finally:
+            self.api.groupEnd()
 
 
 # Under which an MPI communicator keeps what nccl_ranks made for it, as long as it lives.
@@ -3636,12 +3652,15 @@ nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Cr
 
 
 def nccl_ranks(comm):
-    """NcclRanks of comm, made once; or comm itself, if some rank has no NCCL or no GPU of its own."""
+    """NcclRanks of comm, made once, between the GPUs that are current at the first call; or comm itself, if
+    some rank has no NCCL or no GPU of its own.
+    """
     if comm.Get_attr(nccl_key()) is None:
         with together(comm):
             api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
-            gpu = cuda.runtime.getDeviceProperties(cuda.Device().id)["uuid"] if api.available else None
-            name = api.get_unique_id() if gpu and comm.rank == 0 else None
+            host = importlib.import_module("mpi4py.MPI").Get_processor_name()
+            gpu = (host, cuda.runtime.deviceGetPCIBusId(cuda.Device().id)) if api.available else None
+            name = api.get_unique_id() if gpu is not None and comm.rank == 0 else None
         gpus, names = zip(*comm.allgather((gpu, name)))
         fits = None not in gpus and len(set(gpus)) == comm.size
         if not fits and comm.rank == 0:

@@ -2583,7 +2583,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// Training, section 10 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
+// Training, section 13 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
 // ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND_BACKWARD) || defined(INDEXER_BACKWARD)

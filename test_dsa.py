@@ -2999,6 +2999,7 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         assert (padded(indices[b, :n], 40) == expected).all() and (indices[b, n:] == -1).all()
         assert (padded(step[b], 40) == expected[-1]).all()
         assert_close(step_y[b, 0], y[b, n - 1], 1e-12)
+    assert own(x[:, :0], cache)[0].shape == (2, 0, x.shape[-1])
     rope = YARN | BOTH_MSCALES | {"type": "yarn", "original_max_position_embeddings": 4096}
     for said, own_n in ((n_layers, None), (99, n_layers)):
         known = V32_CONFIG | {"num_hidden_layers": said, "rope_scaling": rope}
@@ -3870,7 +3871,7 @@ def ranks_errors(dsa, comm):
         (ValueError, "a score in the window of query .* is NaN", {1: nan}),
         (TypeError, "index_k is a builtins.list", {1: [1.0]}),
         (ValueError, "weights has J = 2, but index_q has J = 8", {2: p.weights[..., :2]}),
-        (ValueError, "top_k is 0, expected at least 1", {3: 0}),
+        (ValueError, "top_k is 0, expected an integer of at least 1", {3: 0}),
     ]
     for error, message, changed in alone:
         wrong = [changed.get(i, x) if mine else x for i, x in enumerate(args)]
