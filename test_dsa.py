@@ -1253,7 +1253,8 @@ def test_attention_over_many_tiles(impl, seed, T, S, K, slope, dtype, value):
         assert_attention(impl.sparse_attention(q, k, v, table), sparse_by_hand(q, k, v, table), dtype)
     one_row = np.where((np.arange(T)[:, None] == 1) | (indices != indices[0, 0]), indices, -1)
     v[indices[0, 0]] = value  # seen by row 1 alone, if by any
-    assert np.isfinite(np.delete(impl.sparse_attention(q, k, v, one_row)[0], 1, 0)).all()
+    finite = np.isfinite(impl.sparse_attention(q, k, v, one_row)[0]).all((1, 2))
+    assert np.delete(finite, 1).all() and finite[1] == (one_row[1] != indices[0, 0]).all()
 
 
 @given(p=problems(), wrong=st.sampled_from([0, 1, 2**31, 2**32, -2, -3, -(2**31), -(2**32)]))
@@ -1955,6 +1956,9 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
     for kwargs in ({"capacity": 0}, {"batch": 0}, {"storage": "int3"}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             new_cache(dsa, kind, p, **({"capacity": 4} | kwargs))
+    for shape in ((), 2, (2, 0)):
+        with pytest.raises((TypeError, ValueError), match=r"\bk\b"):
+            dsa.KVCache(4, k=shape)
 
 
 def test_the_file_of_the_slow_tier_goes_with_the_cache(dsa, tmp_path, monkeypatch):
