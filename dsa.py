@@ -37,6 +37,7 @@ import inspect
 import itertools
 import math
 import numbers
+import operator
 import os
 import re
 import sys
@@ -267,13 +268,12 @@ def in_common(indices, num_keys, heads):
     there = np.zeros(num_keys + 1, bool)
     there[indices] = True
     there[-1] = False  # what is absent, -1
-    keys, (T, K) = np.flatnonzero(there), indices.shape
-    if heads * len(keys) > (heads + 6) * K:  # as measured: a row of few heads is slow alone
+    keys, T, slots = np.flatnonzero(there), len(indices), np.count_nonzero(indices >= 0)
+    if heads * len(keys) * T > (heads + 6) * slots:  # as measured: a row of few heads is slow alone
         return None
     seen = np.zeros((len(keys) + 1, T), bool)
     seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
-    alone = np.count_nonzero(seen[:-1]) == np.count_nonzero(indices >= 0)
-    return (keys, seen[:-1]) if alone else None
+    return (keys, seen[:-1]) if np.count_nonzero(seen[:-1]) == slots else None
 
 
 def attend(q, k, v, seen=None):
@@ -296,7 +296,7 @@ def attend(q, k, v, seen=None):
         who, rest = sees[:, i], np.where(np.isfinite(values[:, i]), 0, values[:, i])  # [R], [G, Dv]
         out[:, who] += p[:, who, i, None] * rest[:, None]
     out /= np.where(total == 0, 1, total)  #                                                               (3)
-    out, lse = (x.reshape(G, T, H // G, -1).swapaxes(0, 1) for x in (out, top + np.log(total)))
+    out, lse = (x.reshape(G, T, H // G, x.shape[-1]).swapaxes(0, 1) for x in (out, top + np.log(total)))
     return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
 
 
@@ -703,6 +703,7 @@ class KVCache:
 
     def append_then(self, work, *, lengths=None, **tokens):
         """append, and work() -> what that returns; if either raises, the cache is as it was."""
+        self._check_open()
         before = self.lengths
         try:
             self.append(lengths=lengths, **tokens)
@@ -881,20 +882,23 @@ def check_integers(name, x, xp=np):
 
 
 def integer(name, value, least, error=TypeError):
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)  # np.int64 is, np.bool_ not
-    if not whole or value < least:
-        raise (ValueError if whole else error)(
-            f"{name} is {value!r}, expected an integer of at least {least}"
-        )
-    return int(value)
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        error = error if number is None else ValueError
+        raise error(f"{name} is {value!r}, expected an integer of at least {least}")
+    return number
 
 
 def quota(top_k, local_window, num_sink_tokens):
     forced = (integer("local_window", local_window, 0), integer("num_sink_tokens", num_sink_tokens, 0))
-    if sum(forced) > integer("top_k", top_k, 1):
+    top_k = integer("top_k", top_k, 1)
+    if sum(forced) > top_k:
         both = f"local_window + num_sink_tokens is {local_window} + {num_sink_tokens}"
         raise ValueError(f"{both}, expected at most top_k = {top_k}")
-    return (int(top_k), *forced)
+    return (top_k, *forced)
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
@@ -906,7 +910,7 @@ def check_lengths(lengths, batch=None, most=None, name="lengths"):
     fits = lengths.ndim == 1 and batch in (None, len(lengths))
     expect(fits, name, f"of shape {lengths.shape}", "[B]" if batch is None else f"{(batch,)}")
     fits = (lengths >= 0).all() and (most is None or (lengths <= most).all())
-    expect(fits, name, lengths.tolist(), "0 or more" if most is None else f"0 to at most {most}")
+    expect(fits, name, lengths.tolist(), "0 or more" if most is None else f"0 to {np.asarray(most).tolist()}")
     return lengths.astype(np.int64)
 
 
@@ -984,7 +988,7 @@ def check_options(n, given):
 THREADS: list[int | None] = [None]  # what set_num_threads set
 BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
 BLAS_BEFORE: list[int] = []  # the threads that each BLAS had before the first of them
-BLAS_LOCK = threading.Lock()  # for the two. No signal comes between a lock and its `with`
+BLAS_LOCK = threading.Lock()  # for both. Up to Python 3.13 no signal comes between a lock and its `with`
 
 
 def set_num_threads(n):
@@ -1034,12 +1038,14 @@ def on_one_blas_thread(work):
 
 def share_blas(me, hold):
     with BLAS_LOCK:
-        if hold and not BLAS_USERS:
-            BLAS_BEFORE[:] = [lib.get_num_threads() for lib in blas_libraries()]
         if hold:
             BLAS_USERS.add(me)
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or {me} == BLAS_USERS else ()):
+            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.get_num_threads() for lib in blas_libraries()]
+        last = not hold and {me} == BLAS_USERS
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
             lib.set_num_threads(1 if hold else before)
+        if last and [lib.get_num_threads() for lib in blas_libraries()] == BLAS_BEFORE:
+            BLAS_BEFORE.clear()  # else, as some BLAS hears the main thread only, the next call gives it back
         if not hold:
             BLAS_USERS.discard(me)
 
@@ -1124,7 +1130,6 @@ import contextlib
 import copy
 import importlib
 import json
-import operator
 import tempfile
 import weakref
 import zlib
@@ -1421,7 +1426,7 @@ def by_library(function):
 
     @functools.wraps(function)
     def run(x, *args, **kwargs):
-        return KERNELS.get((function.__name__, type(x).__module__), function)(x, *args, **kwargs)
+        return KERNELS.get((function.__name__, library("x", x).__name__), function)(x, *args, **kwargs)
 
     return run
 
@@ -1560,7 +1565,7 @@ def attend_to_rows(cache, q, indices, rows, **kwargs):
     """sparse_attention, where rows(b, used) are entries of sequence b's used keys: none else is decoded."""
     parts = []
     for b, own in enumerate(on_host(indices)):
-        used = np.unique(own[own >= 0])
+        used = np.unique(own[own >= 0]).astype(np.int64)
         decode = cache._codec.decode if cache._codec else lambda name, x: x
         k_v = {name: decode(name, x) for name, x in rows(b, used).items()}
         own = cache.xp.asarray(np.where(own < 0, -1, np.searchsorted(used, own)))
@@ -1732,7 +1737,7 @@ class HybridKVCache(KVCache):
         expect(mine, "the cache", f"that of process {self._process}, which forked", "one that was made here")
         super().append(**kwargs)
 
-    def reorder(self, *batch):
+    def reorder(self, batch=None):
         raise TypeError("a HybridKVCache is not reordered, copied or pickled: save it, and use KVCache.load")
 
     __getstate__ = reorder

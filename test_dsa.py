@@ -1252,9 +1252,12 @@ def test_attention_over_many_tiles(impl, seed, T, S, K, slope, dtype, value):
     for table in (indices, holes, np.hstack([indices, indices[:, ::-1]])):
         assert_attention(impl.sparse_attention(q, k, v, table), sparse_by_hand(q, k, v, table), dtype)
     one_row = np.where((np.arange(T)[:, None] == 1) | (indices != indices[0, 0]), indices, -1)
-    v[indices[0, 0]] = value  # seen by row 1 alone, if by any
-    finite = np.isfinite(impl.sparse_attention(q, k, v, one_row)[0]).all((1, 2))
+    expected = impl.sparse_attention(q, k, v, one_row)[0]
+    v[indices[0, 0], :, 0] = value  # seen by row 1 alone, if by any, and in one number
+    actual = impl.sparse_attention(q, k, v, one_row)[0]
+    finite = np.isfinite(actual[..., 0]).all(1)
     assert np.delete(finite, 1).all() and finite[1] == (one_row[1] != indices[0, 0]).all()
+    assert_close(actual[..., 1:], expected[..., 1:], TOLERANCE[dtype])
 
 
 @given(p=problems(), wrong=st.sampled_from([0, 1, 2**31, 2**32, -2, -3, -(2**31), -(2**32)]))
@@ -1733,8 +1736,11 @@ def test_sequences_in_a_batch_or_packed_are_as_if_alone(dsa, lengths, seed, tied
     alone = [attend(dsa, p, config, rows=(i, slice(n))) for i, n in enumerate(lengths)]
     for x, (i, n) in itertools.product(arrays, enumerate(lengths)):
         x[i, n:] = NAN
-    lists = [None if x is None else [x[i, :n] for i, n in enumerate(lengths)] for x in (p.q, *p.kv, *p.index)]
+    every: Any = (p.q, *p.kv, *p.index)
+    lists: Any = [None if x is None else [x[i, :n] for i, n in enumerate(lengths)] for x in every]
     listed = dsa.dsa_attention(*lists, config, **p.latent)
+    with pytest.raises(ValueError, match="the lengths in weights"):
+        dsa.dsa_attention(*lists[:5], [x[1:] for x in lists[5]], config, **p.latent)
     assert listed[0].shape[1] == 64
     found = [listed, attend(dsa, p, config, lengths=np.array(lengths))]
     with new_cache(dsa, "KVCache", p, T) as cache:
@@ -1949,7 +1955,7 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
             assert snapshot(cache) == before
         add(lengths=np.array([3, 0]))()
         np.testing.assert_array_equal(cache.read("k")[0], p.k[0])
-    for call in (add(), cut(0, 0), read(0), lambda: cache.read("k")):
+    for call in (add(), cut(0, 0), read(0), lambda: cache.read("k"), lambda: cache.append_then(int, **good)):
         with pytest.raises(ValueError, match="closed"):
             call()
     assert cache.closed
@@ -2106,6 +2112,13 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
                 lines(dsa, call, at)
             assert count() == before, at
             assert_same(call(), expected)
+        for _ in range(20):  # some BLAS hears the main thread only, which then gives back at its next call
+            other = threading.Thread(target=lambda: [call() for _ in range(3)])
+            other.start()
+            call(), call()
+            other.join()
+            call()
+            assert count() == before
 
 
 @CACHES
@@ -2132,6 +2145,24 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
         if kind == "HybridKVCache":
             one = sum(len(np.unique(x)) for indices in asked for x in indices)
             assert cache.hits + cache.misses == 10 * one
+
+
+@CACHES
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint64])
+def test_indices_of_any_integer_type_find_their_tokens(dsa, kind, dtype):
+    """Also where a token's place among those of all sequences is beyond the type."""
+    p = tokens(0, (3,), 130)
+    indices = np.array([[[0, 1, 127]], [[5, 100, 126]], [[9, 90, 129 - 3 * (dtype == np.uint8)]]])
+    with new_cache(dsa, kind, p, 130, 20) as cache:
+        cache.append(**streams_of(p))
+        assert_same(cache.attend(p.q[:, :1], indices.astype(dtype)), cache.attend(p.q[:, :1], indices))
+
+
+def test_attention_without_heads(dsa):
+    """H = 0 is no error: there is nothing to sum."""
+    q, k, v = np.zeros((2, 0, 3)), np.zeros((4, 1, 3)), np.zeros((4, 1, 5))
+    for out, lse in (dsa.dense_attention(q, k, v), dsa.sparse_attention(q, k, v, np.zeros((2, 2), int))):
+        assert out.shape == (2, 0, 5) and lse.shape == (2, 0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -3260,6 +3291,7 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
     assert_same(indexer_of(fp8, hidden), (*rounded, weights))
     assert_same(fp8(hidden)[1], dsa.lightning_select(*rounded, weights, 6))
     assert (fp8(hidden)[1] != dsa.lightning_select(*both, weights, 6)).any()
+    assert_same(fp8(hidden, fp8.new_cache(2, 50, "fp8"))[1], fp8(hidden)[1])  # whose codes are compared
     cached = exact(hidden, exact.new_cache(2, 50, "fp8"))[1]  # of which the keys alone are rounded
     assert_same(cached, dsa.lightning_select(both[0], rounded[1], weights, 6))
 
