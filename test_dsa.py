@@ -2161,7 +2161,8 @@ def test_indices_of_any_integer_type_find_their_tokens(dsa, kind, dtype):
 def test_attention_without_heads(dsa):
     """H = 0 is no error: there is nothing to sum."""
     q, k, v = np.zeros((2, 0, 3)), np.zeros((4, 1, 3)), np.zeros((4, 1, 5))
-    for out, lse in (dsa.dense_attention(q, k, v), dsa.sparse_attention(q, k, v, np.zeros((2, 2), int))):
+    slots, scale = np.zeros((2, 2), int), np.array(0.5)  # which is a number, too
+    for out, lse in (dsa.dense_attention(q, k, v), dsa.sparse_attention(q, k, v, slots, scale=scale)):
         assert out.shape == (2, 0, 5) and lse.shape == (2, 0)
 
 
