@@ -1103,6 +1103,7 @@ learned_loss: mlp=(*ONES["mlp"][:3], ones(17)) => w_out 17 7 | q=alien => TypeEr
 attention_target: scale=NAN => scale nan | scale=10**400 => scale | q=alien => TypeError cupy
 explain: t=0, s=4 => s 4
 pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
+| sequences=[ones(())] => sequences
 DSAConfig: top_k=0 => top_k 0 | top_k=-5 => top_k -5 | top_k=2.5 => top_k 2.5
 | sparse_ratio=0.0 => sparse_ratio 0.0 | sparse_ratio=-0.1 => sparse_ratio -0.1
 | sparse_ratio=1.5 => sparse_ratio 1.5 | sparse_ratio=NAN => sparse_ratio nan
@@ -1631,6 +1632,9 @@ def test_top_k_at(dsa, top_k, n, S, window):
         assert isinstance(step, int) and step >= floor
         assert abs(step - max(floor, 2 * top_k * 0.25 ** (layer / (n - 1)))) <= 1
     assert config.top_k_at(0, 1) == top_k
+    for wrong in ({"layer": 0.5}, {"n_layers": 2.5}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            config.top_k_at(**wrong)
 
 
 # 10. Batches and dsa_attention ------------------------------------------------------------------------------
