@@ -470,7 +470,7 @@ class DSAConfig:
     progressive_sparsity: Literal[False, True] = False
 
     def __post_init__(self):
-        for field, kind in get_type_hints(DSAConfig).items():
+        for field, kind in CONFIG_KINDS.items():
             value, least = getattr(self, field), int(field in ("top_k", "batch_pad_to_multiple"))
             if get_origin(kind) is Literal or kind is str:
                 allowed = get_args(kind) or tuple(PRECISIONS)
@@ -515,6 +515,9 @@ class DSAConfig:
     def selector(self):
         """The name in SELECTORS."""
         return self.pattern if self.strategy == "fixed" else self.global_selection
+
+
+CONFIG_KINDS = get_type_hints(DSAConfig)  # what its annotations allow, field by field
 
 
 def dsa_attention(
@@ -997,7 +1000,7 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """The number of threads that work: without threadpoolctl 1, and a call takes up to 2.8 times as long.
+    """The number of threads that work: without threadpoolctl 1.
 
     BLAS's own threads would fight with ours for the cores, and only threadpoolctl can hold them to one.
 
@@ -2187,9 +2190,8 @@ class DSALayer:
             index_k = cache.read("index_k")
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
-        alike = (
-            k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
-        )  # then the windows are the default
+        # Where all sequences are as long, the windows are the default, and nothing goes to a GPU.
+        alike = k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
         ends = None if alike else self.xp.asarray(k_end)
         windows = (None if alike else np.zeros_like(ends), ends)
         # Of q and k this looks at the shapes. lengths, where the config goes by them.
