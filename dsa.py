@@ -3330,8 +3330,12 @@ def gpu_packed(x, rope):
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
     xp, (S, H, G, D), Dv, tied = n["xp"], (n[axis] for axis in "SHGD"), out.shape[-1], v is None
     alike = not tied and q.dtype == k.dtype == v.dtype == dout.dtype and q.itemsize == 2
-    if alike and H <= 4 * G and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128:
-        return gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink)
+    if alike and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128:
+        by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
+        at_once = by_mma and not deterministic and H > 4 * G  # of fewer heads atomics take longer
+        if at_once or H // G <= (16 if by_mma else 4):
+            rest = lse, dout, scale, sink, by_mma, at_once
+            return gradients_by_rows(n, q, k, v, indices, out, *rest)
     like, acc, N, r = (q, k, v, sink), accumulator(q, k, k if tied else v), indices.shape[-1], H // G
     dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
@@ -3364,25 +3368,38 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     return tuple(None if d is None else d.astype(x.dtype) for d, x in zip(grads, like))
 
 
-def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink):
-    """gpu_sparse_attention_backward of small heads: dq over each query's keys, then dk and dv over each key's
-    queries, whose rows are read again. No slot is stored, and the order of sums is that of the queries.
+def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, at_once):
+    """gpu_sparse_attention_backward of narrow heads: dq over each query's keys, then dk and dv over each
+    key's queries, whose rows are read again, in their order; or all at once, by atomics. No slot is stored.
     """
-    xp, (T, S, H, G), K = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1]
+    xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
     q, k, v, dout = map(aligned, (q, k, v, dout))
     delta, lse = (dout.astype(np.float32) * out.astype(np.float32)).sum(-1), lse.astype(np.float32)
     z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
     norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
-    types, sizes = {"TYPE": q.dtype, "D": q.shape[-1], "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
-    by_query, by_key = (kernel(chip(q), "attend_backward_rows", 128, BY_KEY=x, **types) for x in (0, 1))
-    compile_together(by_query, by_key)
+    widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
+    by_query, by_key = (
+        kernel(chip(q), "attend_backward_rows", 128, BY_KEY=x, TYPE=q.dtype, **widths) for x in (0, 1)
+    )
+    if by_mma:
+        by_query = kernel(chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
+    compile_together(*(by_query, by_key)[: 2 - at_once])
     dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
+    sums = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     for b in np.ndindex(*n["..."]):
-        rows = slot_indices(indices[b])
-        by_query((T * H,), (q[b], dout[b], k[b], v[b], norms[b], rows, None, dq[b], None), sizes)
-        queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
-        arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first, dk[b], dv[b]
-        by_key((S * G,), arrays, sizes)
+        rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
+        if by_mma:
+            shared = 2**8 * sum(-(-width // 64) * 64 for width in widths.values())  # struct Tiles of 4 warps
+            grid = (T * G * -(-H // G // 8),)
+            by_query(grid, (*pairs, rows, dq[b], sums[b] if at_once else None), sizes, shared)
+        else:
+            by_query((T * H,), (*pairs, rows, None, dq[b], None), sizes)
+        if not at_once:
+            queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
+            arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first, dk[b], dv[b]
+            by_key((S * G,), arrays, sizes)
+    if at_once:
+        dk, dv = (x.astype(q.dtype) for x in (sums[..., :D], sums[..., D:]))
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
     return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
 

@@ -2729,6 +2729,157 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// attend_backward_mma         sparse_attention_backward of 8 heads of a query, on tensor cores: p and ds as above
+//     dq = sum ds k;  with SUMS also dk += ds q, dv += p dout, by atomics
+// in    q, dout, k, v, norms and list as above, in bf16
+// out   dq, every element written; dkv [S, G, D + DV] f32, added to
+// grid  T * G * ceil(H / G / 8)  block 128: a warp takes 16 slots at a time, in two tiles of its own
+// smem  struct Tiles for each warp: 32 KB at D = DV = 64
+// cost  2 * (D + DV) bytes a slot out of L2, with SUMS 4 * (D + DV) bytes of atomics
+// All products have keys or widths for rows and heads for columns: of s [16 keys, 8 heads] nothing is padding.
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_BACKWARD_MMA
+constexpr int STEPS = (D + 15) / 16, VSTEPS = (DV + 15) / 16, ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;
+static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "rows are copied 16 bytes at a time");
+struct Tiles {
+    bf16 k[2][16][ROW], v[2][16][VROW];  // swizzled
+};
+
+__device__ void atomic_add_x2(float* at, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(x), "f"(y) : "memory");
+#else
+    atomicAdd(at, x), atomicAdd(at + 1, y);
+#endif
+}
+
+// The operand b of a product with x^T, x [heads, WIDTH] of up to 8 heads: of every 16 values two registers.
+template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], const bf16* x, int heads) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * N; i++) {
+        const int at = i * 8 + lane % 4 * 2;
+        b[i / 2][i % 2] = lane / 4 < heads && at < WIDTH ? *(const unsigned*)(x + lane / 4 * WIDTH + at) : 0;
+    }
+}
+
+// d [16 keys, 8 heads] = tile [16, WIDTH] b
+template <int N> __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsigned (&b)[N][2]) {
+    const int row = threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        unsigned a[4];
+        ldmatrix_x4(a, tile + row * row_bytes + swizzled(row, i * 2 + chunk));
+        mma_m16n8k16(d, a, b[i][0], b[i][1], bf16());
+    }
+}
+
+// sums [key, WIDTH] += x [16 keys, 8 heads] b^T, of the keys that are there
+template <int WIDTH, int N>
+__device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], const unsigned (&b)[N][2]) {
+    const unsigned a[4] = {x[0], x[1], 0, 0};  // of 16 columns the last 8 are no heads
+#pragma unroll
+    for (int i = 0; i < WIDTH / 8; i++) {
+        float d[4] = {};
+        mma_m16n8k16(d, a, movmatrix_trans(b[i / 2][i % 2]), 0, bf16());
+        for (int e = 0; e < 2; e++)
+            if (sums[e]) atomic_add_x2(sums[e] + i * 8 + threadIdx.x % 4 * 2, d[2 * e], d[2 * e + 1]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128, SUMS ? 2 : 4)
+attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v, const float2* norms,
+                    const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K, double scale) {
+    extern __shared__ __align__(128) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = H / G, parts = (r + 7) / 8;
+    const int part = blockIdx.x % parts, group = blockIdx.x / parts % G, heads = min(8, r - part * 8);
+    const i64 t = blockIdx.x / (parts * G), first = t * H + group * r + part * 8;
+    Tiles& tiles = ((Tiles*)shared)[warp];
+    const float log2e = 1.4426950408889634f, c = float(scale);
+    unsigned q_b[STEPS][2], dout_b[VSTEPS][2];
+    load_heads<D>(q_b, q + first * D, heads), load_heads<DV>(dout_b, dout + first * DV, heads);
+    float2 norm[2];  // of this lane's two heads
+    for (int i = 0; i < 2; i++) {
+        const int head = lane % 4 * 2 + i;
+        norm[i] = head < heads ? norms[first + head] : make_float2(CUDART_INF_F, 0);
+    }
+    if (D % 16 || DV % 16)  // padding takes part in the products
+        for (int i = lane; i < sizeof(Tiles) / 16; i += 32) ((uint4*)&tiles)[i] = make_uint4(0, 0, 0, 0);
+    __syncwarp();
+
+    const auto key_at = [&](int i) {  // of the slot of this lane in the warp's tile i
+        const i64 slot = (i * 4 + warp) * 16ll + lane % 16;
+        const int key = slot < K ? list[t * K + slot] : -1;
+        return key < S ? key : -1;
+    };
+    const auto copy = [&](auto& tile, const bf16* from, int width, int key) {
+#pragma unroll
+        for (int j = 0; j < width / 16 + width % 16 / 8; j++) {
+            const int chunk = j * 32 + lane, row = chunk / (width / 8), column = chunk % (width / 8);
+            const int own = __shfl_sync(ALL, key, row % 16);
+            const unsigned to = cvta_shared(&tile[row % 16]) + swizzled(row % 16, column);
+            if (row < 16) cp_async<16>(to, from + (max(own, 0) * G + group) * width + column * 8, own >= 0);
+        }
+    };
+    const auto fetch = [&](int i, int key) {
+        copy(tiles.k[i % 2], k, D, key), copy(tiles.v[i % 2], v, DV, key);
+        cp_async_commit_group();
+    };
+    float sum[STEPS][4] = {};  // dq^T [D, 8 heads]
+    int key = key_at(0), next;
+    fetch(0, key);
+    const int count = (K + 63) / 64;
+    for (int i = 0; i < count; i++, key = next) {
+        fetch(i + 1, next = key_at(i + 1));
+        cp_async_wait_group<1>();
+        __syncwarp();
+        const unsigned k_tile = cvta_shared(tiles.k[i % 2]), v_tile = cvta_shared(tiles.v[i % 2]);
+        float s[4] = {}, dp[4] = {};
+        multiply(s, k_tile, 2 * ROW, q_b), multiply(dp, v_tile, 2 * VROW, dout_b);
+        unsigned p_a[2], ds_a[2];  // of keys lane / 4 and lane / 4 + 8
+        float* sums[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int own = __shfl_sync(ALL, key, lane / 4 + e * 8);
+            float p[2], ds[2];
+            for (int h = 0; h < 2; h++) {
+                p[h] = own < 0 ? 0 : exp2f(s[2 * e + h] * c * log2e - norm[h].x);
+                ds[h] = own < 0 ? 0 : c * p[h] * (dp[2 * e + h] - norm[h].y);
+            }
+            p_a[e] = cvt_rn_x2(p[0], p[1], bf16()), ds_a[e] = cvt_rn_x2(ds[0], ds[1], bf16());
+            sums[e] = own < 0 ? nullptr : dkv + (i64(own) * G + group) * (D + DV);
+        }
+        const unsigned b[2] = {movmatrix_trans(ds_a[0]), movmatrix_trans(ds_a[1])};
+#pragma unroll
+        for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
+            unsigned a[4];
+            const int row = lane / 16 * 8 + lane % 8;
+            ldmatrix_x4_trans(a, k_tile + row * 2 * ROW + swizzled(row, j * 2 + lane / 8 % 2));
+            mma_m16n8k16(sum[j], a, b[0], b[1], bf16());
+        }
+        if constexpr (SUMS) {
+            add_to_keys<D>(sums, ds_a, q_b);
+            for (int e = 0; e < 2; e++) sums[e] = sums[e] ? sums[e] + D : nullptr;
+            add_to_keys<DV>(sums, p_a, dout_b);
+        }
+        __syncwarp();  // nobody reads this tile any more
+    }
+    cp_async_wait_all();
+    __syncthreads();
+    float* all = (float*)shared;  // [4 warps][8 heads][D]
+#pragma unroll
+    for (int j = 0; j < STEPS; j++)
+        for (int e = 0; e < 4; e++) {
+            const int d = j * 16 + lane / 4 + e / 2 * 8;
+            if (d < D) all[(warp * 8 + lane % 4 * 2 + e % 2) * D + d] = sum[j][e];
+        }
+    __syncthreads();
+    for (int i = threadIdx.x; i < heads * D; i += 128)
+        dq[first * D + i] = __float2bfloat16_rn(all[i] + all[8 * D + i] + all[16 * D + i] + all[24 * D + i]);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // attention_lse                                            of each head, over the keys that its query sees
 //     lse[m,h] = logsumexp_n(scale s)
 // in    s = q . k of ACC, of query m, head h = g R + i and key n at m s_query + g s_group + i N + n;

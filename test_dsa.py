@@ -4234,7 +4234,7 @@ def test_offsets_beyond_32_bits(dsa, cupy):
 @pytest.mark.parametrize("dtype", [BFLOAT16, F16, F32], ids=str)
 @pytest.mark.parametrize("T, K, H, G, D, Dv", [
     (45, 150, 128, 1, 576, None), (45, 150, 128, 1, 576, 64), (50, 30, 3, 3, 64, 64), (50, 30, 4, 1, 40, 24),
-    (50, 30, 8, 2, 128, 64),
+    (50, 30, 8, 2, 128, 64), (50, 70, 24, 2, 64, 128),
 ])  # fmt: skip
 def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
     """Near NumPy's float64, in one chunk of queries and in many, by atomics too; without, the same bits. A
@@ -4482,6 +4482,8 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
       for heads, D, Dv in ((1, 64, 64), (4, 128, 128), (16, 128, 128), (7, 256, 256), (3, 40, 24))),
     *(("attend_backward_rows", {"TYPE": x, "D": D, "DV": Dv, "BY_KEY": key})
       for x in (BF16, HALF) for D, Dv in ((64, 64), (128, 128), (40, 24)) for key in (0, 1)),
+    *(("attend_backward_mma", {"D": D, "DV": Dv, "SUMS": sums})
+      for D, Dv in ((64, 64), (128, 128), (40, 24)) for sums in (0, 1)),
     ("attend_mma", {**V32, **PLAIN, "TIED": 1, "TYPE": BF16, "OUT": BF16, "VEC": 16, "VVEC": 16}),
     ("attend_mma", {**V32, **PACKED, "TYPE": BF16, "OUT": FLOAT, "VEC": 4, "VVEC": 4}),
     *(("attend_wgmma", {"D": d, "DV": 512, "HEADS": 64, "TIED": 1, "TYPE": x, "OUT": out, **packed})
