@@ -3329,14 +3329,15 @@ def gpu_packed(x, rope):
 
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
     xp, (S, H, G, D), Dv, tied = n["xp"], (n[axis] for axis in "SHGD"), out.shape[-1], v is None
+    r = H // G
     alike = not tied and q.dtype == k.dtype == v.dtype == dout.dtype and q.itemsize == 2
     if alike and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128:
         by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
-        at_once = by_mma and not deterministic and H > 4 * G  # of fewer heads atomics take longer
-        if at_once or H // G <= (16 if by_mma else 4):
+        at_once = by_mma and not deterministic and r > 4  # of fewer heads atomics take longer
+        if at_once or r <= (4, 16)[by_mma]:
             rest = lse, dout, scale, sink, by_mma, at_once
             return gradients_by_rows(n, q, k, v, indices, out, *rest)
-    like, acc, N, r = (q, k, v, sink), accumulator(q, k, k if tied else v), indices.shape[-1], H // G
+    like, acc, N = (q, k, v, sink), accumulator(q, k, k if tied else v), indices.shape[-1]
     dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
     dz = xp.zeros_like(z)
@@ -3385,7 +3386,7 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
         by_query = kernel(chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
     compile_together(*(by_query, by_key)[: 2 - at_once])
     dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
-    sums = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
+    sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
