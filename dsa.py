@@ -215,10 +215,10 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     v, (lo, hi) = k[..., :d_v] if v is None else v, span(k_start, k_end)
     q = np.multiply(q, scale, dtype=accumulator(q, k, v))
 
-    def tile(own):
-        s = np.arange(own.start, own.stop)[:, None]
+    def tile(part):
+        s = np.arange(part.start, part.stop)[:, None]
         seen = (s >= k_start) & (s < k_end)  # [N, T]
-        return attend(q, k[own], v[own], None if seen.all() else seen)
+        return attend(q, k[part], v[part], None if seen.all() else seen)
 
     out, lse = over_tiles(tile, q, v.shape[-1], lo, hi)
     return out if sink is None else apply_sink(out, lse, sink), lse
@@ -243,15 +243,15 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     values, heads = k[..., :d_v] if v is None else v, q.shape[1] // k.shape[1]
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
-    most = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))
+    longest = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))  # tile, in KEY_TILE
 
     def attend_to(t, keys, seen=None):
-        def tile(own):
-            k_s = k[keys[own]]  # [N, G, D]
-            v_s = k_s[..., :d_v] if v is None else v[keys[own]]
-            return attend(q[t], k_s, v_s, None if seen is None else seen[own])
+        def tile(part):
+            k_s = k[keys[part]]  # [N, G, D]
+            v_s = k_s[..., :d_v] if v is None else v[keys[part]]
+            return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
-        out[t], lse[t] = over_tiles(tile, q[t], values.shape[-1], 0, len(keys), most)
+        out[t], lse[t] = over_tiles(tile, q[t], values.shape[-1], 0, len(keys), longest)
 
     if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads)):
         attend_to(slice(None), *shared)
@@ -300,12 +300,12 @@ def attend(q, k, v, seen=None):
     return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
 
 
-def over_tiles(work, q, d_v, lo, hi, most=2**20):
+def over_tiles(work, q, d_v, lo, hi, longest=2**20):
     """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**26 multiply-adds, and
-    at most `most` times KEY_TILE, whatever the threads; these are merged two at a time, as they come.
+    at most `longest` times KEY_TILE, whatever the threads; these are merged two at a time, as they come.
     """
-    held = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))
-    step = KEY_TILE * max(1, min(most, 2**26 // held // KEY_TILE))
+    each = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))  # multiply-adds of a key
+    step = KEY_TILE * max(1, min(longest, 2**26 // each // KEY_TILE))
     parts = spread(work, [slice(s, min(s + step, hi)) for s in range(lo, hi, step)])
     empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
     return functools.reduce(lambda a, b: merged(*zip(a, b)), parts, next(parts, empty))
@@ -508,9 +508,9 @@ class DSAConfig:
 
     def quota_at(self, layer, n_layers, num_keys):
         """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
-        top_k, most = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
+        top_k, few = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
         forced = {"local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
-        return {"top_k": top_k, **forced}, num_keys <= (top_k if most is None else most)
+        return {"top_k": top_k, **forced}, num_keys <= (top_k if few is None else few)
 
     def selector(self):
         """The name in SELECTORS."""
@@ -586,8 +586,8 @@ def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
     padded = {name: pad_batch(x, multiple, name) for name, x in arrays.items() if x is not None}
     lengths = padded["q"][1]
-    for name, (_, own) in padded.items():
-        expect(own.tolist() == lengths.tolist(), f"the lengths in {name}", own, f"those in q, {lengths}")
+    for name, (_, found) in padded.items():
+        expect(found.tolist() == lengths.tolist(), f"the lengths in {name}", found, f"those in q, {lengths}")
     return {name: padded[name][0] if name in padded else None for name in arrays}, lengths
 
 
@@ -685,8 +685,8 @@ class KVCache:
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        given, own = sorted(tokens), sorted(self.streams)
-        expect(given == own, "the streams given", given, f"the cache's {own}")
+        given, known = sorted(tokens), sorted(self.streams)
+        expect(given == known, "the streams given", given, f"the cache's {known}")
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, x in tokens.items():
             dims(self.xp, **{name: (x, "...")})
@@ -694,10 +694,12 @@ class KVCache:
             expect(x.shape == expected, name, f"of shape {x.shape}", f"{expected}")
         new = check_lengths(lengths, self.batch, *count)
         need = int((self._lengths + new).max())
-        most = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
-        expect(self.grow or need <= self.capacity, "the cache", "full", most)
-        each = enumerate(new)
-        rows = [{name: self._encode(name, x[b, :more]) for name, x in tokens.items()} for b, more in each]
+        room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
+        expect(self.grow or need <= self.capacity, "the cache", "full", room)
+        rows = [
+            {name: self._encode(name, x[b, :length]) for name, x in tokens.items()}
+            for b, length in enumerate(new)
+        ]
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         for b, start in enumerate(self._lengths.tolist()):
@@ -979,11 +981,11 @@ def check_options(n, given):
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
     if "out_dtype" in given:
-        own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
-        asked = own if given["out_dtype"] is None else given["out_dtype"]
-        if asked not in (own, sums):  # what is said of a dtype takes 2 us to say
-            raise TypeError(f"out_dtype is {asked}, expected {own} or {sums}")
-        given["out_dtype"] = own if asked == own else sums
+        like, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
+        asked = like if given["out_dtype"] is None else given["out_dtype"]
+        if asked not in (like, sums):  # what is said of a dtype takes 2 us to say
+            raise TypeError(f"out_dtype is {asked}, expected {like} or {sums}")
+        given["out_dtype"] = like if asked == like else sums
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
