@@ -3128,20 +3128,18 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, off
 
 
 @functools.lru_cache(maxsize=4096)
-def topk_plan(chip, real, rows, num_keys, forced):
+def topk_plan(chip, real, rows, num_keys, quota):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
-    block = 512 if rows > 128 else 1024
-    held = next((x for x in (8, 16, 32) if num_keys <= x * block), 64)  # keys of a thread
-    if real == np.float32 and not forced and held <= 2**14 // block:
-        return kernel(chip, "select_topk_held", block, REAL=real, BLOCK=block, HELD=held, ROOM=16), 1, 0
-    room, blocks = 2**15 if chip.shared > 75000 else 2**14, blocks_of_row(chip, rows, num_keys)
-    shared = 8480 + room // real.itemsize * (real.itemsize + 4)  # struct Shared of the kernel
-    together = shared + 40000 + -(-(num_keys + 3) // (32 * blocks)) * 4
-    if blocks > 1 and together <= chip.shared:
-        sizes = {"BLOCK": 512, "BLOCKS": blocks, "ROOM": room}
-        return kernel(chip, "select_topk_cluster", 512, REAL=real, **sizes), blocks, together
+    block, span = 512 if rows > 128 else 1024, num_keys + 3 * (num_keys % 4 > 0)  # a row may begin anywhere
+    simple = real == np.float32 and not any(quota[1:]) and span <= 2**14
+    held = next(x for x in (8, 16, 32) if span <= x * block) if simple else 0  # keys in a thread's registers
+    blocks = 1 if held else blocks_of_row(chip, rows, num_keys)
     block = 512 if blocks > 1 else block
-    return kernel(chip, "select_topk", block, REAL=real, BLOCK=block, ROOM=room), 1, shared
+    runs = [1] if held else [8192] * (quota[0] > 2048) + [3584, 2048]  # that a block has room for
+    shared = {x: 8500 + 20 * x + 40000 * (blocks > 1) for x in runs}  # struct Shared of the kernel
+    most = next(x for x in runs if shared[x] <= chip.shared)
+    sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}
+    return kernel(chip, "select_topk", block, REAL=real, **sizes), blocks, shared[most]
 
 
 def blocks_of_row(chip, rows, num_keys):
@@ -3149,19 +3147,19 @@ def blocks_of_row(chip, rows, num_keys):
     if chip.sm < 90 or num_keys < 8192:
         return 1
     most = 16 if chip.sm in (90, 100, 103) else 8  # blocks in a cluster
-    return next(x for x in (most, 8, 4, 2, 1) if rows * x <= 64 or x == 1)
+    return next(x for x in (most, 8, 4, 1) if rows * x <= 64 or x == 1)
 
 
 def gpu_select_topk(
     n, scores, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None, offset=None, out=None
 ):
     T, S, xp, quota = n["T"], n["S"], n["xp"], (top_k, local_window, num_sink_tokens)
-    scores = xp.ascontiguousarray(scores, accumulator(scores))
+    scores = aligned(scores.astype(accumulator(scores), copy=False))
     indices = xp.empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
     if offset is None:
         offset = S if k_start is None and k_end is None else S - T  # S: up to the end
     rows = math.prod(n["..."]) * T
-    found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S, any(quota[1:]))
+    found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S, quota)
     sizes = T, S, indices.shape[-1], offset, *quota
     found((rows * blocks,), (scores, k_start, k_end, indices), sizes, shared)
     return indices
@@ -3174,7 +3172,7 @@ def gpu_lightning_select(
     xp, T, S, quota = n["xp"], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
     real, rows = accumulator(index_q, index_k, weights), math.prod(n["..."]) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
-    ranked = topk_plan(chip(index_q), real, min(rows, most), S, any(quota[1:]))
+    ranked = topk_plan(chip(index_q), real, min(rows, most), S, quota)
     scored = score_plan(chip(index_q), (index_q.dtype, index_k.dtype), real, n["J"], n["E"], T <= FEW)
     compile_together(scored[0], ranked[0])
     if rows <= most:

@@ -867,27 +867,39 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 // select_topk                                                                           eq. (2) of dsa.py
 //     the first top_k visible keys of each row in the order (-score, key), ascending, then -1; the first
 //     num_sinks and the last local_window of them whatever they score. NaN and -inf are not visible.
-// in    scores [B, T, S] REAL = float or double; windows [B, T]
+// in    scores [B, T, S] REAL = float or double, at a multiple of 16 bytes; windows [B, T]
 // out   indices [B, T, K] i32, every element written
-// grid  B * T    block 512, or, where rows are too few to fill the chip, 1024: one row
-// smem  8 KB of counts and CAPACITY candidates: 72 KB in float32, 56 KB in float64
-// cost  one read of the row and a sixteenth. A sample gives a score that somewhat more than top_k keys should
-//       reach, and those that do are held in shared memory. Where they are too few or too many, the row
-//       itself takes their place: it is exact either way.
+// grid  B * T * BLOCKS  block BLOCK: a row, or a part of one that a cluster of BLOCKS shares (sm_90 on)
+// smem  struct Shared: 8 KB of counts and CAPACITY runs of 16 bytes, 78 KB; in a cluster 40 KB more
+// cost  one read of the row and a sixteenth. A sample gives a rank that somewhat more than top_k keys should
+//       have; runs in which a key has it, one at least, are held in shared memory, in any order: 15
+//       instructions a run. Where their keys are too few, or they are too many for a block, the row itself
+//       takes their place: it is exact either way. Some two rounds count them; then what is kept is marked,
+//       a bit a key, and written in order. A row that fits HELD registers of each thread is kept there instead:
+//       in float32, without forced keys.
 // ---------------------------------------------------------------------------------------------------------
-#if defined(SELECT_TOPK) || defined(SELECT_TOPK_HELD) || defined(SELECT_TOPK_CLUSTER)
-constexpr int WARPS = BLOCK / 32, CAPACITY = ROOM / sizeof(REAL), WIDTH = 16 / sizeof(REAL);
+#ifdef SELECT_TOPK
+constexpr int WARPS = BLOCK / 32, WIDTH = 16 / sizeof(REAL);
+constexpr int RESIDENT = BLOCKS > 1 || BLOCK == 1024 ? 1 : HELD && HELD <= 16 ? 3 : 2;  // on a multiprocessor
+constexpr int EVERY = 16, PIECE = 8 / WIDTH;  // of each EVERY pieces of PIECE runs, one is sampled
+constexpr int LOADS = BLOCK == 1024 || sizeof(REAL) == 8 ? 4 : 8;  // runs that a thread reads at a time
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
+template <> struct Bits<2> { using type = unsigned short; };
+template <> struct Bits<1> { using type = u8; };
 using Rank = Bits<sizeof(REAL)>::type;  // grows with the score, equal for equal scores; 0: not visible
 struct alignas(16) Vec { REAL x[WIDTH]; };
+struct alignas(16) Ranks { Rank x[WIDTH]; };
 
 constexpr int DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / BLOCK;  // OWN: bins that a thread looks through
+constexpr int COARSE = 8 * sizeof(Rank) - DIGIT;             // the first shift for ranks of any scores
+constexpr int FINE = (sizeof(Rank) == 8 ? 53 : 24) - DIGIT;  // that for those of two octaves above a score
 struct alignas(4 * OWN) Counts { int x[OWN]; };
 
-#ifndef SELECT_TOPK_CLUSTER
-struct Exchange {};
-#else
+using Mark = Bits<HELD ? HELD / 8 : 4>::type;  // a bit for each key that a thread writes, side by side
+constexpr int MARKED = 8 * sizeof(Mark), SPAN = HELD ? HELD * BLOCK : 32 * BINS;  // keys with one at a time
+
+#if BLOCKS > 1
 constexpr int SLICE = BINS / BLOCKS;
 static_assert(BINS == 4 * BLOCK, "each thread sends four counts");
 
@@ -895,19 +907,48 @@ struct Exchange {
     int round, kept[BLOCKS];
     u64 gathered[2], spread[2], counted;  // barriers
     alignas(16) int slice[SLICE], slices[2][BLOCKS][SLICE], all[2][BINS];
+
+    __device__ void begin() {
+        if (threadIdx.x == 0) {
+            for (int x = 0; x < 2; x++) mbarrier_init(&gathered[x], 1), mbarrier_init(&spread[x], 1);
+            mbarrier_init(&counted, 1);
+            mbarrier_arrive_expect_tx(&counted, sizeof(kept));
+            fence_mbarrier_init();
+            round = 0;
+        }
+        __syncwarp();
+        barrier_cluster_arrive_relaxed();
+    }
+    // How many keys the blocks before this one keep, and all of them, when each says how many it does.
+    __device__ int before(int own, int& all) {
+        const int part = blockIdx.x % BLOCKS;
+        if (threadIdx.x < BLOCKS)
+            st_async(mapa(&kept[part], threadIdx.x), own, mapa(&counted, threadIdx.x));
+        mbarrier_wait(&counted, 0);
+        int sum = all = 0;
+        for (int r = 0; r < BLOCKS; r++) {
+            if (r == part) sum = all;
+            all += kept[r];
+        }
+        return sum;
+    }
 };
 static_assert(sizeof(Exchange) <= 40000, "dsa.py asks for as much");
+#else
+struct Exchange {
+    __device__ void begin() {}
+    __device__ int before(int, int&) { return 0; }
+};
 #endif
 
 struct Shared : Exchange {
-    i64 place;
-    alignas(16) int bins[BINS];  // from the largest digit down
+    alignas(16) int bins[BINS];  // from the largest down, or marks; zeros while nobody counts
     int sums[2][32];
-    int bin, above, equal, count;
-    Rank rank[CAPACITY];
-    int key[CAPACITY];
+    int place, bin, above, equal, count;
+    Ranks ranks[CAPACITY];
+    int run[CAPACITY];  // of which these are the ranks
 };
-static_assert(sizeof(Shared) <= sizeof(Exchange) + 8480 + CAPACITY * (sizeof(REAL) + 4), "as dsa.py asks");
+static_assert(sizeof(Shared) <= sizeof(Exchange) + 8500 + CAPACITY * 20, "dsa.py asks for as much");
 
 __device__ Rank rank_of(REAL x) {
     if (!(x > -(REAL)CUDART_INF)) return 0;
@@ -917,6 +958,15 @@ __device__ Rank rank_of(REAL x) {
     constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1);
     if (bits == SIGN) bits = 0;  // -0.0 is +0.0. Not by x + 0, which may flush denormals
     return bits & SIGN ? ~bits : bits | SIGN;
+}
+
+// A score that all of this rank and above reach; with -ftz=true, others may.
+__device__ REAL score_of(Rank rank) {
+    constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1), LEAST = (Rank)1 << (sizeof(REAL) == 8 ? 52 : 23);
+    rank = max(rank, LEAST);  // of the least finite score
+    rank = rank & SIGN ? rank ^ SIGN : ~rank;
+    if constexpr (sizeof(REAL) == 8) return __longlong_as_double(rank);
+    else return __uint_as_float(rank);
 }
 
 // Sum of x over the threads before this one, and over all of them. One barrier; calls alternate `turn`.
@@ -935,18 +985,18 @@ __device__ int sum_before(Shared& sh, int x, int turn, int& total) {
 }
 
 // Where the first `need` visible keys of begin..end end, or, from behind, where the last `need` begin.
-__device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int need, bool behind) {
+__device__ int nth_visible(Shared& sh, const REAL* row, int begin, int end, int need, bool behind) {
     int turn = 0, seen = 0, total;
     if (need == 0) return behind ? end : begin;
-    for (i64 x = threadIdx.x; x - threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
-        const i64 s = behind ? end - 1 - x : begin + x;
+    for (int x = threadIdx.x; x - (int)threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
+        const int s = behind ? end - 1 - x : begin + x;
         const bool visible = x < end - begin && rank_of(row[s]);
         const int before = seen + sum_before(sh, visible, turn, total);
         if (visible && before == need - 1) sh.place = behind ? s : s + 1;
         seen += total;
         if (seen >= need) {
             __syncthreads();
-            const i64 place = sh.place;
+            const int place = sh.place;
             __syncthreads();
             return place;
         }
@@ -955,16 +1005,19 @@ __device__ i64 nth_visible(Shared& sh, const REAL* row, i64 begin, i64 end, int 
     return behind ? begin : end;
 }
 
-#ifndef SELECT_TOPK_CLUSTER
-// bins, when all threads have counted
-__device__ const int* add_up(Shared& sh) {
+// What all threads have counted in the OWN bins of this one, which become zeros
+#if BLOCKS <= 1
+__device__ Counts add_up(Shared& sh) {
     __syncthreads();
-    return sh.bins;
+    Counts& own = ((Counts*)sh.bins)[threadIdx.x];
+    const Counts counts = own;
+    own = {};
+    return counts;
 }
 #else
-// The bins of all blocks of the cluster, added up: each adds up a slice of them, and sends it to all. Rounds
-// alternate their memory: who is in the next one has heard from all that they are done with the last.
-__device__ const int* add_up(Shared& sh) {
+// those of the cluster: each block adds up a slice of the bins, and sends it to all. Rounds alternate their
+// memory: who is in the next one has heard from all that they are done with the last.
+__device__ Counts add_up(Shared& sh) {
     const int x = threadIdx.x, part = blockIdx.x % BLOCKS, at = x * 4 % SLICE, block = x * 4 / SLICE;
     __syncthreads();
     const int now = sh.round % 2, parity = sh.round / 2 % 2;
@@ -972,8 +1025,9 @@ __device__ const int* add_up(Shared& sh) {
         mbarrier_arrive_expect_tx(&sh.gathered[now], sizeof(sh.bins));
         mbarrier_arrive_expect_tx(&sh.spread[now], sizeof(sh.bins));
     }
-    st_async(mapa(&sh.slices[now][part][at], block), *(const int4*)(sh.bins + x * 4),
-             mapa(&sh.gathered[now], block));
+    int4& own = *(int4*)(sh.bins + x * 4);
+    st_async(mapa(&sh.slices[now][part][at], block), own, mapa(&sh.gathered[now], block));
+    own = {};
     mbarrier_wait(&sh.gathered[now], parity);
     for (int y = x; y < SLICE; y += BLOCK) {
         int sum = 0;
@@ -985,29 +1039,26 @@ __device__ const int* add_up(Shared& sh) {
     st_async(mapa(&sh.all[now][part * SLICE + at], block), *(const int4*)(sh.slice + at),
              mapa(&sh.spread[now], block));
     mbarrier_wait(&sh.spread[now], parity);
-    return sh.all[now];
+    return ((const Counts*)sh.all[now])[x];
 }
 #endif
 
-// The need-th largest of the words that each(count) counts, 0 apart, in as many of their leading bits as asked
-// for, 11 at a time: all words >= at are `need` and, where the last ones tie, `excess` more, or at most
-// `spare`. The words are those of all blocks that share the row.
+// The need-th largest of the words >= lo > 0 that each(count) counts: all words >= at are `need` and, where
+// the last ones tie, `excess` more, or at most `spare`. at = 1: they are fewer. A round counts words by
+// (word - lo) >> shift, those beyond the last bin in it, and the next one what is in a bin, until bins are
+// 1 << finest wide. The words are those of all blocks that share the row.
 template <class Word> struct Cut { Word at; int need, excess; };
 
 template <class Word, class Each>
-__device__ Cut<Word> nth_largest(Shared& sh, int need, int leading, Each each, int spare = 0) {
-    Word prefix = 0, known = 0;
-    int equal = need;
-    for (int bits = 8 * sizeof(Word); bits > 8 * (int)sizeof(Word) - leading; bits -= DIGIT) {
-        const int shift = max(bits - DIGIT, 0);
-        for (int x = threadIdx.x; x < BINS; x += BLOCK) sh.bins[x] = 0;
-        if (threadIdx.x == 0) sh.bin = -1;
-        __syncthreads();
+__device__ Cut<Word> nth_largest(Shared& sh, int need, Word lo, int shift, Each each, int finest = 0,
+                                 int spare = 0) {
+    Word width = 0 - lo;
+    while (true) {
         each([&](Word w) {
-            const unsigned digit = (unsigned)(w >> shift) & ((1u << (bits - shift)) - 1);
-            if (w != 0 && (w & known) == prefix) atomicAdd(&sh.bins[BINS - 1 - digit], 1);
+            const Word x = w - lo;
+            if (x < width) atomicAdd(&sh.bins[BINS - 1 - (int)min(x >> shift, (Word)(BINS - 1))], 1);
         });
-        const Counts counts = ((const Counts*)add_up(sh))[threadIdx.x];
+        const Counts counts = add_up(sh);
         int mine = 0, total;
         for (int x = 0; x < OWN; x++) mine += counts.x[x];
         int above = sum_before(sh, mine, 0, total);
@@ -1015,396 +1066,193 @@ __device__ Cut<Word> nth_largest(Shared& sh, int need, int leading, Each each, i
             for (int x = 0; x < OWN; x++) {
                 if (above < need && need <= above + counts.x[x]) {
                     sh.bin = BINS - 1 - (threadIdx.x * OWN + x);
-                    sh.above = above;
-                    sh.equal = counts.x[x];
+                    sh.above = above, sh.equal = counts.x[x];
                 }
                 above += counts.x[x];
             }
         __syncthreads();
-        if (sh.bin < 0) return {1, need, 0};  // there are not as many words: all of them
-        prefix |= (Word)sh.bin << shift;
-        known |= (Word)((1u << (bits - shift)) - 1) << shift;
-        need -= sh.above;
-        equal = sh.equal;
-        __syncthreads();
-        if (equal - need <= spare) break;
+        if (total < need) return {1, need, 0};
+        const Word begin = (Word)sh.bin << shift;
+        width = sh.bin == BINS - 1 ? width - begin : (Word)1 << shift;
+        lo += begin, need -= sh.above;
+        const int excess = sh.equal - need;
+        if (excess <= spare || width <= (Word)1 << finest) return {lo, need, excess};
+        const int bits = sizeof(Word) == 8 ? 64 - __clzll(width - 1) : 32 - __clz(width - 1);
+        shift = max(bits - DIGIT, finest);
     }
-    return {prefix ? prefix : 1, need, equal - need};
 }
-// The same of the words that word(i) gives for i < n.
-template <class Word, class Words>
-__device__ Cut<Word> nth_largest(Shared& sh, i64 n, int need, int leading, Words word, int spare = 0) {
-    const auto each = [&](auto count) {
-        for (i64 x = threadIdx.x; x < n; x += BLOCK) count(word(x));
-    };
-    return nth_largest<Word>(sh, need, leading, each, spare);
-}
-
-#ifdef SELECT_TOPK
-constexpr int VEC = BLOCK == 1024 ? 2 * WIDTH : 4;  // scores that a thread loads at a time
-
-// Put what keep(rank, x) accepts of the positions begin <= x < end behind the `placed` that are, in order.
-template <class Load, class Keep, class Put>
-__device__ int compact(Shared& sh, i64 begin, i64 end, int placed, Load load, Keep keep,
-                       Put put) {
-    int turn = 0, total;
-    __syncthreads();
-    Rank next[VEC];
-    if (begin < end) load(begin + threadIdx.x * VEC, next);
-    for (i64 x = begin + threadIdx.x * VEC; x - threadIdx.x * VEC < end; x += BLOCK * VEC, turn ^= 1) {
-        Rank now[VEC];
-        unsigned kept = 0;
-        for (int v = 0; v < VEC; v++) {
-            now[v] = next[v];
-            kept |= (unsigned)keep(now[v], x + v) << v;
-        }
-        load(x + BLOCK * VEC, next);  // on its way while the threads wait for each other
-        int place = placed + sum_before(sh, __popc(kept), turn, total);
-        for (int v = 0; v < VEC; v++)
-            if (kept >> v & 1) put(place++, x + v, now[v]);
-        placed += total;
-    }
-    return placed;
-}
-
-constexpr int RESIDENT = BLOCK == 1024 ? 1 : sizeof(REAL) == 8 ? 2 : 3;  // blocks on a multiprocessor
-
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk(
+extern "C" __global__ void
+#if BLOCKS > 1
+__cluster_dims__(BLOCKS, 1, 1)
+#endif
+__launch_bounds__(BLOCK, RESIDENT) select_topk(
         const REAL* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
         i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
     extern __shared__ __align__(16) unsigned char bytes[];
     Shared& sh = *(Shared*)bytes;
-    const REAL* row = scores + (i64)blockIdx.x * S;
-    int* out = indices + (i64)blockIdx.x * K;
-    const Window window = window_of(k_start, k_end, blockIdx.x / T, blockIdx.x % T, T, S, offset);
-    const i64 start = window.start, end = max(start, window.end);
-
-    // Forced keys are those below `head` and from `tail` on; the middle is ranked for what top_k leaves.
-    const i64 head = nth_visible(sh, row, start, end, num_sinks, false);
-    const i64 tail = nth_visible(sh, row, head, end, local_window, true), middle = tail - head;
-    const int need = min(top_k - num_sinks - local_window, S);
-
-    const auto load_row = [&](i64 lo, i64 hi) {
-        return [=](i64 x, Rank* ranks) {
-            if (lo <= x && x + VEC <= hi && (size_t)(row + x) % 16 == 0) {
-                for (int v = 0; v < VEC; v += WIDTH) {
-                    const Vec vec = *(const Vec*)(row + x + v);
-                    for (int w = 0; w < WIDTH; w++) ranks[v + w] = rank_of(vec.x[w]);
-                }
-            } else
-                for (int v = 0; v < VEC; v++) ranks[v] = lo <= x + v && x + v < hi ? rank_of(row[x + v]) : 0;
-        };
-    };
-    const auto aligned = [&](i64 x) { return x - (i64)((size_t)(row + x) / sizeof(REAL) % VEC); };
-    const auto put_key = [&](int place, i64 s, Rank) { out[place] = (int)s; };
-    const auto visible = [](Rank rank, i64) { return rank > 0; };
-
-    Rank at = 1;        // the least rank that is kept
-    unsigned last = 0;  // and, where it ties, the least ~key
-    int held = -1;      // candidates in shared memory, -1: the row itself
-    if (need == 0) at = ~(Rank)0;
-    else if (middle > need) {
-        // The least rank of a candidate, from runs of 8 keys in every 128.
-        const int sampled = need / 16 + 4 * (int)sqrtf(need / 16) + 4;
-        Rank floor = 1;
-        if (middle > CAPACITY || middle > 32 * sampled) {
-            const auto sample = [&](i64 x) { return rank_of(row[head + x / 8 * 128 + x % 8]); };
-            if (sampled * 16 < CAPACITY)
-                floor = nth_largest<Rank>(sh, middle / 128 * 8, sampled, 22, sample).at;
-        }
-        if (middle <= CAPACITY || sampled * 16 < CAPACITY) {
-            held = compact(sh, aligned(head), tail, 0, load_row(head, tail),
-                           [=](Rank rank, i64) { return rank >= floor; },
-                           [&](int place, i64 s, Rank rank) {
-                               if (place >= CAPACITY) return;
-                               sh.rank[place] = rank;
-                               sh.key[place] = (int)s;
-                           });
-            if (held > CAPACITY || (held < need && floor > 1)) held = -1;
-            __syncthreads();
-        }
-        const auto cut_at = [&](i64 n, auto rank, auto key) {
-            const Cut<Rank> cut = nth_largest<Rank>(sh, n, need, 8 * sizeof(Rank), rank);
-            at = cut.at;
-            if (cut.excess == 0) return;
-            const auto tied = [&](i64 x) { return rank(x) == at ? ~(unsigned)key(x) : 0; };
-            last = nth_largest<unsigned>(sh, n, cut.need, 32, tied).at;
-        };
-        if (held >= 0)
-            cut_at(held, [&](i64 x) { return sh.rank[x]; }, [&](i64 x) { return sh.key[x]; });
-        else
-            cut_at(middle, [&](i64 x) { return rank_of(row[head + x]); },
-                   [&](i64 x) { return head + x; });
-    }
-    const auto best = [&](Rank rank, i64 s) {
-        return rank > at || (rank > 0 && rank == at && ~(unsigned)s >= last);
-    };
-
-    int placed = compact(sh, aligned(start), head, 0, load_row(start, head), visible, put_key);
-    if (held < 0) placed = compact(sh, aligned(head), tail, placed, load_row(head, tail), best, put_key);
-    else {
-        const auto load = [&](i64 x, Rank* ranks) {
-            for (int v = 0; v < VEC; v++) ranks[v] = x + v < held ? sh.rank[x + v] : 0;
-        };
-        placed = compact(sh, 0, held, placed, load,
-                         [&](Rank rank, i64 x) { return rank > 0 && best(rank, sh.key[x]); },
-                         [&](int place, i64 x, Rank) { out[place] = sh.key[x]; });
-    }
-    placed = compact(sh, aligned(tail), end, placed, load_row(tail, end), visible, put_key);
-    for (i64 x = placed + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-// select_topk_held              select_topk of rows of up to BLOCK * HELD keys in float32, without forced keys
-// in, out  as above; local_window and num_sinks are 0
-// grid  B * T  block BLOCK: one row, whose ranks stay in registers; a thread has every BLOCK-th run of 4 keys
-// smem  8.4 KB of counts
-// cost  one read of the row; of a key some 25 instructions. Mostly two rounds of counting: 11 bits leave few.
-// ---------------------------------------------------------------------------------------------------------
-#ifdef SELECT_TOPK_HELD
-constexpr int RUNS = HELD / 4, RESIDENT = 2048 / BLOCK < 3 ? 1 : HELD > 16 ? 2 : 3;
-static_assert(HELD % 4 == 0 && HELD <= 32, "a bit says that a key is kept");
-
-// Of each run of this thread, how many of the bits of all threads come before it, in the order of the keys: by
-// run, thread and bit. Returns how many there are. One barrier; calls alternate `turn`.
-__device__ int places_before(unsigned bits, int turn, int (&place)[RUNS]) {
-    __shared__ int sums[2][RUNS][32];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    unsigned upto[(RUNS + 3) / 4] = {};
-#pragma unroll
-    for (int r = 0; r < RUNS; r++) upto[r / 4] += __popc(bits >> 4 * r & 15) << r % 4 * 8;
-#pragma unroll
-    for (int w = 0; w < (RUNS + 3) / 4; w++)
-        for (int d = 1; d < 32; d *= 2) {
-            const unsigned y = __shfl_up_sync(ALL, upto[w], d);
-            if (lane >= d) upto[w] += y;
-        }
-#pragma unroll
-    for (int r = 0; r < RUNS; r++) {
-        place[r] = upto[r / 4] >> r % 4 * 8 & 255;
-        if (lane == 31) sums[turn][r][warp] = place[r];
-        place[r] -= __popc(bits >> 4 * r & 15);
-    }
-    __syncthreads();
-    int all = 0;
-#pragma unroll
-    for (int r = 0; r < RUNS; r++) {
-        const int sum = lane < WARPS ? sums[turn][r][lane] : 0;
-        place[r] += all + sum_of_warp(lane < warp ? sum : 0);
-        all += sum_of_warp(sum);
-    }
-    return all;
-}
-
-extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT) select_topk_held(
-        const float* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
-        i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
-    __shared__ Shared sh;
-    const float* row = scores + (i64)blockIdx.x * S;
-    int* out = indices + (i64)blockIdx.x * K;
-    const Window window = window_of(k_start, k_end, blockIdx.x / T, blockIdx.x % T, T, S, offset);
-    const int start = window.start, end = max(window.start, window.end), first = start & ~3;
-    const auto key_of = [&](int x) { return first + (x / 4 * BLOCK + (int)threadIdx.x) * 4 + x % 4; };
-
-    const bool whole = (size_t)row % 16 == 0;
-    float score[HELD];
-#pragma unroll
-    for (int r = 0; r < HELD; r += 4) {
-        const int s = key_of(r);
-        if (whole && s >= start && s + 4 <= end) {
-            const float4 four = *(const float4*)(row + s);
-            score[r] = four.x, score[r + 1] = four.y, score[r + 2] = four.z, score[r + 3] = four.w;
-        } else
-            for (int x = 0; x < 4; x++)
-                score[r + x] = s + x >= start && s + x < end ? row[s + x] : -CUDART_INF_F;
-    }
-    Rank rank[HELD];
-#pragma unroll
-    for (int x = 0; x < HELD; x++) rank[x] = rank_of(score[x]);
-    const auto each = [&](auto count) {
-#pragma unroll
-        for (int x = 0; x < HELD; x++) count(rank[x]);
-    };
-    const Cut<Rank> cut = nth_largest<Rank>(sh, (int)min(top_k, S), 32, each);
-    unsigned kept = 0, ties = 0;
-#pragma unroll
-    for (int x = 0; x < HELD; x++) {
-        kept |= (unsigned)(rank[x] >= cut.at) << x;
-        ties |= (unsigned)(rank[x] == cut.at) << x;
-    }
-    int place[RUNS];
-    if (cut.excess) {  // of the ties, only the first are kept
-        places_before(ties, 0, place);
-#pragma unroll
-        for (int x = 0; x < HELD; x++) {
-            const bool tie = ties >> x & 1;
-            if (tie && place[x / 4] >= cut.need) kept ^= 1u << x;
-            place[x / 4] += tie;
-        }
-    }
-    const int all = places_before(kept, 1, place);
-#pragma unroll
-    for (int x = 0; x < HELD; x++)
-        if (kept >> x & 1) out[place[x / 4]++] = key_of(x);
-    for (i64 x = all + threadIdx.x; x < K; x += BLOCK) out[x] = -1;
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-// select_topk_cluster                          select_topk of few rows: a cluster of BLOCKS blocks shares each
-// in, out  as above
-// grid  B * T * BLOCKS  block 512  (sm_90 on)
-// smem  struct Shared, at most 111 KB; behind it a bit a key of the block's share of the row: is it kept?
-// cost  one read of the row, and of at most 4,096 runs of 16 bytes a block. As many runs as top_k asks for
-//       keys reach `floor`, so at least as many keys do; those are held. Where they are too many for a block,
-//       its share of the row takes their place: it is exact either way. Typically three rounds of add_up.
-// ---------------------------------------------------------------------------------------------------------
-#ifdef SELECT_TOPK_CLUSTER
-constexpr int SAMPLED = 4096;  // runs, at most
-static_assert(SAMPLED <= CAPACITY, "their maxima stand where the candidates will");
-
-// A score that all of this rank and above reach; with -ftz=true, others may.
-__device__ REAL score_of(Rank rank) {
-    constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1), LEAST = (Rank)1 << (sizeof(REAL) == 8 ? 52 : 23);
-    rank = max(rank, LEAST);  // of the least finite score
-    rank = rank & SIGN ? rank ^ SIGN : ~rank;
-    if constexpr (sizeof(REAL) == 8) return __longlong_as_double(rank);
-    else return __uint_as_float(rank);
-}
-
-extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(BLOCK, 1) select_topk_cluster(
-        const REAL* scores, const int* k_start, const int* k_end, int* indices, i64 T, i64 S,
-        i64 K, i64 offset, i64 top_k, i64 local_window, i64 num_sinks) {
-    extern __shared__ __align__(16) unsigned char bytes[];
-    Shared& sh = *(Shared*)bytes;
-    unsigned* marks = (unsigned*)(bytes + sizeof(Shared));
     const unsigned of = blockIdx.x / BLOCKS, batch = of / (unsigned)T;
     const int tid = threadIdx.x, part = blockIdx.x % BLOCKS;
     const REAL* row = scores + of * S;
     int* out = indices + of * K;
     const Window window = window_of(k_start, k_end, batch, of - batch * T, T, S, offset);
-    const i64 start = window.start, end = max(start, window.end);
-
-    if (tid == 0) {
-        for (int x = 0; x < 2; x++) mbarrier_init(&sh.gathered[x], 1), mbarrier_init(&sh.spread[x], 1);
-        mbarrier_init(&sh.counted, 1);
-        mbarrier_arrive_expect_tx(&sh.counted, sizeof(sh.kept));
-        fence_mbarrier_init();
-        sh.round = sh.count = 0;
-    }
-    __syncwarp();
-    barrier_cluster_arrive_relaxed();
+    const int start = window.start, end = max(window.start, window.end);
+    for (int x = tid; x < BINS; x += BLOCK) sh.bins[x] = 0;
+    if (tid == 0) sh.count = 0;
+    sh.begin();
 
     // Forced keys are those below `head` and from `tail` on; the middle is ranked for what top_k leaves.
-    const i64 head = nth_visible(sh, row, start, end, num_sinks, false);
-    const i64 tail = nth_visible(sh, row, head, end, local_window, true);
-    const int need = min(top_k - num_sinks - local_window, S);
-    const bool choose = tail - head > need;
+    const int head = HELD ? start : nth_visible(sh, row, start, end, num_sinks, false);
+    const int tail = HELD ? end : nth_visible(sh, row, head, end, local_window, true);
+    const int need = min(top_k - num_sinks - local_window, S), middle = tail - head;
 
-    // 1. The block's share of the keys, counted from `lo`, where 16 bytes begin: begin is its first to be
+    // 1. The block's share of the keys, counted from `first`, where 16 bytes begin: begin is its first to be
     //    visible, from .. to are ranked, at `keys` it ends. Of the ranked ones, whole runs of 16 bytes.
-    const i64 first = start - (i64)((size_t)(row + start) / sizeof(REAL) % WIDTH);
-    const int words = (end - first + 32 * BLOCKS - 1) / (32 * BLOCKS);
-    const i64 lo = first + 32ll * words * part;
-    const auto of_share = [&](i64 s) { return (int)min(max(s - lo, 0ll), 32ll * words); };
+    int first = start - (int)((size_t)(row + start) / sizeof(REAL) % WIDTH);
+    const int share = (end - first + 32 * BLOCKS - 1) / (32 * BLOCKS) * 32;
+    first += share * part, row += first;
+    const auto of_share = [&](int s) { return min(max(s - first, 0), share); };
     const int begin = of_share(start), from = of_share(head), to = of_share(tail), keys = of_share(end);
-    row += lo;
-    const int run0 = (from + WIDTH - 1) / WIDTH, runs = max(0, to / WIDTH - run0);
-    const Vec* run = (const Vec*)row + run0;
-    for (int w = tid; w < words; w += BLOCK) marks[w] = 0;
-    barrier_cluster_wait();  // all blocks have their barriers. It empties L1: in front of the loads
-
-    // 2. The maxima of some runs, of 8 in each 8 * every
-    const int every = max(1, (runs + SAMPLED - 1) / SAMPLED), sampled = runs / every;
-    if (choose)
-#pragma unroll 4
-        for (int i = tid; i < sampled; i += BLOCK) {
-            const Vec vec = run[i / 8 * 8 * every + i % 8];
-            REAL top = vec.x[0];
-            for (int v = 1; v < WIDTH; v++) top = fmax(top, vec.x[v]);
-            sh.rank[i] = rank_of(top);
-        }
+    const int run0 = (from + WIDTH - 1) / WIDTH, run1 = max(run0, to / WIDTH);
+    const Vec* run = (const Vec*)row;
     __syncthreads();
+    if constexpr (BLOCKS > 1) barrier_cluster_wait();  // all have begun. It empties L1: in front of the loads
 
+    Rank own[HELD + 1];  // of a row that fits in registers: run r of this thread is run r * BLOCK + tid
+    const auto key_of = [&](int x) { return (x / WIDTH * BLOCK + tid) * WIDTH + x % WIDTH; };
+#pragma unroll
+    for (int x = 0; x < HELD; x += WIDTH) {
+        const int s = key_of(x);
+        Vec vec;
+        if (from <= s && s + WIDTH <= to) vec = run[s / WIDTH];
+        else
+            for (int v = 0; v < WIDTH; v++)
+                vec.x[v] = from <= s + v && s + v < to ? row[s + v] : -(REAL)CUDART_INF;
+        for (int v = 0; v < WIDTH; v++) own[x + v] = rank_of(vec.x[v]);
+    }
+    int held = HELD ? 0 : -1;  // candidates in shared memory, -1: the share itself
+    const auto ranked = [&](auto take) {
+#pragma unroll
+        for (int x = 0; x < HELD; x++) take(own[x], key_of(x));
+        if (held < 0)
+#pragma unroll 1
+            for (int x = from + tid; x < to; x += BLOCK) take(rank_of(row[x]), x);
+        for (int i = tid; i < held; i += BLOCK) {
+            const Ranks ranks = sh.ranks[i];
+#pragma unroll
+            for (int v = 0; v < WIDTH; v++) take(ranks.x[v], sh.run[i] * WIDTH + v);
+        }
+    };
     Rank at = 1;        // the least rank that is kept
     unsigned last = 0;  // and, where it ties, the least ~key
-    int held = -1;      // candidates in shared memory, -1: the share itself
     if (need == 0) at = ~(Rank)0;
-    else if (choose) {
-        // 3. A score that at least `need` runs reach; the keys that do, in any order, and those beside the runs
-        const auto maximum = [&](i64 x) { return sh.rank[x]; };
-        const REAL floor = score_of(nth_largest<Rank>(sh, sampled, need, 22, maximum, need).at);
-        if (tid < 2 * WIDTH) {
-            const int x = tid < WIDTH ? from + tid : (run0 + runs - 1) * WIDTH + tid;
-            if (x < (tid < WIDTH ? min(run0 * WIDTH, to) : to)) sh.key[atomicAdd(&sh.count, 1)] = x;
+    else if (middle > need) {
+        // 2. The rank that somewhat more than `need` keys should have, or a larger one
+        const int wanted = need / EVERY + 4 * (int)sqrtf(need / EVERY) + 4;
+        const bool few = middle <= (CAPACITY - 2) * WIDTH && middle <= 2 * EVERY * wanted;
+        Rank lo = 1;
+        if (!HELD && !few && wanted * EVERY < CAPACITY * BLOCKS) {
+            const auto sample = [&](auto count) {
+#pragma unroll 2
+                for (int i = tid; i < (run1 - run0) / (PIECE * EVERY) * PIECE; i += BLOCK) {
+                    const Vec vec = run[run0 + i / PIECE * PIECE * EVERY + i % PIECE];
+                    for (int v = 0; v < WIDTH; v++) count(rank_of(vec.x[v]));
+                }
+            };
+            const int spare = BLOCKS > 1 ? wanted : 0;  // a cluster has room, and its rounds take longer
+            lo = nth_largest<Rank>(sh, wanted, 1, COARSE, sample, COARSE - DIGIT, spare).at;
         }
-        constexpr int LOADS = 8;
-        for (int i = tid; i < runs; i += LOADS * BLOCK) {
-            Vec vec[LOADS];
-            unsigned reach = 0;
+        // 3. The runs of which a key has it, in any order, and what stands beside whole runs
+        if (!HELD && (few || lo > 1)) {
+            const REAL floor = score_of(lo);
+            const auto hold = [&](int place, int r, const Vec& vec) {
+                if (place < CAPACITY) sh.run[place] = r, (Vec&)sh.ranks[place] = vec;
+            };
+            if (tid < 2) {
+                const int r = (tid ? to : from) / WIDTH, x0 = tid ? max(from, run1 * WIDTH) : from;
+                const int x1 = tid ? to : min(to, run0 * WIDTH);
+                Vec vec;
+                for (int x = r * WIDTH, v = 0; v < WIDTH; v++, x++)
+                    vec.x[v] = x0 <= x && x < x1 ? row[x] : -(REAL)CUDART_INF;
+                if (x0 < x1) hold(atomicAdd(&sh.count, 1), r, vec);
+            }
+            for (int r = run0 + tid; r < run1; r += LOADS * BLOCK) {
+                Vec vec[LOADS];
+                bool reach[LOADS];
+                int many = 0;
 #pragma unroll
-            for (int u = 0; u < LOADS; u++)
-                if (i + u * BLOCK < runs) vec[u] = run[i + u * BLOCK];
+                for (int u = 0; u < LOADS; u++)
+                    if (r + u * BLOCK < run1) vec[u] = run[r + u * BLOCK];
 #pragma unroll
-            for (int u = 0; u < LOADS; u++)
+                for (int u = 0; u < LOADS; u++) {
+                    REAL top = vec[u].x[0];
+                    for (int v = 1; v < WIDTH; v++) top = fmax(top, vec[u].x[v]);
+                    reach[u] = r + u * BLOCK < run1 && top >= floor;
+                    many += reach[u];
+                }
+                int place = many ? atomicAdd(&sh.count, many) : 0;
 #pragma unroll
-                for (int v = 0; v < WIDTH; v++)
-                    if (i + u * BLOCK < runs && vec[u].x[v] >= floor) reach |= 1u << (u * WIDTH + v);
-            int place = reach ? atomicAdd(&sh.count, __popc(reach)) : 0;
-            for (; reach; reach &= reach - 1, place++) {
-                const int bit = __ffs(reach) - 1;
-                if (place < CAPACITY) sh.key[place] = (run0 + i + bit / WIDTH * BLOCK) * WIDTH + bit % WIDTH;
+                for (int u = 0; u < LOADS; u++)
+                    if (reach[u]) hold(place++, r + u * BLOCK, vec[u]);
+            }
+            __syncthreads();
+            held = sh.count <= CAPACITY ? sh.count : -1;
+            for (int i = tid; i < held; i += BLOCK) {
+                const Vec vec = (const Vec&)sh.ranks[i];
+                for (int v = 0; v < WIDTH; v++) sh.ranks[i].x[v] = rank_of(vec.x[v]);
             }
         }
-        __syncthreads();
-        held = sh.count <= CAPACITY ? sh.count : -1;
-        for (int x = tid; x < held; x += BLOCK) sh.rank[x] = rank_of(row[sh.key[x]]);
         // 4. The last of them to be kept
-        const int n = held < 0 ? to - from : held;
-        const auto rank = [&](i64 x) { return held < 0 ? rank_of(row[from + x]) : sh.rank[x]; };
-        const Cut<Rank> cut = nth_largest<Rank>(sh, n, need, 8 * sizeof(Rank), rank);
+        const auto rank = [&](auto count) { ranked([&](Rank rank, int) { count(rank); }); };
+        Cut<Rank> cut = nth_largest<Rank>(sh, need, lo, lo > 1 ? FINE : COARSE, rank);
+        if (cut.at == 1 && lo > 1) {  // fewer than `need` have it: the sample was unlike the row
+            held = -1;
+            cut = nth_largest<Rank>(sh, need, 1, COARSE, rank);
+        }
         at = cut.at;
-        const auto tied = [&](i64 x) {
-            return rank(x) == at ? ~(unsigned)(lo + (held < 0 ? from + x : sh.key[x])) : 0;
+        const auto tied = [&](auto count) {
+            ranked([&](Rank rank, int x) { count(rank == at ? ~(unsigned)(first + x) : 0); });
         };
-        if (cut.excess) last = nth_largest<unsigned>(sh, n, cut.need, 32, tied).at;
+        if (cut.excess) last = nth_largest<unsigned>(sh, cut.need, 1, 32 - DIGIT, tied).at;
     }
 
-    // 5. Mark what is kept, and write it in order
-    const auto mark = [&](int x) { atomicOr(&marks[x / 32], 1u << x % 32); };
-    const auto best = [&](Rank rank, int x) {
-        return rank > at || (rank > 0 && rank == at && ~(unsigned)(lo + x) >= last);
-    };
-    const auto scan = [&](int x0, int x1, auto accept) {
+    // 5. Mark what is kept, SPAN keys at a time, and write it in order
+    const auto each_kept = [&](int x0, int x1, auto put) {
+        const auto forced = [&](int from, int to) {
 #pragma unroll 1
-        for (int x = x0 + tid; x < x1; x += BLOCK)
-            if (accept(rank_of(row[x]), x)) mark(x);
+            for (int x = max(from, x0) + tid; x < min(to, x1); x += BLOCK)
+                if (rank_of(row[x])) put(x);
+        };
+        if (!HELD) forced(begin, from), forced(to, keys);
+        ranked([&](Rank rank, int x) {
+            const bool best = rank > at || (rank == at && ~(unsigned)(first + x) >= last);
+            if (best && x0 <= x && x < x1) put(x);
+        });
     };
-    const auto visible = [](Rank rank, int) { return rank > 0; };
-    __syncthreads();
-    scan(begin, from, visible);
-    scan(to, keys, visible);
-    if (held < 0) scan(from, to, best);
-    for (int x = tid; x < held; x += BLOCK)
-        if (best(sh.rank[x], sh.key[x])) mark(sh.key[x]);
-    __syncthreads();
-    const int own = (words + BLOCK - 1) / BLOCK, w0 = tid * own, w1 = min(w0 + own, words);
-    int mine = 0, total, all = 0;
-    for (int w = w0; w < w1; w++) mine += __popc(marks[w]);
-    int place = sum_before(sh, mine, 1, total);
-    if (tid < BLOCKS) st_async(mapa(&sh.kept[part], tid), total, mapa(&sh.counted, tid));
-    mbarrier_wait(&sh.counted, 0);
-    for (int r = 0; r < BLOCKS; r++) {
-        if (r == part) place += all;
-        all += sh.kept[r];
+    int placed = 0, all = 0, in_share = 0, x0 = 0, total;
+    if (BLOCKS > 1 && keys > SPAN) {
+        each_kept(0, keys, [&](int) { in_share++; });
+        sum_before(sh, in_share, 1, in_share);
     }
-    for (int w = w0; w < w1; w++)
-        for (unsigned left = marks[w]; left; left &= left - 1)
-            out[place++] = (int)(lo + 32 * w + __ffs(left) - 1);
-    for (i64 x = all + part * BLOCK + tid; x < K; x += BLOCKS * BLOCK) out[x] = -1;
+    do {
+        each_kept(x0, x0 + SPAN, [&](int x) { atomicOr(&sh.bins[(x - x0) / 32], 1u << x % 32); });
+        __syncthreads();
+        const int many = HELD ? 1 : ((min(keys - x0, SPAN) + MARKED - 1) / MARKED + BLOCK - 1) / BLOCK;
+        Mark* const marks = (Mark*)sh.bins + tid * many;
+        int mine = 0;
+        for (int w = 0; w < many; w++) mine += __popc(marks[w]);
+        int place = sum_before(sh, mine, 0, total);
+        if (x0 == 0) placed = sh.before(keys > SPAN ? in_share : total, all);
+        place += placed, placed += total;
+        for (int w = 0; w < many; w++) {
+            for (unsigned left = marks[w]; left; left &= left - 1)
+                out[place++] = first + x0 + (tid * many + w) * MARKED + __ffs(left) - 1;
+            marks[w] = 0;
+        }
+        __syncthreads();
+    } while (!HELD && (x0 += SPAN) < keys);
+    if (BLOCKS == 1) all = placed;
+    for (int x = all + part * BLOCK + tid; x < K; x += BLOCKS * BLOCK) out[x] = -1;
 }
-#endif
 #endif
 
 // ---------------------------------------------------------------------------------------------------------

@@ -4407,7 +4407,7 @@ def test_portable_kernels_can_be_asked_for(dsa, cupy, monkeypatch):
     launch, names = dsa.Kernel.__call__, set()
 
     def note(kernel, *args, **kwargs):
-        names.add(kernel.name)
+        names.add(f"{kernel.name} {kernel.options}")
         launch(kernel, *args, **kwargs)
 
     monkeypatch.setattr(dsa.Kernel, "__call__", note)
@@ -4417,7 +4417,7 @@ def test_portable_kernels_can_be_asked_for(dsa, cupy, monkeypatch):
     args = to(cupy, (index_q, index_k, normal(rng, 2, 64).astype(F32)))
     dsa.sparse_attention(*to(cupy, (q, k)), None, dsa.lightning_select(*args, 99), d_v=512)
     portable = dsa.PORTABLE_KERNELS or cupy.cuda.Device().compute_capability != "90"
-    assert portable == (not any(name.endswith(("wgmma", "cluster")) for name in names)), names
+    assert portable == (not any("sm_90a" in name or "BLOCKS=16" in name for name in names)), names
 
 
 def test_arrays_that_are_not_contiguous_or_aligned(dsa, cupy):
@@ -4465,13 +4465,11 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("index_scores_few_wgmma", {"J": J}) for J in (32, 64)),
     *(("index_scores_wgmma", {"ELEMENT": x, "J": J, "E": E}) for x, J, E in (
         (CODES, 64, 128), (CODES, 32, 128), (BF16, 64, 128), (BF16, 32, 128), (HALF, 128, 64))),
-    *(("select_topk", {"REAL": x, "BLOCK": block, "ROOM": 2**15})
-      for x in (FLOAT, DOUBLE) for block in (512, 1024)),
-    ("select_topk", {"REAL": FLOAT, "BLOCK": 512, "ROOM": 2**14}),
-    *(("select_topk_held", {"REAL": FLOAT, "BLOCK": block, "HELD": held, "ROOM": 16})
+    *(("select_topk", {"REAL": x, "BLOCK": block, "BLOCKS": blocks, "HELD": 0, "CAPACITY": 3584})
+      for x in (FLOAT, DOUBLE) for block, blocks in ((512, 1), (1024, 1), (512, 4), (512, 16))),
+    ("select_topk", {"REAL": FLOAT, "BLOCK": 512, "BLOCKS": 1, "HELD": 0, "CAPACITY": 2048}),
+    *(("select_topk", {"REAL": FLOAT, "BLOCK": block, "BLOCKS": 1, "HELD": held, "CAPACITY": 1})
       for block, held in ((512, 8), (512, 16), (512, 32), (1024, 8), (1024, 16))),
-    *(("select_topk_cluster", {"REAL": x, "BLOCK": 512, "BLOCKS": blocks, "ROOM": 2**15})
-      for x in (FLOAT, DOUBLE) for blocks in (2, 16)),
     *(("attend", {"HEADS": heads, "COLUMNS": columns, "TIED": int(x == HALF), "QT": x, "KT": x, "VT": x,
                   "OUT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT, **PLAIN})
       for x in (FLOAT, DOUBLE, HALF, BF16) for heads, columns in ((1, 1), (8, 4))),
@@ -4525,12 +4523,16 @@ def compiled(name, constants, arch):
 
 
 ARCHS = ["sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"]
-NEEDS = {"mma": ARCHS[1:], "wgmma": ["sm_90a"], "cluster": ARCHS[2:]}  # for the launchers to take a kernel
+NEEDS = {"mma": ARCHS[1:], "wgmma": ["sm_90a"]}  # for the launchers to take a kernel
+
+
+def archs(name, constants):
+    return ARCHS[2:] if constants.get("BLOCKS", 1) > 1 else NEEDS.get(name.split("_")[-1], ARCHS)
 
 
 @pytest.mark.parametrize(
     "name, constants, arch",
-    [(*kernel, arch) for kernel in KERNELS for arch in NEEDS.get(kernel[0].split("_")[-1], ARCHS)],
+    [(*kernel, arch) for kernel in KERNELS for arch in archs(*kernel)],
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )
 def test_every_kernel_compiles(dsa, name, constants, arch):
