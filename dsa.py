@@ -2969,10 +2969,11 @@ SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
-
 # What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0; shared: the bytes that
 # a block may ask for; processors: how many it has.
 Chip = collections.namedtuple("Chip", "device sm shared processors")
+# What of an array decides how it is read. place: its address modulo 16.
+Like = collections.namedtuple("Like", "dtype strides place")
 
 
 @functools.cache
@@ -2985,6 +2986,17 @@ def chip_of(device, portable):
 
 def chip(x):
     return chip_of(x.data.device_id, PORTABLE_KERNELS)
+
+
+def like(x):
+    """A Like, but as a plain tuple, which is made in half the time."""
+    return x.dtype, x.strides, x.data.ptr % 16
+
+
+# A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
+# what it returns and launches kernels, of which all is worked out that does not change from call to call. It
+# is looked up. How many keys there are is no part of that, as a cache grows by every token.
+plan = functools.lru_cache(maxsize=4096)
 
 
 class Kernel:
@@ -3011,38 +3023,40 @@ class Kernel:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
             self.function = raw.kernel
 
-    def __call__(self, grid, arrays, sizes, shared=0):
+    def __call__(self, grid, arrays, numbers, shared=0):
         """Launch on the current stream. shared: bytes of dynamic shared memory.
 
-        An array arrives as a pointer to where it begins, None as a null pointer; an int as long long, a NumPy
-        number as what it is.
+        An array arrives as a pointer to where it begins, None as a null pointer; numbers: as_arguments.
         """
+        array, (null,), given = sys.modules["cupy"].ndarray, as_arguments(0), []
         for x in arrays:
-            if x is not None and x.data.device_id != self.chip.device:
+            if isinstance(x, array) and x.data.device_id != self.chip.device:
                 raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
+            given.append(null if x is None else x)
         if min(grid) > 0:
             if self.function is None:
                 compile_together(self)
-            (null,) = as_arguments(0)
-            args = [null if x is None else x for x in arrays] + as_arguments(*sizes)
-            self.function(grid, self.block, args, shared)
+            self.function(grid, self.block, given + numbers, shared)
 
 
 kernel = functools.cache(Kernel)
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
-def as_arguments(*sizes):
-    """Numbers as a launch takes them; of each int CuPy would make that anew, in a third of a microsecond."""
+def as_arguments(*numbers):
+    """What a launch takes for an int, as a long long, and for a number of NumPy's, as what it is."""
+    # CuPy would make that anew each time, in a third of a microsecond. Kernels read what they need of 8 bytes.
     made = getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
-    return [made(x) if isinstance(x, int) else x for x in sizes]
+    bits = (x if isinstance(x, int) else int.from_bytes(x.tobytes(), "little", signed=True) for x in numbers)
+    return [made(x) for x in bits]
 
 
 def launch(name, block, grid, arrays, sizes, **constants):
     """Launch a kernel on the device of its first array."""
-    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, sizes)
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*sizes))
 
 
+@functools.cache
 def compile_together(*kernels):
     """Compile those of the kernels that are not yet, side by side."""
     todo = [x for x in kernels if x.function is None]
@@ -3071,12 +3085,18 @@ def aligned(x, multiple=1):
     return padded
 
 
+def straight(shape, x):
+    """Does x, of a shape, stand as `aligned` leaves it?"""
+    steps = [x.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return x.place == 0 and all(n == 1 or a == b for n, a, b in zip(shape, x.strides, steps))
+
+
 def standing(x, axes):
     """x [..., *axes] with its batch axes as one: where it stands, or a copy with a contiguous last axis.
 
     The keys of a cache that is not full stand further apart than they are many; they are not copied.
     """
-    x = x if x.ndim == axes + 1 else x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
+    x = x if x.ndim <= axes + 1 else x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
     return x if x.strides[-1] == x.itemsize or x.shape[-1] == 1 else aligned(x)
 
 
@@ -3086,8 +3106,7 @@ def slot_indices(indices):
     return sys.modules["cupy"].ascontiguousarray(wide, np.int32)
 
 
-@functools.cache
-def score_plan(chip, dtypes, real, J, E, few):
+def score_kernel(chip, dtypes, real, J, E, few):
     """The kernel of (1) for index_q and index_k of dtypes, and a block's queries, keys and shared memory."""
     dtype = dtypes[0] if dtypes[0] == dtypes[1] else real
     row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
@@ -3105,30 +3124,56 @@ def score_plan(chip, dtypes, real, J, E, few):
     return kernel(chip, "index_scores_mma", 128, ELEMENT=dtype, **sizes), 64, 64 * tiles, shared
 
 
-def gpu_index_scores(n, index_q, index_k, weights, k_start=None, k_end=None, offset=None, out=None):
-    """offset: S - T, unless the T queries are some of all."""
-    T, S, J, E, real = n["T"], n["S"], n["J"], n["E"], accumulator(index_q, index_k, weights)
-    plan = score_plan(chip(index_q), (index_q.dtype, index_k.dtype), real, J, E, T <= FEW)
-    found, queries, keys, shared = plan
-    scores = n["xp"].empty((*n["..."], T, S), real) if out is None else out
+@plan
+def score_plan(chip, batch, T, J, E, *given):
+    """The kernel of (1) for arrays like those given, the dtype of scores, and what launches it."""
+    q, k, w = (Like(*x) for x in given)
+    real, blocks = accumulator(q, k, w), math.prod(batch)
+    found, queries, keys, shared = score_kernel(chip, (q.dtype, k.dtype), real, J, E, T <= FEW)
     plain = found.name == "index_scores_fma"
-    if plain and index_q.dtype == np.uint8:
-        index_q, index_k = n["xp"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
-    if plain:
-        index_q, index_k = index_q.astype(real, copy=False), index_k.astype(real, copy=False)
-    index_q = aligned(index_q, 1 if plain else 16 // index_q.itemsize)
-    weights, index_k = aligned(weights.astype(real, copy=False)), standing(index_k, 2)
-    row = max(1, index_k.shape[-1] * index_k.itemsize)  # rows are read side by side
-    if index_k.strides[1] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
-        index_k = aligned(index_k)
-    sizes = T, S, S - T if offset is None else offset, index_k.strides[0] // row, *((J, E) if plain else ())
-    blocks = math.prod(n["..."]) * -(-T // queries) * -(-S // keys)
-    found((blocks,), (index_q, index_k, weights, k_start, k_end, scores), sizes, shared)
+    dtype, vector = (real, 1) if plain else (q.dtype, 16 // q.dtype.itemsize)
+    fits = q.dtype == k.dtype == dtype and E % vector == 0 and straight((*batch, T, J, E), q)
+    fits = fits and w.dtype == real and straight((*batch, T, J), w)
+    row = k.dtype.itemsize * max(1, E + 4 * (k.dtype == np.uint8))  # rows are read side by side
+    side_by_side = len(k.strides) < 4 and k.strides[-2:] == (row, k.dtype.itemsize) and k.place == 0
+    fits = fits and side_by_side and k.strides[0] % row == 0
+    first, last = as_arguments(T), as_arguments(J, E) if plain else []
+
+    def run(index_q, index_k, weights, k_start, k_end, offset, scores):
+        if not fits:
+            index_q, index_k, weights = fitted(index_q, index_k, weights)
+        S = index_k.shape[-2]
+        apart = index_k.strides[0] // max(1, index_k.shape[-1] * index_k.itemsize)
+        arrays, grid = (index_q, index_k, weights, k_start, k_end, scores), blocks * -(-T // queries)
+        numbers = as_arguments(S, S - T if offset is None else offset, apart)
+        found((grid * -(-S // keys),), arrays, [*first, *numbers, *last], shared)
+
+    def fitted(index_q, index_k, weights):
+        if plain and index_q.dtype == np.uint8:
+            index_q, index_k = sys.modules["cupy"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
+        index_q, index_k = (x.astype(dtype, copy=False) for x in (index_q, index_k))
+        index_k, width = standing(index_k, 2), max(1, index_k.shape[-1] * index_k.itemsize)
+        if index_k.strides[-2] != width or index_k.strides[0] % width or index_k.data.ptr % 16:
+            index_k = aligned(index_k)
+        return aligned(index_q, vector), index_k, aligned(weights.astype(real, copy=False))
+
+    return found, real, run
+
+
+def scores_of(n, index_q, index_k, weights):
+    """score_plan, looked up."""
+    arrays = like(index_q), like(index_k), like(weights)
+    return score_plan(chip(index_q), n["..."], n["T"], n["J"], n["E"], *arrays)
+
+
+def gpu_index_scores(n, index_q, index_k, weights, k_start, k_end):
+    _, real, run = scores_of(n, index_q, index_k, weights)
+    scores = n["xp"].empty((*n["..."], n["T"], n["S"]), real)
+    run(index_q, index_k, weights, k_start, k_end, None, scores)
     return scores
 
 
-@functools.lru_cache(maxsize=4096)
-def topk_plan(chip, real, rows, num_keys, quota):
+def topk_kernel(chip, real, rows, num_keys, quota):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
     block, span = 512 if rows > 128 else 1024, num_keys + 3 * (num_keys % 4 > 0)  # a row may begin anywhere
     simple = real == np.float32 and not any(quota[1:]) and span <= 2**14
@@ -3150,69 +3195,72 @@ def blocks_of_row(chip, rows, num_keys):
     return next(x for x in (most, 8, 4, 1) if rows * x <= 64 or x == 1)
 
 
-def gpu_select_topk(
-    n, scores, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None, offset=None, out=None
-):
-    T, S, xp, quota = n["T"], n["S"], n["xp"], (top_k, local_window, num_sink_tokens)
-    scores = aligned(scores.astype(accumulator(scores), copy=False))
-    indices = xp.empty((*n["..."], T, min(top_k, S)), np.int32) if out is None else out
-    if offset is None:
-        offset = S if k_start is None and k_end is None else S - T  # S: up to the end
-    rows = math.prod(n["..."]) * T
-    found, blocks, shared = topk_plan(chip(scores), scores.dtype, rows, S, quota)
-    sizes = T, S, indices.shape[-1], offset, *quota
-    found((rows * blocks,), (scores, k_start, k_end, indices), sizes, shared)
-    return indices
+@plan
+def topk_plan(chip, real, batch, T, S, offset, *quota):
+    """The kernel of (2), and what launches it for scores, an array or a pointer. offset: S - T, or of all."""
+    rows, shape = math.prod(batch) * T, (*batch, T, min(quota[0], S))
+    found, blocks, shared = topk_kernel(chip, real, rows, S, quota)
+    grid, numbers = (rows * blocks,), as_arguments(T, S, shape[-1], offset, *quota)
+
+    def run(scores, k_start, k_end, out=None):
+        indices = sys.modules["cupy"].empty(shape, np.int32) if out is None else out
+        found(grid, (scores, k_start, k_end, indices), numbers, shared)
+        return indices
+
+    return found, run
 
 
-def gpu_lightning_select(
-    n, index_q, index_k, weights, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
-):
+def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
+    real, T, S, quota = accumulator(scores), n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    scores = aligned(scores.astype(real, copy=False))
+    offset = S if k_start is None and k_end is None else S - T  # S: up to the end
+    return topk_plan(chip(scores), real, n["..."], T, S, offset, *quota)[1](scores, k_start, k_end)
+
+
+def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
-    xp, T, S, quota = n["xp"], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
-    real, rows = accumulator(index_q, index_k, weights), math.prod(n["..."]) * T
+    xp, batch, T, S, quota = n["xp"], n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    (scored, real, score), rows = scores_of(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
-    ranked = topk_plan(chip(index_q), real, min(rows, most), S, quota)
-    scored = score_plan(chip(index_q), (index_q.dtype, index_k.dtype), real, n["J"], n["E"], T <= FEW)
-    compile_together(scored[0], ranked[0])
     if rows <= most:
-        scores = gpu_index_scores(n, index_q, index_k, weights, k_start, k_end)
-        return gpu_select_topk(n, scores, *quota, k_start, k_end, S - T)
-    indices = xp.empty((*n["..."], T, min(top_k, S)), np.int32)
+        ranked, rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)
+        compile_together(scored, ranked)
+        memory = xp.cuda.alloc(rows * S * real.itemsize)
+        (scores,) = as_arguments(memory.ptr)
+        score(index_q, index_k, weights, k_start, k_end, S - T, scores)
+        return rank(scores, k_start, k_end)
+    compile_together(scored, topk_kernel(scored.chip, real, most, S, quota)[0])
+    indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
-    for b in np.ndindex(*n["..."]):
+    for b in np.ndindex(*batch):
         for t in range(0, T, most):
-            part, offset = slice(t, min(t + most, T)), S - T + t
-            some, x = {**n, "...": (), "T": part.stop - t}, scores[: part.stop - t]
-            start, end = (w if w is None else w[b][part] for w in (k_start, k_end))
-            gpu_index_scores(some, index_q[b][part], index_k[b], weights[b][part], start, end, offset, x)
-            gpu_select_topk(some, x, *quota, start, end, offset, indices[b][part])
+            part, offset = slice(t, min(t + most, T)), S - T + t  # offset: S - T, were these all queries
+            some = {**n, "...": (), "T": part.stop - t}
+            index = index_q[b][part], index_k[b], weights[b][part]
+            windows = [w if w is None else w[b][part] for w in (k_start, k_end)]
+            scores_of(some, *index)[2](*index, *windows, offset, scores)
+            rank = topk_plan(scored.chip, real, (), some["T"], S, offset, *quota)[1]
+            rank(scores, *windows, indices[b][part])
     return indices
 
 
-# What of a call of attention decides its kernel. kind: dtypes of q, k, v, of sums and of out; shape: H, G, D,
-# Dv; places, of k and v: the address modulo 16, and bytes from a sequence, key and group to the next; tied: v
-# is k[..., :Dv]; rope: how many rotated values packed keys have, else None.
-Heads = collections.namedtuple("Heads", "kind shape places tied rope")
-
-
-def attend_tile(chip, a):
+def attend_tile(chip, kind, shape, places, tied, rope):
     """Which kernel attends: its name, the heads and keys of a block, its shared memory and its constants."""
-    (q, k, v, real, _), (H, G, D, Dv) = a.kind, a.shape
-    heads, rank = H // G, 0 if a.rope is None else D - a.rope  # rank: the values of packed keys in 8 bits
-    widths = packed_bytes(D, a.rope) if rank else D * k.itemsize, Dv * v.itemsize
-    align = tuple(math.gcd(16, *place, width) for place, width in zip(a.places, widths))  # of rows
-    stored, sizes = {"R8": rank, "ROPE": a.rope or 0, "TIED": int(a.tied)}, {"D": D, "DV": Dv, "TYPE": q}
+    (q, k, v, real, _), (H, G, D, Dv) = kind, shape
+    heads, rank = H // G, 0 if rope is None else D - rope  # rank: the values of packed keys in 8 bits
+    widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
+    align = tuple(math.gcd(16, *place, width) for place, width in zip(places, widths))  # of rows
+    stored, sizes = {"R8": rank, "ROPE": rope or 0, "TIED": int(tied)}, {"D": D, "DV": Dv, "TYPE": q}
     alike = rank % 8 == stored["ROPE"] % 8 == 0 and align[0] >= 4 and q.name == "bfloat16"
     tensor_cores = q.itemsize == 2 and (alike if rank else q == k == v) and chip.sm >= 80 and D * Dv
     small = heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
     if tensor_cores and small and not rank and align == (16, 16) and D % 8 == Dv % 8 == 0:
         return "attend_few_mma", heads, 64, 0, sizes
-    latent = a.tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
+    latent = tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
     row, pairs = -(-D // 64) * 64, -(-Dv // 128)
     key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)  # bytes of shared memory
-    key += 8 if a.tied else 8 + 4 * (-(-Dv // 64) * 64)
+    key += 8 if tied else 8 + 4 * (-(-Dv // 64) * 64)
     # The first tile that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads
     # by 16 values take 8 of a thread's 255 registers, of which it can spare 128.
     for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
@@ -3230,27 +3278,59 @@ def attend_tile(chip, a):
     return "attend", block, 32, block * D * real.itemsize, stored | types
 
 
-@functools.lru_cache(maxsize=4096)
-def attention_plan(chip, rows, slots, a):
-    """The kernels that attend and merge, their grid, shared memory, splits, and sizes for their arguments.
+def attention_kernels(chip, rows, slots, kind, shape, *how):
+    """The kernels that attend and merge; of the first its grid, shared memory, splits, and keys of a split.
 
     Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
     """
-    (name, heads, keys, shared, sizes), (*_, real, out), (H, G, D, Dv) = attend_tile(chip, a), a.kind, a.shape
+    (name, heads, keys, shared, sizes), (*_, real, out) = attend_tile(chip, kind, shape, *how), kind
+    (H, G, _, Dv), block = shape, {"attend_mma": 256, "attend_wgmma": 512}.get(name, 128)
     blocks = rows * G * -(-(H // G) // heads)
     splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
     chunk = max(1, -(-slots // (splits * keys)) * keys)
     splits = max(1, -(-slots // chunk))
     grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
-    block = {"attend_mma": 256, "attend_wgmma": 512}.get(name, 128)
     attend = kernel(chip, name, block, HEADS=heads, OUT=real if splits > 1 else out, **sizes)
     columns = -(-Dv // 128) or 1
     most = max(1, 512 // real.itemsize // columns)  # splits that fit a thread's registers
     types = {"ACC": real, "OUT": out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    strides = [x // kind.itemsize for kind, place in zip(a.kind[1:], a.places) for x in place[1:]]
-    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
-    return attend, merge, grid, shared, splits, (chunk, *strides), more
+    return attend, merge, grid, shared, splits, chunk
+
+
+@plan
+def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tied, *given):
+    """What launches (3) for q, k and v like those given. dtype: out's. slots: a query's, or all its keys."""
+    (q, k, v), (H, _, D, Dv), rows = (Like(*x) for x in given), shape, math.prod(batch) * T
+    *_, real, out_dtype = kind = q.dtype, k.dtype, v.dtype, accumulator(q, k, v), np.dtype(dtype or q.dtype)
+    places = [(x.place, *(0, *x.strides)[-4:-1]) for x in (k, v)]
+    how = kind, shape, places, tied, rope
+    attend, merge, grid, shared, splits, chunk = attention_kernels(chip, rows, slots, *how)
+    if merge:
+        compile_together(attend, merge)
+    strides = [x // kind.itemsize for kind, place in zip(kind[1:], places) for x in place[1:]]
+    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
+    first, merged = as_arguments(T), as_arguments(splits, rows * H, H, Dv)
+    last = as_arguments(*shape[:2], slots if sparse else -1, chunk, *strides, np.float64(scale), *more)
+    q_fits, results, lse_bytes = straight((*batch, T, H, D), q), (*batch, T, H, Dv), rows * H * real.itemsize
+    lse_at = -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
+
+    def run(q, k, v, num_keys, indices, k_start, k_end, sink):
+        xp, q = sys.modules["cupy"], q if q_fits else aligned(q)
+        sink = None if sink is None else xp.ascontiguousarray(sink, real)
+        numbers = first + as_arguments(num_keys) + last
+        memory = xp.cuda.alloc(lse_at + lse_bytes)  # for both: an allocation costs half as much as a launch
+        out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
+        if merge:
+            memory = xp.cuda.alloc(splits * lse_bytes * (Dv + 1))
+            parts = as_arguments(memory.ptr, memory.ptr + splits * lse_bytes * Dv)
+            attend(grid, (q, k, v, indices, k_start, k_end, None, *parts), numbers, shared)
+            merge((rows * H,), (*parts, sink, out, lse), merged)
+        else:
+            attend(grid, (q, k, v, indices, k_start, k_end, sink, out, lse), numbers, shared)
+        return out, lse
+
+    return run
 
 
 def gpu_attention(
@@ -3261,28 +3341,15 @@ def gpu_attention(
     v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as packed makes it
     of keys with so many rotated values. Values that are k[..., :Dv] are read once.
     """
-    xp, T, S, H, D, G = sys.modules["cupy"], n["T"], n["S"], n["H"], n["D"], k.shape[-2]
-    rows, slots = math.prod(n["..."]) * T, S if indices is None else indices.shape[-1]
-    Dv, real = d_v if v is None else v.shape[-1], accumulator(q, k, k if v is None else v)
+    Dv, D = d_v if v is None else v.shape[-1], n["D"]
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
     k = standing(k, 3)
     v = k if tied else standing(v, 3)
-    kind = q.dtype, k.dtype, v.dtype, real, np.dtype(out_dtype or q.dtype)
-    places = (k.data.ptr % 16, *k.strides[:3]), (v.data.ptr % 16, *v.strides[:3])
-    plan = attention_plan(chip(q), rows, slots, Heads(kind, (H, G, D, Dv), places, tied, rope))
-    attend, merge, grid, shared, splits, sizes, more = plan
-    q, indices = aligned(q), None if indices is None else slot_indices(indices)
-    sink = None if sink is None else xp.ascontiguousarray(sink, real)
-    found = out, lse = xp.empty((*n["..."], T, H, Dv), kind[-1]), xp.empty((*n["..."], T, H), real)
-    if merge:
-        compile_together(attend, merge)
-        found = xp.empty((splits, rows, H, Dv), real), xp.empty((splits, rows, H), real)
-    arrays = q, k, v, indices, k_start, k_end, None if merge else sink, *found
-    sizes = T, S, H, G, -1 if indices is None else slots, *sizes, np.float64(scale), *more
-    attend(grid, arrays, sizes, shared)
-    if merge:
-        merge((rows * H,), (*found, sink, out, lse), (splits, rows * H, H, Dv))
-    return out, lse
+    shape, slots = (n["H"], k.shape[-2], D, Dv), n["S"] if indices is None else indices.shape[-1]
+    how = slots, indices is not None, scale, out_dtype, rope, tied, like(q), like(k), like(v)
+    indices = None if indices is None else slot_indices(indices)
+    run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
+    return run(q, k, v, n["S"], indices, k_start, k_end, sink)
 
 
 def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
@@ -3290,37 +3357,48 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     if "v" in cache.streams or cache.streams["k"][0] > 1:
         k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
         return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink, out_dtype=out_dtype)
-    k, width, (*batch, T, H, D) = cache.stored("k"), cache.streams["k"][-1], q.shape
+    (_, width), (B, T, H, D) = cache.streams["k"], q.shape
     if sink is not None:
         dims(q=(q, "... T H D"), sink=(sink, "H"))
-    expect(width == D, "D", f"{D} in q", f"{width}, as in the cache")
-    expect(integer("d_v", d_v, 1) <= D, "d_v", d_v, f"at most k's D = {D}")
-    n, scale = {"...": batch, "T": T, "S": k.shape[1], "H": H, "D": D}, D**-0.5 if scale is None else scale
-    options = {"out_dtype": out_dtype, "rope": cache.qk_rope_head_dim}
-    return gpu_attention(n, q, k, None, d_v, scale, sink, indices, **options)
+    if not width == D >= integer("d_v", d_v, 1):
+        expect(width == D, "D", f"{D} in q", f"{width}, as in the cache")
+        expect(d_v <= D, "d_v", d_v, f"at most k's D = {D}")
+    n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
+    scale, rope = D**-0.5 if scale is None else scale, cache.qk_rope_head_dim
+    rest = scale, sink, indices, None, None, out_dtype, rope
+    return gpu_attention(n, q, cache._stream("k"), None, d_v, *rest)
 
 
-def gpu_quantized(x, block, scale, least, out=None, rope=0):
-    """quantized, byte for byte; or packed, to out."""
-    xp, (*shape, width) = sys.modules["cupy"], x.shape
-    width, rows = width - rope, math.prod(shape)
-    if out is None:
-        codes, scales = xp.empty(x.shape, np.uint8), xp.empty((*shape, -(-width // block)), np.float32)
-        offsets = 0, 0  # of scales and of what is rotated, in bytes
-    else:
-        codes, scales, offsets = out, out, (width, out.shape[-1] - 2 * rope)
-    strides = width + rope, codes.shape[-1], scales.shape[-1] * scales.itemsize
-    sizes = rows, width, rope, *strides, *offsets, np.float32(least)
-    types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype, "ACC": accumulator(x)}
-    grid = (-(-rows * (-(-width // block) + (rope > 0)) // 8),)
-    launch("quantize_fp8", 256, grid, (xp.ascontiguousarray(x), codes, scales), sizes, **types)
+@plan
+def packing_plan(chip, shape, dtype, block, scale, least, rope):
+    """What launches quantized, or, where rope is an int, packed: of x, to codes and scales."""
+    (*rows, width), entries = shape, rope is not None
+    width, rows = width - (rope or 0), math.prod(rows)
+    blocks = -(-width // block)
+    row = packed_bytes(shape[-1], rope) if entries else width  # bytes of codes
+    strides = shape[-1], row, row if entries else 4 * blocks
+    offsets = (width, row - 2 * rope) if entries else (0, 0)  # of scales and of what is rotated, in bytes
+    numbers = as_arguments(rows, width, rope or 0, *strides, *offsets, np.float32(least))
+    types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": dtype, "ACC": F64 if dtype == F64 else F32}
+    found, grid = kernel(chip, "quantize_fp8", 256, **types), (-(-rows * (blocks + bool(rope)) // 8),)
+    return lambda *arrays: found(grid, arrays, numbers)
+
+
+def gpu_quantized(x, block, scale, least):
+    """quantized, byte for byte."""
+    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
+    codes = xp.empty(x.shape, np.uint8)
+    scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
+    packing_plan(chip(x), x.shape, x.dtype, block, scale, least, None)(x, codes, scales)
     return codes, scales
 
 
 def gpu_packed(x, rope):
     """packed, byte for byte."""
-    out = sys.modules["cupy"].empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
-    return gpu_quantized(x, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, out, rope)[0]
+    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
+    out = xp.empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
+    packing_plan(chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, rope)(x, out, out)
+    return out
 
 
 # Training: what section 13 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
@@ -3378,7 +3456,7 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
     delta, lse = (dout.astype(np.float32) * out.astype(np.float32)).sum(-1), lse.astype(np.float32)
     z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
     norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
-    widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
+    widths, sizes = {"D": D, "DV": v.shape[-1]}, as_arguments(S, H, G, K, np.float64(scale))
     by_query, by_key = (
         kernel(chip(q), "attend_backward_rows", 128, BY_KEY=x, TYPE=q.dtype, **widths) for x in (0, 1)
     )
