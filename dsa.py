@@ -1141,7 +1141,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 __all__ += [  # noqa: RUF022
-    "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
+    "explain", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
     "unpack_kv_fp8", "HybridKVCache", "LayerDims", "DSALayer", "sparse_attention_backward",
     "attention_target", "indexer_loss", "learned_loss", "sharded_select", "sharded_attention",
     "PORTABLE_KERNELS",
@@ -1149,18 +1149,16 @@ __all__ += [  # noqa: RUF022
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
-Explanation = collections.namedtuple("Explanation", "contributions score rank num_visible")
-
 
 def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     """What each head adds to the score of key s for query t, and the key's rank among those that t sees.
 
-    index_q [T, J, E], index_k [S, E], weights [T, J] -> Explanation, whose contributions [J] add up to the
-    score; a plain top_k keeps the key if top_k > rank. ValueError where t does not see s.
+    index_q [T, J, E], index_k [S, E], weights [T, J] -> contributions [J], which add up to the score, the
+    score, and the rank: a plain top_k keeps the key if top_k > rank. ValueError where t does not see s.
 
     >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
     >>> explain(q, k, w, 0, 1)
-    Explanation(contributions=array([0. , 1.5]), score=1.5, rank=1, num_visible=2)
+    (array([0. , 1.5]), 1.5, 1)
     """
     n = dims(index_q=(index_q, "T J E"), index_k=(index_k, "S E"), weights=(weights, "T J")) | {"...": ()}
     expect(integer("t", t, 0) < n["T"], "t", t, f"a query below T = {n['T']}")
@@ -1170,8 +1168,7 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
     heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
     parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))  # [J, 1]
-    rank = int((x > x[s]).sum() + (x[:s] == x[s]).sum())
-    return Explanation(parts[:, 0], float(x[s]), rank, int(end[0] - start[0]))
+    return parts[:, 0], float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
 
 
 @stage(
@@ -1245,6 +1242,7 @@ def selector(choose):
     select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
     select.__name__ = select.__qualname__ = choose.__name__
     SELECTORS[choose.__name__], select.options = select, known  # type: ignore[attr-defined]
+    return select
 
 
 @selector
@@ -1316,14 +1314,13 @@ def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
 
 
 @selector
-def learned(n, q, k, index, rest, *, mlp=None, hidden=16, seed=0):
+def learned(n, q, k, index, rest, *, mlp=None, seed=0):
     """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
 
-    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of `hidden` units.
+    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
     """
     if mlp is None:
-        F, width = integer("hidden", hidden, 1), n["G"] * n["D"]
-        mlp = drawn(n["xp"], seed, (F, width), (F, width), F, F)
+        mlp = drawn(n["xp"], seed, *[(16, n["G"] * n["D"])] * 2, 16, 16)
     q, k = features(q, k)
     return lightning_select(*as_indexer(q, k, mlp), **rest)
 
@@ -1610,8 +1607,7 @@ class Session(KVCache):
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
 
-    def __copy__(self):
-        return copy.deepcopy(self)
+    __copy__ = copy.deepcopy
 
     def __getstate__(self):
         return {**self.__dict__, "xp": self.xp.__name__}  # a module can be neither copied nor pickled
@@ -1732,7 +1728,6 @@ class HybridKVCache(KVCache):
         again = self.path is not None and os.path.exists(self.path)
         mode = "r+b" if again else "x+b"
         self._file = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
 
         def enlarged(capacity, **_):
             expect(self.capacity <= capacity, "capacity", self.capacity, f"at most the session's {capacity}")
@@ -1837,14 +1832,10 @@ class HybridKVCache(KVCache):
 def mapped(cache, shape, before):
     """The slow tier as its file in memory, which holds what it held before."""
     file, nbytes = cache._file, math.prod(shape) * cache.dtype.itemsize
-    try:  # to take room for all of it, so that a full disk is an error here, not a crash at a later write
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        file.write(bytes(max(0, nbytes - file.seek(0, os.SEEK_END))))
-        file.flush()
-    except OSError as error:
-        message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
-        raise OSError(error.errno, message, cache.path) from error
+    if hasattr(os, "posix_fallocate"):  # room for all: a full disk is an error here, not a crash when written
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    file.write(bytes(max(0, nbytes - file.seek(0, os.SEEK_END))))
+    file.flush()
     return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
 
 
@@ -2561,12 +2552,10 @@ def loss_of_rows(
 ):
     """The KL of each row, and the gradients of their sum. Without indices K is S: a block shares its keys."""
     (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
-    rows = visible(np.arange(lo, hi)[None] if indices is None else indices, k_start, k_end)
-    sees = rows >= 0  # [T, N]
-    if indices is None:
-        target, keys = target[:, lo:hi], np.where(sees.any(0)[:, None], index_k[lo:hi], 0).astype(dtype)[None]
-    else:
-        keys = gather(index_k, rows, dtype)  # [T, N, E], or [1, N, E]
+    dense = indices is None
+    rows = visible(np.arange(lo, hi)[None] if dense else indices, k_start, k_end)  # [T, N]
+    sees, target = rows >= 0, target[:, lo:hi] if dense else target
+    keys = gather(index_k, rows.max(0, keepdims=True, initial=-1) if dense else rows, dtype)  # [1 or T, N, E]
     q, w = (x.astype(dtype) for x in (index_q, weights))
     q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
     q = q.reshape(len(keys), T // len(keys) * J, E)  # one product for all that share the keys
@@ -2577,7 +2566,7 @@ def loss_of_rows(
     d_r *= on > 0
     d_r = d_r.reshape(*q.shape[:2], sees.shape[1])
     d_keys = d_r.swapaxes(1, 2) @ q  # as keys
-    d_k = (slice(lo, hi), d_keys[0]) if indices is None else by_key(rows, d_keys)[0]
+    d_k = (slice(lo, hi), d_keys[0]) if dense else by_key(rows, d_keys)[0]
     return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
 
 
