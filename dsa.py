@@ -1689,12 +1689,10 @@ class HybridKVCache(KVCache):
         self._owner = np.zeros(slots, np.int64)
         self._slot_of = np.full(0, -1)  # the slot of each row, -1 if it has none
         self._slow: Any = None
-        self._file: Any = None
-        if ("slow_tier", self.xp.__name__) in KERNELS:
-            expect(path is None, "path", repr(path), "None where the slow tier is no file")
-            self._allocate(self.capacity)
-        else:
-            self._open()
+        self._slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+        fits = path is None or self._slow_tier is mapped
+        expect(fits, "path", repr(path), "None where the slow tier is no file")
+        self._open()
 
     @property
     def nbytes(self):
@@ -1720,14 +1718,13 @@ class HybridKVCache(KVCache):
             super().close()
             self._slow = None  # views that were read keep the mapping, and only they
             self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
-            if self._file:
-                self._file.close()
+            self._file.close()
 
     def _open(self):
         """The slow tier in a new file, or in that of a session, which then goes on."""
         again = self.path is not None and os.path.exists(self.path)
         mode = "r+b" if again else "x+b"
-        self._file = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
+        self._file: Any = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
 
         def enlarged(capacity, **_):
             expect(self.capacity <= capacity, "capacity", self.capacity, f"at most the session's {capacity}")
@@ -1751,8 +1748,7 @@ class HybridKVCache(KVCache):
         if self.capacity:  # which is 0 before there are tiers
             rows = max(capacity * self.batch, len(self._slot_of))  # more if growing has failed before
             slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
-            slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
-            slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
+            slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
             self._slow, self._slot_of = slow, slot_of
         if capacity > self.capacity:
             super()._allocate(capacity)
