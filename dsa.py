@@ -2491,7 +2491,7 @@ def end_of_set(indices, k_end):
     """k_end, by default behind every key if there are indices: no window then hides any of them."""
     if indices is None or k_end is not None:
         return k_end
-    return np.full_like(indices, 2**31 - 1, np.int64, shape=np.shape(indices)[-2:-1])
+    return np.full_like(indices, 2**31 - 1, np.int64, shape=getattr(indices, "shape", ())[-2:-1])
 
 
 @stage("q [..., T, H, D], k [..., S, G, D] -> target [..., T, S]", most=slots(lambda n: n["H"]))
