@@ -1143,7 +1143,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 __all__ += [  # noqa: RUF022
-    "explain", "Explanation", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
+    "explain", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
     "unpack_kv_fp8", "HybridKVCache", "LayerDims", "DSALayer", "sparse_attention_backward",
     "attention_target", "indexer_loss", "learned_loss", "sharded_select", "sharded_attention",
     "PORTABLE_KERNELS",
@@ -1151,30 +1151,26 @@ __all__ += [  # noqa: RUF022
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
-Explanation = collections.namedtuple("Explanation", "contributions score rank num_visible")
-
 
 def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     """What each head adds to the score of key s for query t, and the key's rank among those that t sees.
 
-    index_q [T, J, E], index_k [S, E], weights [T, J] -> Explanation, whose contributions [J] add up to the
-    score; a plain top_k keeps the key if top_k > rank. ValueError where t does not see s.
+    index_q [T, J, E], index_k [S, E], weights [T, J] -> contributions [J], which add up to the score, the
+    score, and the rank: a plain top_k keeps the key if top_k > rank. ValueError where t does not see s.
 
     >>> q, k, w = np.array([[[1.0], [-1.0]]]), np.array([[2.0], [-3.0]]), np.array([[1.0, 0.5]])
     >>> explain(q, k, w, 0, 1)
-    Explanation(contributions=array([0. , 1.5]), score=1.5, rank=1, num_visible=2)
+    (array([0. , 1.5]), 1.5, 1)
     """
-    kinds = *FLOATS, "uint8"
-    n = dims(index_q=(index_q, "T J E", *kinds), index_k=(index_k, "S W", *kinds), weights=(weights, "T J"))
-    n, t, s = n | {"...": ()}, integer("t", t, 0), integer("s", s, 0)
-    start, end = filled(n, windows_of(n, k_start, k_end))
-    expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
-    expect(start[t] <= s < end[t], "s", s, f"a key in the window [{start[t]}, {end[t]}) of query {t}")
-    row, key = slice(t, t + 1), np.broadcast_to(index_k[s], (n["J"], 1, n["W"]))
-    x = index_scores(index_q[row], index_k, weights[row], k_start=start[row], k_end=end[row])[0]  # [S]
-    parts = index_scores(index_q[t, :, None, None], key, weights[t, :, None, None])  # [J, 1, 1]
-    rank = int((x > x[s]).sum() + (x[:s] == x[s]).sum())
-    return Explanation(parts[:, 0, 0], float(x[s]), rank, int(end[t] - start[t]))
+    n = dims(index_q=(index_q, "T J E"), index_k=(index_k, "S E"), weights=(weights, "T J")) | {"...": ()}
+    expect(integer("t", t, 0) < n["T"], "t", t, f"a query below T = {n['T']}")
+    start, end = (w[t : t + 1] for w in filled(n, windows_of(n, k_start, k_end)))
+    seen = start <= integer("s", s, 0) < end
+    expect(seen, "s", s, f"a key in the window [{start[0]}, {end[0]}) of query {t}")
+    x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
+    heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
+    parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))  # [J, 1]
+    return parts[:, 0], float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
 
 
 @stage(
@@ -1231,26 +1227,23 @@ def selector(choose):
     """Register choose(n, q, k, index, rest, **options): all selectors have one signature, take what they need
     of it and return what lightning_select does; with a local_window each is a hybrid of that and itself.
     """
-    known = choose.__kwdefaults__ or {}
-    axes = axes_of("q [..., T, H, D], k [..., S, G, D], index_q [..., T, J, E], index_k [..., S, E]")
-    axes |= axes_of("weights [..., T, J]")
+    absent, known = dict.fromkeys(DSA_AXES), choose.__kwdefaults__ or {}
 
     def select(
         q, k, top_k,
         *, index_q=None, index_k=None, weights=None,
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
-        expect(options.keys() <= known.keys(), "the options", [*options], f"some of {[*known]}", TypeError)
-        given = {"q": q, "k": k, "index_q": index_q, "index_k": index_k, "weights": weights}
-        n = sizes(axes, given, ("index_q", "index_k", "weights"))
+        given = absent | {"q": q, "k": k, "index_q": index_q, "index_k": index_k, "weights": weights}
+        n = sizes(DSA_AXES, given, absent.keys() - {"q", "k"})
         rest = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
         check_options(n, rest := rest | {"k_start": k_start, "k_end": k_end})
-        q, k, *index = given.values()
+        q, k, *index = (given[name] for name in ("q", "k", "index_q", "index_k", "weights"))
         return on_one_blas_thread(lambda: choose(n, q, k, index, rest, **options))
 
     select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
-    select.__name__ = select.__qualname__ = choose.__name__.rstrip("_")
-    SELECTORS[select.__name__], select.options = select, known  # type: ignore[attr-defined]
+    select.__name__ = select.__qualname__ = choose.__name__
+    SELECTORS[choose.__name__], select.options = select, known  # type: ignore[attr-defined]
     return select
 
 
@@ -1323,14 +1316,13 @@ def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
 
 
 @selector
-def learned(n, q, k, index, rest, *, mlp=None, hidden=16, seed=0):
+def learned(n, q, k, index, rest, *, mlp=None, seed=0):
     """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
 
-    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of `hidden` units.
+    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
     """
     if mlp is None:
-        F, width = integer("hidden", hidden, 1), n["G"] * n["D"]
-        mlp = drawn(n["xp"], seed, (F, width), (F, width), F, F)
+        mlp = drawn(n["xp"], seed, *[(16, n["G"] * n["D"])] * 2, 16, 16)
     q, k = features(q, k)
     return lightning_select(*as_indexer(q, k, mlp), **rest)
 
@@ -1349,27 +1341,23 @@ def as_indexer(q, k, mlp):
     return index_q, index_k, np.broadcast_to(w_out, hidden_q.shape)
 
 
-@selector
-def window(n, q, k, index, rest):
-    """The last top_k keys."""
-    return select_by(q, k, lambda q, k, s, *_: 1.0 * s, **rest)
+def pattern(name, what, place):
+    """Register a static pattern: the top_k keys s of the largest place(s, start, end, top_k)."""
+
+    def choose(n, q, k, index, rest):
+        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, rest["top_k"]), **rest)
+
+    choose.__name__, choose.__doc__ = name, what
+    selector(choose)
 
 
-@selector
-def global_(n, q, k, index, rest):
-    """The first top_k keys, as global tokens that every query sees."""
-    return select_by(q, k, lambda q, k, s, *_: -1.0 * s, **rest)
-
-
-@selector
-def strided(n, q, k, index, rest):
-    """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
-
-    def score(q, k, s, start, end):
-        stride = np.maximum(1, -((start - end) // rest["top_k"]))  # [T, 1]
-        return -1.0 * ((end - 1 - s) % stride)
-
-    return select_by(q, k, score, **rest)
+pattern("window", "The last top_k keys.", lambda s, *_: s)
+pattern("global", "The first top_k keys, as global tokens that every query sees.", lambda s, *_: -s)
+pattern(
+    "strided",
+    "Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys.",
+    lambda s, start, end, top_k: -((end - 1 - s) % np.maximum(1, -((start - end) // top_k))),
+)
 
 
 @selector
@@ -1476,9 +1464,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
     shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
-    with np.errstate(over="ignore"):
-        scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
-        return n["xp"].asarray(E4M3)[codes] * scales
+    scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
+    return n["xp"].asarray(E4M3)[codes] * scales
 
 
 @by_library
@@ -1559,11 +1546,9 @@ class Entries:
         return unpacked(x, *self.widths[name])
 
     def attend(self, cache, q, indices, **kwargs):
-        def rows(b, used):
-            return {name: cache.stored(name)[b, used] for name in cache.streams.keys() & {"k", "v"}}
-
         attend = KERNELS.get(("attend_to_entries", cache.xp.__name__), attend_to_rows)
-        return attend(cache, q, indices, rows, **kwargs)
+        names = cache.streams.keys() & {"k", "v"}
+        return attend(cache, q, indices, lambda b, s: {x: cache.stored(x)[b, s] for x in names}, **kwargs)
 
 
 def attend_to_rows(cache, q, indices, rows, **kwargs):
@@ -1605,12 +1590,14 @@ class Session(KVCache):
 
     def save(self, path):
         """Write the tokens to a file (NumPy's npz, no pickle), from which KVCache.load goes on."""
-        write_session(self, path, self.streams)
+        with open(path, "wb") as file:
+            write_session(self, file, self.streams)
 
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        return read_session(path, functools.partial(KVCache, xp=xp))
+        with open(path, "rb") as file:
+            return read_session(file, functools.partial(KVCache, xp=xp))
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1622,8 +1609,7 @@ class Session(KVCache):
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
 
-    def __copy__(self):
-        return copy.deepcopy(self)
+    __copy__ = copy.deepcopy
 
     def __getstate__(self):
         return {**self.__dict__, "xp": self.xp.__name__}  # a module can be neither copied nor pickled
@@ -1636,49 +1622,35 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
     setattr(KVCache, method, vars(Session)[method])
 
 
-def write_session(cache, path, names, **more):
-    """What describes a cache, and some of its streams, to a file: all of it, or what stood there stays."""
-    data = {name: np.ascontiguousarray(on_host(cache.stored(name))).view(np.uint8) for name in names}
-    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")} | {"lengths": cache.lengths.tolist()}
-    meta |= more | {"order": sys.byteorder, "sums": {name: zlib.crc32(x.data) for name, x in data.items()}}
-    arrays: Any = {f"stream_{name}": x for name, x in data.items()}
-    arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    beside = f"{os.fspath(path)}.{os.getpid()}.part"
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(beside, path)
-    finally:
-        Path(beside).unlink(missing_ok=True)
+def write_session(cache, file, names):
+    """What describes a cache, and some of its streams, to a file that can seek: a zip, with checksums."""
+    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")}
+    meta |= {"order": sys.byteorder, "at": file.tell()}
+    data = {f"stream_{name}": on_host(cache.stored(name)) for name in names}
+    np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
 
 
-def read_session(path, make, **own):
-    """A cache made like a KVCache, with the lengths and the streams in memory that write_session wrote.
+def read_session(file, make, **own):
+    """The cache that make gives for what write_session has put at the end of a file, filled from there.
 
-    ValueError where the file is none of its own, or says anything else than `own`.
+    ValueError where that is nothing, or says anything else than `own`.
     """
-    with open(path, "rb") as file:
-        try:
-            data = np.load(file, allow_pickle=False)
-            meta = json.loads(bytes(data["meta"]))
-            meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
-            for key, value in {"order": sys.byteorder, **own}.items():
-                expect(meta[key] == value, key, value, meta[key])
-            cache = make(**{key: meta[key] for key in OPTIONS}, **meta["streams"])
-            lengths = check_lengths(np.array(meta["lengths"]), cache.batch, cache.capacity)
-            for name, x in cache._data.items():
-                saved, rows = data[f"stream_{name}"], x[:, : lengths.max()]
-                fits = saved.dtype == np.uint8 and zlib.crc32(saved) == meta["sums"][name]
-                fits = fits and saved.view(cache.dtype).shape == rows.shape
-                expect(fits, f"the stream {name}", "another", "the one that was written")
-                rows[...] = cache.xp.asarray(saved.view(cache.dtype))
-            cache._set_lengths(lengths)
-            return cache
-        except Exception as error:
-            if isinstance(error, (ImportError, MemoryError)) or getattr(error, "filename", None):
-                raise  # which is nothing that the file says
-            message = f"path is {os.fspath(path)!r}, expected what such a cache has written: {error}"
-            raise ValueError(message) from error
+    try:
+        data: Any = np.lib.npyio.NpzFile(file)
+        meta = json.loads(data["meta"].item())
+        meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
+        own |= {"order": sys.byteorder, "at": data.zip.filelist[0].header_offset}
+        for key, value in own.items():
+            expect(meta[key] == value, key, value, meta[key])
+        cache = make(**{key: meta[key] for key in OPTIONS}, **meta["streams"])
+        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+        for name, x in cache._data.items():
+            rows = x[:, : lengths.max()]
+            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+        cache._set_lengths(lengths)
+        return cache
+    except Exception as error:  # a zip that is cut or changed has many kinds
+        raise ValueError(f"path is {file.name!r}, expected what such a cache has written: {error}") from error
 
 
 class HybridKVCache(KVCache):
@@ -1687,8 +1659,8 @@ class HybridKVCache(KVCache):
     The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: the file to make, which stays, and close adds path + ".npz", what else
-    the session needs: the same call then goes on with both. None: a temporary one, which close removes.
+    step, stay in memory besides. path: the file to make, which stays; close adds to it what else the session
+    needs, and the same call then goes on with it. None: a temporary one.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
@@ -1703,6 +1675,7 @@ class HybridKVCache(KVCache):
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
+        self.path = None if path is None else os.path.abspath(path)
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
         super().__init__(capacity, **kwargs)
@@ -1718,19 +1691,10 @@ class HybridKVCache(KVCache):
         self._owner = np.zeros(slots, np.int64)
         self._slot_of = np.full(0, -1)  # the slot of each row, -1 if it has none
         self._slow: Any = None
-        self._discard: Any = lambda: None
-        self.path: Any = None if path is None else os.path.abspath(path)
-        self._kept = path is not None
-        if ("slow_tier", self.xp.__name__) in KERNELS:
-            expect(path is None, "path", repr(path), "None where the slow tier is no file")
-            self._allocate(self.capacity)
-        else:
-            self._open()
-
-    @property
-    def fast_nbytes(self):
-        """Bytes of the fast tier that hold tokens now."""
-        return int((self._stamp >= 0).sum()) * self._fast[0].nbytes
+        self._slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+        fits = path is None or self._slow_tier is mapped
+        expect(fits, "path", repr(path), "None where the slow tier is no file")
+        self._open()
 
     @property
     def nbytes(self):
@@ -1749,51 +1713,44 @@ class HybridKVCache(KVCache):
 
     def close(self):
         try:
-            if self._kept and not self.closed and os.getpid() == self._process:
-                size = os.fstat(self._file.fileno()).st_size
-                write_session(self, f"{self.path}.npz", self._data, file_bytes=size)
+            if self.path and not self.closed and os.getpid() == self._process:
+                self._file.seek(0, os.SEEK_END)
+                write_session(self, self._file, self._data)
         finally:
             super().close()
             self._slow = None  # views that were read keep the mapping, and only they
             self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
-            self._discard()
+            self._file.close()
 
     def _open(self):
         """The slow tier in a new file, or in that of a session, which then goes on."""
-        ended = f"{self.path}.npz"
-        again = self._kept and os.path.exists(ended)
-        whole = not again or os.path.exists(self.path)
-        expect(whole, "path", repr(self.path), "a session's two files, but only .npz is there")
-        if self._kept:
-            self._file: Any = open(self.path, "r+b" if again else "x+b")  # noqa: SIM115
-        else:
-            self._file = tempfile.NamedTemporaryFile(prefix="dsa-", delete=False)  # noqa: SIM115
-        self.path, made = self._file.name, [] if again else [self._file.name]
-        self._discard = weakref.finalize(self, discard, self._file, made, self._process)
+        again = self.path is not None and os.path.exists(self.path)
+        mode = "r+b" if again else "x+b"
+        self._file: Any = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
 
         def enlarged(capacity, **_):
-            self._allocate(max(self.capacity, capacity))
+            expect(self.capacity <= capacity, "capacity", self.capacity, f"at most the session's {capacity}")
+            self._allocate(capacity)
             return self
 
         try:
             if again:
                 own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
-                read_session(ended, enlarged, **own, file_bytes=os.path.getsize(self.path))
-                os.unlink(ended)  # so that nobody else opens it
+                read_session(self._file, enlarged, **own)
+                self._file.truncate(self._slow.nbytes)  # so that nobody else opens it
             else:
                 self._allocate(self.capacity)
         except BaseException:
-            self._discard()
+            self._file.close()
+            if self.path and not again:
+                os.unlink(self.path)
             raise
-        if self._kept:
-            made.clear()
 
     def _allocate(self, capacity):
         if self.capacity:  # which is 0 before there are tiers
             rows = max(capacity * self.batch, len(self._slot_of))  # more if growing has failed before
             slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
-            slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
-            slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
+            slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
             self._slow, self._slot_of = slow, slot_of
         if capacity > self.capacity:
             super()._allocate(capacity)
@@ -1828,10 +1785,9 @@ class HybridKVCache(KVCache):
             with self._lock:
                 self._clock += 1
                 records, misses = self._fetch(rows, self._clock)
-        hits, nbytes = len(rows) - misses, misses * self._fast[0].nbytes
-        self.hits += hits
+        self.hits += len(rows) - misses
         self.misses += misses
-        self.bytes_moved += nbytes
+        self.bytes_moved += misses * self._fast[0].nbytes
         split = {name: self.xp.ascontiguousarray(records[:, own]) for name, own in self._columns.items()}
         return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
 
@@ -1874,26 +1830,11 @@ class HybridKVCache(KVCache):
 def mapped(cache, shape, before):
     """The slow tier as its file in memory, which holds what it held before."""
     file, nbytes = cache._file, math.prod(shape) * cache.dtype.itemsize
-    try:
-        # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        file.seek(0, os.SEEK_END)
-        while (missing := nbytes - file.tell()) > 0:
-            file.write(bytes(min(missing, 2**20)))
-        file.flush()
-    except OSError as error:
-        message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
-        raise OSError(error.errno, message, str(cache.path)) from error
+    if hasattr(os, "posix_fallocate"):  # room for all: a full disk is an error here, not a crash when written
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    file.write(bytes(max(0, nbytes - file.seek(0, os.SEEK_END))))
+    file.flush()
     return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
-
-
-def discard(file, made, process):
-    """Close a file and, in the process that made it, remove it."""
-    file.close()
-    for path in made if os.getpid() == process else ():
-        with contextlib.suppress(OSError):
-            os.unlink(path)
 
 
 # 12. One DeepSeek-V3.2 layer ------------------------------------------------------------------------------
@@ -2544,17 +2485,15 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     >>> attention_target(np.ones((1, 2, 1)), np.log([[[1.0]], [[3.0]]])).round(6)
     array([[0.25, 0.75]])
     """
-    k_end = end_of_set(indices, k_end, q=(q, "... T H D"), k=(k, "... S G D"))
-    options = {"scale": scale, "k_start": k_start, "k_end": k_end}
+    options = {"scale": scale, "k_start": k_start, "k_end": end_of_set(indices, k_end)}
     return target_in_window(q, k, **options) if indices is None else target_in_set(q, k, indices, **options)
 
 
-def end_of_set(indices, k_end, **arrays):
-    """Checks all but k_end -> k_end for indices, where windows hide nothing unless they are given."""
-    n = dims(**arrays)
-    if indices is not None:
-        check_indices("indices", indices, n)
-    return k_end if indices is None or k_end is not None else n["xp"].full(n["T"], n["S"])
+def end_of_set(indices, k_end):
+    """k_end, by default behind every key if there are indices: no window then hides any of them."""
+    if indices is None or k_end is not None:
+        return k_end
+    return np.full_like(indices, 2**31 - 1, np.int64, shape=getattr(indices, "shape", ())[-2:-1])
 
 
 @stage("q [..., T, H, D], k [..., S, G, D] -> target [..., T, S]", most=slots(lambda n: n["H"]))
@@ -2585,21 +2524,19 @@ def indexer_loss(
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
     target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
     that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
-    -> loss, (d_index_q, d_index_k, d_weights), these in shape and dtype like what they belong to; the loss a
-    float, on a GPU an array without axes. deterministic: as in sparse_attention_backward.
+    -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
+    dtype like what they belong to. deterministic: as in sparse_attention_backward.
 
     >>> one = np.ones((1, 1, 1))
     >>> loss, grads = indexer_loss(one, np.log([[1.0], [3.0]]), one[0], np.array([[0.25, 0.75]]))
-    >>> round(abs(loss), 6), grads[1].round(6).ravel().tolist()
-    (0.0, [0.0, 0.0])
+    >>> abs(loss.item()) < 1e-6, grads[1].round(6).ravel().tolist()
+    (True, [0.0, 0.0])
     """
-    arrays = {"index_q": (index_q, "... T J E"), "index_k": (index_k, "... S E")}
-    arrays["target"] = target, "... T S" if indices is None else "... T K"
-    options = {"k_start": k_start, "k_end": end_of_set(indices, k_end, **arrays)}
-    options["deterministic"] = deterministic
+    if indices is None:
+        dims(index_k=(index_k, "... S E"), target=(target, "... T S"))
+    options = {"k_start": k_start, "k_end": end_of_set(indices, k_end), "deterministic": deterministic}
     losses, *grads = loss_of_rows(index_q, index_k, weights, target, indices, **options)
-    loss = losses.sum(dtype=np.float64)
-    return float(loss) if isinstance(loss, float) else loss, tuple(grads)
+    return losses.sum(dtype=np.float64), tuple(grads)
 
 
 @stage(
@@ -2613,12 +2550,10 @@ def loss_of_rows(
 ):
     """The KL of each row, and the gradients of their sum. Without indices K is S: a block shares its keys."""
     (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
-    rows = visible(np.arange(lo, hi)[None] if indices is None else indices, k_start, k_end)
-    sees = rows >= 0  # [T, N]
-    if indices is None:
-        target, keys = target[:, lo:hi], np.where(sees.any(0)[:, None], index_k[lo:hi], 0).astype(dtype)[None]
-    else:
-        keys = gather(index_k, rows, dtype)  # [T, N, E], or [1, N, E]
+    dense = indices is None
+    rows = visible(np.arange(lo, hi)[None] if dense else indices, k_start, k_end)  # [T, N]
+    sees, target = rows >= 0, target[:, lo:hi] if dense else target
+    keys = gather(index_k, rows.max(0, keepdims=True, initial=-1) if dense else rows, dtype)  # [1 or T, N, E]
     q, w = (x.astype(dtype) for x in (index_q, weights))
     q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
     q = q.reshape(len(keys), T // len(keys) * J, E)  # one product for all that share the keys
@@ -2629,7 +2564,7 @@ def loss_of_rows(
     d_r *= on > 0
     d_r = d_r.reshape(*q.shape[:2], sees.shape[1])
     d_keys = d_r.swapaxes(1, 2) @ q  # as keys
-    d_k = (slice(lo, hi), d_keys[0]) if indices is None else by_key(rows, d_keys)[0]
+    d_k = (slice(lo, hi), d_keys[0]) if dense else by_key(rows, d_keys)[0]
     return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
 
 
