@@ -2691,7 +2691,7 @@ def by_key(rows, *slots):
 # which are forced, are among the first and last of the shards. Each attends by (3) to the members it holds,
 # and what they find is merged. Both times every rank decides for some of the rows, and tells all.
 
-SHARD_BUFFER = 2**26  # scores that a rank holds at a time, unless a single query has more
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a single query has more
 INDEX_AXES = axes_of("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
@@ -2743,24 +2743,23 @@ def sharded_attention(
     arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
     call = (layer, n_layers), cache, lengths, owner, scatter
-    n, at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
+    at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
     before = cache and cache.lengths
     try:
         with together(comm):
-            index_k, kept = index_k_shard, [x for x in (k_shard, v_shard) if x is not None]
-            attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
+            attend, index_k = functools.partial(sparse_attention, k=k_shard, v=v_shard), index_k_shard
+            kept = [x for x in (k_shard, v_shard) if x is not None] if cache is None else [cache]
             if cache is not None:
                 tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
                 cache.append(lengths=mine, **tokens)
-                index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
+                attend, index_k = cache.attend, cache.read("index_k")
             index = [PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k)]
         indices = select_over_shards(at, quota, windows, *index, weights)
 
         def part():  # over the members that are here; out gets q's dtype once it is merged
-            first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
-            own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
-            alone = {"sink": None, "out_dtype": accumulator(q, *kept)}
-            return attend(q, indices=own.astype(np.int32), **kwargs | alone)
+            first, end = (at.n["xp"].asarray(x)[..., None, None] for x in (at.first, at.first + at.size))
+            own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
+            return attend(q, indices=own, **kwargs | {"sink": None, "out_dtype": accumulator(q, *kept)})
 
         return (*merge_over_shards(at, part, sink, q.dtype, scatter), indices)
     except BaseException:
@@ -2770,17 +2769,16 @@ def sharded_attention(
 
 
 def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner, scatter):
-    """The checks of sharded_attention -> sizes, layout, quota, windows, and new tokens of this rank."""
+    """The checks of sharded_attention -> layout, quota, windows, and new tokens of this rank."""
     with together(comm):
         check_type("config", config, DSAConfig)
+        by, alone = config.selector(), lengths is owner is None
+        expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
+        expect(alone or cache is not None, "lengths or owner", "given", "None without a cache")
         if cache is not None:
             check_type("cache", cache, KVCache)
-        alone = lengths is owner is None
-        expect(cache is not None or alone, "lengths or owner", "given", "None without a cache")
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
-        by = config.selector()
-        expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
@@ -2788,13 +2786,13 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
     same = {"config": config, "layer": layers, "scale": kwargs["scale"], "owner": owner, "scatter": scatter}
     same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
-    behind = at.shards[owner + 1 :, new > 0]
-    expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
+    behind = at.shards[owner + 1 :, new > 0].any()
+    expect(not behind, "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
     quota, dense = config.quota_at(*layers, at.num_keys)
-    return n, at, None if dense else quota, windows, mine
+    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
+    return at, None if dense else quota, windows, mine
 
 
 def select_over_shards(at, quota, windows, index_q, index_k, weights):
@@ -2820,30 +2818,27 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
             except ValueError as error:
                 raise ValueError(f"counting queries from {t.start}, {error}") from None
             own = (..., t, slice(kept.shape[-1]))
-            x[own], keys[own] = picked(scores, kept, -np.inf), kept + first
+            x[own] = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
+            keys[own] = kept + first
         return x.reshape(rows, W), keys.reshape(rows, W)
 
     def decide(_, *both):  # of candidates [R, M, W], side by side and thus by ascending key
         x, keys = (x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * W) for x in both)
-        return [picked(keys, select_topk(x, **quota)[:, :K], -1)]
+        kept = select_topk(x, **quota)[:, :K]
+        return [np.where(kept < 0, -1, np.take_along_axis(keys, kept, -1))]
 
     (indices,) = decided(at, rows, offers, decide)
     return indices.reshape(*shape, K)
 
 
-def picked(x, slots, absent):
-    """x [..., N] at slots [..., K], where `absent` stands for those of -1."""
-    return np.where(slots < 0, absent, np.take_along_axis(x, slots, -1))
-
-
 @by_library
 def scores_at(index_q, index_k, weights, place, k_start, k_end):
     """index_scores with its bits over all ranks' keys, among which key 0 is at place [...] of a tile."""
-    dtype, (S, E) = accumulator(index_q, index_k, weights), index_k.shape[-2:]
-    scores = np.empty_like(weights, dtype, shape=(*weights.shape[:-1], S))
+    shape, dtype = (*weights.shape[:-1], index_k.shape[-2]), accumulator(index_q, index_k, weights)
+    scores = np.empty(shape, dtype)
     for b in np.ndindex(place.shape):
         cut = -place[b] % KEY_TILE  # where the first whole tile begins
-        head = np.concatenate([np.zeros_like(index_k[b], shape=(place[b], E)), index_k[b][:cut]])
+        head = np.pad(index_k[b][:cut], [(place[b], 0), (0, 0)])
         for keys, shift, own in ((head, place[b], slice(cut)), (index_k[b][cut:], -cut, slice(cut, None))):
             window = {"k_start": k_start[b] + shift, "k_end": k_end[b] + shift}
             scores[b][:, own] = index_scores(index_q[b], keys, weights[b], **window)[:, max(0, shift) :]
@@ -2937,10 +2932,9 @@ def layout(comm, n, shard, arrays, **same):
     same |= {**n, "S": None, "xp": n["xp"].__name__}
     same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
-    every = comm.allgather(same) if (sums != sums[0]).any() else [same]
-    for name in same:
-        values = [rank[name] for rank in every]
-        expect(values.count(values[0]) == len(every), f"{name}, by rank,", values, "the same on every rank")
+    for name in same if (sums != sums[0]).any() else ():
+        values = comm.allgather(same[name])
+        expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
     total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
     at = {"first": shards[: comm.rank].sum(0), "size": shards[comm.rank], "num_keys": int(most(total))}
