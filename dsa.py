@@ -2628,7 +2628,7 @@ def by_key(rows, *slots):
 # which are forced, are among the first and last of the shards. Each attends by (3) to the members it holds,
 # and what they find is merged. Both times every rank decides for some of the rows, and tells all.
 
-SHARD_BUFFER = 2**27  # scores that a rank holds at a time, unless a single query has more
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a single query has more
 INDEX_AXES = axes_of("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
@@ -2647,15 +2647,14 @@ def sharded_select(
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
-    forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    given = {"index_q": index_q, "index_k": index_k_shard, "weights": weights, "top_k": top_k, **forced}
+    index = {"index_q": index_q, "index_k": index_k_shard, "weights": weights}
+    quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
     with together(comm):
         axes, _ = CODES.get(("index_scores", getattr(index_q, "dtype", None)), (INDEX_AXES, None))
-        n = sizes(axes, given, ())
-        check_options(dict(n), given | {"k_start": k_start, "k_end": k_end})
-    arrays, quota = [given.pop(name) for name in INDEX_AXES], given
-    at = layout(comm, n, n["S"], arrays, **quota)
-    return select_over_shards(comm, n, at, quota, (k_start, k_end), *arrays)
+        n = sizes(axes, index, ())
+        check_options(dict(n), quota | {"k_start": k_start, "k_end": k_end})
+    at = layout(comm, n, n["S"], index.values(), **quota)
+    return select_over_shards(at, quota, (k_start, k_end), *index.values())
 
 
 def sharded_attention(
@@ -2680,27 +2679,26 @@ def sharded_attention(
     # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
     arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
-    places = (layer, n_layers), cache, lengths, owner, scatter
-    n, at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *places)
-    before = None if cache is None else cache.lengths
+    call = (layer, n_layers), cache, lengths, owner, scatter
+    at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
+    before = cache and cache.lengths
     try:
         with together(comm):
-            index_k, attend = index_k_shard, functools.partial(sparse_attention, k=k_shard, v=v_shard)
-            kept = [x for x in (k_shard, v_shard) if x is not None]
+            attend, index_k = functools.partial(sparse_attention, k=k_shard, v=v_shard), index_k_shard
+            kept = [x for x in (k_shard, v_shard) if x is not None] if cache is None else [cache]
             if cache is not None:
                 tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
                 cache.append(lengths=mine, **tokens)
-                index_k, attend, kept = cache.read("index_k"), cache.attend, [cache]
-            index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
-        indices = select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights)
+                attend, index_k = cache.attend, cache.read("index_k")
+            index = [PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k)]
+        indices = select_over_shards(at, quota, windows, *index, weights)
 
         def part():  # over the members that are here; out gets q's dtype once it is merged
-            first, size = (n["xp"].asarray(x)[..., None, None] for x in (at.first, at.size))
-            own = np.where((indices >= first) & (indices < first + size), indices - first, -1)
-            alone = {"sink": None, "out_dtype": accumulator(q, *kept)}
-            return attend(q, indices=own.astype(np.int32), **{**kwargs, **alone})
+            first, end = (at.n["xp"].asarray(x)[..., None, None] for x in (at.first, at.first + at.size))
+            own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
+            return attend(q, indices=own, **kwargs | {"sink": None, "out_dtype": accumulator(q, *kept)})
 
-        return (*merge_over_shards(comm, n, at, part, sink, q.dtype, scatter), indices)
+        return (*merge_over_shards(at, part, sink, q.dtype, scatter), indices)
     except BaseException:
         if cache is not None:
             cache.truncate(before)
@@ -2708,17 +2706,16 @@ def sharded_attention(
 
 
 def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner, scatter):
-    """The checks of sharded_attention -> sizes, layout, quota, windows, and new tokens of this rank."""
+    """The checks of sharded_attention -> layout, quota, windows, and new tokens of this rank."""
     with together(comm):
         check_type("config", config, DSAConfig)
+        by, alone = config.selector(), lengths is owner is None
+        expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
+        expect(alone or cache is not None, "lengths or owner", "given", "None without a cache")
         if cache is not None:
             check_type("cache", cache, KVCache)
-        alone = lengths is owner is None
-        expect(cache is not None or alone, "lengths or owner", "given", "None without a cache")
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
-        by = config.selector()
-        expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
@@ -2726,81 +2723,78 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
     same = {"config": config, "layer": layers, "scale": kwargs["scale"], "owner": owner, "scatter": scatter}
     same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
-    behind = at.shards[owner + 1 :, new > 0]
-    expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
+    behind = at.shards[owner + 1 :, new > 0].any()
+    expect(not behind, "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
     quota, dense = config.quota_at(*layers, at.num_keys)
-    return n, at, None if dense else quota, windows, mine
+    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
+    return at, None if dense else quota, windows, mine
 
 
-def select_over_shards(comm, n, at, quota, windows, index_q, index_k, weights):
+def select_over_shards(at, quota, windows, index_q, index_k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, windows = n["xp"], windows_of({**n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
+    xp, shape = at.n["xp"], (*at.n["..."], at.n["T"])
+    windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
         return xp.asarray(every_key(windows, at.num_keys))
-    place, width = np.int32 if at.num_keys <= 2**31 else np.int64, min(quota["top_k"], at.longest)
-    indices = xp.empty((*n["..."], n["T"], min(quota["top_k"], at.num_keys)), place)
+    rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
     near = [xp.asarray(np.clip(w - at.first[..., None], 0, at.size[..., None]), np.int32) for w in windows]
-    first = xp.asarray(at.first)[..., None, None]
+    first, wide = xp.asarray(at.first)[..., None, None], np.int32 if at.num_keys <= 2**31 else np.int64
 
-    def offers(t, rows):  # what this shard selects: scores and keys [N, W], -inf where none is
-        own = index_q[..., t, :, :], index_k, weights[..., t, :], at.first % KEY_TILE
-        scores = scores_at(*own, *(w[..., t] for w in near))
-        if (lacks := width - scores.shape[-1]) > 0:
-            scores = np.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, lacks)], constant_values=-np.inf)
-        kept = select_topk(scores, **quota)  # [..., T, W]
-        x, kept, keys = (x.reshape(rows, x.shape[-1]) for x in (scores, kept, (kept + first).astype(place)))
-        return picked(x, kept, -np.inf), keys
+    def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
+        x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
+        keys = xp.zeros(x.shape, wide)
+        step = SHARD_BUFFER // max(1, at.longest * math.prod(shape[:-1]))
+        step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
+        for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
+            own = index_q[..., t, :, :], index_k, weights[..., t, :], at.first % KEY_TILE
+            scores = scores_at(*own, *(w[..., t] for w in near))
+            try:
+                kept = select_topk(scores, **quota)  # [..., t, up to W]
+            except ValueError as error:
+                raise ValueError(f"counting queries from {t.start}, {error}") from None
+            own = (..., t, slice(kept.shape[-1]))
+            x[own] = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
+            keys[own] = kept + first
+        return x.reshape(rows, W), keys.reshape(rows, W)
 
     def decide(_, *both):  # of candidates [R, M, W], side by side and thus by ascending key
-        x, keys = (x.swapaxes(0, 1).reshape(x.shape[1], comm.size * width) for x in both)
-        return [picked(keys, select_topk(x, **quota)[:, : indices.shape[-1]], -1)]
+        x, keys = (x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * W) for x in both)
+        kept = select_topk(x, **quota)[:, :K]
+        return [np.where(kept < 0, -1, np.take_along_axis(keys, kept, -1))]
 
-    batch, T = math.prod(n["..."]), n["T"]
-    step = SHARD_BUFFER // max(1, batch * at.longest)
-    step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
-    for t in (slice(t, min(t + step, T)) for t in range(0, T, step)):
-        where, rows = f", counting queries from {t.start}" if t.start else "", batch * (t.stop - t.start)
-        (found,) = decided(comm, at.ranks, rows, functools.partial(offers, t, rows), decide, where=where)
-        indices[..., t, :] = found.reshape(indices[..., t, :].shape)
-    return indices
-
-
-def picked(x, slots, absent):
-    """x [N, M] at slots [N, K], where `absent` stands for those of -1."""
-    row = library("x", x).arange(len(x))[:, None] * x.shape[1]
-    return np.where(slots < 0, absent, np.take(x, slots + row))
+    (indices,) = decided(at, rows, offers, decide)
+    return indices.reshape(*shape, K)
 
 
 @by_library
 def scores_at(index_q, index_k, weights, place, k_start, k_end):
     """index_scores with its bits over all ranks' keys, among which key 0 is at place [...] of a tile."""
-    dtype, (S, E) = accumulator(index_q, index_k, weights), index_k.shape[-2:]
-    scores = np.empty_like(weights, dtype, shape=(*weights.shape[:-1], S))
+    shape, dtype = (*weights.shape[:-1], index_k.shape[-2]), accumulator(index_q, index_k, weights)
+    scores = np.empty(shape, dtype)
     for b in np.ndindex(place.shape):
         cut = -place[b] % KEY_TILE  # where the first whole tile begins
-        head = np.concatenate([np.zeros_like(index_k[b], shape=(place[b], E)), index_k[b][:cut]])
+        head = np.pad(index_k[b][:cut], [(place[b], 0), (0, 0)])
         for keys, shift, own in ((head, place[b], slice(cut)), (index_k[b][cut:], -cut, slice(cut, None))):
             window = {"k_start": k_start[b] + shift, "k_end": k_end[b] + shift}
             scores[b][:, own] = index_scores(index_q[b], keys, weights[b], **window)[:, max(0, shift) :]
     return scores
 
 
-def merge_over_shards(comm, n, at, attend, sink, dtype, scatter):
+def merge_over_shards(at, attend, sink, dtype, scatter):
     """merge_attention of every rank's attend() -> out [..., T, H, Dv], lse [..., T, H], and the sink."""
-    queries, heads, width = [*n["..."], n["T"]], n["H"], n["Dv"]
+    *queries, heads, width = *at.n["..."], *(at.n[axis] for axis in ("T", "H", "Dv"))
     rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
 
     def offers():
-        out, lse = attend()
+        out, lse = (x.reshape(rows, *more) for x, more in zip(attend(), ((width,), ())))
         if dtype.name != "bfloat16":
-            return out.reshape(rows, width), lse.reshape(rows)
-        largest = np.maximum(out.max(-1), -out.min(-1)).reshape(rows, 1)
+            return out, lse
+        largest = np.maximum(out.max(-1), -out.min(-1))[:, None]
         largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
-        half = np.empty_like(out, np.float16, shape=(rows, width))  # of its largest: rounds a tenth as much
-        return np.divide(out.reshape(rows, width), largest, out=half), lse.reshape(rows), largest
+        half = np.empty_like(out, np.float16)  # of its largest: rounds a tenth as much
+        return np.divide(out, largest, out=half), lse, largest
 
     def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
         outs = outs if largest is None else outs * largest
@@ -2809,44 +2803,42 @@ def merge_over_shards(comm, n, at, attend, sink, dtype, scatter):
         return out[0].astype(dtype, copy=False), lse[0]
 
     keep = max(1, heads) if scatter else 0
-    out, lse = decided(comm, at.ranks, rows, offers, merge, keep)
+    out, lse = decided(at, rows, offers, merge, keep)
     queries = [len(lse) // keep] if keep else queries
     return out.reshape(*queries, heads, width), lse.reshape(*queries, heads)
 
 
-def decided(comm, ranks, N, offers, decide, keep=0, where=""):
+def decided(at, N, offers, decide, keep=0):
     """decide(which, *offers [R, M, ...]) by every rank for its share of the rows -> [N, ...] on every rank.
 
     offers() -> arrays [N, ...]. keep: shares are whole times so many rows, and each rank keeps [M, ...].
     """
-    R, unit = comm.size, max(1, keep)
-    edges, everyone = N // unit * np.arange(R + 1) // R * unit, (np.arange(R) == comm.rank) | (keep == 0)
-    rows, own = np.diff(edges), slice(*edges[comm.rank : comm.rank + 2])
-    mine = np.full(R, rows[comm.rank])
-    parts = exchange(comm, ranks, offers, edges[:-1], rows, mine, where)
+    R, rank, unit = at.comm.size, at.comm.rank, max(1, keep)
+    edges, everyone = N // unit * np.arange(R + 1) // R * unit, (np.arange(R) == rank) | (keep == 0)
+    rows, own = np.diff(edges), slice(*edges[rank : rank + 2])
+    mine = np.full(R, rows[rank])
+    parts = exchange(at, offers, edges[:-1], rows, mine)
     found = lambda: decide(own, *(x.reshape(R, mine[0], *x.shape[1:]) for x in parts))  # noqa: E731
-    return exchange(comm, ranks, found, 0 * mine, mine * everyone, rows * everyone)
+    return exchange(at, found, 0 * mine, mine * everyone, rows * everyone)
 
 
-def exchange(comm, ranks, work, first, sent, received, where=""):
-    """Of each array [N, ...] of work() send rank r the sent[r] rows from first[r] on -> what all send here.
-
-    ranks: comm itself, for which CuPy's arrays go through the host, or what has its Alltoallv for them.
-    """
-    plan, into = [], np.cumsum(received) - received
-    with together(comm, where):
-        arrays = work()
-        xp = library("x", arrays[0])
-        home = np if ranks is comm else xp
-        for x in arrays:
+def exchange(at, work, first, sent, received):
+    """Of each array [N, ...] of work() send rank r the sent[r] rows from first[r] on -> what is sent here."""
+    plan, into, (home, move) = [], np.cumsum(received) - received, at.ranks
+    with together(at.comm):
+        for x in work():
             x = home.ascontiguousarray(on_host(x) if home is np else x)
             y = home.empty((sum(received), *x.shape[1:]), x.dtype)
             width, bits = math.prod(x.shape[1:]), f"i{x.itemsize}"  # MPI knows integers of all sizes
             send = [x.view(bits), (sent * width, first * width)]
             plan.append((send, [y.view(bits), (received * width, into * width)], y))
-    for send, receive, _ in plan:
-        ranks.Alltoallv(send, receive)
-    return [xp.asarray(y) for *_, y in plan]
+    move([both for *both, _ in plan])
+    return [at.n["xp"].asarray(y) for *_, y in plan]
+
+
+def by_mpi(comm):
+    """The library of the arrays that comm moves, and what does it."""
+    return np, lambda plan: [comm.Alltoallv(*both) for both in plan]
 
 
 def gathered(comm, x):
@@ -2856,7 +2848,7 @@ def gathered(comm, x):
 
 
 @contextlib.contextmanager
-def together(comm, where=""):
+def together(comm):
     """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
     fits = hasattr(comm, "Alltoallv") and bool(comm)
     expect(fits, "comm", repr(comm), "an mpi4py communicator, such as MPI.COMM_WORLD", TypeError)
@@ -2868,7 +2860,7 @@ def together(comm, where=""):
     failed = gathered(comm, np.array(error is not None))
     if failed.any():
         kind, first = next((x for x in kinds if isinstance(error, x)), RuntimeError), int(failed.argmax())
-        kind, text = comm.bcast((kind, f"rank {first}{where}: {error}"), first)
+        kind, text = comm.bcast((kind, f"rank {first}: {error}"), first)
         raise kind(text) from error
 
 
@@ -2877,15 +2869,15 @@ def layout(comm, n, shard, arrays, **same):
     same |= {**n, "S": None, "xp": n["xp"].__name__}
     same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
-    every = comm.allgather(same) if (sums != sums[0]).any() else [same]
-    for name in same:
-        values = [rank[name] for rank in every]
-        expect(values.count(values[0]) == len(every), f"{name}, by rank,", values, "the same on every rank")
+    for name in same if (sums != sums[0]).any() else ():
+        values = comm.allgather(same[name])
+        expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
     total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
     at = {"first": shards[: comm.rank].sum(0), "size": shards[comm.rank], "num_keys": int(most(total))}
-    ranks = KERNELS.get(("ranks", n["xp"].__name__), lambda comm: comm)(comm)  # for exchange
-    return SimpleNamespace(shards=shards, total=total, longest=int(most(shards)), ranks=ranks, **at)
+    ranks = KERNELS.get(("ranks", n["xp"].__name__), by_mpi)(comm)
+    longest = int(most(shards))
+    return SimpleNamespace(comm=comm, n=n, ranks=ranks, shards=shards, total=total, longest=longest, **at)
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3667,22 +3659,18 @@ KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
 
 
-class NcclRanks:
-    """mpi4py's Alltoallv for CuPy arrays, on the current stream: grouped sends and receives, no wait."""
-
-    def __init__(self, api, comm, name):
-        self.api, self.nccl = api, api.NcclCommunicator(comm.size, name, comm.rank)
-
-    def Alltoallv(self, send, receive):
-        stream = sys.modules["cupy"].cuda.get_current_stream().ptr
-        self.api.groupStart()
-        try:
-            for move, (x, places) in ((self.nccl.send, send), (self.nccl.recv, receive)):
+def by_nccl(api, pair, plan):
+    """mpi4py's Alltoallv of each in plan, for CuPy arrays on the current stream: one group, and no wait."""
+    stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+    api.groupStart()
+    try:
+        for both in plan:
+            for move, (x, places) in zip((pair.send, pair.recv), both):
                 for rank, (count, first) in enumerate(zip(*(x.itemsize * place for place in places))):
                     if count:
-                        move(x.data.ptr + int(first), int(count), self.api.NCCL_INT8, rank, stream)
-        finally:
-            self.api.groupEnd()
+                        move(x.data.ptr + int(first), int(count), api.NCCL_INT8, rank, stream)
+    finally:
+        api.groupEnd()
 
 
 # Under which an MPI communicator keeps what nccl_ranks made for it, as long as it lives.
@@ -3690,8 +3678,8 @@ nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Cr
 
 
 def nccl_ranks(comm):
-    """NcclRanks of comm, made once, between the GPUs that are current at the first call; or comm itself, if
-    some rank has no NCCL or no GPU of its own.
+    """by_nccl, made once for comm, between the GPUs that are current at the first call; or by_mpi, if some
+    rank has no NCCL or no GPU of its own.
     """
     if comm.Get_attr(nccl_key()) is None:
         with together(comm):
@@ -3700,11 +3688,14 @@ def nccl_ranks(comm):
             gpu = (host, cuda.runtime.deviceGetPCIBusId(cuda.Device().id)) if api.available else None
             name = api.get_unique_id() if gpu is not None and comm.rank == 0 else None
         gpus, names = zip(*comm.allgather((gpu, name)))
-        fits = None not in gpus and len(set(gpus)) == comm.size
-        if not fits and comm.rank == 0:
+        ranks = by_mpi(comm)
+        if None not in gpus and len(set(gpus)) == comm.size:
+            pair = api.NcclCommunicator(comm.size, names[0], comm.rank)
+            ranks = sys.modules["cupy"], functools.partial(by_nccl, api, pair)
+        elif comm.rank == 0:
             print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
-        comm.Set_attr(nccl_key(), [NcclRanks(api, comm, names[0]) if fits else None])
-    return comm.Get_attr(nccl_key())[0] or comm
+        comm.Set_attr(nccl_key(), ranks)
+    return comm.Get_attr(nccl_key())
 
 
 KERNELS["ranks", "cupy"] = nccl_ranks

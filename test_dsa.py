@@ -3718,12 +3718,10 @@ def test_nccl_moves_what_mpi_would(dsa, monkeypatch):
     of = types.SimpleNamespace
     pair, cuda = of(send=note("send"), recv=note("recv")), of(get_current_stream=lambda: of(ptr=5))
     api = of(groupStart=note("start"), groupEnd=note("end"), NCCL_INT8=7)
-    api.NcclCommunicator = lambda *args: pair if args == (3, "name", 1) else None
     monkeypatch.setitem(sys.modules, "cupy", of(cuda=cuda))
-    ranks = dsa.NcclRanks(api, of(size=3, rank=1), "name")
     x, y = (of(itemsize=2, data=of(ptr=ptr)) for ptr in (100, 200))
     (sent, first), (received, into) = (np.array(x) for x in ([[1, 0, 3], [4, 0, 4]], [[2, 2, 0], [0, 2, 4]]))
-    ranks.Alltoallv([x, (sent, first)], [y, (received, into)])
+    dsa.by_nccl(api, pair, [([x, (sent, first)], [y, (received, into)])])
     both = [("send", 108, 2, 7, 0, 5), ("send", 108, 6, 7, 2, 5), ("recv", 200, 4, 7, 0, 5)]
     assert calls == [("start",), *both, ("recv", 204, 4, 7, 1, 5), ("end",)]
 
@@ -3917,7 +3915,7 @@ def ranks_errors(dsa, comm):
     args, mine = [p.index_q, index_k, p.weights, p.top_k], comm.rank == last
     nan = np.full_like(index_k, NAN, shape=(*p.batch, 3, 33)) if mine else index_k
     alone: list[Any] = [
-        (ValueError, "a score in the window of query .* is NaN", {1: nan}),
+        (ValueError, "counting queries from 0, a score in the window of query .* is NaN", {1: nan}),
         (TypeError, "index_k is a builtins.list", {1: [1.0]}),
         (ValueError, "weights has J = 2, but index_q has J = 8", {2: p.weights[..., :2]}),
         (ValueError, "top_k is 0, expected an integer of at least 1", {3: 0}),
@@ -3930,7 +3928,7 @@ def ranks_errors(dsa, comm):
     dsa.SHARD_BUFFER = 1  # each query on its own, and only the last one sees a key
     wrong = [args[0], nan if mine else index_k, *args[2:]]
     kwargs["k_end"] = np.where(np.arange(p.T) < p.T - 1, 0, 10**6)
-    message = f"rank {last}, counting queries from {p.T - 1}: a score in the window of query .*0,?\\) is NaN"
+    message = f"rank {last}: counting queries from {p.T - 1}, a score in the window of query .*0,?\\) is NaN"
     with pytest.raises(ValueError, match=message):
         dsa.sharded_select(*wrong, comm, **kwargs)
     dsa.SHARD_BUFFER = 2**27
