@@ -3363,17 +3363,18 @@ def test_what_nobody_sees_trains_nothing(trains, p, seed, sparse, value):
     assert_same(*results[::-1])
 
 
-def lessons(trains, arrays, indices, give=np.asarray, **kwargs):
-    """The target and the loss with its gradients; with indices also those of the attention."""
+def lessons(trains, arrays, indices, give=lambda x: x, mlp=None, k_end=None, **kwargs):
+    """The target and the losses with their gradients; with indices also those of the attention."""
     q, k, v, sink, *index = map(give, arrays)
-    some = {} if indices is None else {"indices": indices}
+    some = {"k_end": k_end} if indices is None else {"indices": indices}
     target = trains.attention_target(q, k, **some)
     found = [target, *flat(trains.indexer_loss(*index, give(target), **some, **kwargs))]
+    found += flat(trains.learned_loss(q, k, mlp, target, **some)) if mlp else ()
     if indices is not None:
         out, lse = trains.sparse_attention(q, k, v, indices, sink=sink)
         rest = indices, give(out), give(lse), give(out[..., ::-1, :])
         found += trains.sparse_attention_backward(q, k, v, *rest, sink=sink, **kwargs)
-    return found
+    return tuple(map(np.asarray, found))
 
 
 def flat(x):
@@ -3466,68 +3467,50 @@ def test_the_readmes_lines_train_an_indexer(dsa, capsys, xp):
         torch.set_default_device("cpu")
 
 
-def training_calls(dsa, T, S, K, dtype, seed=0):
-    """Every function of the section on random data, one call each, for all or some of its queries."""
+def things_to_learn(seed, T, S, K, dtype):
+    """What lessons takes: of T queries one row each, of S keys, and the rest."""
     rng = np.random.default_rng(seed)
-    shapes = (T, 2, 4), (S, 1, 4), (T, 2, 8), (S, 8), (T, 2)
-    q, k, index_q, index_k, weights = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
-    indices, ends = rng.integers(-1, S, (T, K), np.int32), np.arange(S - T + 1, S + 1)
+    shapes = (T, 2, 4), (S, 1, 4), (S, 1, 4), (2,), (T, 2, 8), (S, 8), (T, 2)
+    arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
     mlp = tuple(rng.standard_normal(shape).astype(dtype) for shape in ((3, 4), (3, 4), 3, 3))
-    sink, dense = weights[0], np.full((T, S), 1 / S, accumulator(np.dtype(dtype)))
-    out, lse = dsa.sparse_attention(q, k, k, indices, sink=sink)
-    target = dsa.attention_target(q, k, indices=indices)
-
-    def backward(v, d_v=None):
-        return lambda t: dsa.sparse_attention_backward(
-            q[t], k, v, indices[t], out[t, :, :d_v], lse[t], out[t, :, :d_v], d_v=d_v, sink=sink
-        )
-
-    index = lambda t: (index_q[t], index_k, weights[t])  # noqa: E731
-    calls: dict[str, Any] = {
-        "sparse_attention_backward": backward(k), "tied": backward(None, 3),
-        "attention_target": lambda t: dsa.attention_target(q[t], k, indices=indices[t]),
-        "dense target": lambda t: dsa.attention_target(q[t], k, k_end=ends[t]),
-        "indexer_loss": lambda t: dsa.indexer_loss(*index(t), target[t], indices=indices[t]),
-        "learned_loss": lambda t: dsa.learned_loss(q[t], k, mlp, target[t], indices=indices[t]),
-        "dense warm-up": lambda t: dsa.indexer_loss(*index(t), dense[t], k_end=ends[t]),
-    }  # fmt: skip
-
-    def run(call, t=slice(None)):
-        return tuple(np.asarray(x) for x in flat(call(t)) if x is not None)
-
-    return {name: functools.partial(run, call) for name, call in calls.items()}
+    return arrays, rng.integers(-1, S, (T, K), np.int32), mlp, np.arange(S - T + 1, S + 1)
 
 
 @slow
-@given(seed=seeds, dtype=st.sampled_from(DTYPES))
-def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype):
+@given(seed=seeds, dtype=st.sampled_from(DTYPES), sparse=st.booleans())
+def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, sparse):
     """Threads never change a bit; a query's gradient is its own, a key's the sum over chunks of queries."""
     T = 200 + seed % 100
+    arrays, indices, mlp, ends = things_to_learn(seed, T, 300, 9, dtype)
+
+    def run(t=slice(None)):
+        part = [x[t] if len(x) == T else x for x in arrays]
+        return lessons(dsa, part, indices[t] if sparse else None, mlp=mlp, k_end=ends[t])
+
     try:
-        for call in training_calls(dsa, T, 300, 9, dtype, seed).values():
-            dsa.set_num_threads(1)
-            expected = call()
-            for n in (2, 5, None):
-                dsa.set_num_threads(n)
-                assert_same(call(), expected)
-            chunks = [call(slice(a, a + T // 3)) for a in range(0, T, T // 3)]
-            for whole, *parts in zip(expected, *chunks, strict=True) if dtype == F64 else ():
-                own = whole.shape[:1] == (T,)
-                assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
+        dsa.set_num_threads(1)
+        expected = run()
+        for n in (2, 5, None):
+            dsa.set_num_threads(n)
+            assert_same(run(), expected)
+        chunks = [run(slice(a, a + T // 3)) for a in range(0, T, T // 3)]
+        for whole, *parts in zip(expected, *chunks, strict=True) if dtype == F64 else ():
+            own = np.shape(whole)[:1] == (T,)
+            assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
     finally:
         dsa.set_num_threads(None)
 
 
-@pytest.mark.parametrize("what", [*TRAINING, "dense warm-up"])
-def test_training_holds_no_queries_times_keys(dsa, what):
-    """With indices nothing of that size; in the warm-up only the target, which is given. A thread has its own
-    working memory, so that the bound is of two."""
+@pytest.mark.parametrize("sparse", [True, False])
+def test_training_holds_no_queries_times_keys(dsa, sparse, request):
+    """With indices nothing of that size, in the warm-up only the target; 256 MB in float32, and a quarter for
+    two threads' working memory."""
     n = 8192
     dsa.set_num_threads(2)
-    try:
-        assert peak_bytes(training_calls(dsa, n, n, 64, F32)[what]) < n * n * 4 / 4
-    finally:
-        dsa.set_num_threads(None)
+    request.addfinalizer(lambda: dsa.set_num_threads(None))
+    arrays, indices, mlp, ends = things_to_learn(0, n, n, 64, F32)
+    call = functools.partial(lessons, dsa, arrays, indices if sparse else None, mlp=mlp, k_end=ends)
+    assert peak_bytes(call) < n * n * 4 * (0.25 if sparse else 1.25)
 
 
 # ------------------------------------------------------------------------------------------------------------
