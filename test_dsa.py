@@ -1909,10 +1909,9 @@ def test_the_file_of_the_slow_tier_goes_with_the_cache(dsa, tmp_path, monkeypatc
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     p = tokens(0, (2,), 6)
     with contextlib.suppress(KeyError), new_cache(dsa, "HybridKVCache", p, 6) as cache:
-        assert Path(cache.path).is_relative_to(tmp_path)
         cache.append(**streams_of(p))
-        assert Path(cache.path).stat().st_size >= p.k.nbytes + p.v.nbytes
         raise KeyError
+    assert list(tmp_path.iterdir()) == []
     for path in (tmp_path / "missing" / "file", tmp_path):
         with pytest.raises(OSError, match=re.escape(path.name)):
             new_cache(dsa, "HybridKVCache", p, 6, path=path)
