@@ -1589,9 +1589,17 @@ class Session(KVCache):
     """Methods of KVCache by which a session outlasts its process, and copies are independent."""
 
     def save(self, path):
-        """Write the tokens to a file (NumPy's npz, no pickle), from which KVCache.load goes on."""
-        with open(path, "wb") as file:
-            write_session(self, file, self.streams)
+        """Write the tokens to a file (NumPy's npz, no pickle), from which KVCache.load goes on.
+
+        What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
+        """
+        part = Path(f"{os.fspath(path)}.part")
+        try:
+            with part.open("wb") as file:
+                write_session(self, file, self.streams)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path, *, xp=np):
@@ -1830,10 +1838,17 @@ class HybridKVCache(KVCache):
 def mapped(cache, shape, before):
     """The slow tier as its file in memory, which holds what it held before."""
     file, nbytes = cache._file, math.prod(shape) * cache.dtype.itemsize
-    if hasattr(os, "posix_fallocate"):  # room for all: a full disk is an error here, not a crash when written
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-    file.write(bytes(max(0, nbytes - file.seek(0, os.SEEK_END))))
-    file.flush()
+    try:
+        # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        file.seek(0, os.SEEK_END)
+        while (missing := nbytes - file.tell()) > 0:
+            file.write(bytes(min(missing, 2**20)))
+        file.flush()
+    except OSError as error:
+        message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
+        raise OSError(error.errno, message, cache.path) from error
     return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
 
 
@@ -2972,7 +2987,7 @@ kernel = functools.cache(Kernel)
 @functools.lru_cache(maxsize=4096, typed=True)
 def as_arguments(*numbers):
     """What a launch takes for an int, as a long long, and for a number of NumPy's, as what it is."""
-    # CuPy would make that anew each time, in a third of a microsecond. Kernels read what they need of 8 bytes.
+    # CuPy would make it anew each time, in a third of a microsecond. Kernels read what they need of 8 bytes.
     made = getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
     bits = (x if isinstance(x, int) else int.from_bytes(x.tobytes(), "little", signed=True) for x in numbers)
     return [made(x) for x in bits]

@@ -1921,13 +1921,13 @@ def test_the_file_of_the_slow_tier_goes_with_the_cache(dsa, tmp_path, monkeypatc
 
 
 @contextlib.contextmanager
-def file_size_limit(nbytes):
+def file_size_limit(nbytes, words="cannot hold"):
     """No file may grow beyond nbytes, and that is an OSError: a full disk, without filling one."""
     resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=words):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -1955,6 +1955,12 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
         assert snapshot(cache) == before
         for actual, whole in zip(attend(dsa, p, config, rows=rest, cache=cache), expected, strict=True):
             assert_close(actual, whole[rest], 1e-12)
+    with new_cache(dsa, "KVCache", p, 64) as cache:  # and a session that cannot be replaced stays
+        cache.append(**streams_of(p, first)), cache.save(tmp_path / "session")
+        before = (tmp_path / "session").read_bytes()
+        with file_size_limit(len(before) - 100, "File too large"):
+            cache.save(tmp_path / "session")
+        assert [x.read_bytes() for x in tmp_path.iterdir()] == [before]
 
 
 class Stop(BaseException):
