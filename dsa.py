@@ -2993,6 +2993,14 @@ def as_arguments(*numbers):
     return [made(x) for x in bits]
 
 
+def scratch(chip, nbytes):
+    """Memory for a call's own launches, by pointers: without an array it costs a quarter."""
+    memory = sys.modules["cupy"].cuda.alloc(nbytes)
+    if memory.device_id != chip.device:
+        raise ValueError(f"the current device is {memory.device_id}, expected the arrays' {chip.device}")
+    return memory
+
+
 def launch(name, block, grid, arrays, sizes, **constants):
     """Launch a kernel on the device of its first array."""
     kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*sizes))
@@ -3167,7 +3175,7 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     if rows <= most:
         ranked, rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)
         compile_together(scored, ranked)
-        memory = xp.cuda.alloc(rows * S * real.itemsize)
+        memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
         return rank(scores, k_start, k_end)
@@ -3261,10 +3269,10 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tie
         xp, q = sys.modules["cupy"], q if q_fits else aligned(q)
         sink = None if sink is None else xp.ascontiguousarray(sink, real)
         numbers = first + as_arguments(num_keys) + last
-        memory = xp.cuda.alloc(lse_at + lse_bytes)  # for both: an allocation costs half as much as a launch
+        memory = scratch(chip, lse_at + lse_bytes)  # for both: it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         if merge:
-            memory = xp.cuda.alloc(splits * lse_bytes * (Dv + 1))
+            memory = scratch(chip, splits * lse_bytes * (Dv + 1))
             parts = as_arguments(memory.ptr, memory.ptr + splits * lse_bytes * Dv)
             attend(grid, (q, k, v, indices, k_start, k_end, None, *parts), numbers, shared)
             merge((rows * H,), (*parts, sink, out, lse), merged)
@@ -3302,11 +3310,12 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     (_, width), (B, T, H, D) = cache.streams["k"], q.shape
     if sink is not None:
         dims(q=(q, "... T H D"), sink=(sink, "H"))
-    if not width == D >= integer("d_v", d_v, 1):
+    d_v = integer("d_v", d_v, 1)
+    if not width == D >= d_v:  # what is said of it takes time to say
         expect(width == D, "D", f"{D} in q", f"{width}, as in the cache")
         expect(d_v <= D, "d_v", d_v, f"at most k's D = {D}")
     n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
-    scale, rope = D**-0.5 if scale is None else scale, cache.qk_rope_head_dim
+    scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
     rest = scale, sink, indices, None, None, out_dtype, rope
     return gpu_attention(n, q, cache._stream("k"), None, d_v, *rest)
 
