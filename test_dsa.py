@@ -3048,26 +3048,22 @@ def tiny_model(name):
 def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, name):
     """Each layer's output to 1e-5 of the largest in float32, and its selection."""
     model, torch, indices = tiny_model(name), sys.modules["torch"], None
-    seen: dict[Any, Any] = {}
-    own: list[Any] = [(i, block.self_attn) for i, block in enumerate(model.model.layers)]
-    own += [((i, "indexer"), x.indexer) for i, x in own if getattr(x, "indexer", None) is not None]
-    hooks = []
-    for at, module in own:
-        note = functools.partial(lambda at, _, args, kwargs, out: seen.update({at: (kwargs, out)}), at)
-        hooks.append(module.register_forward_hook(note, with_kwargs=True))
+    seen: dict[Any, Any] = {}  # of each of its modules what it was given, and what it returned
+    note: Any = lambda module, _, kwargs, out: seen.update({module: (kwargs, out)})  # noqa: E731
+    hook = torch.nn.modules.module.register_module_forward_hook(note, with_kwargs=True)
     model(torch.randint(0, 99, (2, 50), generator=torch.Generator().manual_seed(1)))
-    for hook in hooks:  # the model is another test's too
-        hook.remove()
+    hook.remove()
     model.save_pretrained(tmp_path)
     eps = {"norm_eps": 1e-6} if "glm" in name else {}  # with which it computes, whatever it writes
-    for i in range(4):
-        layer, (kwargs, out) = dsa.DSALayer.from_safetensors(tmp_path, i, **eps), seen[i]
-        assert layer.has_indexer == ((i, "indexer") in seen)
+    for i, block in enumerate(model.model.layers):
+        layer, (kwargs, out) = dsa.DSALayer.from_safetensors(tmp_path, i, **eps), seen[block.self_attn]
+        indexer = getattr(block.self_attn, "indexer", None)
+        assert layer.has_indexer == (indexer in seen)
         y, indices = layer(kwargs["hidden_states"].numpy(), indices=None if layer.has_indexer else indices)
         expected = out[0].numpy()
         assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
         for b, t in itertools.product(range(2), range(50)) if layer.has_indexer else ():
-            kept = seen[i, "indexer"][1][b, t].tolist()
+            kept = seen[indexer][1][b, t].tolist()
             assert set(indices[b, t]) - {-1} == {s for s in kept if s <= t}
 
 
@@ -3525,6 +3521,15 @@ def things_to_learn(seed, T, S, K, dtype):
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
     mlp = tuple(rng.standard_normal(shape).astype(dtype) for shape in ((3, 4), (3, 4), 3, 3))
     return arrays, rng.integers(-1, S, (T, K), np.int32), mlp, np.arange(S - T + 1, S + 1)
+
+
+def test_gradients_have_the_dtype_of_what_they_belong_to(trains):
+    """Also where that is another for each argument."""
+    arrays, indices, *_ = things_to_learn(1, 4, 6, 3, F64)
+    for own in itertools.product((F32, F64, BFLOAT16), repeat=3):
+        mixed = [x.astype(kind) for x, kind in zip(arrays, (*own, F32, *own), strict=True)]
+        _, loss, *grads = lessons(trains, mixed, indices)
+        assert [x.dtype for x in grads] == [*own, *own, F32] and np.isfinite(loss)
 
 
 @slow
