@@ -2527,13 +2527,10 @@ def test_the_layer_is_section_3(dsa, hidden, mode):
 
 
 def test_v32s_constants(dsa):
-    """The softmax scale, frequencies without YaRN, and shapes: its checkpoint's, or those of any layer."""
-    d, plain = dsa.LayerDims(), dsa.LayerDims(rope_factor=1)
-    assert abs(d.softmax_scale() - 0.13523378) < 5e-9 and plain.softmax_scale() == 192**-0.5
-    assert_close(plain.frequencies(), 1e4 ** (-np.arange(32) / 32), 1e-15)
+    """The softmax scale, and shapes in its checkpoint."""
+    d = dsa.LayerDims()
+    assert abs(d.softmax_scale() - 0.13523378) < 5e-9
     assert d.shapes()["wq_b"] == (24576, 1536) and d.shapes()["wkv_a"] == (576, 7168)
-    shapes = dsa.LayerDims(**SMALL).shapes(DIM, Q_RANK, R)
-    assert shapes == {name: x.shape for name, x in layer_weights().items()}
 
 
 @slow
@@ -2816,7 +2813,7 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
 
 @pytest.mark.parametrize("types, shares", [
     ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssf"),
-    ({"index_topk_pattern": "FFSSF"}, "ffssf"), ({}, "fffff"), ({"index_topk_freq": 1}, "fffff"),
+    ({"index_topk_pattern": "FFSSF"}, "ffssf"), ({}, "fffff"),
     ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssf"), ({"index_topk_freq": 2}, "ffsfs"),
     ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssf"),
 ], ids=str)  # fmt: skip
