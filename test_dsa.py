@@ -2379,56 +2379,28 @@ def hidden():
 
 
 def assert_by_hand(dsa, layer, w, x, **oracle):
-    (y, indices), index = layer(x), indexer_of(layer, x)
+    found, index = [layer(x, core=core) for core in ("absorbed", "expanded")], indexer_of(layer, x)
     for b, row in enumerate(x):
-        expected = layer_by_hand(w, row, **oracle)
-        np.testing.assert_array_equal(indices[b], expected[1])
-        for actual, e in zip(
-            (y, index[1], dsa.index_scores(*index)), expected[::2] + expected[3:], strict=True
-        ):
-            assert_close(actual[b], e, 1e-12)
+        y, indices, *of_index = layer_by_hand(w, row, **oracle)
+        for own_y, own_indices in found:
+            assert_close(own_y[b], y, 1e-12)
+            np.testing.assert_array_equal(own_indices[b], indices)
+        for actual, expected in zip((index[1], dsa.index_scores(*index)), of_index, strict=True):
+            assert_close(actual[b], expected, 1e-12)
 
 
 @pytest.mark.parametrize("mode", [{}, {"interleaved": True}, {"hadamard": True}], ids=str)
 def test_the_layer_is_section_3(dsa, hidden, mode):
-    """Outputs, index keys, raw scores to 1e-12 and the same selections, K = 6 of up to 50 keys (trap 1)."""
+    """Outputs of both cores, index keys, raw scores to 1e-12; the same selections, K = 6 of 50 (trap 1)."""
     w, own = layer_weights(), {name.replace("inter", "index_rope_inter"): on for name, on in mode.items()}
     assert_by_hand(dsa, dsa.DSALayer(w, **SMALL, **own), w, hidden, **mode)
 
 
-@given(
-    rope=st.sampled_from([2, 8, 64]), theta=st.sampled_from([1.5, 10, 1e4]), factor=st.floats(1, 50),
-    length=st.sampled_from([1, 64, 4096, 10**6]), betas=st.tuples(*2 * [st.sampled_from([0.1, 1, 7, 50])]),
-)  # fmt: skip
-def test_frequencies_are_yarns(dsa, rope, theta, factor, length, betas):
-    """Also where all pairs turn faster than beta_fast, or slower than beta_slow."""
-    yarn: dict[str, Any] = {"rope_theta": theta, "rope_factor": factor, "original_seq_len": length}
-    yarn |= {"beta_fast": max(betas), "beta_slow": min(betas)}
-    d = dsa.LayerDims(qk_rope_head_dim=rope, index_head_dim=rope, **yarn)
-    expected = yarn_by_hand(rope, theta, factor, length, max(betas), min(betas))
-    assert_close(d.frequencies(), expected, 1e-12)
-
-
 def test_v32s_constants(dsa):
-    """The softmax scale, frequencies without YaRN, and shapes: its checkpoint's, or those of any layer."""
-    d, plain = dsa.LayerDims(), dsa.LayerDims(rope_factor=1)
-    assert abs(d.softmax_scale() - 0.13523378) < 5e-9 and plain.softmax_scale() == 192**-0.5
-    assert_close(plain.frequencies(), 1e4 ** (-np.arange(32) / 32), 1e-15)
+    """The softmax scale, and shapes in its checkpoint."""
+    d = dsa.LayerDims()
+    assert abs(d.softmax_scale() - 0.13523378) < 5e-9
     assert d.shapes()["wq_b"] == (24576, 1536) and d.shapes()["wkv_a"] == (576, 7168)
-    shapes = dsa.LayerDims(**SMALL).shapes(DIM, Q_RANK, R)
-    assert shapes == {name: x.shape for name, x in layer_weights().items()}
-
-
-@pytest.mark.parametrize("storage", [None, "float64", "fp8"])
-def test_absorbed_is_expanded(dsa, hidden, storage):
-    """Scores over latents equal scores over the keys made from them; with a cache too, at ragged lengths."""
-    layer, results = dsa.DSALayer(layer_weights(), **SMALL), []
-    for core in ("absorbed", "expanded", "auto"):
-        cache = layer.new_cache(2, 50, storage) if storage else None
-        results.append(layer(hidden, cache, lengths=np.array([50, 13]), core=core))
-    for y, indices in results[1:]:
-        assert_close(y, results[0][0], 1e-12)
-        assert_same(indices, results[0][1])
 
 
 @slow
@@ -2474,17 +2446,6 @@ def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
         assert_close(whole, x.astype(F64) @ weight.T.astype(F64), 1e-3)
         for rows in (slice(0, 1), slice(3, 20), slice(36, 37)):
             assert_same(dsa.by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
-
-
-@pytest.mark.parametrize("dtype, error", [(F32, 1e-5), (BFLOAT16, 1e-2)])
-def test_the_layer_in_lower_precision(dsa, hidden, dtype, error):
-    """Weights and x of one dtype: accumulated in float32, and y has the dtype of x."""
-    w, x = layer_weights(dtype=dtype), hidden.astype(dtype)
-    exact = dsa.DSALayer({name: z.astype(F64) for name, z in w.items()}, **SMALL | {"index_topk": 50})
-    y, _ = dsa.DSALayer(w, **SMALL | {"index_topk": 50})(x)
-    assert y.dtype == dtype
-    expected = exact(x.astype(F64))[0]
-    assert np.abs(y.astype(F64) - expected).max() < error * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("storage, error", [("float32", 1e-6), ("bfloat16", 1e-2), ("fp8", 0.1)])
@@ -2689,8 +2650,9 @@ CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes
     (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
-    (with_yarn(beta_fast=0.9, beta_slow=0.1, attention_factor=1),
-     OF_YARN_5 | {"mscale": 0.0, "fast": 0.9, "slow": 0.1}),
+    *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
+       {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
+      for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20))),
     (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
@@ -2709,6 +2671,9 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
     assert_by_hand(dsa, layer, w, hidden[:1, :20], **oracle)
     for same in (config, tmp_path, str(tmp_path / "config.json")):
         assert dsa.LayerDims.from_config(same) == layer.dims
+    for read in (dsa.DSALayer.from_safetensors, dsa.LayerDims.from_config):
+        with pytest.raises(FileNotFoundError, match="none"):
+            read(tmp_path / "none")
     given: dict[str, Any] = {"index_topk": 5, "norm_eps": 0.5, "rope_factor": 7.0, "mscale": 2.0}
     given["index_rope_interleaved"] = False
     own = dsa.DSALayer.from_safetensors(tmp_path / "model.safetensors", 3, **given).dims
@@ -2718,7 +2683,7 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
 
 @pytest.mark.parametrize("types, shares", [
     ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssf"),
-    ({"index_topk_pattern": "FFSSF"}, "ffssf"), ({}, "fffff"), ({"index_topk_freq": 1}, "fffff"),
+    ({"index_topk_pattern": "FFSSF"}, "ffssf"), ({}, "fffff"),
     ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssf"), ({"index_topk_freq": 2}, "ffsfs"),
     ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssf"),
 ], ids=str)  # fmt: skip
@@ -2769,60 +2734,48 @@ def test_fp8_weights_are_codes_times_scales(dsa, hidden, tmp_path, kind, dtype, 
     assert_same(layer(hidden), dsa.DSALayer(w, **vars(layer.dims))(hidden))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_of_every_float(dsa, tmp_path, dtype):
-    """Exactly as stored, in the widest that any of them needs."""
-    w = layer_weights(dtype=dtype)
+@pytest.mark.parametrize("dtype, error", [(F64, 0), (F32, 1e-5), (F16, 1e-3), (BFLOAT16, 1e-2)], ids=str)
+def test_weights_of_every_float(dsa, hidden, tmp_path, dtype, error):
+    """Exactly as stored, in the widest that any of them needs; sums are float32, and y has the dtype of x."""
+    w, x = layer_weights(dtype=dtype), hidden.astype(dtype)
     write_checkpoint(tmp_path, checkpoint_names(w))
-    for name, x in dsa.DSALayer.from_safetensors(tmp_path, 3).weights.items():
-        assert_same(x, w[name].astype(accumulator(dtype)))
+    layer = dsa.DSALayer.from_safetensors(tmp_path, 3, index_topk=50)
+    for name, z in layer.weights.items():
+        assert_same(z, w[name].astype(accumulator(dtype)))
+    exact = dsa.DSALayer({name: z.astype(F64) for name, z in w.items()}, **vars(layer.dims))(x.astype(F64))[0]
+    y, _ = layer(x)
+    assert y.dtype == dtype and np.abs(y.astype(F64) - exact).max() <= error * np.abs(exact).max()
 
 
-# What is written over a good checkpoint, whose tensors these are given; its q_b_proj has 96 x 24 numbers.
+# What is changed in a good checkpoint, whose q_b_proj has 96 x 24 numbers.
 Q_B, MODEL, INDEX = "model.layers.3.self_attn.q_b_proj", "model.safetensors", "model.safetensors.index.json"
 ZEROS, BY_ROW = ("F8_E4M3", np.zeros((96, 24), np.uint8)), np.ones((96, 1), F32)
 AS = {dtype: (dtype, BY_ROW.view(np.uint8)) for dtype in ("U8", "I8", "F4", "F8_E4M3", "F8_E8M0", "F8_E5M2")}
 AS |= {"F32": ("F32", BY_ROW), "I32": ("I32", BY_ROW)}
 
 
-def says(**config):
-    return lambda folder, tensors: write_checkpoint(folder, tensors, V32_CONFIG | config)
-
-
-def holds(tensors_like):
-    return lambda folder, tensors: write_checkpoint(folder, tensors_like(tensors))
-
-
 def renamed(old, new):
-    return holds(lambda tensors: {name.replace(old, new): x for name, x in tensors.items()})
+    return lambda tensors: {name.replace(old, new): x for name, x in tensors.items()}
 
 
 def q_b_proj(others):
     own = {Q_B + ending: AS[x] if isinstance(x, str) else x for ending, x in others.items()}
-    return holds(lambda tensors: {name: x for name, x in tensors.items() if Q_B not in name} | own)
-
-
-def file(name, change):
-    def write(folder, _):
-        path = folder / name
-        path.write_bytes(change.encode() if isinstance(change, str) else change(path.read_bytes()))
-
-    return write
+    return lambda tensors: {name: x for name, x in tensors.items() if Q_B not in name} | own
 
 
 END = sum(x.nbytes for x in layer_weights().values())
-REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
-    (says(rope_scaling={"type": "linear", "factor": 4.0}), "linear"),
-    (says(rope_scaling={"factor": 4.0}), "factor"), (says(rope_scaling="yarn"), "^config is not what"),
-    (says(rope_parameters={"indexed_attention": YARN_5}), "indexed_attention"),
-    (says(rope_parameters=YARN_5 | {"truncate": False}), "truncate"),
-    (says(rope_parameters=YARN_5 | {"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
-    (says(rope_scaling=YARN | {"type": "yarn", "original_max_position_embeddings": None},
-          max_position_embeddings=None), "YaRN"),
-    (says(model_type="llama"), "llama"), (says(rms_norm_eps="1e-6"), "norm_eps"),
-    (says(num_attention_heads=4.0), "n_heads"), (says(num_attention_heads=8), "q_b_proj"),
-    (says(quantization_config={"weight_block_size": [64, 64]}), "weight_block_size"),
-    (says(indexer_types=["bogus"]), "bogus"), (says(index_topk_freq=-1), "index_topk_freq"),
+REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a file; what the error says
+    ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
+    ({"rope_scaling": {"factor": 4.0}}, "factor"), ({"rope_scaling": "yarn"}, "^config is not what"),
+    ({"rope_parameters": {"indexed_attention": YARN_5}}, "indexed_attention"),
+    ({"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
+    ({"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
+      "max_position_embeddings": None}, "YaRN"),
+    ({"model_type": "llama"}, "llama"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
+    ({"num_attention_heads": 4.0}, "n_heads"), ({"num_attention_heads": 8}, "q_b_proj"),
+    ({"quantization_config": {"weight_block_size": [64, 64]}}, "weight_block_size"),
+    ({"indexer_types": ["bogus"]}, "bogus"), ({"index_topk_freq": -1}, "index_topk_freq"),
     *((q_b_proj(others), f"q_b_proj.*{kind}") for others, kind in (
         ({".weight": "I8", ".weight_scale": "F32"}, "int8"), ({".weight": ("I64", np.ones(1, int))}, "I64"),
         ({".qweight": "I32", ".qzeros": "I32", ".scales": "F32"}, "AWQ"),
@@ -2842,24 +2795,24 @@ REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
     (renamed("kv_b_proj.weight", "k_b_proj.weight"), "k_b_proj.* split"),
     (renamed("kv_b_proj.weight", "w_uk"), "w_uk.* split"),
     (renamed("q_a_proj.weight", "q_proj.weight"), "q_proj.* full rank"),
-    (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"),
-    (holds(lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}), "draft"),
-    *((file(MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is") for at in (  # of 24 x 64 numbers
+    (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"), (lambda tensors: {}, "^path is"),
+    (lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}, "draft"),
+    *(((MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is") for at in (  # of 24 x 64 numbers
         (b"[0, 12288]", b"[12288, 0]"), (b"[0, 12288]", b"[8, 12288]"), (b"[0, 12288]", b"[8, 12296]"),
         (b"[0, 12288]", b'["0", "8"]'), (b": [0, 12288]", b":[0,12288.0]"), (b"[0, 12288]", b"[0, 8, 9] "),
         (b"offsets", b"offset "), (b"shape", b"forms"), (b"[24, 64]", b"[24, 65]"), (b"F64", b"F16"),
         (b": [24, 64]", b":[-24,-64]"))),
-    (file(MODEL, lambda raw: raw.replace(b"[%d, %d]" % (END - 128, END), b"[%d, %d]" % (END - 120, END + 8))
-          + bytes(8)), f"{MODEL} is at odds"),  # a gap before the last
-    *((file(MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is a file of") for n in (0, 4, 100, -1)),
-    (file(MODEL, lambda raw: raw + b"more"), f"{MODEL} is a file of"),
-    (file(MODEL, lambda raw: bytes(8)), f"{MODEL} is a file of"),
-    (file(MODEL, lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9)), f"{MODEL} is without"),
-    (lambda folder, _: shutil.copy(folder / MODEL, folder / "model-2.safetensors"), "another file"),
-    *((file("config.json", text), "config.json is without") for text in ("{", "[1]")),
-    (file(INDEX, "version https://git-lfs"), f"{INDEX} is without"),
-    (file(INDEX, "{}"), f"weight_map in .*{INDEX}"),
-    (file(INDEX, json.dumps({"weight_map": {Q_B: "gone"}})), "gone"),
+    ((MODEL, lambda raw: raw.replace(b"[%d, %d]" % (END - 128, END), b"[%d, %d]" % (END - 120, END + 8))
+      + bytes(8)), f"{MODEL} is at odds"),  # a gap before the last
+    *(((MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is a file of") for n in (0, 4, 100, -1)),
+    ((MODEL, lambda raw: raw + b"more"), f"{MODEL} is a file of"),
+    ((MODEL, lambda raw: bytes(8)), f"{MODEL} is a file of"),
+    ((MODEL, lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9)), f"{MODEL} is without"),
+    (("model-2.safetensors", lambda raw: raw), "another file"),
+    *((("config.json", text), "config.json is without") for text in ("{", "[1]")),
+    ((INDEX, "version https://git-lfs"), f"{INDEX} is without"),
+    ((INDEX, "{}"), f"weight_map in .*{INDEX}"),
+    ((INDEX, json.dumps({"weight_map": {Q_B: "gone"}})), "gone"),
 ]  # fmt: skip
 
 
@@ -2870,19 +2823,15 @@ def test_a_checkpoint_that_is_not_understood_is_refused(dsa, tmp_path, change, m
     tensors = checkpoint_names(layer_weights())
     write_checkpoint(tmp_path, tensors)
     assert dsa.DSALayer.from_safetensors(tmp_path, 3).has_indexer
-    change(tmp_path, tensors)
+    if isinstance(change, dict):
+        write_checkpoint(tmp_path, tensors, V32_CONFIG | change)
+    elif callable(change):
+        write_checkpoint(tmp_path, change(tensors))
+    else:
+        (name, content), model = change, (tmp_path / MODEL).read_bytes()
+        (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content(model))
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=match):
         dsa.DSALayer.from_safetensors(tmp_path, 3)
-
-
-def test_paths_that_are_not_there_are_named(dsa, tmp_path):
-    """Folders, files and config.json."""
-    for path in (tmp_path / "none", tmp_path / "none.safetensors", tmp_path / "none.json"):
-        for read in (dsa.DSALayer.from_safetensors, dsa.LayerDims.from_config):
-            with pytest.raises(FileNotFoundError, match="none"):
-                read(path)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        dsa.DSALayer.from_safetensors(tmp_path)
 
 
 @pytest.mark.parametrize("kwargs, layer, n_layers", [
@@ -2916,13 +2865,6 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         write_checkpoint(tmp_path, checkpoint_names(w, f"layers.{layer}.attn."), known)
         loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config, n_layers=own_n)
         assert_same(loaded(x, lengths=lengths), (y, indices))
-
-
-def test_a_config_rounds_what_the_indexer_compares(dsa, hidden):
-    """indexer_precision stands in the config or in the dims."""
-    fp8, layer = {"indexer_precision": "fp8"}, functools.partial(dsa.DSALayer, layer_weights(), **SMALL)
-    assert_same(layer(config=dsa.DSAConfig(top_k=6, **fp8))(hidden), layer(**fp8)(hidden))
-    assert_same(layer(config=dsa.DSAConfig(top_k=6), **fp8)(hidden), layer(**fp8)(hidden))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -2973,26 +2915,22 @@ def tiny_model(name):
 def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, name):
     """Each layer's output to 1e-5 of the largest in float32, and its selection."""
     model, torch, indices = tiny_model(name), sys.modules["torch"], None
-    seen: dict[Any, Any] = {}
-    own: list[Any] = [(i, block.self_attn) for i, block in enumerate(model.model.layers)]
-    own += [((i, "indexer"), x.indexer) for i, x in own if getattr(x, "indexer", None) is not None]
-    hooks = []
-    for at, module in own:
-        note = functools.partial(lambda at, _, args, kwargs, out: seen.update({at: (kwargs, out)}), at)
-        hooks.append(module.register_forward_hook(note, with_kwargs=True))
+    seen: dict[Any, Any] = {}  # of each of its modules what it was given, and what it returned
+    note: Any = lambda module, _, kwargs, out: seen.update({module: (kwargs, out)})  # noqa: E731
+    hook = torch.nn.modules.module.register_module_forward_hook(note, with_kwargs=True)
     model(torch.randint(0, 99, (2, 50), generator=torch.Generator().manual_seed(1)))
-    for hook in hooks:  # the model is another test's too
-        hook.remove()
+    hook.remove()
     model.save_pretrained(tmp_path)
     eps = {"norm_eps": 1e-6} if "glm" in name else {}  # with which it computes, whatever it writes
-    for i in range(4):
-        layer, (kwargs, out) = dsa.DSALayer.from_safetensors(tmp_path, i, **eps), seen[i]
-        assert layer.has_indexer == ((i, "indexer") in seen)
+    for i, block in enumerate(model.model.layers):
+        layer, (kwargs, out) = dsa.DSALayer.from_safetensors(tmp_path, i, **eps), seen[block.self_attn]
+        indexer = getattr(block.self_attn, "indexer", None)
+        assert layer.has_indexer == (indexer in seen)
         y, indices = layer(kwargs["hidden_states"].numpy(), indices=None if layer.has_indexer else indices)
         expected = out[0].numpy()
         assert np.abs(y - expected).max() <= 1e-5 * np.abs(expected).max()
         for b, t in itertools.product(range(2), range(50)) if layer.has_indexer else ():
-            kept = seen[i, "indexer"][1][b, t].tolist()
+            kept = seen[indexer][1][b, t].tolist()
             assert set(indices[b, t]) - {-1} == {s for s in kept if s <= t}
 
 
@@ -3062,7 +3000,7 @@ def test_all_e4m3_codes_round_trip(dsa):
 @given(seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), scale=st.sampled_from(["ue8m0", "float"]),
        dtype=st.sampled_from(DTYPES))  # fmt: skip
 def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, scale, dtype):
-    """Byte for byte as ml_dtypes rounds; a value that is no subnormal comes back within a sixteenth."""
+    """Byte for byte as ml_dtypes rounds."""
     rng = np.random.default_rng(seed)
     x = (normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1)))).astype(dtype)
     x[rng.random((3, N)) < 0.3] = 0
@@ -3074,10 +3012,8 @@ def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, scale, dtype):
         assert s == (2.0 ** math.ceil(math.log2(amax / 448)) if scale == "ue8m0" else amax / F32.type(448))
         rounded = (block / s).clip(-448, 448).astype(E4M3)
         assert codes[b, 128 * i : 128 * (i + 1)].tobytes() == rounded.tobytes()
-        back, large = rounded.astype(F64) * s, np.abs(block) >= s * 2.0**-6
-        assert (np.abs(back - block)[large] <= np.abs(block[large]) / 16 * (1 + 1e-6)).all()
-    back = dsa.dequantize_fp8(codes, scales)
-    assert_same(dsa.dequantize_fp8(*dsa.quantize_fp8(back, scale=scale)), back) if scale == "ue8m0" else None
+        back = dsa.dequantize_fp8(codes[b], scales[b])[128 * i : 128 * (i + 1)]
+        np.testing.assert_array_equal(back, rounded.astype(F32) * s)
 
 
 def test_fp8_scales_at_powers_of_two_zero_and_beyond_448(dsa):
@@ -3158,9 +3094,10 @@ def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
 
 
 def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
-    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the selection is over these."""
-    exact, fp8 = (dsa.DSALayer(layer_weights(), **SMALL, hadamard=True, indexer_precision=precision)
-                  for precision in ("fp32", "fp8"))  # fmt: skip
+    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the selection is over these.
+    indexer_precision stands in the dims or in the config."""
+    new = functools.partial(dsa.DSALayer, layer_weights(), **SMALL, hadamard=True)
+    exact, fp8 = new(), new(indexer_precision="fp8")
     *both, weights = indexer_of(exact, hidden)
     rounded = [dsa.dequantize_fp8(*dsa.quantize_fp8(x)) for x in both]
     assert_same(indexer_of(fp8, hidden), (*rounded, weights))
@@ -3169,6 +3106,9 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
     assert_same(fp8(hidden, fp8.new_cache(2, 50, "fp8"))[1], fp8(hidden)[1])  # whose codes are compared
     cached = exact(hidden, exact.new_cache(2, 50, "fp8"))[1]  # of which the keys alone are rounded
     assert_same(cached, dsa.lightning_select(both[0], rounded[1], weights, 6))
+    for config, dims in ("fp8", {}), ("fp32", {"indexer_precision": "fp8"}):
+        by_config = new(config=dsa.DSAConfig(top_k=6, indexer_precision=config), **dims)
+        assert_same(by_config(hidden), fp8(hidden))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3240,22 +3180,19 @@ def test_the_target_is_attentions_and_the_loss_is_the_kl(trains, p, seed, sparse
 
 
 @given(p=indexed, seed=seeds)
-def test_the_mlps_loss_is_that_of_the_scores_it_selects_by(trains, p, seed):
-    """Eq. (2) on the scores whose KL learned_loss takes is what SELECTORS["learned"] keeps."""
+def test_the_mlps_loss_is_the_kl_of_its_scores(trains, p, seed):
+    """w_out . relu(w_q q + w_k k + b), q summed over a group's heads; gradients as mlp, if q has less."""
     rng, (H, D), G = np.random.default_rng(seed), p.q.shape[-2:], p.k.shape[-2]
     mlp = tuple(small(rng, *shape) for shape in ((3, G * D), (3, G * D), (3,), (3,)))
-    p = replace(p, q=small(rng, *p.q.shape).astype(F32), k=small(rng, *p.k.shape).astype(F32))
-    q = p.q.reshape(*p.batch, p.T, G, H // G, D).sum(-2).reshape(*p.batch, p.T, -1).astype(np.float64)
-    k = p.k.reshape(*p.batch, p.S, -1).astype(np.float64)
-    hidden = (q @ mlp[0].T + mlp[2])[..., :, None, :] + (k @ mlp[1].T)[..., None, :, :]
-    scores = np.maximum(hidden, 0) @ mlp[3]  # [..., T, S]
-    kept = trains.module.SELECTORS["learned"](p.q, p.k, p.top_k, mlp=mlp, **p.windows)
-    np.testing.assert_array_equal(kept, select_by_hand(scores, p.top_k, k_start=p.lo, k_end=p.hi))
+    q, k = (small(rng, *x.shape) for x in (p.q, p.k))
+    of_group = q.reshape(*p.batch, p.T, G, H // G, D).sum(-2).reshape(*p.batch, p.T, -1)
+    of_key = k.reshape(*p.batch, p.S, -1)
+    hidden = (of_group @ mlp[0].T + mlp[2])[..., :, None, :] + (of_key @ mlp[1].T)[..., None, :, :]
     keys = trained_on(p, seed, False)[1]
-    target = target_by_hand(p, keys)
-    loss, grads = trains.learned_loss(p.q, p.k, mlp, target, **p.windows)
-    assert [x.dtype for x in grads] == [F64] * 4  # as mlp, if q and k have less
-    assert_close(loss, kl_by_hand(target, scores, keys), 1e-4)
+    target = target_by_hand(replace(p, q=q, k=k), keys)
+    loss, grads = trains.learned_loss(q.astype(F32), k.astype(F32), mlp, target, **p.windows)
+    assert [x.dtype for x in grads] == [F64] * 4
+    assert_close(loss, kl_by_hand(target, np.maximum(hidden, 0) @ mlp[3], keys), 1e-4)
 
 
 @given(
@@ -3293,14 +3230,14 @@ def test_gradients_are_slopes(trains, p, seed, sparse, z):
             assert_close((grad * along).sum() / size, slope / size, 1e-5)  # kinks are rare within a step
 
 
-def assert_gradients(actual, expected, like, tolerance):
-    """Of the dtype and shape of what they belong to, and close in units of the largest."""
+def assert_gradients(actual, expected, like, tolerance, least=1.0):
+    """Of the dtype and shape of what they belong to, and close in units of the largest, or of the least."""
     for a, e, x in zip(actual, expected, like, strict=True):
         if x is None:
             assert a is None
             continue
         assert a.dtype == x.dtype and a.shape == x.shape
-        size = max(1.0, np.abs(e).max(initial=0))
+        size = max(least, np.abs(e).max(initial=0))
         assert_close(a.astype(F64) / size, e / size, tolerance)
 
 
@@ -3400,7 +3337,10 @@ def test_training_takes_any_layout_and_any_integers(trains, batch, G, dtype):
         for x, y in zip(lessons(trains, arrays, indices, **kwargs), expected, strict=True):
             assert_close(x, y, tolerance)
 
-    strided = {"give": functools.partial(trains.give, strided=True)}
+    strided: Any = {"give": functools.partial(trains.give, strided=True)}
+    views = [strided["give"](x) for x in index]
+    assert_same(trains.index_scores(*views), trains.index_scores(*index))
+    assert_same(trains.lightning_select(*views, 3), trains.lightning_select(*index, 3))
     same(lessons(trains, arrays, None), None, **strided)
     indices = rng.integers(0, S, (*batch, T, K))
     expected = lessons(trains, arrays, indices)
@@ -3413,37 +3353,6 @@ def test_training_takes_any_layout_and_any_integers(trains, batch, G, dtype):
         far = rng.choice([S, 255, 2**31 - 1, 2**32 + 1, 2**40, -2, -(2**40)], indices.shape)
         for kwargs in ({}, {"deterministic": False}):
             same(expected, np.where(holes < 0, far, holes), **loose, **kwargs)
-
-
-@pytest.mark.parametrize("J, E", [(0, 3), (3, 0), (0, 0)])
-def test_training_without_slots_heads_or_width(trains, J, E):
-    """No slots, J = 0 or E = 0: the loss is that of equal scores, gradients are 0, but for the sink's."""
-    ones, target, none = np.ones, np.array([[0.75, 0.25]]), np.zeros((1, 0), np.int32)
-    index = ones((1, J, E)), ones((2, E)), ones((1, J))
-    loss, grads = trains.indexer_loss(*index, target, k_end=np.array([2]))
-    assert_close(loss, math.log(2) + (target * np.log(target)).sum(), 1e-12)
-    assert [x.shape for x in grads] == [(1, J, E), (2, E), (1, J)] and not any(x.any() for x in grads)
-    q, k, one = ones((1, 1, 2)), ones((3, 1, 2)), ones((1, 1, 1))
-    assert trains.attention_target(q, k, indices=none).shape == (1, 0)
-    rest = k[..., :1], none, 2 * one, np.zeros((1, 1)), one
-    *zeros, dsink = trains.sparse_attention_backward(q, k, *rest, sink=np.zeros(1))
-    assert dsink.tolist() == [-1] and not any(x.any() for x in zeros)
-
-
-def test_training_of_mixed_dtypes(trains):
-    """The accumulator is float64 if any factor is; what is returned has the dtype of what it belongs to."""
-    rng = np.random.default_rng(1)
-    shapes = (4, 2, 3), (6, 1, 3), (6, 1, 2), (4, 2, 5), (6, 5), (4, 2), (4, 2, 2)
-    *arrays, dout = (normal(rng, *shape) for shape in shapes)
-    indices = rng.integers(0, 6, (4, 3))
-    out, lse = trains.sparse_attention(*arrays[:3], indices)
-    target = trains.attention_target(*arrays[:2], indices=indices)
-    for own in itertools.product((F32, F64, BFLOAT16), repeat=3):
-        q, k, v, *index = (x.astype(kind) for x, kind in zip(arrays, own * 2, strict=True))
-        rest = indices, out.astype(own[2]), lse, dout.astype(own[0])
-        grads = trains.sparse_attention_backward(q, k, v, *rest)
-        loss, more = trains.indexer_loss(*index, target.astype(own[1]), indices=indices)
-        assert [x.dtype for x in (*grads[:3], *more)] == list(own) * 2 and math.isfinite(loss)
 
 
 @pytest.mark.parametrize("xp", array_libraries())
@@ -3479,6 +3388,15 @@ def things_to_learn(seed, T, S, K, dtype):
     arrays = [rng.standard_normal(shape).astype(dtype) for shape in shapes]
     mlp = tuple(rng.standard_normal(shape).astype(dtype) for shape in ((3, 4), (3, 4), 3, 3))
     return arrays, rng.integers(-1, S, (T, K), np.int32), mlp, np.arange(S - T + 1, S + 1)
+
+
+def test_gradients_have_the_dtype_of_what_they_belong_to(trains):
+    """Also where that is another for each argument."""
+    arrays, indices, *_ = things_to_learn(1, 4, 6, 3, F64)
+    for own in itertools.product((F32, F64, BFLOAT16), repeat=3):
+        mixed = [x.astype(kind) for x, kind in zip(arrays, (*own, F32, *own), strict=True)]
+        _, loss, *grads = lessons(trains, mixed, indices)
+        assert [x.dtype for x in grads] == [*own, *own, F32] and np.isfinite(loss)
 
 
 @slow
@@ -3872,14 +3790,6 @@ def on(cupy, function, *args, **kwargs):
     return back(function(*to(cupy, args), **to(cupy, kwargs)))
 
 
-def assert_near(found, expected, tolerance):
-    """Each part, in units of its largest number."""
-    for x, e in zip(found, expected, strict=True):
-        assert (x is None) == (e is None)
-        if e is not None:
-            assert_close(x.astype(F64) / np.abs(e).max(), e / np.abs(e).max(), tolerance)
-
-
 def test_a_missing_kernel_file_says_where_to_put_it(dsa, monkeypatch, tmp_path):
     """Who copied dsa.py alone and passes CuPy arrays (here a stand-in) is told what else to copy."""
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
@@ -4108,9 +4018,7 @@ def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
         grads = on(cupy, dsa.sparse_attention_backward, *backward, **options, **kwargs)
         found, more = on(cupy, dsa.indexer_loss, *index, target.astype(F32), indices=indices, **kwargs)
         assert_close(found / loss, 1.0, 1e-5)
-        assert_near((*grads, *more), (*expected, *of_index), tolerance)
-        for x, like in zip((*grads, *more), (q, k, v, sink, *index), strict=True):
-            assert x is None or (x.dtype == like.dtype and x.shape == like.shape)
+        assert_gradients((*grads, *more), (*expected, *of_index), (q, k, v, sink, *index), tolerance, 0)
         return tuple(x for x in (*grads, *more, np.float64(found)) if x is not None)
 
     for nbytes in (2**31, 2**21):
@@ -4271,21 +4179,6 @@ def test_portable_kernels_can_be_asked_for(dsa, cupy, monkeypatch):
     assert portable == (not any("sm_90a" in name or "BLOCKS=16" in name for name in names)), names
 
 
-def test_arrays_that_are_not_contiguous_or_aligned(dsa, cupy):
-    """Strides and offsets of 2 bytes, in every type: the same as a copy."""
-    rng = np.random.default_rng(5)
-    for dtype in DTYPES:
-        shapes = (6, 8, 40), (90, 1, 40), (6, 3, 16), (90, 16), (6, 3)
-        wide = [cupy.asarray(normal(rng, *shape[:-1], 2 * shape[-1] + 1).astype(dtype)) for shape in shapes]
-        views = [x[..., 1::2] for x in wide]
-        results = []
-        for q, k, *index in (views, [cupy.ascontiguousarray(x) for x in views]):
-            indices = dsa.lightning_select(*index, 8)
-            out, lse = dsa.sparse_attention(q, k, None, indices, d_v=32)
-            results.append(back((out, lse, indices, dsa.index_scores(*index))))
-        assert_same(*results)
-
-
 def test_torch_tensors_pass_without_a_copy(dsa, cupy):
     """The README's three lines: the arrays stand in the memory that torch sees, both ways."""
     torch = pytest.importorskip("torch", reason="needs torch with CUDA")
@@ -4299,9 +4192,6 @@ def test_torch_tensors_pass_without_a_copy(dsa, cupy):
     out, _ = dsa.sparse_attention(q, k, None, indices, d_v=48)
     found, kept = torch.from_dlpack(out.view("int16")).view(torch.bfloat16), torch.from_dlpack(indices)
     assert found.data_ptr() == out.data.ptr and kept.data_ptr() == indices.data.ptr
-    near = tensors[4][kept.long(), 0].double()  # [3, K, D]
-    p = torch.softmax(tensors[3].double() @ near.mT / 8, -1)
-    assert (found.double() - p @ near[..., :48]).abs().max() < 3e-2
 
 
 FLOAT, DOUBLE, HALF, BF16 = "float", "double", "__half", "__nv_bfloat16"
