@@ -102,7 +102,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -370,15 +369,15 @@ class Problem:
         return itertools.product(np.ndindex(*self.batch), range(self.T))
 
 
-PARTS = {"forced": ["local_window", "num_sink_tokens"], "windows": ["k_start", "k_end"], "latent": ["d_v"]}
 PROBLEM = [*STAGE["dense_attention"][1][:-1], *STAGE["lightning_select"][1]]
 
 
 def problem(call):
     """The Problem of drawn expressions: what some of them are is a part of a field, or left out."""
     values = {"scale": None} | evaluate(call)
-    for part, names in PARTS.items():
-        values[part] = {name: values.pop(name) for name in names if name in values}
+    parts = {"forced": "local_window num_sink_tokens", "windows": "k_start k_end", "latent": "d_v"}
+    for part, names in parts.items():
+        values[part] = {name: values.pop(name) for name in names.split() if name in values}
     return Problem(values["q"].shape[:-3], **values)
 
 
@@ -555,12 +554,11 @@ ROWS = {  # where production kernels were wrong: scores, K, whether for reports
 
 @dataclass
 class Verdict:
-    """What is known of one stage: rules that hold, do not, or are beyond the limits; the largest errors."""
+    """What is known of one stage: how many of its rules hold, which do not; the largest errors."""
 
     stage: str
     reason: str = ""  # why it was not tested
     held: int = 0
-    unasked: int = 0
     examples: int = 0
     broken: list = field(default_factory=list)
     wrong: tuple | None = None  # the smallest call that breaks the first, and lines on what came of it
@@ -725,8 +723,8 @@ def examine(impl, stage, limits, strict=False, examples=60, seconds=3.0):
     for sentence in STAGE[stage][3]:
         options = RULES[sentence]
         if not any(dtype in limits.dtypes for dtype in options.get("dtypes", limits.dtypes)):
-            verdict.unasked += 1
-        elif wrong := impl.search(stage, options, limits, verdict, examples, seconds):
+            continue
+        if wrong := impl.search(stage, options, limits, verdict, examples, seconds):
             verdict.broken.append(sentence)
             verdict.wrong = verdict.wrong or wrong
             examples, seconds = min(examples, 12), 0  # the other rules are only counted
@@ -811,7 +809,6 @@ def conform(module, stages=None, arrays="numpy", limits=None, strict=False, say=
         if isinstance(x, list) and x != DTYPES:
             unasked.append(f"{name} other than {', '.join(map(str, x))}")
     unasked += [f"top_k above {limits.max_top_k}"] if limits.max_top_k else []
-    unasked += [f"{n} rules of other dtypes"] if (n := sum(verdict.unasked for verdict in verdicts)) else []
     unasked += [] if strict else ["errors for bad input (--strict)"]
     say(textwrap.fill(f"not asked: {'; '.join(unasked) or 'nothing'}", 110, subsequent_indent="  "))
     tested = [verdict.stage for verdict in verdicts if verdict.held or verdict.broken]
@@ -1218,10 +1215,6 @@ def test_no_slot_at_all_is_the_empty_set(impl, p):
 
 # 3. The harness itself: modules with one bug ----------------------------------------------------------------
 
-ORACLES: list[Any] = [
-    reach, accumulator, index_scores_by_hand, select_by_sort, select_by_hand, lightning_by_hand,
-    attention_by_hand, dense_by_hand, sparse_by_hand, merge_by_hand, sink_by_hand,
-]  # fmt: skip
 TYPED = """
 select_topk, lightning_select = select_by_hand, lightning_by_hand
 
@@ -1245,6 +1238,7 @@ def merge_attention(outs, lses):
 def apply_sink(out, lse, sink):
     return sink_by_hand(out, lse, sink).astype(out.dtype)
 """
+ORACLES = [reach, accumulator, select_by_sort, attention_by_hand, *BY_HAND.values()]
 RIGHT = "\n".join([*map(inspect.getsource, ORACLES), TYPED])  # the oracles, in the dtypes that are due
 PLANTED = """
 index_scores
@@ -1263,15 +1257,11 @@ each = np.maximum => index_q[:] = 0; each = np.maximum
 select_topk
 (visible, -row => (-visible, -row | (visible, np.copysign(1, row[visible]) < 0, -row
 -row[visible], free => row[visible], free | -row[visible] * (abs(row[visible]) > 1e-38), free
--row[visible], free => -row[visible].astype(np.float16 if len(visible) > 4096 else F64), free
 np.asarray(row, F64) => np.asarray(row, F32)
-np.lexsort((visible, -row[visible], free))[:top_k] => np.arange(len(visible))[:top_k]
 sorted(visible[ => list(visible[
 [:top_k]].tolist()) => [: top_k + num_sink_tokens]].tolist())[:top_k]
 np.array(rows, np.int32) => np.array(rows, np.int64) | np.fmod(rows, 65536).astype(np.int32)
 [-1] * => [0] *
-kept + [-1] * (min(top_k, len(row)) - len(kept)) => ([-1] * len(row) + kept)[-min(top_k, len(row)) :]
-row[lo : max(hi, lo)] > -INF => row[lo : max(hi, lo)] < NAN
 free[:num_sink_tokens] = free => free[visible < num_sink_tokens] = free | free
 [max(len(visible) - local_window, 0) :] => [max(len(visible) - local_window - 1, 0) : -1]
 = free[max(len(visible) - local_window, 0) :] = 0 => = 0
@@ -1363,7 +1353,7 @@ def test_the_report_says_what_it_has_tested(source, stages, status, words):
 # 8. explain, predictive_select, SELECTORS -------------------------------------------------------------------
 
 
-@given(p=problems(batches=[()], max_keys=20))
+@given(p=problems(batches=[()], max_keys=12))
 def test_explain_gives_the_parts_of_a_score_and_its_rank(dsa, p):
     """The contributions add up to eq. (1), and the rank is the place in the order that selection sorts by."""
     scores = index_scores_by_hand(*p.index, **p.windows)
@@ -1617,9 +1607,8 @@ def test_dsa_attention_selects_then_attends(dsa, p, z, data):
     assert_same(few, dsa.predictive_select(*p.index, p.top_k, candidates, **p.forced, **p.windows))
     out, lse, everything = attend(dsa, p, replace(config, fallback_dense_threshold=p.S), sink=z, **p.windows)
     assert_attention((out, lse), dense(dsa, p, sink=z), p.q.dtype)
-    for b, t in p.rows():
-        row = everything[b][t]
-        assert row[row >= 0].tolist() == list(range(p.lo[b][t], p.hi[b][t]))
+    every = select_by_hand(np.zeros((*p.batch, p.T, p.S)), p.S, k_start=p.lo, k_end=p.hi)
+    np.testing.assert_array_equal(everything, every)
 
 
 @pytest.mark.parametrize("name", SELECTOR_NAMES[:-1])
@@ -1627,14 +1616,13 @@ def test_dsa_attention_uses_the_selector_that_its_config_names(dsa, name):
     """strategy, global_selection and pattern pick of SELECTORS; options reach it; ways to set K agree."""
     p, fixed = tokens(0, (2,), 90), name in STATIC
     choice = {"strategy": "fixed", "pattern": name} if fixed else {"global_selection": name}
-    ways: list[tuple[dict, dict, dict]] = [
-        ({"top_k": 9}, {}, {"num_sink_tokens": 2}), ({"sparse_ratio": 0.1}, {}, {"num_sink_tokens": 2}),
-        ({"top_k": 9, "progressive_sparsity": True}, {"layer": 1, "n_layers": 3}, {"num_sink_tokens": 2}),
-    ]  # fmt: skip
-    if not fixed:
-        ways.append(({"top_k": 9, "strategy": "hybrid"}, {}, {"local_window": 4}))
-    for fields, call, forced in ways:
-        indices = attend(dsa, p, dsa.DSAConfig(**choice | fields, **forced), **OPTIONS[name], **call)[2]
+    window: dict[str, Any] = {} if fixed else {"local_window": 4, "strategy": "hybrid"}
+    for fields, call in (
+        ({"top_k": 9}, {}), ({"sparse_ratio": 0.1}, {}), ({"top_k": 9} | window, {}),
+        ({"top_k": 9, "progressive_sparsity": True}, {"layer": 1, "n_layers": 3}),
+    ):  # fmt: skip
+        forced = {"num_sink_tokens": 2, "local_window": fields.get("local_window", 0)}
+        indices = attend(dsa, p, dsa.DSAConfig(**choice | fields | forced), **OPTIONS[name], **call)[2]
         np.testing.assert_array_equal(indices, by_selector(dsa, p, name, top_k=9, **forced))
 
 
@@ -1708,7 +1696,7 @@ def snapshot(cache):
 def test_sequences_of_a_batch_are_as_if_alone(dsa, kind, lengths, seed, tied, dtype, grow, step, options):
     """Padded, end to end, or through a cache in steps of any sizes, 0 too: none sees another or padding (NaN
     here), a chunk's window is that of the whole, and padded rows are 0 and -inf."""
-    assume(max(lengths) > 0)
+    assume(max(lengths) > 0 and ("pattern" not in options or "random" in dsa.SELECTORS))  # of Part II
     lengths, rng, B, T = np.array(lengths), np.random.default_rng(seed), len(lengths), max(lengths) + 1
     by_length = options.keys() & {"sparse_ratio", "fallback_dense_threshold"}  # of the whole axis
     at_once = by_length or ("pattern" in options and B > 1)  # random goes by places in the longest
@@ -1920,46 +1908,38 @@ def test_the_file_of_the_slow_tier_goes_with_the_cache(dsa, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@contextlib.contextmanager
-def file_size_limit(nbytes, words="cannot hold"):
-    """No file may grow beyond nbytes, and that is an OSError: a full disk, without filling one."""
-    resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
-    try:
-        with pytest.raises(OSError, match=words):
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, monkeypatch):
     """Growing the file fails: OSError, the tokens of before, and room again once the disk has room."""
+    resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fails(act, nbytes, words="cannot hold"):  # where no file may grow beyond nbytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, most[1]))
+        try:
+            with pytest.raises(OSError, match=words):
+                act()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, most)
+
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     p, config = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7)
-    expected = attend(dsa, p, config)
     for path in (None, tmp_path / "file"):
-        with file_size_limit(2048):
-            new_cache(dsa, "HybridKVCache", p, 64, path=path)
+        fails(functools.partial(new_cache, dsa, "HybridKVCache", p, 64, path=path), 2048)
     assert list(tmp_path.iterdir()) == []
     with new_cache(dsa, "HybridKVCache", p, 8, grow=True) as cache:
         first, rest = np.s_[:, :8], np.s_[:, 8:]
         attend(dsa, p, config, rows=first, cache=cache)
         before, size = snapshot(cache), cache._slow.nbytes
-        with file_size_limit(size + 100):
-            cache.append(**streams_of(p, rest))
-        assert snapshot(cache) == before
-        with file_size_limit(size + 100):
-            attend(dsa, p, config, rows=rest, cache=cache)
-        assert snapshot(cache) == before
-        for actual, whole in zip(attend(dsa, p, config, rows=rest, cache=cache), expected, strict=True):
+        go_on = functools.partial(attend, dsa, p, config, rows=rest, cache=cache)
+        for act in (functools.partial(cache.append, **streams_of(p, rest)), go_on):
+            fails(act, size + 100)
+            assert snapshot(cache) == before
+        for actual, whole in zip(go_on(), attend(dsa, p, config), strict=True):
             assert_close(actual, whole[rest], 1e-12)
     with new_cache(dsa, "KVCache", p, 64) as cache:  # and a session that cannot be replaced stays
         cache.append(**streams_of(p, first)), cache.save(tmp_path / "session")
         before = (tmp_path / "session").read_bytes()
-        with file_size_limit(len(before) - 100, "File too large"):
-            cache.save(tmp_path / "session")
+        fails(functools.partial(cache.save, tmp_path / "session"), len(before) - 100, "File too large")
         assert [x.read_bytes() for x in tmp_path.iterdir()] == [before]
 
 
@@ -2007,7 +1987,8 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
     def then(cache):
         answer = cache.attend(p.q[:, :1], indices)
         cache.append(**streams_of(other))
-        return snapshot(cache), [*answer, *cache.attend(p.q[:, :1], np.array([np.arange(6)[None]] * 2))]
+        answer += cache.attend(p.q[:, :1], np.array([np.arange(6)[None]] * 2))
+        return snapshot(cache), [x.tobytes() for x in answer]
 
     acts: list[Any] = [
         lambda cache: cache.append(**streams_of(p, rows), lengths=np.array([5, 2])),
@@ -2030,9 +2011,7 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
                     lines(dsa, functools.partial(act, cache), at)
                 assert snapshot(cache) == before, at
                 assert kind == "KVCache" or not cache._lock.locked(), at
-                then_found = then(cache)
-                assert then_found[0] == after[0], at
-                assert_same(tuple(then_found[1]), tuple(after[1]))
+                assert then(cache) == after, at
 
 
 def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
@@ -2244,20 +2223,21 @@ def test_no_stage_holds_queries_times_keys(dsa, what, request):
     dsa.set_num_threads(2)  # each holds a block
     request.addfinalizer(lambda: dsa.set_num_threads(None))
     array = lambda *shape: rng.standard_normal(shape, F32)  # noqa: E731
-    if what == "index_scores":  # returns [T, S], which the measure must see: a quarter of the queries
-        part = array(n // 4, 1, 2), array(n, 2), array(n // 4, 1)
-        assert peak_bytes(lambda: dsa.index_scores(*part)) > n * n
-        return
     q, k, index = array(n, 2, 4), array(n, 1, 4), (array(n, 2, 8), array(n, 8), array(n, 2))
     few = rng.integers(-1, n, (n, 64), np.int32)
     if what == "sparse, large K":  # so many that a mask over all keys would be tempting
         q, k, few = q[: n // 2, :1], k[: n // 2], np.tile(np.arange(3000, dtype=np.int32), (n // 2, 1))
     calls = {
+        "index_scores": lambda: dsa.index_scores(index[0][: n // 4], index[1], index[2][: n // 4]),
         "lightning_select": lambda: dsa.lightning_select(*index, 64),
         "dense_attention": lambda: dsa.dense_attention(q, k, k),
         "dsa_attention": lambda: dsa.dsa_attention(q, k, k, *index, dsa.DSAConfig(top_k=64)),
     }
-    assert peak_bytes(calls.get(what, lambda: dsa.sparse_attention(q, k, k, few))) < len(q) * len(k) * 4 / 4
+    held = peak_bytes(calls.get(what, lambda: dsa.sparse_attention(q, k, k, few)))
+    if what == "index_scores":  # returns [T, S], here of a quarter of the queries, which the measure must see
+        assert held > n * n
+    else:
+        assert held < len(q) * len(k) * 4 / 4
 
 
 def test_the_examples_run(dsa):
