@@ -1660,16 +1660,18 @@ LM_OPTIONS: dict[str, dict[str, Any]] = {
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 }
-FIRST, SECOND, WARM = "DSA, trained at 6%", "DSA, trained at 1.6%", "DSA, warm-up alone"
-TRAINED, BEGUN, SCRATCH = "window, trained", "window, begun", "window, from scratch"
-MORE, CHANCE = "dense, continued", "random and window, trained"
-METHODS = {  # what is judged: whose weights it has, and what selects its keys
-    FIRST: (FIRST, "lightning"), SECOND: (SECOND, "lightning"), WARM: (WARM, "lightning"),
-    "window": (WARM, "window"), TRAINED: (TRAINED, "window"), SCRATCH: (SCRATCH, "window"),
-    CHANCE: (CHANCE, "random"), "random and window": (WARM, "random"), "the oracle's keys": (WARM, "oracle"),
-    "before warm-up": ("dense", "lightning"),
-}  # fmt: skip
-BESIDE = {name: "dense" if whose in ("dense", WARM) else MORE for name, (whose, _) in METHODS.items()}
+FIRST, WARM, MORE, SCRATCH = (
+    "DSA, trained at 6%",
+    "DSA, warm-up alone",
+    "dense, continued",
+    "window, from scratch",
+)
+UNTRAINED = {
+    WARM: "lightning",
+    "window": "window",
+    "random and window": "random",
+    "the oracle's keys": "oracle",
+}
 MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
 FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
 RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.3, 0))
@@ -1972,19 +1974,20 @@ def presets(n: int) -> list[int]:
 
 
 @torch.no_grad() if torch else lambda run: run
-def judge(bench: Bench, models, z, windows) -> list[dict[str, Any]]:
+def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
     """Of every method, length and K: bits a byte of the windows' last halves; by position; secrets found."""
     (_, middle, most), (some, ends), cells = z.contexts, with_secrets(z, windows), list[dict[str, Any]]()
-    asked = [(x, x, "", 0, n) for n in z.contexts for x in ("dense", MORE)]
-    for (name, (whose, by)), n in itertools.product(METHODS.items(), z.contexts):
+    asked = [(x, x, "", "", 0, n) for n in z.contexts for x in ("dense", MORE)]
+    for (name, (whose, by, beside)), n in itertools.product(methods.items(), z.contexts):
         sizes = z.K if by == "lightning" or name == "window" else [middle // 16]
         sizes = dict.fromkeys([*sizes, *(presets(n) if name == FIRST else [])])
-        asked += [(name, whose, by, k, n) for k in sizes if n == middle or BESIDE[name] == MORE]
-    for name, whose, by, k, n in bench.steps(asked, "lm: judging"):
+        asked += [(name, whose, by, beside, k, n) for k in sizes if n == middle or beside == MORE]
+    for name, whose, by, beside, k, n in bench.steps(asked, "lm: judging"):
         attend, many = Attend(by, k), max(1, z.batch // n)
         parts = [models[whose].bits(x, attend).view(-1, n) for x in windows[:, -n - 1 :].int().split(many)]
         bits = torch.cat(parts).cpu().numpy()
-        cells.append({"method": name, "K": k, "n": n, "bits": bits[:, n // 2 :].mean(1).tolist()})
+        cells.append({"method": name, "beside": beside, "K": k, "n": n})
+        cells[-1]["bits"] = bits[:, n // 2 :].mean(1).tolist()
         if n == most and k in (0, middle // 16, *presets(n)):
             places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
             right = [models[whose](x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in some.int().split(many)]
@@ -2056,12 +2059,12 @@ def lm(bench: Bench) -> None:
         "dense": (None, Attend(), z.dense, RISE),
         WARM: ("dense", Attend(rows=z.rows), z.warm, FALL),
         FIRST: (WARM, Attend("lightning", 1 / 16, z.rows // 2), z.more, LAST),
-        SECOND: (WARM, Attend("lightning", 1 / 64, z.rows // 2), z.more, LAST),
+        "DSA, trained at 1.6%": (WARM, Attend("lightning", 1 / 64, z.rows // 2), z.more, LAST),
         MORE: (WARM, Attend(), z.more, LAST),
-        TRAINED: (WARM, window, z.more, LAST),
-        CHANCE: (WARM, Attend("random", z.contexts[1] // 16), z.more, LAST),
-        BEGUN: (None, window, z.dense, RISE),
-        SCRATCH: (BEGUN, window, z.more, LAST),
+        "window, trained": (WARM, window, z.more, LAST),
+        "random and window, trained": (WARM, Attend("random", z.contexts[1] // 16), z.more, LAST),
+        "window, begun": (None, window, z.dense, RISE),
+        SCRATCH: ("window, begun", window, z.more, LAST),
     }
     models, curves = dict[str, Decoder](), dict[str, Any]()
     for name, (start, attend, steps, rates) in plan.items():
@@ -2073,7 +2076,10 @@ def lm(bench: Bench) -> None:
         if not new[rates is FALL] < old[rates is FALL] * (1.5 if rates is LAST else 0.9):
             raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
     found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
-    found["judged"] = once("judged", lambda: judge(bench, models, z, windows))
+    methods = {x: (x, how.by, MORE) for x, (_, how, _, rates) in plan.items() if rates is LAST and how.by}
+    methods |= {x: (WARM, by, "dense") for x, by in UNTRAINED.items()}
+    methods["before warm-up"] = "dense", "lightning", "dense"
+    found["judged"] = once("judged", lambda: judge(bench, models, methods, z, windows))
     found["costs"] = once("costs", lambda: costs(models[FIRST], windows, z))
     report_lm(bench, z, found)
 
@@ -2089,22 +2095,22 @@ def over(bits, reference):
 def report_lm(bench: Bench, z, found) -> None:
     (_, middle, most), one = z.contexts, z.contexts[1] // 16
     cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    gaps = {at: over(c["bits"], cells[BESIDE[at[0]], 0, at[2]]["bits"]) for at, c in cells.items() if at[1]}
+    gaps = {at: over(c["bits"], cells[c["beside"], 0, at[2]]["bits"]) for at, c in cells.items() if at[1]}
     found["over"] = [[*at, *x] for at, x in gaps.items()]
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
     rows = [
         [name, f"{n:,}", *(texts.get((name, k, n), "") for k in z.K)]
-        for n in (middle, *z.contexts[::2]) for name in METHODS if (name, one, n) in texts
+        for n in (middle, *z.contexts[::2]) for name, k, length in gaps if (k, length) == (one, n)
     ]  # fmt: skip
     level = [f"{np.mean(cells[x, 0, middle]['bits']):.4f} bits a byte at {middle:,}" for x in ("dense", MORE)]
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
         f"{z.J}x{z.D}, bytes as tokens. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}. Warm-up: "
-        f"{z.warm} steps, at {z.rows:,} queries of each sequence. Trained: {z.more} steps more, DSA with 1/16 "
-        f"and 1/64 of a sequence's keys, {one} and {one // 4} of {middle:,}, others with {one}; these, and the "
-        f"window from scratch, that read as many bytes, stand over dense continued, {level[1]}, the rest over "
-        "dense. Last halves of windows; in brackets the middle 95 % over draws of packages. One seed; from run "
-        "to run differ cuBLAS's choices and atomics' sums."
+        f"{z.warm} steps, at {z.rows:,} queries of each sequence. Trained: {z.more} steps more, DSA with "
+        f"1/16 and 1/64 of a sequence's keys, {one} and {one // 4} of {middle:,}, others with {one}; these, "
+        f"and the window from scratch, that read as many bytes, stand over dense continued, {level[1]}, the "
+        "rest over dense. Last halves of windows; in brackets the middle 95 % over draws of packages. One "
+        "seed; from run to run differ cuBLAS's choices and atomics' sums."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     columns = ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)]
@@ -2138,9 +2144,10 @@ def report_lm(bench: Bench, z, found) -> None:
 def draw_lm(bench: Bench, z, found, gaps) -> None:
     """Quality against K of all methods; loss against step."""
     middle, one, curves = z.contexts[1], z.contexts[1] // 16, found["curves"]
-    colours = {name: f"C{i}" for i, name in enumerate(METHODS)} | {BEGUN: "C5", "dense": "k", MORE: "k"}
+    methods = list(dict.fromkeys(name for name, *_ in gaps))
+    colours = {name: f"C{i}" for i, name in enumerate([*methods, *curves])}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name in METHODS:
+    for name in methods:
         own = [k for k in z.K if (name, k, middle) in gaps]
         y, low, high = np.maximum([gaps[name, k, middle] for k in own], 0.01).T
         ax.errorbar(own, y, [y - low, high - y], color=colours[name], label=name)
@@ -2157,9 +2164,9 @@ def draw_lm(bench: Bench, z, found, gaps) -> None:
     for name, curve in curves.items():
         step, bits, kl = np.array(curve).T
         style = {"marker": "", "color": colours[name], "label": name}
-        if name in ("dense", BEGUN):
+        if step[-1] == z.dense:
             left.plot(step, bits, **style)
-        elif name != WARM and name != SCRATCH:
+        elif step[-1] == z.more and name != SCRATCH:
             ax.plot(step, 100 * bits / np.array(curves[MORE])[:, 1] - 100, **style)
         if kl.any():
             right.plot(step, kl, **style)
