@@ -1853,26 +1853,23 @@ class Attend:
 
 def check_gradients(bench: Bench, z, device: str) -> None:
     """Of attention and the KL of all queries: dsa's, and plain torch's over the same keys; and a window."""
-    torch.manual_seed(0)
-    n, tol = z.contexts[0], 1e-4 if device == "cpu" else 1e-2
-    shapes = ((z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,))
-    inputs = [torch.randn(2, n, *shape, device=device, requires_grad=True) for shape in shapes]
-    q, k, v, *index = inputs
-    attend = Attend("lightning", 1 / 16, n)
-    ours = torch.autograd.grad(attend(0, q, k, v, index).square().sum() + n * attend.kl[0], inputs)
-    kept = attend.select(0, q, k, index).long()
-    absent = kept < 0
-    q, k, v, index_q, index_k, weights = (x.flatten(0, 1) for x in inputs)
-    logits = torch.einsum("thd,tkd->thk", q, k[kept, 0]) * z.D**-0.5
-    p = logits.masked_fill(absent[:, None], -1e4).softmax(-1)
-    scores = torch.einsum("tje,tke->tjk", index_q, index_k[kept]).relu()
-    scores = torch.einsum("tj,tjk->tk", weights, scores).masked_fill(absent, -1e4).log_softmax(-1)
-    kl = torch.nn.functional.kl_div(scores, p.detach().mean(1), reduction="sum") / 2
-    plain = torch.autograd.grad(torch.einsum("thk,tkd->thd", p, v[kept, 0]).square().sum() + kl, inputs)
+    n, tol, by = z.contexts[0], 1e-4 if device == "cpu" else 1e-2, torch.manual_seed(0)
+    shapes = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)
+    inputs = [torch.randn(2, n, *x, generator=by).to(device).requires_grad_() for x in shapes]
+    (q, k, v, *index), attend = inputs, Attend("lightning", 1 / 16, n)
+    ours = torch.autograd.grad(attend(0, q, k, v, index).square().sum() + 2 * n * attend.kl[0], inputs)
+    kept = attend.select(0, q, k, index).long().view(2, n, -1)
+    hidden = torch.ones(2, n, n + 1, device=device)  # with a column for what is absent
+    hidden = hidden.scatter(2, torch.where(kept < 0, n, kept % n), 0)[..., :n].bool()
+    scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
+    logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
+    p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
+    kl = -(p.detach().mean(1) * scores.masked_fill(hidden, -1e9).log_softmax(-1)).sum()  # but for a constant
+    plain = torch.autograd.grad(torch.einsum("bhts,bsgd->bthd", p, v).square().sum() + kl, inputs)
     for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
         bench.check(f"lm: gradient of {name}", exact(x), exact(y), tol)
-    q, k, v = inputs[:3]
-    want = dsa.sparse_attention(*map(give, (q, k, v)), dsa.SELECTORS["window"](give(q), give(k), n // 16))[0]
+    kept = dsa.SELECTORS["window"](give(q), give(k), n // 16)
+    want = dsa.sparse_attention(*map(give, (q, k, v)), kept)[0]
     bench.check("lm: a window", exact(newest(q, k, v, n // 16)), exact(tensor(want)), tol)
 
 
@@ -1969,18 +1966,15 @@ def with_secrets(z, windows):
     return torch.from_numpy(ids).to(windows.device), ends
 
 
-def presets(n: int) -> list[int]:
-    return [math.ceil(ratio * n) for ratio in dsa.SELECTION_RATIOS.values()]
-
-
 @torch.no_grad() if torch else lambda run: run
 def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
     """Of every method, length and K: bits a byte of the windows' last halves; by position; secrets found."""
     (_, middle, most), (some, ends), cells = z.contexts, with_secrets(z, windows), list[dict[str, Any]]()
     asked = [(x, x, "", "", 0, n) for n in z.contexts for x in ("dense", MORE)]
+    presets = {n: [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] for n in z.contexts}
     for (name, (whose, by, beside)), n in itertools.product(methods.items(), z.contexts):
         sizes = z.K if by == "lightning" or name == "window" else [middle // 16]
-        sizes = dict.fromkeys([*sizes, *(presets(n) if name == FIRST else [])])
+        sizes = dict.fromkeys([*sizes, *(presets[n] if name == FIRST else [])])
         asked += [(name, whose, by, beside, k, n) for k in sizes if n == middle or beside == MORE]
     for name, whose, by, beside, k, n in bench.steps(asked, "lm: judging"):
         attend, many = Attend(by, k), max(1, z.batch // n)
@@ -1988,7 +1982,7 @@ def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
         bits = torch.cat(parts).cpu().numpy()
         cells.append({"method": name, "beside": beside, "K": k, "n": n})
         cells[-1]["bits"] = bits[:, n // 2 :].mean(1).tolist()
-        if n == most and k in (0, middle // 16, *presets(n)):
+        if n == most and k in (0, middle // 16, *presets[n]):
             places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
             right = [models[whose](x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in some.int().split(many)]
             hits = torch.stack([torch.cat(right)[:, x - 8 : x].all(1) for x in ends], 1).float().mean(0)
@@ -2124,18 +2118,18 @@ def report_lm(bench: Bench, z, found) -> None:
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     note = "A random name is assigned 8 random letters; asked for them at the end, all must be right."
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows, note)
-    rows = [
-        [c["what"], str(c["dense"]), str(c["DSA"]), f"{c['dense'].median / c['DSA'].median:.2f}x",
-         *(size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA"))] for c in found["costs"]
-    ]  # fmt: skip
+    rows = []
+    for c in found["costs"]:
+        laps = Laps(c["dense"]), Laps(c["DSA"])
+        room = [size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA")]
+        rows.append([c["what"], *map(str, laps), f"{laps[0].median / laps[1].median:.2f}x", *room])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
     note = "Training: forward, backward, and the indexers'. A token: launch by launch, in no graph."
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
-    rows = [
-        [preset, f"{ratio:.0%}", f"{k:,}", texts[FIRST, k, middle],
-         f"{np.mean(cells[FIRST, math.ceil(ratio * most), most]['secrets']):.0%}"]
-        for (preset, ratio), k in zip(dsa.SELECTION_RATIOS.items(), presets(middle))
-    ]  # fmt: skip
+    rows = []
+    for preset, ratio in dsa.SELECTION_RATIOS.items():
+        k, hits = math.ceil(ratio * middle), cells[FIRST, math.ceil(ratio * most), most]["secrets"]
+        rows.append([preset, f"{ratio:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{np.mean(hits):.0%}"])
     note = f"{FIRST}. Secrets: at all distances; dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
@@ -2154,27 +2148,26 @@ def draw_lm(bench: Bench, z, found, gaps) -> None:
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    good, bad = (gaps[x, one, middle][0] for x in (FIRST, SCRATCH))
     finding = (
         f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} "
-        f"of the keys {gaps[FIRST, one, middle][0]:.2f} % more bits a byte than with all, with a window of "
-        f"as many {gaps[SCRATCH, one, middle][0]:.0f} %"
+        f"of the keys {good:.2f} % more bits a byte than with all, with a window of as many {bad:.0f} %"
     )
     bench.figure("lm", "lm.png", finding, fig)
-    fig, (left, ax, right) = plt.subplots(1, 3, figsize=(10, 3.4))
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
     for name, curve in curves.items():
         step, bits, kl = np.array(curve).T
         style = {"marker": "", "color": colours[name], "label": name}
         if step[-1] == z.dense:
-            left.plot(step, bits, **style)
+            axes[0].plot(step, bits, **style)
         elif step[-1] == z.more and name != SCRATCH:
-            ax.plot(step, 100 * bits / np.array(curves[MORE])[:, 1] - 100, **style)
+            axes[1].plot(step, 100 * bits / np.array(curves[MORE])[:, 1] - 100, **style)
         if kl.any():
-            right.plot(step, kl, **style)
-    left.set(title="bits a byte", yscale="log", xlabel=f"steps of {z.batch:,} tokens")
-    ax.set(title=f"bits over {MORE}, on the same text, %", yscale="symlog", xlabel="steps more")
-    right.set(title="KL of the indexers, nats", yscale="log", xlabel="steps of warm-up, or more")
-    for x in (left, ax, right):
-        x.legend()
+            axes[2].plot(step, kl, **style)
+    titles = "bits a byte", f"bits over {MORE}, on the same text, %", "KL of the indexers, nats"
+    for ax, title, scale in zip(axes, titles, ("log", "symlog", "log")):
+        ax.set(title=title, yscale=scale, xlabel=f"steps of {z.batch:,} tokens")
+        ax.legend()
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
 
 
