@@ -1626,21 +1626,21 @@ def sharded(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 LM = SimpleNamespace(
-    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, cues=60, held=40,
-    dense=1900, warm=200, more=80, top_k=(512, 128), K=[2**i for i in range(6, 12)], least=2**16, text=2**28,
-)  # fmt: skip
+    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, cues=200, held=40,
+    dense=4000, warm=400, more=400, K=[2**i for i in range(6, 12)], least=2**16, text=2**28)  # fmt: skip
 TOY = SimpleNamespace(
     d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=32, cues=2, held=4,
-    dense=40, warm=20, more=4, top_k=(16, 8), K=[8, 16], least=2**11, text=2**20,
-)  # fmt: skip
+    dense=40, warm=29, more=8, K=[2, 8, 16], least=2**11, text=2**20)  # fmt: skip
 LM_OPTIONS: dict[str, dict[str, Any]] = {
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 }
-WARM, MORE, FIRST = "DSA, warm-up alone", "dense, continued", "DSA, trained at {}"
+FIRST, WARM = "DSA, trained at 6%", "DSA, warm-up alone"
+MORE, BEGUN, SCRATCH, WAYS = "dense, continued", "window, begun", "window, from scratch", ("dense", "DSA")
+UNTRAINED = {WARM: "lightning", "window": "window", "random and window": "random", "oracle's keys": "oracle"}
 MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
 FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
-RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.1)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.1, 0))
+RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.3, 0))
 
 
 def give(x):
@@ -1663,12 +1663,13 @@ class Ours(Function):  # type: ignore[misc, valid-type]
 
 def attention(indices, q, k, v):
     out, lse = dsa.sparse_attention(q, k, v, indices)
-    return out, lambda dout: dsa.sparse_attention_backward(q, k, v, indices, out, lse, dout)[:3]
+    back = functools.partial(dsa.sparse_attention_backward, q, k, v, indices, out, lse, deterministic=False)
+    return out, lambda dout: back(dout)[:3]
 
 
 def foresight(target, where, index_q, index_k, weights):
     """The indexer's KL, a query."""
-    loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where)
+    loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
     each = 1 / weights[..., 0].size
     return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
 
@@ -1721,7 +1722,7 @@ class Decoder:
             weights |= {"head": torch.zeros(256, d), "gain": torch.full((L, z.H), 1.5)}
             for seed, (name, shape) in enumerate((shapes | {"embed": (256, d)}).items()):
                 weights[name] = torch.randn(shape, generator=draw.manual_seed(seed)) * d**-0.5
-        self.weights = {x: y.detach().to(device, copy=True).requires_grad_() for x, y in weights.items()}
+        self.weights = {x: y.detach().to(device, copy=True) for x, y in weights.items()}
         angles = torch.arange(z.contexts[-1]).outer(1e5 ** -torch.linspace(0, 1, z.D // 4))[:, None]
         self.turn = torch.cat([angles.cos(), angles.sin()], -1).to(device)  # [positions, 1, D / 2]
 
@@ -1743,36 +1744,52 @@ class Decoder:
         return torch.nn.functional.cross_entropy(logits, want, reduction="none") / math.log(2)
 
 
-def sdpa(q, k, v):
+def sdpa(q, k, v, seen=None):
     """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it."""
-    by = torch.nn.attention.SDPBackend
+    by, causal = torch.nn.attention.SDPBackend, seen is None and q.shape[1] > 1
+    fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
     q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
-    with torch.nn.attention.sdpa_kernel([by.CUDNN_ATTENTION, by.FLASH_ATTENTION, by.MATH], set_priority=True):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
+    with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
     return out.transpose(1, 2)
 
 
-class Attend:
-    """A Decoder's attention: torch's to all keys, or ours to the top_k that are selected `by` something.
+def newest(q, k, v, width: int):
+    """sdpa to the last `width` keys: blocks of as many queries see their own block and the one before."""
+    (B, T, *_), place = q.shape, torch.arange(2 * width, device=q.device)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, width, 0)).unfold(1, 2 * width, width) for x in (k, v))
+    k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [B * T / width, 2 * width, 1, D]
+    behind = place[width:, None] - place
+    begun = place + width * torch.arange(T // width, device=q.device)[:, None, None] >= width
+    seen = ((behind >= 0) & (behind < width) & begun).repeat(B, 1, 1)[:, None]
+    return sdpa(q.reshape(-1, width, *q.shape[2:]), k, v, seen).reshape(q.shape)
 
-    The indexers learn at `rows` queries of each sequence, over all keys or those kept, and leave their KL
-    in kl. With a past, which the first call leaves there, it goes on behind it.
+
+class Attend:
+    """A Decoder's attention: torch's, to all keys or a window, or ours to the top_k selected `by` something.
+
+    top_k below 1 is a share. Indexers learn at `rows` queries a sequence: kl. A past is filled, then read.
     """
 
-    def __init__(self, by: str = "", top_k: int = 0, rows: int = 0, past: Any = None):
+    def __init__(self, by: str = "", top_k: float = 0, rows: int = 0, past: Any = None):
         self.by, self.top_k, self.rows, self.asks = by, top_k, rows, by == "lightning" or rows > 0
         self.kl, self.past, self.fixed = list[Any](), past, dict[tuple[int, int], Any]()
 
-    def select(self, layer, q, k, *index):
+    def select(self, layer, q, k, index):
+        """Of all sequences as if they were one, which launches less: [B * T, top_k]."""
+        (B, T), S = q.shape[:2], k.shape[1]
+        top_k = int(self.top_k if self.top_k >= 1 else self.top_k * S)
         if self.by == "lightning":
-            return dsa.lightning_select(*index, self.top_k)
-        if self.by == "oracle":
-            return dsa.select_topk(dsa.attention_target(q, k), self.top_k)
-        half = {"local_window": self.top_k // 2, "seed": layer} if self.by == "random" else {}
-        if (at := (layer, q.shape[1])) not in self.fixed:  # what no score decides is alike in every sequence
-            one = q[0, :, :1, :1], k[0, :, :, :1]
-            self.fixed[at] = dsa.SELECTORS[self.by](*one, self.top_k, **half)[None]
-        return self.fixed[at].repeat(len(q), 0)
+            kept = dsa.lightning_select(*map(give, index), top_k)
+        elif self.by == "oracle":
+            kept = dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
+        else:  # half of them the newest; as no score decides, they are the same in every sequence
+            if (at := (layer, T)) not in self.fixed:
+                one, half = (q[0, :, :1, :1], k[0, :, :, :1]), {"local_window": top_k // 2, "seed": layer}
+                self.fixed[at] = dsa.SELECTORS["random"](*map(give, one), top_k, **half)[None]
+            kept = self.fixed[at].repeat(B, 0)
+        kept, begin = tensor(kept), S * torch.arange(B, dtype=torch.int32, device=q.device)[:, None, None]
+        return torch.where(kept < 0, -1, kept + begin).flatten(0, 1)
 
     def __call__(self, layer, q, k, v, index):
         if self.past is not None:
@@ -1780,45 +1797,43 @@ class Attend:
             if first is not new:
                 k, v, *keys = (torch.cat(x, 1) for x in zip(first, new, strict=True))
                 index = [*index[:1], *keys, *index[2:]]
-        indices: Any = self.by and self.select(layer, *map(give, (q, k, *index)))
+        (B, T), kept = q.shape[:2], self.select(layer, q, k, index) if self.by not in ("", "window") else None
         if self.rows:
-            b = torch.arange(len(q), device=q.device)[:, None]
-            at = torch.rand(q.shape[:2], device=q.device).argsort(1)[:, : self.rows].sort(1)[0]
-            where = {"indices": indices[give(b), give(at)]} if self.by else {"k_end": give(at + 1)}
-            target = dsa.attention_target(give(q[b, at]), give(k), **where)
-            parts = index[0][b, at], index[1], index[2][b, at]
-            self.kl.append(Ours.apply(functools.partial(foresight, target, where), *parts).float())
-        return Ours.apply(functools.partial(attention, indices), q, k, v) if self.by else sdpa(q, k, v)
-
-
-class Plain(Attend):
-    """Ours with the KL of all queries, by torch alone."""
-
-    def __call__(self, layer, q, k, v, index):
-        kept, kind = tensor(self.select(layer, *map(give, (q, k, *index)))).long(), q.dtype
-        q, k, v, index_q, index_k, weights = (x.float() for x in (q, k[:, :, 0], v[:, :, 0], *index))
-        b, absent = torch.arange(len(q), device=q.device)[:, None, None], kept < 0
-        logits = torch.einsum("bthd,btkd->bthk", q, k[b, kept]) * q.shape[-1] ** -0.5
-        p = logits.masked_fill(absent[:, :, None], -1e4).softmax(-1)
-        scores = torch.einsum("btje,btke->btjk", index_q, index_k[b, kept]).relu()
-        scores = torch.einsum("btj,btjk->btk", weights, scores).masked_fill(absent, -1e4).log_softmax(-1)
-        kl = torch.nn.functional.kl_div(scores, p.detach().mean(2), reduction="sum")
-        self.kl.append(kl / q.shape[:2].numel())
-        return torch.einsum("bthk,btkd->bthd", p, v[b, kept]).to(kind)
+            at, (index_q, index_k, weights) = torch.randperm(T, device=q.device)[: self.rows], index
+            some = [q[:, at], k, index_q[:, at], index_k, weights[:, at]]
+            where = {"k_end": (at + 1).repeat(B, 1)}
+            if kept is not None:
+                where = {"indices": kept.view(B, T, -1)[:, at].flatten(0, 1)}
+                some = [x.flatten(0, 1) for x in some]
+            where = {name: give(x) for name, x in where.items()}
+            target = dsa.attention_target(*map(give, some[:2]), **where)
+            self.kl.append(Ours.apply(functools.partial(foresight, target, where), *some[2:]).float())
+        if kept is None:
+            return newest(q, k, v, int(self.top_k)) if self.by else sdpa(q, k, v)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return Ours.apply(functools.partial(attention, give(kept)), q, k, v)
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:
-    """Of one layer's weights, through attention and the KL: ours, and plain torch's over the same keys."""
-    model, n, grads = Decoder(SimpleNamespace(**vars(z) | {"layers": 1}), device), z.contexts[0], []
-    torch.manual_seed(0)
-    for x in model.weights.values():
-        x.data.normal_(0, z.d**-0.5)
-    ids = torch.randint(256, (z.batch // n, n), device=device)
-    for form in (Attend, Plain):
-        loss = model(ids, attend := form("lightning", z.top_k[0], n)).square().mean()
-        grads.append(torch.autograd.grad(loss + attend.kl[0], [*model.weights.values()]))
-    for name, x, y in zip(model.weights, *grads, strict=True):
-        bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4 if device == "cpu" else 5e-2)
+    """Of attention and the KL of all queries: dsa's, and plain torch's over the same keys; and a window."""
+    n, by = z.contexts[0], torch.manual_seed(0)
+    shapes = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)
+    inputs = [torch.randn(2, n, *x, generator=by).to(device).requires_grad_() for x in shapes]
+    (q, k, v, *index), attend = inputs, Attend("lightning", 1 / 16, n)
+    ours = torch.autograd.grad(attend(0, q, k, v, index).square().sum() + 2 * n * attend.kl[0], inputs)
+    kept = attend.select(0, q, k, index).long().view(2, n, -1)
+    hidden = torch.ones(2, n, n + 1, device=device)  # with a column for what is absent
+    hidden = hidden.scatter(2, torch.where(kept < 0, n, kept % n), 0)[..., :n].bool()
+    scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
+    logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
+    p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
+    kl = -(p.detach().mean(1) * scores.masked_fill(hidden, -1e9).log_softmax(-1)).sum()  # but for a constant
+    plain = torch.autograd.grad(torch.einsum("bhts,bsgd->bthd", p, v).square().sum() + kl, inputs)
+    for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
+        bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
+    kept = dsa.SELECTORS["window"](give(q), give(k), n // 16)
+    want = dsa.sparse_attention(*map(give, (q, k, v)), kept)[0]
+    bench.check("lm: a window", exact(newest(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
 
 
 @fused
@@ -1833,20 +1848,16 @@ def orthogonal(x):
     return x.mT * tall**0.5 if tall > 1 else x
 
 
-def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates, learns=()):
-    """Train the weights that learn, or all; matrices by Muon -> [step, bits a byte, KL] on the way.
-
-    All of as many steps read the same text. Contexts grow where rates RISE, and take turns elsewhere.
-    """
+def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates):
+    """Train all, or the indexers where rates FALL; matrices by Muon -> [step, bits a byte, KL]s, weights."""
     z, device, curve, each = model.z, model.device, list[list[float]](), -(-steps // 50)
-    some = {x: y.requires_grad_(x in (learns or model.weights)) for x, y in model.weights.items()}
-    some = {x: y for x, y in some.items() if y.requires_grad}
+    some = {x: y.requires_grad_() for x, y in model.weights.items() if rates is not FALL or x == "index"}
     moments = {x: torch.zeros_like(some[x]) for x in some if x in MATRICES}
     adam = torch.optim.AdamW([y for x, y in some.items() if x not in moments], betas=(0.9, 0.95))
     draw, sums = torch.Generator(device).manual_seed(steps), torch.zeros(2, device=device)
     torch.manual_seed(0)
-    for i in bench.steps(range(steps), f"lm: {name}"):
-        n = z.contexts[np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else 1 + i % 2]
+    for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
+        n = z.contexts[np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else (0, 1, 0, 2)[i % 4]]
         at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
         ids, rate = text[at + torch.arange(n + 1, device=device)].int(), float(np.interp(i / steps, *rates))
         bits = model.bits(ids, attend).mean()
@@ -1867,15 +1878,11 @@ def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates
             sums.zero_()
             if len(curve) % 10 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
-    return curve
+    return curve, model.weights
 
 
 def sources(folder: Path, z):
-    """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words.
-
-    Packages of middling size are held out, by a hash of their names. A file of whose longer lines most stand
-    in these is not learned from, so that no copy of what is judged is.
-    """
+    """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words."""
     packages, held, judged, rest = dict[str, list[Path]](), list[bytes](), set[int](), list[bytes]()
     for path in sorted(folder.rglob("*.py")):
         packages.setdefault(path.relative_to(folder).parts[0], []).append(path)
@@ -1890,6 +1897,7 @@ def sources(folder: Path, z):
             judged |= lines(held[-1])
         elif sum(map(len, rest)) < z.text:
             rest += files
+    # A file of whose longer lines most stand in what is held out, packages of middling size, may be a copy.
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
     if not (held and learned):
         raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
@@ -1901,48 +1909,38 @@ def sources(folder: Path, z):
 
 
 def with_secrets(z, windows):
-    """Windows in which random names are assigned to at distances FAR, and again at the end; and where."""
+    """Windows in which random names are assigned to at distances FAR, and at the end; where these end."""
     rng, letters = np.random.default_rng(0), np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
     ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
     body = ids.shape[1] - len(FAR) * len(line)
-    for row, (i, far) in itertools.product(ids, enumerate(FAR)):
+    ends = [body + (i + 1) * len(line) for i in range(len(FAR))]
+    for row, (end, far) in itertools.product(ids, zip(ends, FAR)):
         own = np.where(line == ord("#"), rng.choice(letters, len(line)), line)
-        for at in (body - int(far * body), body + i * len(line)):
+        for at in (body - int(far * body), end - len(line)):
             row[at : at + len(line)] = own[: len(row) - at]
-    ends = [body + i * len(line) - 3 for i in range(1, len(FAR) + 1)]  # of the answers
     return torch.from_numpy(ids).to(windows.device), ends
 
 
-def methods(z) -> dict[str, tuple[str, str, str]]:
-    """What is judged: name -> whose weights it has, what selects its keys, and beside what it stands."""
-    first, second, window = *map(FIRST.format, z.top_k), f"window, trained at {z.top_k[0]}"
-    return {
-        first: (first, "lightning", MORE), second: (second, "lightning", MORE),
-        WARM: (WARM, "lightning", "dense"), "window": (WARM, "window", "dense"),
-        window: (window, "window", MORE), "the oracle's keys": (WARM, "oracle", "dense"),
-        "random and window": (WARM, "random", "dense"), "before warm-up": ("dense", "lightning", "dense"),
-    }  # fmt: skip
-
-
 @torch.no_grad() if torch else lambda run: run
-def judge(bench: Bench, models, z, windows) -> list[dict[str, Any]]:
+def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
     """Of every method, length and K: bits a byte of the windows' last halves; by position; secrets found."""
-    (_, middle, most), one, (some, ends) = z.contexts, [z.top_k[0]], with_secrets(z, windows)
-    asked = [(x, x, "", 0, n) for n in z.contexts for x in ("dense", MORE)]
-    for i, (name, (whose, by, _)) in enumerate(methods(z).items()):
-        for n in z.contexts if i in (0, 1, 4) else [middle]:
-            presets = [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] if i == 0 else []
-            asked += [(name, whose, by, k, n) for k in dict.fromkeys([*(z.K if i < 4 else one), *presets])]
-    cells = list[dict[str, Any]]()
-    for name, whose, by, k, n in bench.steps(asked, "lm: judging"):
+    (_, middle, most), (some, ends), cells = z.contexts, with_secrets(z, windows), list[dict[str, Any]]()
+    asked = [(x, x, "", "", 0, n) for n in z.contexts for x in ("dense", MORE)]
+    presets = {n: [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] for n in z.contexts}
+    for (name, (whose, by, beside)), n in itertools.product(methods.items(), z.contexts):
+        sizes = z.K if by == "lightning" or name == "window" else [middle // 16]
+        sizes = dict.fromkeys([*sizes, *(presets[n] if name == FIRST else [])])
+        asked += [(name, whose, by, beside, k, n) for k in sizes if n == middle or beside == MORE]
+    for name, whose, by, beside, k, n in bench.steps(asked, "lm: judging"):
         attend, many = Attend(by, k), max(1, z.batch // n)
         parts = [models[whose].bits(x, attend).view(-1, n) for x in windows[:, -n - 1 :].int().split(many)]
         bits = torch.cat(parts).cpu().numpy()
-        cells.append({"method": name, "K": k, "n": n, "bits": bits[:, n // 2 :].mean(1).tolist()})
-        if n == most:
+        cells.append({"method": name, "beside": beside, "K": k, "n": n})
+        cells[-1]["bits"] = bits[:, n // 2 :].mean(1).tolist()
+        if n == most and k in (0, middle // 16, *presets[n]):
             places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
             right = [models[whose](x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in some.int().split(many)]
-            hits = torch.stack([torch.cat(right)[:, x - 8 : x].all(1) for x in ends], 1).float().mean(0)
+            hits = torch.stack([torch.cat(right)[:, x - 11 : x - 3].all(1) for x in ends], 1).float().mean(0)
             cells[-1] |= {"by position": [float(x.mean()) for x in places], "secrets": hits.tolist()}
     return cells
 
@@ -1951,21 +1949,20 @@ def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
     """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
     (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
     some, long = windows[: z.batch // middle, :middle].int(), windows[: max(1, z.batch // n), :n].int()
-    cases = {"training": (some, middle, 0), "prefill": (long, n, 0), "a token at": (long[:, -1:], n, n - 1)}
-    for what, (ids, size, first) in cases.items():
-        learns, runs, cell = what == "training", dict[str, Any](), {"what": f"{what} {size:,}"}
-        for name, by in (("dense", ""), ("DSA", "lightning")):
-            attend = Attend(by, z.top_k[0], z.rows * learns * bool(by), {} if first else None)
+    for what, ids, past in (("training", some, 0), ("prefill", long, 0), ("a token at", long[:, -1:], n - 1)):
+        learns, cell, runs = what == "training", {"what": f"{what} {past + ids.shape[1]:,}"}, dict[str, Any]()
+        for name, by in zip(WAYS, ("", "lightning")):
+            attend = Attend(by, middle // 16, z.rows * learns * bool(by), {} if past else None)
 
-            def run(ids=ids, first=first, learns=learns, attend=attend):
+            def run(ids=ids, first=past, learns=learns, attend=attend):
                 with torch.set_grad_enabled(learns):
-                    out = model(ids, attend, first).square().mean() + sum(attend.kl)
+                    loss = model(ids, attend, first).square().mean() + sum(attend.kl)
                 if learns:
-                    out.backward()
-                    attend.kl.clear()
-                out.item()  # waits for the GPU
+                    loss.backward()
+                attend.kl.clear()
+                loss.item()  # waits for the GPU
 
-            if first:
+            if past:
                 run(long, 0)
             run()  # compiles
             if model.device == "cuda":
@@ -1976,13 +1973,28 @@ def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
                 run()
                 cell[f"{name}, bytes"] = torch.cuda.max_memory_allocated() + pool.total_bytes() - held
             runs[name] = run
-        laps = race(runs, 1)
-        cells.append(cell | {name: Laps(x / ids.numel() for x in laps[name]) for name in runs})
+        cells.append(cell | {x: [t / ids.numel() for t in laps] for x, laps in race(runs, 1).items()})
     return cells
 
 
+def stages(z) -> dict[str, Any]:
+    """What is trained: whose weights it begins with, how it attends, steps, rates."""
+    one, rows = z.contexts[1] // 16, z.rows // 2
+    return {
+        "dense": (None, Attend(), z.dense, RISE),
+        WARM: ("dense", Attend(rows=z.rows), z.warm, FALL),
+        FIRST: (WARM, Attend("lightning", 1 / 16, rows), z.more, LAST),
+        "DSA, trained at 1.6%": (WARM, Attend("lightning", 1 / 64, rows), z.more, LAST),
+        MORE: (WARM, Attend(), z.more, LAST),
+        "window, trained": (WARM, Attend("window", one), z.more, LAST),
+        "random and window, trained": (WARM, Attend("random", one), z.more, LAST),
+        BEGUN: (None, Attend("window", one), z.dense, RISE),
+        SCRATCH: (BEGUN, Attend("window", one), z.more, LAST),
+    }
+
+
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="five minutes on an H100, and days", options=LM_OPTIONS)  # fmt: skip
+      "lm_presets", default=False, takes="20 minutes on an H100, and weeks", options=LM_OPTIONS)  # fmt: skip
 def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
@@ -2005,118 +2017,108 @@ def lm(bench: Bench) -> None:
     folder = bench.args.source or Path(sysconfig.get_path("purelib"))
     text, windows, note = once("text", lambda: sources(folder, z))
     check_gradients(bench, z, device)
-    plan = {  # name: whose weights it begins with, how it attends, steps, rates, and what learns if not all
-        "dense": (None, Attend(), z.dense, RISE),
-        WARM: ("dense", Attend(rows=z.rows), z.warm, FALL, ("index",)),
-        **{FIRST.format(k): (WARM, Attend("lightning", k, z.rows), z.more, LAST) for k in z.top_k},
-        MORE: (WARM, Attend(), z.more, LAST),
-        f"window, trained at {z.top_k[0]}": (WARM, Attend("window", z.top_k[0]), z.more, LAST),
-    }
-    models, curves = dict[str, Decoder](), dict[str, Any]()
-    for name, (start, attend, *how) in plan.items():
-
-        def teach(name=name, start=start, attend=attend, how=how):
-            model = Decoder(z, device, start and models[start].weights)
-            return fit(bench, name, model, attend, text, *how), model.weights
-
-        curves[name], weights = once(name, teach)
-        models[name] = Decoder(z, device, weights)
-    for name, curve in curves.items():  # what begins with a trained model has little to gain
-        (_, *old), *_, (_, *new) = curve
-        if not new[name == WARM] < old[name == WARM] * (0.9 if name in ("dense", WARM) else 1.5):
+    models, curves, plan = dict[str, Decoder](), dict[str, Any](), stages(z)
+    for name, (start, attend, steps, rates) in plan.items():
+        model = models[name] = Decoder(z, device, start and models[start].weights)
+        learn = functools.partial(fit, bench, name, model, attend, text, steps, rates)
+        curves[name], model.weights = once(name, learn)
+        (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
+        if not new[rates is FALL] < old[rates is FALL] * (1.5 if rates is LAST else 0.9):
             raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
     found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
-    found["judged"] = once("judged", lambda: judge(bench, models, z, windows))
-    found["costs"] = once("costs", lambda: costs(models[FIRST.format(z.top_k[0])], windows, z))
+    methods = {x: (x, how.by, MORE) for x, (_, how, _, rates) in plan.items() if rates is LAST and how.by}
+    methods |= {x: (WARM, by, "dense") for x, by in UNTRAINED.items()}
+    methods["before warm-up"] = "dense", "lightning", "dense"
+    found["judged"] = once("judged", lambda: judge(bench, models, methods, z, windows))
+    found["costs"] = once("costs", lambda: costs(models[FIRST], windows, z))
     report_lm(bench, z, found)
 
 
 def over(bits, reference):
     """How far packages' bits are over the reference's, in %, and the middle 95 % over draws of packages."""
     draws = np.random.default_rng(0).integers(len(bits), size=(2000, len(bits)))
-    low, high = np.percentile(bits[draws].sum(1) / reference[draws].sum(1), (2.5, 97.5))
-    return [float(100 * x - 100) for x in (bits.sum() / reference.sum(), low, high)]
+    x, y = (np.array(b)[np.vstack([np.arange(len(b)), draws])].sum(1) for b in (bits, reference))
+    return [100 * float(q) - 100 for q in ((x / y)[0], *np.percentile((x / y)[1:], (2.5, 97.5)))]
 
 
 def report_lm(bench: Bench, z, found) -> None:
-    (_, middle, most), one, first = z.contexts, z.top_k[0], FIRST.format(z.top_k[0])
+    (_, middle, most), one = z.contexts, z.contexts[1] // 16
     cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    bits, names = {at: np.array(c["bits"]) for at, c in cells.items()}, methods(z)
-    gaps = {at: over(x, bits[names[at[0]][2], 0, at[2]]) for at, x in bits.items() if at[1]}
-    found["over"] = [[*at, *x] for at, x in gaps.items()]
+    gaps = {at: over(c["bits"], cells[c["beside"], 0, at[2]]["bits"]) for at, c in cells.items() if at[1]}
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
-    rows = [
-        [name, f"{n:,}", *(texts.get((name, k, n), "") for k in z.K)]
-        for n in (middle, *z.contexts[::2]) for name in names if (name, one, n) in texts
-    ]  # fmt: skip
-    level = [f"{bits[x, 0, middle].mean():.4f} bits a byte at {middle:,}" for x in ("dense", MORE)]
+    rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, kept, n in gaps if kept == one]
+    level = [f"{np.mean(cells[x, 0, middle]['bits']):.4f} bits a byte at {middle:,}" for x in ("dense", MORE)]
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}, bytes as tokens. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}. Warm-up: "
-        f"{z.warm} steps, at {z.rows:,} queries of each sequence. Trained: {z.more} steps more, over dense "
-        f"continued for as many, {level[1]}; the rest over dense. Last halves of windows; in brackets the "
-        "middle 95 % over draws of packages. One seed; from run to run differ cuBLAS's choices and atomics' "
-        "sums. A window trained from scratch is missing."
+        f"{z.J}x{z.D}, bytes as tokens. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}; warm-up "
+        f"{z.warm}, at {z.rows:,} queries a sequence; trained {z.more} more, as dense continued, {level[1]}: "
+        f"DSA with 1/16 and 1/64 of the keys, others with {one}. In brackets the middle 95 % over draws of "
+        "packages. One seed; from run to run differ cuBLAS's choices and atomics' sums."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
-    columns = ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)]
-    bench.table("lm", title, columns, rows, note)
-    long = {f"{m}, K = {k}" if k else m: c for (m, k, n), c in cells.items() if n == most and k in (0, one)}
-    rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in long.items()]
-    columns = [f"{a:,} to {b:,}" for a, b in itertools.pairwise([0, *(most >> i for i in range(5, -1, -1))])]
-    bench.table("lm_position", "Bits a byte, by position", ["method", *columns], rows)
-    rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in long.items()]
+    bench.table("lm", title, ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)], rows, note)
+    draw_lm(bench, z, found, gaps)
+    far = {f"{m}, K = {k}" if k else m: c for (m, k, n), c in cells.items() if n == most and k in (0, one)}
+    places = [f"{a:,} to {b:,}" for a, b in itertools.pairwise([0, *(most >> i for i in range(5, -1, -1))])]
+    rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in far.items()]
+    bench.table("lm_position", "Bits a byte, by position", ["method", *places], rows)
+    rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
-    note = "A random name is assigned 8 random letters; asked for them at the end, all must be right."
-    bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows, note)
-    rows = [
-        [c["what"], str(c["dense"]), str(c["DSA"]), f"{c['dense'].median / c['DSA'].median:.2f}x",
-         *(size(c.get(f"{x}, bytes", 0)) for x in ("dense", "DSA"))] for c in found["costs"]
-    ]  # fmt: skip
+    bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
+    rows = []
+    for c in found["costs"]:
+        laps, room = [Laps(c[x]) for x in WAYS], [size(c.get(f"{x}, bytes", 0)) for x in WAYS]
+        rows.append([c["what"], *map(str, laps), f"{laps[0].median / laps[1].median:.2f}x", *room])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
-    note = "Training: forward, backward, and the indexers'. A token: launch by launch, in no graph."
-    bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows, note)
+    bench.table("lm_cost", title, ["", *WAYS, "faster", "memory, dense", "DSA"], rows)
     rows = []
     for preset, ratio in dsa.SELECTION_RATIOS.items():
-        k, hits = math.ceil(ratio * middle), cells[first, math.ceil(ratio * most), most]["secrets"]
-        rows.append([preset, f"{ratio:.0%}", f"{k:,}", texts[first, k, middle], f"{np.mean(hits):.0%}"])
-    note = f"Secrets: at all distances, same share; dense finds {np.mean(long[MORE]['secrets']):.0%}."
+        k, hits = math.ceil(ratio * middle), cells[FIRST, math.ceil(ratio * most), most]["secrets"]
+        rows.append([preset, f"{ratio:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{np.mean(hits):.0%}"])
+    note = f"{FIRST}. Secrets: at all distances; dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
-    draw_lm(bench, z, found, gaps)
 
 
 def draw_lm(bench: Bench, z, found, gaps) -> None:
     """Quality against K of all methods; loss against step."""
-    middle, one, curves = z.contexts[1], z.top_k[0], {x: np.array(y).T for x, y in found["curves"].items()}
-    colours = dict(zip((*methods(z), MORE), [f"C{i}" for i in range(9)]))
+    middle, one, curves = z.contexts[1], z.contexts[1] // 16, found["curves"]
+    methods = dict.fromkeys(name for name, *_ in gaps)
+    colours = {name: plt.get_cmap("tab20")(2 * i % 19) for i, name in enumerate(methods | curves)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name in methods(z):
+    for i, name in enumerate(methods):
         own = [k for k in z.K if (name, k, middle) in gaps]
         y, low, high = np.maximum([gaps[name, k, middle] for k in own], 0.01).T
-        ax.errorbar(own, y, [y - low, high - y], color=colours[name], label=name)
+        ax.errorbar(
+            np.multiply(own, 1 + 0.03 * i * (len(own) == 1)),
+            y,
+            [y - low, high - y],
+            color=colours[name],
+            label=name,
+        )
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    good, bad = (gaps[x, one, middle][0] for x in (FIRST.format(one), f"window, trained at {one}"))
+    good, bad = (gaps[x, one, middle][0] for x in (FIRST, SCRATCH))
     finding = (
         f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} "
         f"of the keys {good:.2f} % more bits a byte than with all, with a window of as many {bad:.0f} %"
     )
     bench.figure("lm", "lm.png", finding, fig)
-    fig, (left, ax, right) = plt.subplots(1, 3, figsize=(10, 3.4))
-    left.plot(*curves.pop("dense")[:2], marker="", color=COLOURS["dense"])
-    for name, (step, bits, kl) in curves.items():
+    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
+    for name, curve in curves.items():
+        step, bits, kl = np.array(curve).T
         style = {"marker": "", "color": colours[name], "label": name}
-        if name != WARM:
-            ax.plot(step, 100 * bits / curves[MORE][1] - 100, **style)
+        if name in ("dense", BEGUN):
+            axes[0].plot(step, bits, **style)
+        elif name not in (WARM, SCRATCH):
+            axes[1].plot(step, 100 * bits / np.array(curves[MORE])[:, 1] - 100, **style)
         if kl.any():
-            right.plot(step, kl, **style)
-    left.set(title="bits a byte, dense", yscale="log", xlabel=f"steps of {z.batch:,} tokens")
-    ax.set(title=f"bits over {MORE}, on the same text, %", yscale="symlog", xlabel="steps more")
-    right.set(title="KL of the indexers, nats", yscale="log", xlabel="steps of warm-up, or more")
-    ax.legend()
-    right.legend()
+            axes[2].plot(step, kl, **style)
+    titles = "bits a byte", f"bits over {MORE}, on the same text, %", "KL of the indexers, nats"
+    for ax, title, scale in zip(axes, titles, ("log", "symlog", "log")):
+        ax.set(title=title, yscale=scale, xlabel=f"steps of {z.batch:,} tokens")
+        ax.legend()
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
 
 
