@@ -3110,7 +3110,8 @@ def topk_kernel(chip, real, rows, num_keys, quota):
     held = next(x for x in (8, 16, 32) if span <= x * block) if simple else 0  # keys in a thread's registers
     blocks = 1 if held else blocks_of_row(chip, rows, num_keys)
     block = 512 if blocks > 1 else block
-    runs = [1] if held else [8192] * (quota[0] > 2048) + [3584, 2048]  # that a block has room for
+    # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
+    runs = [1] if held else [8192] * (quota[0] > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
     shared = {x: 8500 + 20 * x + 40000 * (blocks > 1) for x in runs}  # struct Shared of the kernel
     most = next(x for x in runs if shared[x] <= chip.shared)
     sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}

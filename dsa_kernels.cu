@@ -870,7 +870,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 // in    scores [B, T, S] REAL = float or double, at a multiple of 16 bytes; windows [B, T]
 // out   indices [B, T, K] i32, every element written
 // grid  B * T * BLOCKS  block BLOCK: a row, or a part of one that a cluster of BLOCKS shares (sm_90 on)
-// smem  struct Shared: 8 KB of counts and CAPACITY runs of 16 bytes, 78 KB; in a cluster 40 KB more
+// smem  struct Shared: 8 KB of counts and CAPACITY runs of 16 bytes, 90 KB; in a cluster 40 KB more
 // cost  one read of the row and a sixteenth. A sample gives a rank that somewhat more than top_k keys should
 //       have; runs in which a key has it, one at least, are held in shared memory, in any order: 15
 //       instructions a run. Where their keys are too few, or they are too many for a block, the row itself
@@ -1158,7 +1158,7 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
                     for (int v = 0; v < WIDTH; v++) count(rank_of(vec.x[v]));
                 }
             };
-            const int spare = BLOCKS > 1 ? wanted : 0;  // a cluster has room, and its rounds take longer
+            const int spare = BLOCKS > 1 ? wanted : wanted / 4;  // a round is worth some keys more
             lo = nth_largest<Rank>(sh, wanted, 1, COARSE, sample, COARSE - DIGIT, spare).at;
         }
         // 3. The runs of which a key has it, in any order, and what stands beside whole runs

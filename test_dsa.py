@@ -4079,10 +4079,11 @@ def test_rows_that_a_block_holds(dsa, cupy, T):
         assert_selects_like_numpy(dsa, cupy, rng.standard_normal((T, S)), (1, 72, 2048), [F32], options)
 
 
-@pytest.mark.parametrize("blocks", [2, 4, 8, 16])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
 def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
-    """Candidates in every block, in one, too many for it, too few; forced keys."""
-    if int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS:
+    """Candidates in every block, in one, too many for it, too few, all or none of them where the sample is;
+    forced keys; more keys than are marked at a time."""
+    if blocks > 1 and (int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS):
         pytest.skip("needs clusters of blocks")
     monkeypatch.setattr(dsa, "topk_plan", dsa.topk_plan.__wrapped__)
     monkeypatch.setattr(dsa, "blocks_of_row", lambda *_: blocks)
@@ -4090,6 +4091,9 @@ def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
     start, end = np.array([0, 5, 29_000, 20_001]), np.array([30_003, 22_001, 30_000, 20_301])
     options: Any = {}, {"local_window": 65, "num_sink_tokens": 7}, {"k_start": start, "k_end": end}
     assert_selects_like_numpy(dsa, cupy, x, (72, 2048, 9000), (F32, F64), options)
+    x, sampled = np.random.default_rng(10).standard_normal((2, 140_003)), np.arange(140_003) % 128 < 8
+    for offset in (9, -9):
+        assert_selects_like_numpy(dsa, cupy, x + offset * sampled, [2048], [F32], [{}])
 
 
 @pytest.mark.parametrize("J, dtype", [(64, "e4m3"), (32, "e4m3"), (31, "e4m3"), (64, BFLOAT16)])
@@ -4173,7 +4177,7 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("index_scores_few_wgmma", {"J": J}) for J in (32, 64)),
     *(("index_scores_wgmma", {"ELEMENT": x, "J": J, "E": E}) for x, J, E in (
         (CODES, 64, 128), (CODES, 32, 128), (BF16, 64, 128), (BF16, 32, 128), (HALF, 128, 64))),
-    *(("select_topk", {"REAL": x, "BLOCK": block, "BLOCKS": blocks, "HELD": 0, "CAPACITY": 3584})
+    *(("select_topk", {"REAL": x, "BLOCK": block, "BLOCKS": blocks, "HELD": 0, "CAPACITY": 4096})
       for x in (FLOAT, DOUBLE) for block, blocks in ((512, 1), (1024, 1), (512, 4), (512, 16))),
     ("select_topk", {"REAL": FLOAT, "BLOCK": 512, "BLOCKS": 1, "HELD": 0, "CAPACITY": 2048}),
     *(("select_topk", {"REAL": FLOAT, "BLOCK": block, "BLOCKS": 1, "HELD": held, "CAPACITY": 1})
