@@ -2685,14 +2685,12 @@ def by_key(rows, *slots):
 
 
 # 14. A sequence sharded over machines ---------------------------------------------------------------------
-# Rank r holds a contiguous range of the keys, which may be empty, and every rank holds the queries. A shard
-# selects by (2), and of these candidates, in the order of ranks and thus of keys, (2) selects again: the
-# first top_k of all keys are the first top_k of what the shards select, and the first and last keys of all,
-# which are forced, are among the first and last of the shards. Each attends by (3) to the members it holds,
-# and what they find is merged. Both times every rank decides for some of the rows, and tells all.
+# Rank r holds a contiguous range of the keys, which may be empty, and every rank the queries. A shard selects
+# by (2), and of these candidates, in the order of ranks and thus of keys, (2) selects again: the first top_k
+# of all keys are among the first of the shards, as are the first and last keys of all, which are forced. Each
+# rank attends by (3) to the members it holds, and merges, as it decides, for its share of the rows.
 
 SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a single query has more
-INDEX_AXES = axes_of("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
 def sharded_select(
@@ -2704,17 +2702,16 @@ def sharded_select(
     All ranks call with the same arguments, but for index_k_shard [..., S_r, E], keys that follow those of
     rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
-    Of each query every rank sends its candidates, at most top_k of 8 bytes (12 in float64), to the rank that
-    decides, and that one sends 4 * top_k bytes to all: on R ranks at most 12 * R * top_k bytes, in float64
-    16, with int64 8 more, and never a key.
+    A query moves at most 12 * R * top_k bytes between R ranks, in float64 16, with int64 8 more, never a key:
+    candidates and their scores to the rank that decides, and what that one selects to all.
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
     index = {"index_q": index_q, "index_k": index_k_shard, "weights": weights}
     quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
     with together(comm):
-        axes, _ = CODES.get(("index_scores", getattr(index_q, "dtype", None)), (INDEX_AXES, None))
-        n = sizes(axes, index, ())
+        floats = {name: DSA_AXES[name] for name in index}
+        n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
         check_options(dict(n), quota | {"k_start": k_start, "k_end": k_end})
     at = layout(comm, n, n["S"], index.values(), **quota)
     return select_over_shards(at, quota, (k_start, k_end), *index.values())
@@ -2730,10 +2727,10 @@ def sharded_attention(
     All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
     config selects by equation (1). What one rank raises, all raise.
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
-    Each rank attends to its own members, and the parts are merged: beside what sharded_select sends, each
-    sends H * (Dv + 1) numbers a query, those of out in float16 beside a scale if q is bfloat16, to those that
-    merge, and they send out and lse to all; 2**31 numbers in a call need MPI 4. scatter=True: each keeps out
-    [M, H, Dv] and lse [M, H] of its share of all N queries, on rank r from N * r // R to N * (r + 1) // R.
+    Each rank attends to its own members: beside what sharded_select sends, each sends H * (Dv + 1) numbers a
+    query, those of out in float16 beside a scale if q is bfloat16, to those that merge, and they send out and
+    lse to all; 2**31 bytes from one rank to another need MPI 4. scatter=True: each keeps out [M, H, Dv] and
+    lse [M, H] of its share of all N queries, on rank r from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
@@ -2744,28 +2741,26 @@ def sharded_attention(
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
     call = (layer, n_layers), cache, lengths, owner, scatter
     at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
-    before = cache and cache.lengths
-    try:
+    with contextlib.ExitStack() as undo:
         with together(comm):
-            attend, index_k = functools.partial(sparse_attention, k=k_shard, v=v_shard), index_k_shard
-            kept = [x for x in (k_shard, v_shard) if x is not None] if cache is None else [cache]
+            index_k, kept = index_k_shard, [x for x in (k_shard, v_shard) if x is not None]
+            attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
             if cache is not None:
+                undo.callback(cache.truncate, cache.lengths)
                 tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
                 cache.append(lengths=mine, **tokens)
-                attend, index_k = cache.attend, cache.read("index_k")
+                index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
             index = [PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k)]
         indices = select_over_shards(at, quota, windows, *index, weights)
 
         def part():  # over the members that are here; out gets q's dtype once it is merged
-            first, end = (at.n["xp"].asarray(x)[..., None, None] for x in (at.first, at.first + at.size))
+            first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
             own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
             return attend(q, indices=own, **kwargs | {"sink": None, "out_dtype": accumulator(q, *kept)})
 
-        return (*merge_over_shards(at, part, sink, q.dtype, scatter), indices)
-    except BaseException:
-        if cache is not None:
-            cache.truncate(before)
-        raise
+        out, lse = merge_over_shards(at, part, sink, q.dtype, scatter)
+        undo.pop_all()
+    return out, lse, indices
 
 
 def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner, scatter):
@@ -2782,9 +2777,8 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
-    mine = new * (comm.rank == owner)
-    same = {"config": config, "layer": layers, "scale": kwargs["scale"], "owner": owner, "scatter": scatter}
-    same |= {"lengths": new.tolist(), "cache": cache and cache.storage}
+    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, "scale": kwargs["scale"]}
+    same |= {"owner": owner, "scatter": scatter, "lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     behind = at.shards[owner + 1 :, new > 0].any()
     expect(not behind, "owner", owner, "a rank behind which none holds keys")
@@ -2797,29 +2791,34 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
 
 def select_over_shards(at, quota, windows, index_q, index_k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, shape = at.n["xp"], (*at.n["..."], at.n["T"])
+    xp, shape = at.xp, (*at.n["..."], at.n["T"])
     windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
         return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
-    near = [xp.asarray(np.clip(w - at.first[..., None], 0, at.size[..., None]), np.int32) for w in windows]
-    first, wide = xp.asarray(at.first)[..., None, None], np.int32 if at.num_keys <= 2**31 else np.int64
+    place = at.first % KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
+    if place.any():  # key 0 goes to its place in a tile of all keys, as bits of scores depend on it
+        around = ((b[:-1], (place[b], KEY_TILE - place[b])) for b in np.ndindex(place.shape))
+        moved = [np.pad(index_k[b], [more, (0, 0)]) for b, more in around]
+        index_k = np.stack(moved).reshape(*shape[:-1], *moved[0].shape)
+    base = at.first - place
+    near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
 
     def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
         x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
-        keys = xp.zeros(x.shape, wide)
+        keys = xp.zeros(x.shape, np.int32 if at.num_keys <= 2**31 else np.int64)
         step = SHARD_BUFFER // max(1, at.longest * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
-            own = index_q[..., t, :, :], index_k, weights[..., t, :], at.first % KEY_TILE
-            scores = scores_at(*own, *(w[..., t] for w in near))
+            window = dict(zip(("k_start", "k_end"), (w[..., t] for w in near)))
+            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], **window)
             try:
-                kept = select_topk(scores, **quota)  # [..., t, up to W]
+                kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
                 raise ValueError(f"counting queries from {t.start}, {error}") from None
             own = (..., t, slice(kept.shape[-1]))
             x[own] = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
-            keys[own] = kept + first
+            keys[own] = kept + xp.asarray(base)[..., None]
         return x.reshape(rows, W), keys.reshape(rows, W)
 
     def decide(_, *both):  # of candidates [R, M, W], side by side and thus by ascending key
@@ -2827,22 +2826,7 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
         kept = select_topk(x, **quota)[:, :K]
         return [np.where(kept < 0, -1, np.take_along_axis(keys, kept, -1))]
 
-    (indices,) = decided(at, rows, offers, decide)
-    return indices.reshape(*shape, K)
-
-
-@by_library
-def scores_at(index_q, index_k, weights, place, k_start, k_end):
-    """index_scores with its bits over all ranks' keys, among which key 0 is at place [...] of a tile."""
-    shape, dtype = (*weights.shape[:-1], index_k.shape[-2]), accumulator(index_q, index_k, weights)
-    scores = np.empty(shape, dtype)
-    for b in np.ndindex(place.shape):
-        cut = -place[b] % KEY_TILE  # where the first whole tile begins
-        head = np.pad(index_k[b][:cut], [(place[b], 0), (0, 0)])
-        for keys, shift, own in ((head, place[b], slice(cut)), (index_k[b][cut:], -cut, slice(cut, None))):
-            window = {"k_start": k_start[b] + shift, "k_end": k_end[b] + shift}
-            scores[b][:, own] = index_scores(index_q[b], keys, weights[b], **window)[:, max(0, shift) :]
-    return scores
+    return decided(at, rows, offers, decide)[0].reshape(*shape, K)
 
 
 def merge_over_shards(at, attend, sink, dtype, scatter):
@@ -2851,13 +2835,16 @@ def merge_over_shards(at, attend, sink, dtype, scatter):
     rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
 
     def offers():
-        out, lse = (x.reshape(rows, *more) for x, more in zip(attend(), ((width,), ())))
+        out, lse = attend()
+        out, lse = out.reshape(rows, width), lse.reshape(rows)
         if dtype.name != "bfloat16":
             return out, lse
         largest = np.maximum(out.max(-1), -out.min(-1))[:, None]
         largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
-        half = np.empty_like(out, np.float16)  # of its largest: rounds a tenth as much
-        return np.divide(out, largest, out=half), lse, largest
+        half = np.divide(
+            out, largest, out=np.empty_like(out, np.float16)
+        )  # rounds a tenth as much as bfloat16
+        return half, lse, largest
 
     def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
         outs = outs if largest is None else outs * largest
@@ -2876,32 +2863,31 @@ def decided(at, N, offers, decide, keep=0):
 
     offers() -> arrays [N, ...]. keep: shares are whole times so many rows, and each rank keeps [M, ...].
     """
-    R, rank, unit = at.comm.size, at.comm.rank, max(1, keep)
-    edges, everyone = N // unit * np.arange(R + 1) // R * unit, (np.arange(R) == rank) | (keep == 0)
-    rows, own = np.diff(edges), slice(*edges[rank : rank + 2])
-    mine = np.full(R, rows[rank])
-    parts = exchange(at, offers, edges[:-1], rows, mine)
-    found = lambda: decide(own, *(x.reshape(R, mine[0], *x.shape[1:]) for x in parts))  # noqa: E731
-    return exchange(at, found, 0 * mine, mine * everyone, rows * everyone)
-
-
-def exchange(at, work, first, sent, received):
-    """Of each array [N, ...] of work() send rank r the sent[r] rows from first[r] on -> what is sent here."""
-    plan, into, (home, move) = [], np.cumsum(received) - received, at.ranks
+    R, unit = at.comm.size, max(1, keep)
+    edges = (N // unit * np.arange(R + 1) // R * unit).tolist()
+    rows = [slice(*edges[r : r + 2]) for r in range(R)]
+    which = rows[at.comm.rank]
     with together(at.comm):
-        for x in work():
-            x = home.ascontiguousarray(on_host(x) if home is np else x)
-            y = home.empty((sum(received), *x.shape[1:]), x.dtype)
-            width, bits = math.prod(x.shape[1:]), f"i{x.itemsize}"  # MPI knows integers of all sizes
-            send = [x.view(bits), (sent * width, first * width)]
-            plan.append((send, [y.view(bits), (received * width, into * width)], y))
-    move([both for *both, _ in plan])
-    return [at.n["xp"].asarray(y) for *_, y in plan]
+        own = [at.ship(x) for x in offers()]
+        parts = [np.empty_like(x, shape=(R, which.stop - which.start, *x.shape[1:])) for x in own]
+    at.move(((r, x[rows[r]]) for r in range(R) for x in own), ((r, y[r]) for r in range(R) for y in parts))
+    with together(at.comm):
+        found = decide(which, *map(at.xp.asarray, parts))
+        own = [] if keep else [at.ship(x) for x in found]
+        whole = [np.empty_like(x, shape=(N, *x.shape[1:])) for x in own]
+    at.move(((r, x) for r in range(R) for x in own), ((r, y[rows[r]]) for r in range(R) for y in whole))
+    return found if keep else [at.xp.asarray(y) for y in whole]
 
 
 def by_mpi(comm):
-    """The library of the arrays that comm moves, and what does it."""
-    return np, lambda plan: [comm.Alltoallv(*both) for both in plan]
+    """What brings an array to where comm moves it from; and what sends, then fills (rank, array), ..."""
+
+    def move(sent, filled):
+        both = (comm.Irecv, filled), (comm.Isend, sent)
+        for request in [call(x.view(np.uint8), r) for call, parts in both for r, x in parts if x.size]:
+            request.Wait()
+
+    return lambda x: np.ascontiguousarray(on_host(x)), move
 
 
 def gathered(comm, x):
@@ -2929,18 +2915,23 @@ def together(comm):
 
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    same |= {**n, "S": None, "xp": n["xp"].__name__}
-    same["dtypes"] = [x.dtype.name for x in arrays if x is not None]
+    same |= {
+        **n,
+        "S": None,
+        "xp": n["xp"].__name__,
+        "dtypes": [x.dtype.name for x in arrays if x is not None],
+    }
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in same if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
         expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
     total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
-    at = {"first": shards[: comm.rank].sum(0), "size": shards[comm.rank], "num_keys": int(most(total))}
-    ranks = KERNELS.get(("ranks", n["xp"].__name__), by_mpi)(comm)
-    longest = int(most(shards))
-    return SimpleNamespace(comm=comm, n=n, ranks=ranks, shards=shards, total=total, longest=longest, **at)
+    ship, move = KERNELS.get(("ranks", same["xp"]), by_mpi)(comm)
+    first = shards[: comm.rank].sum(0)[..., None]
+    at = {"first": first, "end": first + shards[comm.rank][..., None], "num_keys": int(most(total))}
+    at |= {"comm": comm, "n": n, "xp": n["xp"], "ship": ship, "move": move, "longest": int(most(shards))}
+    return SimpleNamespace(**at, shards=shards, total=total)
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3620,7 +3611,6 @@ GPU = {
     "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
     "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rms_norm": gpu_rms_norm,
     "rotate": gpu_rotate,
-    "scores_at": lambda q, k, w, place, *ends: index_scores(q, k, w, k_start=ends[0], k_end=ends[1]),
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 
@@ -3628,16 +3618,15 @@ KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
 
 
-def by_nccl(api, pair, plan):
-    """mpi4py's Alltoallv of each in plan, for CuPy arrays on the current stream: one group, and no wait."""
+def by_nccl(api, pair, sent, filled):
+    """by_mpi's move for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
     stream = sys.modules["cupy"].cuda.get_current_stream().ptr
     api.groupStart()
     try:
-        for both in plan:
-            for move, (x, places) in zip((pair.send, pair.recv), both):
-                for rank, (count, first) in enumerate(zip(*(x.itemsize * place for place in places))):
-                    if count:
-                        move(x.data.ptr + int(first), int(count), api.NCCL_INT8, rank, stream)
+        for move, parts in ((pair.send, sent), (pair.recv, filled)):
+            for rank, x in parts:
+                if x.size:
+                    move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
     finally:
         api.groupEnd()
 
@@ -3647,9 +3636,7 @@ nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Cr
 
 
 def nccl_ranks(comm):
-    """by_nccl, made once for comm, between the GPUs that are current at the first call; or by_mpi, if some
-    rank has no NCCL or no GPU of its own.
-    """
+    """by_nccl between the GPUs of comm's ranks, made once; by_mpi if one has no NCCL or no GPU of its own."""
     if comm.Get_attr(nccl_key()) is None:
         with together(comm):
             api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
@@ -3657,14 +3644,16 @@ def nccl_ranks(comm):
             gpu = (host, cuda.runtime.deviceGetPCIBusId(cuda.Device().id)) if api.available else None
             name = api.get_unique_id() if gpu is not None and comm.rank == 0 else None
         gpus, names = zip(*comm.allgather((gpu, name)))
-        ranks = by_mpi(comm)
         if None not in gpus and len(set(gpus)) == comm.size:
             pair = api.NcclCommunicator(comm.size, names[0], comm.rank)
-            ranks = sys.modules["cupy"], functools.partial(by_nccl, api, pair)
-        elif comm.rank == 0:
-            print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
+            ranks = sys.modules["cupy"].ascontiguousarray, functools.partial(by_nccl, api, pair)
+        else:
+            ranks = by_mpi(comm)
+            if comm.rank == 0:
+                print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
         comm.Set_attr(nccl_key(), ranks)
     return comm.Get_attr(nccl_key())
 
 
 KERNELS["ranks", "cupy"] = nccl_ranks
+KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place
