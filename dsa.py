@@ -2780,8 +2780,7 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
     mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, "scale": kwargs["scale"]}
     same |= {"owner": owner, "scatter": scatter, "lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
-    behind = at.shards[owner + 1 :, new > 0].any()
-    expect(not behind, "owner", owner, "a rank behind which none holds keys")
+    expect(not at.shards[owner + 1 :, new > 0].any(), "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
     quota, dense = config.quota_at(*layers, at.num_keys)
@@ -2798,8 +2797,7 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
     place = at.first % KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
     if place.any():  # key 0 goes to its place in a tile of all keys, as bits of scores depend on it
-        around = ((b[:-1], (place[b], KEY_TILE - place[b])) for b in np.ndindex(place.shape))
-        moved = [np.pad(index_k[b], [more, (0, 0)]) for b, more in around]
+        moved = [np.pad(index_k[b[:-1]], [(x, KEY_TILE - x), (0, 0)]) for b, x in np.ndenumerate(place)]
         index_k = np.stack(moved).reshape(*shape[:-1], *moved[0].shape)
     base = at.first - place
     near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
@@ -2810,8 +2808,10 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
         step = SHARD_BUFFER // max(1, at.longest * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
-            window = dict(zip(("k_start", "k_end"), (w[..., t] for w in near)))
-            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], **window)
+            start, end = (w[..., t] for w in near)
+            scores = index_scores(
+                index_q[..., t, :, :], index_k, weights[..., t, :], k_start=start, k_end=end
+            )
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
@@ -2839,12 +2839,9 @@ def merge_over_shards(at, attend, sink, dtype, scatter):
         out, lse = out.reshape(rows, width), lse.reshape(rows)
         if dtype.name != "bfloat16":
             return out, lse
-        largest = np.maximum(out.max(-1), -out.min(-1))[:, None]
+        largest = np.maximum(out.max(-1), -out.min(-1))[:, None]  # of which float16 rounds a tenth as much
         largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
-        half = np.divide(
-            out, largest, out=np.empty_like(out, np.float16)
-        )  # rounds a tenth as much as bfloat16
-        return half, lse, largest
+        return np.divide(out, largest, out=np.empty_like(out, np.float16)), lse, largest
 
     def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
         outs = outs if largest is None else outs * largest
@@ -2915,12 +2912,8 @@ def together(comm):
 
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    same |= {
-        **n,
-        "S": None,
-        "xp": n["xp"].__name__,
-        "dtypes": [x.dtype.name for x in arrays if x is not None],
-    }
+    dtypes = [x.dtype.name for x in arrays if x is not None]
+    same |= {**n, "S": None, "xp": n["xp"].__name__, "dtypes": dtypes}
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in same if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
