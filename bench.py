@@ -1530,10 +1530,9 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
-MPI_CALLS = {  # what sharded_attention asks of its communicator, and for what
-    "Alltoallv": "exchange", "Allgather": "agree, wait", "allgather": "agree, wait", "bcast": "agree, wait",
+SHARD_STAGES = {  # the function of dsa whose time a stage is
+    "attend": "sparse_attention", "exchange": "by_mpi", "agree, wait": "gathered", "merge": "merge_attention",
 }  # fmt: skip
-SHARD_STAGES = ("total", "attend", "exchange", "agree, wait", "merge", "score, select")
 
 
 def sharded_keys(first: int, last: int, block: int = 1024):
@@ -1545,26 +1544,6 @@ def sharded_keys(first: int, last: int, block: int = 1024):
         rows.append(x[max(0, first - i * block) : last - i * block])
     x = np.concatenate(rows)
     return x[:, None, : SHARDED["D"]], x[:, SHARDED["D"] :]
-
-
-class ClockedRank:
-    """An MPI communicator that counts the seconds spent in it, by what they are for."""
-
-    def __init__(self, comm):
-        self.comm, self.spent = comm, dict.fromkeys(MPI_CALLS.values(), 0.0)
-
-    def __getattr__(self, name):
-        call = getattr(self.comm, name)
-        if name not in MPI_CALLS:
-            return call
-
-        def counted(*args, **kwargs):
-            start = time.perf_counter()
-            result = call(*args, **kwargs)
-            self.spent[MPI_CALLS[name]] += time.perf_counter() - start
-            return result
-
-        return counted
 
 
 def sharded_rank(s: int, t: int, repeat: int) -> None:
@@ -1586,14 +1565,12 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
     dsa.set_num_threads(max(1, cores // comm.size))
     times = []
     for _ in range(repeat + 1):
-        ranks = ClockedRank(comm)
         comm.Barrier()
-        with clocked("sparse_attention", "merge_attention") as inside:
+        with clocked(*SHARD_STAGES.values()) as inside:
             start = time.perf_counter()
-            out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, ranks, d_v=512)
+            out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, comm, d_v=512)
             total = time.perf_counter() - start
-        own = {"attend": inside["sparse_attention"], **ranks.spent, "merge": inside["merge_attention"]}
-        times.append([total, *own.values(), total - sum(own.values())])
+        times.append([total, *inside.values(), total - sum(inside.values())])
     seconds = np.median(times[1:], axis=0)  # the first warms up
     mean = np.array(comm.allgather(seconds)).mean(0)
     if comm.rank == 0:
@@ -1601,7 +1578,7 @@ def sharded_rank(s: int, t: int, repeat: int) -> None:
         same = bool((out[2] == one[2]).all())
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
         found = {"mpi": mpi, "alone": laps[""].median, "same": same, "error": error}
-        print(json.dumps(found | dict(zip(SHARD_STAGES, mean.tolist()))))
+        print(json.dumps(found | dict(zip(("total", *SHARD_STAGES, "score, select"), mean.tolist()))))
 
 
 def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
@@ -1632,7 +1609,7 @@ def sharded(bench: Bench) -> None:
             bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
             alone = cell["alone"] if ranks == 1 else alone
             cells.append(cell | {"alone": alone})
-    names = ["alone", *SHARD_STAGES]
+    names = ["alone", "total", *SHARD_STAGES, "score, select"]
     rows = [[f"{c['t']} x {s:,}", str(c["ranks"]), *(span(c[x]) for x in names)] for c in cells]
     note = (
         "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. Alone: no MPI, all "

@@ -2750,8 +2750,8 @@ def sharded_attention(
                 tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
                 cache.append(lengths=mine, **tokens)
                 index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
-            index = [PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k)]
-        indices = select_over_shards(at, quota, windows, *index, weights)
+            index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
+        indices = select_over_shards(at, quota, windows, index_q, index_k, weights)
 
         def part():  # over the members that are here; out gets q's dtype once it is merged
             first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
@@ -2831,7 +2831,7 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
 
 def merge_over_shards(at, attend, sink, dtype, scatter):
     """merge_attention of every rank's attend() -> out [..., T, H, Dv], lse [..., T, H], and the sink."""
-    *queries, heads, width = *at.n["..."], *(at.n[axis] for axis in ("T", "H", "Dv"))
+    queries, heads, width = [*at.n["..."], at.n["T"]], at.n["H"], at.n["Dv"]
     rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
 
     def offers():
@@ -2876,15 +2876,11 @@ def decided(at, N, offers, decide, keep=0):
     return found if keep else [at.xp.asarray(y) for y in whole]
 
 
-def by_mpi(comm):
-    """What brings an array to where comm moves it from; and what sends, then fills (rank, array), ..."""
-
-    def move(sent, filled):
-        both = (comm.Irecv, filled), (comm.Isend, sent)
-        for request in [call(x.view(np.uint8), r) for call, parts in both for r, x in parts if x.size]:
-            request.Wait()
-
-    return lambda x: np.ascontiguousarray(on_host(x)), move
+def by_mpi(comm, sent, filled):
+    """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
+    both = (comm.Irecv, filled), (comm.Isend, sent)
+    for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
+        request.Wait()
 
 
 def gathered(comm, x):
@@ -2920,7 +2916,8 @@ def layout(comm, n, shard, arrays, **same):
         expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
     total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
-    ship, move = KERNELS.get(("ranks", same["xp"]), by_mpi)(comm)
+    by_host = (lambda x: np.ascontiguousarray(on_host(x))), functools.partial(by_mpi, comm)
+    ship, move = KERNELS.get(("ranks", same["xp"]), lambda comm: ())(comm) or by_host
     first = shards[: comm.rank].sum(0)[..., None]
     at = {"first": first, "end": first + shards[comm.rank][..., None], "num_keys": int(most(total))}
     at |= {"comm": comm, "n": n, "xp": n["xp"], "ship": ship, "move": move, "longest": int(most(shards))}
@@ -3612,7 +3609,7 @@ KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 
 
 def by_nccl(api, pair, sent, filled):
-    """by_mpi's move for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
+    """by_mpi for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
     stream = sys.modules["cupy"].cuda.get_current_stream().ptr
     api.groupStart()
     try:
@@ -3629,7 +3626,9 @@ nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Cr
 
 
 def nccl_ranks(comm):
-    """by_nccl between the GPUs of comm's ranks, made once; by_mpi if one has no NCCL or no GPU of its own."""
+    """What makes arrays contiguous, and by_nccl between the GPUs of comm's ranks, made once. (): some rank has
+    no NCCL or no GPU of its own.
+    """
     if comm.Get_attr(nccl_key()) is None:
         with together(comm):
             api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
@@ -3637,13 +3636,12 @@ def nccl_ranks(comm):
             gpu = (host, cuda.runtime.deviceGetPCIBusId(cuda.Device().id)) if api.available else None
             name = api.get_unique_id() if gpu is not None and comm.rank == 0 else None
         gpus, names = zip(*comm.allgather((gpu, name)))
+        ranks: Any = ()
         if None not in gpus and len(set(gpus)) == comm.size:
             pair = api.NcclCommunicator(comm.size, names[0], comm.rank)
             ranks = sys.modules["cupy"].ascontiguousarray, functools.partial(by_nccl, api, pair)
-        else:
-            ranks = by_mpi(comm)
-            if comm.rank == 0:
-                print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
+        elif comm.rank == 0:
+            print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
         comm.Set_attr(nccl_key(), ranks)
     return comm.Get_attr(nccl_key())
 
