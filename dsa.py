@@ -3626,8 +3626,8 @@ nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Cr
 
 
 def nccl_ranks(comm):
-    """What makes arrays contiguous, and by_nccl between the GPUs of comm's ranks, made once. (): some rank has
-    no NCCL or no GPU of its own.
+    """What makes arrays contiguous, and by_nccl between the GPUs of comm's ranks, made once. (): some rank
+    has no NCCL or no GPU of its own.
     """
     if comm.Get_attr(nccl_key()) is None:
         with together(comm):
