@@ -2809,9 +2809,8 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
             start, end = (w[..., t] for w in near)
-            scores = index_scores(
-                index_q[..., t, :, :], index_k, weights[..., t, :], k_start=start, k_end=end
-            )
+            index = index_q[..., t, :, :], index_k, weights[..., t, :]
+            scores = index_scores(*index, k_start=start, k_end=end)
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
