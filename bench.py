@@ -1256,6 +1256,16 @@ class Chip:
             self.failed.append(f"{what}: {type(e).__name__}: {e}")
             self.bench.say(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}")
 
+    def case(self, at: str, portable: bool, run, *args) -> dict[str, Any]:
+        """run(self, cell, *args) -> the cell, by the kernels of this GPU or by those that all GPUs have."""
+        cell: dict[str, Any] = {"at": at + ", portable" * portable}
+        dsa.PORTABLE_KERNELS = portable
+        with self.alone(f"{run.__name__}, {cell['at']}"):
+            run(self, cell, *args)
+        dsa.PORTABLE_KERNELS = False
+        self.free()
+        return cell
+
     def free(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
         if self.torch:
@@ -1424,7 +1434,7 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
 
 
-def gpu_decode(chip: Chip, cell, s: int, batch: int, t: int, top_k: int) -> None:
+def gpu_decode(chip: Chip, cell, batch: int, t: int, s: int, top_k: int) -> None:
     """t queries for each context of a batch: STEPS steps in a graph, over as many contexts or the batch's."""
     many = max(1, min(STEPS // batch, 2**23 // s))  # as memory allows
     P, ring = GpuProblem, [GpuProblem(chip, s, t, top_k, batch) for _ in range(many)]
@@ -1466,28 +1476,24 @@ def gpu(bench: Bench) -> None:
     bench.results["provenance"]["gpu"] = chip.name
     bench.say(f"[dim]{'gpu':10} {escape(chip.name)}[/]")
     lengths, t, top_k = ((2048, 4096), 256, 256) if quick else (PREFILL, 4096, V32["top_k"])
-    ceilings = chip.ceilings()
-    cells: list[dict[str, Any]] = []
-    steps: list[dict[str, Any]] = []
-    for s in bench.steps(lengths, "gpu: prefill"):
-        cell: dict[str, Any] = {"at": f"{s:,}"}
-        cells.append(cell)
-        with chip.alone(f"prefill, {s:,}"):
-            gpu_prefill(chip, cell, s, t, top_k, more=s == lengths[1])
-        chip.free()
+    contexts = [(1, 1, 2048), (8, 2, 2048)] if quick else DECODE
+    found: dict[str, Any] = {"ceilings": chip.ceilings(), "failed": chip.failed}
+    bench.results["gpu"] = found
+    found["prefill"] = [
+        chip.case(f"{s:,}", portable, gpu_prefill, s, t, top_k, s == lengths[1])
+        for s, portable in bench.steps([*zip(lengths, [False] * 4), (lengths[1], True)], "gpu: prefill")
+    ]
+    for s, cell in zip(lengths, found["prefill"]):
         if chip.torch and s <= 32768:  # as memory allows
             with chip.alone(f"{DENSE}, {s:,}"):
                 torch_dense(chip, cell, s)
-        if dense := [c for c in cells if c.get(DENSE)]:
+        if dense := [c for c in found["prefill"] if c.get(DENSE)]:
             flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
             cell["dense, these queries*"] = {"seconds": flops / dense[-1][DENSE]["TFLOP/s"] / 1e12}
-    for batch, each, s in bench.steps([(1, 1, 2048), (8, 2, 2048)] if quick else DECODE, "gpu: decode"):
-        cell = {"at": f"{batch} x {s:,}" + f", {each} tokens" * (each > 1)}
-        steps.append(cell)
-        with chip.alone(f"decode, {cell['at']}"):
-            gpu_decode(chip, cell, s, batch, each, top_k)
-        chip.free()
-    bench.results["gpu"] = {"ceilings": ceilings, "prefill": cells, "decode": steps, "failed": chip.failed}
+    found["decode"] = [
+        chip.case(f"{x[0]} x {x[2]:,}" + f", {x[1]} tokens" * (x[1] > 1), portable, gpu_decode, *x, top_k)
+        for x, portable in bench.steps([*((x, False) for x in contexts), (contexts[0], True)], "gpu: decode")
+    ]
     report_gpu(bench, t, top_k, chip.name.split(",")[0])
     if chip.failed:
         raise StageFailed(f"{len(chip.failed)} stages FAILED: {'; '.join(chip.failed)}")
