@@ -975,8 +975,9 @@ def check_options(n, given):
         given.update(zip(names, quota(*(given[name] for name in names))))
         n["K"] = min(given["top_k"], n["S"])
     if "k_start" in given:
-        if "scores" in given and n["xp"] is np and given["k_start"] is given["k_end"] is None:
-            given["k_end"] = np.full(n["T"], n["S"])  # of scores alone every key is visible
+        of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
+        if given["k_end"] is None and (of_scores or given.get("indices") is not None):
+            given["k_end"] = n["xp"].full(n["T"], n["S"])  # of these alone every key is visible
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
@@ -1076,7 +1077,8 @@ def in_blocks(block, arrays, results, n, given, most):
     cut |= {name: True for name in ("k_start", "k_end") if name in given}
     whole: list[Any] = []
     for axes, word in results.values():
-        shape = [size for axis in axes for size in (n[axis] if axis == "..." else (n[axis],))]
+        sizes = ((axis, n.get(axis, n.get("S"))) for axis in axes)  # of a target without indices K is S
+        shape = [x for axis, size in sizes for x in (size if axis == "..." else (size,))]
         whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
 
     def work(job):
@@ -2490,44 +2492,28 @@ def sparse_attention_backward(
     return dq, dk, dv[0] if dv else None, None if sink is None else -dz
 
 
+@stage(
+    "q [..., T, H, D], k [..., S, G, D], indices [..., T, K] int -> target [..., T, K]",
+    most=slots(lambda n: n["H"] + (n["G"] * n["D"] if "K" in n else 0)),
+)
 def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None):
     """What the indexer learns: the main attention's probabilities, summed over heads, L1-normalised.
 
-    q [..., T, H, D], k [..., S, G, D] -> p [..., T, S] over the window (dense warm-up); or, with indices
-    [..., T, K], p [..., T, K], a softmax inside the selected set (sparse stage), in which windows hide keys
-    only if they are given. 0 for keys not seen. float32, float64 for float64 input.
+    Over the window (dense warm-up: K is S); or, with indices, a softmax inside the selected set (sparse
+    stage), in which windows hide keys only if they are given. 0 for keys not seen. float32, float64 for
+    float64 input.
 
     >>> attention_target(np.ones((1, 2, 1)), np.log([[[1.0]], [[3.0]]])).round(6)
     array([[0.25, 0.75]])
     """
-    options = {"scale": scale, "k_start": k_start, "k_end": end_of_set(indices, k_end)}
-    return target_in_window(q, k, **options) if indices is None else target_in_set(q, k, indices, **options)
-
-
-def end_of_set(indices, k_end):
-    """k_end, by default behind every key if there are indices: no window then hides any of them."""
-    if indices is None or k_end is not None:
-        return k_end
-    return np.full_like(indices, 2**31 - 1, np.int64, shape=getattr(indices, "shape", ())[-2:-1])
-
-
-@stage("q [..., T, H, D], k [..., S, G, D] -> target [..., T, S]", most=slots(lambda n: n["H"]))
-def target_in_window(q, k, *, scale=None, k_start=None, k_end=None):
-    """attention_target in the dense warm-up."""
-    (lo, hi), target = span(k_start, k_end), np.zeros((len(q), len(k)), accumulator(q, k))
-    target[:, lo:hi] = mass(q, k[lo:hi], np.arange(lo, hi), k_start[:, None], k_end[:, None], scale)
-    return target / q.shape[1]
-
-
-@stage(
-    "q [..., T, H, D], k [..., S, G, D], indices [..., T, K] int -> target [..., T, K]",
-    most=slots(lambda n: n["G"] * n["D"] + n["H"]),
-)
-def target_in_set(q, k, indices, *, scale=None, k_start=None, k_end=None):
-    """attention_target in the sparse stage."""
-    (T, H, D), G, rows = q.shape, k.shape[1], visible(indices, k_start, k_end)  # [T, K]
-    keys = gather(k, rows, accumulator(q, k)).transpose(0, 2, 3, 1)  # [T, G, D, K]
-    x = scale * (q.astype(keys.dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
+    (T, H, D), (S, G, _), dtype = q.shape, k.shape, accumulator(q, k)
+    if indices is None:
+        (lo, hi), target = span(k_start, k_end), np.zeros((T, S), dtype)
+        target[:, lo:hi] = mass(q, k[lo:hi], np.arange(lo, hi), k_start[:, None], k_end[:, None], scale)
+        return target / H
+    rows = visible(indices, k_start, k_end)  # [T, K]
+    keys = gather(k, rows, dtype).transpose(0, 2, 3, 1)  # [T, G, D, K]
+    x = scale * (q.astype(dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
     return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / H
 
 
@@ -2549,7 +2535,7 @@ def indexer_loss(
     """
     if indices is None:
         dims(index_k=(index_k, "... S E"), target=(target, "... T S"))
-    options = {"k_start": k_start, "k_end": end_of_set(indices, k_end), "deterministic": deterministic}
+    options = {"k_start": k_start, "k_end": k_end, "deterministic": deterministic}
     losses, *grads = loss_of_rows(index_q, index_k, weights, target, indices, **options)
     return losses.sum(dtype=np.float64), tuple(grads)
 
@@ -3416,7 +3402,7 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
-    """target_in_window and target_in_set, by kernels attention_lse and attention_target."""
+    """attention_target, by kernels attention_lse and attention_target."""
     xp, (S, H, G, D), r = n["xp"], (n[axis] for axis in "SHGD"), n["H"] // n["G"]
     acc, N = accumulator(q, k), S if indices is None else indices.shape[-1]
     target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
@@ -3652,7 +3638,7 @@ GPU = {
     "dense_attention": gpu_attention, "sparse_attention": gpu_attention, "select_by": gpu_select_by,
     "attend_to_entries": gpu_attend_to_entries, "quantized": gpu_quantized, "packed": gpu_packed,
     "sparse_attention_backward": gpu_sparse_attention_backward, "loss_of_rows": gpu_loss_of_rows,
-    "target_in_window": gpu_attention_target, "target_in_set": gpu_attention_target,
+    "attention_target": gpu_attention_target,
     "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
     "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rms_norm": gpu_rms_norm,
     "rotate": gpu_rotate,
