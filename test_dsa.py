@@ -998,7 +998,8 @@ ONES: dict[str, Any] = {  # T 3, S 6, H 4, G 2, D 5, Dv 3, J 2, E 4; what is wro
     "out": np.ones((3, 4, 3)), "lse": np.ones((3, 4)), "sink": np.ones(4),
     "candidates": np.zeros((3, 2), np.int32), "dout": np.ones((3, 4, 3)), "target": np.ones((3, 6)),
     "mlp": (np.ones((7, 10)), np.ones((7, 10)), np.ones(7), np.ones(7)),
-    "t": 2, "s": 1, "sequences": [np.ones((2, 3))] * 2, "n": None,
+    "t": 2, "s": 1, "sequences": [np.ones((2, 3))] * 2, "n": None, "lengths": np.array([2, 3]),
+    "num_queries": 4,
 }  # fmt: skip
 LEARNING = ["attention_target", "indexer_loss", "learned_loss"]
 SELECTING = ["select_topk", "lightning_select", "predictive_select"]
@@ -1044,6 +1045,8 @@ attention_target: scale=NAN => scale nan | scale=10**400 => scale | q=alien => T
 explain: t=0, s=4 => s 4
 pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
 | sequences=[ones(())] => sequences
+packed_window: lengths=np.array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError lengths float64
+padded_window: lengths=np.array([2, 17]) => lengths 17 | num_queries=-1 => num_queries -1
 DSAConfig: top_k=0 => top_k 0 | top_k=2.5 => top_k 2.5 | top_k=None, sparse_ratio=0.1 => top_k None
 | sparse_ratio=0.0 => sparse_ratio 0.0 | sparse_ratio=1.5 => sparse_ratio 1.5 | sparse_ratio=NAN => nan
 | strategy="magic" => strategy magic | pattern="spiral" => pattern spiral | local_window=7 => local_window 7
@@ -1495,6 +1498,8 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
         scores = np.broadcast_to(scores, (*p.batch, p.T, p.S))
         expected = select_by_hand(scores, p.top_k, **windows, **p.forced)
         np.testing.assert_array_equal(by_selector(dsa, p, name, **options), expected)
+    with pytest.raises(ValueError, match="projection"):
+        by_selector(dsa, p, "approximate", projection=np.eye(D + 1))
 
 
 @given(p=problems(batches=[()]), oversample=st.integers(1, 3))
@@ -2496,6 +2501,7 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
         (ValueError, "indices", layer, (x, cache), {"indices": first[:, :1]}),
         (ValueError, "indices", layer, (x, cache), slots(11)),
         (IndexError, "indices", layer, (x, cache), slots(12)),
+        (TypeError, "indices", layer, (x,), slots(0.5)),
         *((ValueError, "starts is", layer, (x,), {"starts": at}) for at in ([1, 3], [1], [-1, 0], [0.5, 1])),
         (ValueError, "lengths is", layer, (x,), one | {"lengths": [2, 2]}),
         (ValueError, "indices is", layer, (x[:, :1],), one | slots(0)),
