@@ -1378,9 +1378,12 @@ def random(n, q, k, index, rest, *, seed=0):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         return (x >> np.uint64(11)).astype(np.float64)
 
-    behind, zero = n["xp"].arange(n["S"] - n["T"] + 1.0, n["S"] + 1), n["xp"].zeros(n["S"])
-    both = (np.broadcast_to(x[:, None, None], (*n["..."], len(x), 1, 1)) for x in (behind, zero))
-    return select_by(*both, order, **rest)
+    (start, end), t = filled(n, (rest["k_start"], rest["k_end"])), n["xp"].arange(n["T"])
+    first = np.where(end > start, end - t, -n["T"])  # behind query 0, as each query sees it
+    first = first.max(-1, keepdims=True) if first.size else first  # [..., 1]
+    behind = (first + t).astype(np.float64)[..., None, None]  # [..., T, 1, 1]
+    nothing = n["xp"].zeros((*n["..."], n["S"], 1, 1))
+    return select_by(behind, nothing, order, **rest)
 
 
 @selector

@@ -1704,7 +1704,6 @@ def test_sequences_of_a_batch_are_as_if_alone(dsa, kind, lengths, seed, tied, dt
     assume(max(lengths) > 0 and ("pattern" not in options or "random" in dsa.SELECTORS))  # of Part II
     lengths, rng, B, T = np.array(lengths), np.random.default_rng(seed), len(lengths), max(lengths) + 1
     by_length = options.keys() & {"sparse_ratio", "fallback_dense_threshold"}  # of the whole axis
-    at_once = by_length or ("pattern" in options and B > 1)  # random goes by places in the longest
     p, config, done = tokens(seed, (B,), T, dtype, tied), dsa.DSAConfig(top_k=5, **options), np.zeros(B, int)
     every: list[Any] = [p.q, *p.kv, *p.index]
     alone = [attend(dsa, p, config, rows=(i, slice(n))) for i, n in enumerate(lengths)]
@@ -1727,7 +1726,7 @@ def test_sequences_of_a_batch_are_as_if_alone(dsa, kind, lengths, seed, tied, dt
     kwargs = {"capacity": 1 if grow else T - 1, "grow": grow, "storage": dtype.name}
     with new_cache(dsa, kind, p, local_window=config.local_window, **kwargs) as cache:
         while (done < lengths).any():
-            new = lengths if at_once else np.minimum(lengths - done, rng.integers(0, step + 1, B))
+            new = lengths if by_length else np.minimum(lengths - done, rng.integers(0, step + 1, B))
             rows = np.arange(max(new)) + np.zeros((B, 1), int)
             rows = np.where(rows < new[:, None], done[:, None] + rows, -1)  # the last of all is NaN
             part = [None if x is None else x[np.arange(B)[:, None], rows] for x in every]
