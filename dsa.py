@@ -1349,7 +1349,7 @@ def pattern(name, what, place):
     def choose(n, q, k, index, rest):
         return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, rest["top_k"]), **rest)
 
-    choose.__name__, choose.__doc__ = name, what
+    choose.__name__, choose.__qualname__, choose.__doc__ = name, name, what
     selector(choose)
 
 
@@ -1378,12 +1378,14 @@ def random(n, q, k, index, rest, *, seed=0):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         return (x >> np.uint64(11)).astype(np.float64)
 
-    (start, end), t = filled(n, (rest["k_start"], rest["k_end"])), n["xp"].arange(n["T"])
-    first = np.where(end > start, end - t, -n["T"])  # behind query 0, as each query sees it
-    first = first.max(-1, keepdims=True) if first.size else first  # [..., 1]
-    behind = (first + t).astype(np.float64)[..., None, None]  # [..., T, 1, 1]
-    nothing = n["xp"].zeros((*n["..."], n["S"], 1, 1))
-    return select_by(behind, nothing, order, **rest)
+    (start, end), xp, most = filled(n, (rest["k_start"], rest["k_end"])), n["xp"], n["S"] + n["T"]
+    behind = np.broadcast_to(xp.arange(n["S"] - n["T"] + 1.0, n["S"] + 1), end.shape)  # [..., T]
+    if n["T"]:  # a sequence that ends before the last key, causal where all its windows end as far before
+        early = [np.where(start < end, behind - end, x) for x in (most, -most)]
+        least, largest = early[0].min(-1, keepdims=True), early[1].max(-1, keepdims=True)
+        behind = behind - np.where(least == largest, least, 0)
+    nothing = np.broadcast_to(xp.zeros((n["S"], 1, 1)), (*n["..."], n["S"], 1, 1))
+    return select_by(behind[..., None, None], nothing, order, **rest)
 
 
 @selector
@@ -1470,7 +1472,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
-    return n["xp"].asarray(E4M3)[codes] * scales
+    with np.errstate(over="ignore"):  # of what was near float32's largest number
+        return n["xp"].asarray(E4M3)[codes] * scales
 
 
 @by_library
@@ -1598,7 +1601,7 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        part = Path(f"{os.fspath(path)}.part")
+        part = Path(f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
                 write_session(self, file, self.streams)
@@ -1610,7 +1613,7 @@ class Session(KVCache):
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
         with open(path, "rb") as file:
-            return read_session(file, functools.partial(KVCache, xp=xp))
+            return read_session(file, lambda _, **kwargs: KVCache(xp=xp, **kwargs))
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1646,7 +1649,7 @@ def write_session(cache, file, names):
 def read_session(file, make, **own):
     """The cache that make gives for what write_session has put at the end of a file, filled from there.
 
-    ValueError where that is nothing, or says anything else than `own`.
+    make gets how many bytes stand before it. ValueError where that is nothing, or says anything but `own`.
     """
     try:
         data: Any = np.lib.npyio.NpzFile(file)
@@ -1655,14 +1658,18 @@ def read_session(file, make, **own):
         own |= {"order": sys.byteorder, "at": data.zip.filelist[0].header_offset}
         for key, value in own.items():
             expect(meta[key] == value, key, value, meta[key])
-        cache = make(**{key: meta[key] for key in OPTIONS}, **meta["streams"])
+        cache = make(own["at"], **{key: meta[key] for key in OPTIONS}, **meta["streams"])
         lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
         for name, x in cache._data.items():
             rows = x[:, : lengths.max()]
             rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
         cache._set_lengths(lengths)
         return cache
+    except (MemoryError, ImportError):
+        raise
     except Exception as error:  # a zip that is cut or changed has many kinds
+        if getattr(error, "filename", None):  # a full disk
+            raise
         raise ValueError(f"path is {file.name!r}, expected what such a cache has written: {error}") from error
 
 
@@ -1725,15 +1732,14 @@ class HybridKVCache(KVCache):
     __getstate__ = reorder
 
     def close(self):
-        try:
-            if self.path and not self.closed and os.getpid() == self._process:
-                self._file.seek(0, os.SEEK_END)
-                write_session(self, self._file, self._data)
-        finally:
-            super().close()
-            self._slow = None  # views that were read keep the mapping, and only they
-            self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
-            self._file.close()
+        if self.path and not self.closed and os.getpid() == self._process:
+            self._file.truncate(self._slow.nbytes)  # half a session, if this was ended before
+            self._file.seek(0, os.SEEK_END)
+            write_session(self, self._file, self._data)
+        super().close()
+        self._slow = None  # views that were read keep the mapping, and only they
+        self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
+        self._file.close()
 
     def _open(self):
         """The slow tier in a new file, or in that of a session, which then goes on."""
@@ -1741,8 +1747,10 @@ class HybridKVCache(KVCache):
         mode = "r+b" if again else "x+b"
         self._file: Any = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
 
-        def enlarged(capacity, **_):
+        def enlarged(at, capacity, **_):
             expect(self.capacity <= capacity, "capacity", self.capacity, f"at most the session's {capacity}")
+            least = capacity * self.batch * self._fast[0].nbytes  # which what save has written has not
+            expect(at >= least, "the slow tier", f"of {at} bytes", f"{least} or more")
             self._allocate(capacity)
             return self
 
@@ -1750,7 +1758,7 @@ class HybridKVCache(KVCache):
             if again:
                 own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
                 read_session(self._file, enlarged, **own)
-                self._file.truncate(self._slow.nbytes)  # so that nobody else opens it
+                self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
             else:
                 self._allocate(self.capacity)
         except BaseException:
@@ -2631,7 +2639,7 @@ def by_key(rows, *slots):
 # of all keys are among the first of the shards, as are the first and last keys of all, which are forced. Each
 # rank attends by (3) to the members it holds, and merges, as it decides, for its share of the rows.
 
-SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a single query has more
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a query has more; candidates of all queries
 
 
 def sharded_select(
@@ -2644,7 +2652,8 @@ def sharded_select(
     rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
     A query moves at most 12 * R * top_k bytes between R ranks, in float64 16, with int64 8 more, never a key:
-    candidates and their scores to the rank that decides, and what that one selects to all.
+    candidates and their scores to the rank that decides, and what that one selects to all, at once for all
+    queries; 2**31 bytes from one rank to another need MPI 4.
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
@@ -2670,8 +2679,8 @@ def sharded_attention(
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
     Each rank attends to its own members: beside what sharded_select sends, each sends H * (Dv + 1) numbers a
     query, those of out in float16 beside a scale if q is bfloat16, to those that merge, and they send out and
-    lse to all; 2**31 bytes from one rank to another need MPI 4. scatter=True: each keeps out [M, H, Dv] and
-    lse [M, H] of its share of all N queries, on rank r from N * r // R to N * (r + 1) // R.
+    lse to all. scatter=True: each keeps out [M, H, Dv] and lse [M, H] of its share of all N queries, on rank
+    r from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
@@ -2738,15 +2747,17 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
     place = at.first % KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
     if place.any():  # key 0 goes to its place in a tile of all keys, as bits of scores depend on it
-        moved = [np.pad(index_k[b[:-1]], [(x, KEY_TILE - x), (0, 0)]) for b, x in np.ndenumerate(place)]
-        index_k = np.stack(moved).reshape(*shape[:-1], *moved[0].shape)
+        (S, E), shard = index_k.shape[-2:], index_k
+        index_k = np.zeros((*shape[:-1], S + KEY_TILE, E), shard.dtype)
+        for b, x in np.ndenumerate(place):
+            index_k[b[:-1]][x : x + S] = shard[b[:-1]]
     base = at.first - place
     near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
 
     def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
         x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
         keys = xp.zeros(x.shape, np.int32 if at.num_keys <= 2**31 else np.int64)
-        step = SHARD_BUFFER // max(1, at.longest * math.prod(shape[:-1]))
+        step = SHARD_BUFFER // max(1, index_k.shape[-2] * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
             start, end = (w[..., t] for w in near)
@@ -2818,9 +2829,13 @@ def decided(at, N, offers, decide, keep=0):
 
 def by_mpi(comm, sent, filled):
     """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
-    both = (comm.Irecv, filled), (comm.Isend, sent)
-    for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
-        request.Wait()
+    own = comm.Dup()  # apart from what the caller has under way
+    try:
+        both = (own.Irecv, filled), (own.Isend, sent)
+        for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
+            request.Wait()
+    finally:
+        own.Free()
 
 
 def gathered(comm, x):
@@ -2832,7 +2847,7 @@ def gathered(comm, x):
 @contextlib.contextmanager
 def together(comm):
     """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
-    fits = hasattr(comm, "Alltoallv") and bool(comm)
+    fits = hasattr(comm, "Isend") and bool(comm)
     expect(fits, "comm", repr(comm), "an mpi4py communicator, such as MPI.COMM_WORLD", TypeError)
     error, kinds = None, (TypeError, ValueError, IndexError, MemoryError)
     try:
@@ -2851,7 +2866,7 @@ def layout(comm, n, shard, arrays, **same):
     dtypes = [x.dtype.name for x in arrays if x is not None]
     same |= {**n, "S": None, "xp": n["xp"].__name__, "dtypes": dtypes}
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
-    for name in same if (sums != sums[0]).any() else ():
+    for name in sorted(same) if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
         expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
@@ -2906,7 +2921,7 @@ def like(x):
 
 # A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
 # what it returns and launches kernels, of which all is worked out that does not change from call to call. It
-# is looked up. How many keys there are is no part of that, as a cache grows by every token.
+# is looked up. How many keys a cache holds, which grows by each token, is a part of select_topk's plan alone.
 plan = functools.lru_cache(maxsize=4096)
 
 
@@ -2963,7 +2978,7 @@ def as_arguments(*numbers):
 
 
 def scratch(chip, nbytes):
-    """Memory for a call's own launches, by pointers: without an array it costs a quarter."""
+    """Memory on the arrays' device; without an array about it, it costs a quarter."""
     memory = sys.modules["cupy"].cuda.alloc(nbytes)
     if memory.device_id != chip.device:
         raise ValueError(f"the current device is {memory.device_id}, expected the arrays' {chip.device}")
@@ -3120,7 +3135,9 @@ def topk_plan(chip, real, batch, T, S, offset, *quota):
     """The kernel of (2), and what launches it for scores, an array or a pointer. offset: S - T, or of all."""
     rows, shape = math.prod(batch) * T, (*batch, T, min(quota[0], S))
     found, blocks, shared = topk_kernel(chip, real, rows, S, quota)
-    grid, numbers = (rows * blocks,), as_arguments(T, S, shape[-1], offset, *quota)
+    expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
+    numbers = as_arguments(T, S, shape[-1], offset, quota[0], *(min(x, S) for x in quota[1:]))
+    grid = (rows * blocks,)
 
     def run(scores, k_start, k_end, out=None):
         indices = sys.modules["cupy"].empty(shape, np.int32) if out is None else out
@@ -3239,7 +3256,7 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tie
         xp, q = sys.modules["cupy"], q if q_fits else aligned(q)
         sink = None if sink is None else xp.ascontiguousarray(sink, real)
         numbers = first + as_arguments(num_keys) + last
-        memory = scratch(chip, lse_at + lse_bytes)  # for both: it costs half as much as a launch
+        memory = scratch(chip, lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         if merge:
             memory = scratch(chip, splits * lse_bytes * (Dv + 1))
@@ -3384,7 +3401,7 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
     if by_mma:
         by_query = kernel(chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
     compile_together(*(by_query, by_key)[: 2 - at_once])
-    dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
+    dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in ((q, q[:0], q[:0]) if at_once else (q, k, v)))
     sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])

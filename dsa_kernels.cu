@@ -1081,6 +1081,7 @@ __device__ Cut<Word> nth_largest(Shared& sh, int need, Word lo, int shift, Each 
         shift = max(bits - DIGIT, finest);
     }
 }
+
 extern "C" __global__ void
 #if BLOCKS > 1
 __cluster_dims__(BLOCKS, 1, 1)
@@ -2314,7 +2315,7 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// quantize_fp8                                                 dsa._quantize and dsa._pack, byte for byte
+// quantize_fp8                                                 quantized and packed of dsa.py, byte for byte
 // in    x [rows, x_stride] of XT, whose first `width` values become codes and the `rope` after them bfloat16
 // out   of each row the codes at out + row * out_stride, the bfloat16 tail_offset after, the float32 scales
 //       at scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
@@ -2577,17 +2578,18 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// attend_backward_mma         sparse_attention_backward of 8 heads of a query, on tensor cores: p and ds as above
+// attend_backward_mma        sparse_attention_backward of 8 heads of a query on tensor cores, p and ds as above
 //     dq = sum ds k;  with SUMS also dk += ds q, dv += p dout, by atomics
 // in    q, dout, k, v, norms and list as above, in bf16
 // out   dq, every element written; dkv [S, G, D + DV] f32, added to
 // grid  T * G * ceil(H / G / 8)  block 128: a warp takes 16 slots at a time, in two tiles of its own
 // smem  struct Tiles for each warp: 32 KB at D = DV = 64
 // cost  2 * (D + DV) bytes a slot out of L2, with SUMS 4 * (D + DV) bytes of atomics
-// All products have keys or widths for rows and heads for columns: of s [16 keys, 8 heads] nothing is padding.
+// All products but those of SUMS have heads for columns: of s [16 keys, 8 heads] nothing is padding.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_MMA
-constexpr int STEPS = (D + 15) / 16, VSTEPS = (DV + 15) / 16, ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;
+constexpr int STEPS = (D + 15) / 16, VSTEPS = (DV + 15) / 16;  // of 16 values
+constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;
 static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "rows are copied 16 bytes at a time");
 struct Tiles {
     bf16 k[2][16][ROW], v[2][16][VROW];  // swizzled
@@ -2612,7 +2614,8 @@ template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], cons
 }
 
 // d [16 keys, 8 heads] = tile [16, WIDTH] b
-template <int N> __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsigned (&b)[N][2]) {
+template <int N>
+__device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsigned (&b)[N][2]) {
     const int row = threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
 #pragma unroll
     for (int i = 0; i < N; i++) {
