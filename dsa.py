@@ -527,10 +527,11 @@ def dsa_attention(
 ):  # fmt: skip
     """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
 
-    The arrays are those of dense_attention and index_scores. The indices say what was attended to, also where
-    that was dense. Sequences that differ in length stand right-padded in a batch, with lengths [B] in place
-    of k_start and k_end; or q to weights are lists of arrays [T_i, ...], which are then padded to
-    config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
+    q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv] or None, index_q [..., T, J, E], index_k
+    [..., S, E], weights [..., T, J] -> out [..., T, H, Dv], lse [..., T, H] and indices [..., T, K]: what was
+    attended to, also where that was dense. d_v to k_end: see dense_attention. Sequences that differ in length
+    stand right-padded in a batch, with lengths [B] in place of k_start and k_end; or q to weights are lists
+    of arrays [T_i, ...], which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
     cache: its streams are k, v if there is one, and index_k, which are appended to it; lengths counts each
     sequence's new tokens, and q are the queries of these. If anything raises, the cache is as it was.
     candidates: for predictive_select, instead of a selector. layer, n_layers: for progressive_sparsity.
@@ -584,7 +585,10 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    padded = {name: pad_batch(x, multiple, name) for name, x in arrays.items() if x is not None}
+    given = {name: x for name, x in arrays.items() if x is not None}
+    for name, x in given.items():
+        expect(isinstance(x, (list, tuple)), name, f"a {type(x).__name__}", "a list, as q is one", TypeError)
+    padded = {name: pad_batch(x, multiple, name) for name, x in given.items()}
     lengths = padded["q"][1]
     for name, (_, found) in padded.items():
         expect(found.tolist() == lengths.tolist(), f"the lengths in {name}", found, f"those in q, {lengths}")
@@ -605,7 +609,10 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     chosen = "predictive" if "candidates" in arrays else config.selector()
     select: Any = (REFINERS if "candidates" in arrays else SELECTORS).get(chosen)
     known = sorted(getattr(select, "options", ()))
-    expect(options.keys() <= {*known}, "the options", sorted(options), f"some of {known}", TypeError)
+    own = f"arguments of dsa_attention, or options of the selector: {known}"
+    expect(
+        options.keys() <= {*known}, "among the arguments", sorted(options.keys() - {*known}), own, TypeError
+    )
     fits = select or chosen == "lightning"
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     q, k = arrays["q"], arrays["k"]
@@ -1670,7 +1677,7 @@ def read_session(file, make, **own):
     except Exception as error:  # a zip that is cut or changed has many kinds
         if getattr(error, "filename", None):  # a full disk
             raise
-        raise ValueError(f"path is {file.name!r}, expected what such a cache has written: {error}") from error
+        raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
 
 
 class HybridKVCache(KVCache):
@@ -1680,7 +1687,7 @@ class HybridKVCache(KVCache):
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
     step, stay in memory besides. path: the file to make, which stays; close adds to it what else the session
-    needs, and the same call then goes on with it. None: a temporary one.
+    needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.

@@ -778,7 +778,7 @@ def row_of(verdict):
         _, error, most, (part, dtype) = max(errors, key=lambda x: x[0])
         largest = f"{part} off by {error:.1e} of {most:.1e} allowed ({dtype})"
     state = "FAILED" if verdict.broken else "passed"
-    rules = f"{state}{verdict.held:4} of {asked:2} rules{verdict.examples:6} examples"
+    rules = f"{state}{verdict.held:4} of {asked:2} rules hold{verdict.examples:6} examples"
     return f"{verdict.stage:18}{rules}  {largest}"
 
 
