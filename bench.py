@@ -2000,7 +2000,7 @@ def stages(z) -> dict[str, Any]:
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="20 minutes on an H100, and weeks", options=LM_OPTIONS)  # fmt: skip
+      "lm_presets", default=False, takes="20 minutes on an H100", options=LM_OPTIONS)  # fmt: skip
 def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
