@@ -1690,7 +1690,8 @@ class HybridKVCache(KVCache):
     needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
-    On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
+    On a GPU the slow tier is pinned memory of the host, misses are read by the GPU over the bus, and fp8 goes
+    to float32 before it attends, so that there out agrees with a KVCache's to rounding.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
 
