@@ -1090,6 +1090,12 @@ def converge(bench: Bench) -> None:
     columns = ["data, selector", *(f"K = {k}" for k in shown)]
     bench.table("converge", f"Mass kept (relative error) as K goes to n = {n}", columns, table, note)
     bench.results["converge"] = {" ".join(key): points for key, points in curves.items()}
+    draw_converge(bench, curves, sizes, n)
+
+
+def draw_converge(bench: Bench, curves, sizes, n: int) -> None:
+    """Error and bound against K, of real text and of random data side by side."""
+    data, names = dict.fromkeys(source for source, _ in curves), list(dict.fromkeys(x for _, x in curves))
     fig, axes = plt.subplots(1, len(data), figsize=(9.5, 3.5), squeeze=False, sharey=True)
     for ax, source in zip(axes[0], data, strict=True):
         drawn = alike({s: np.log([p[3] for p in curves[source, s][:-1]]) for s in names[1:] + names[:1]}, 0.2)
@@ -2211,6 +2217,24 @@ def save(bench: Bench) -> Path:
     return file
 
 
+def run_part(bench: Bench, name: str) -> bool:
+    """False if an answer was wrong: then nothing that follows would mean anything."""
+    if bench.args.named and PARTS[name].takes and not bench.args.quick:
+        bench.say(f"\n{name} takes {PARTS[name].takes} on two cores.")
+    start = time.perf_counter()
+    try:
+        PARTS[name].run(bench)
+        bench.results["seconds"][name] = round(time.perf_counter() - start, 1)
+    except MissingPackage as e:
+        bench.say(f"[bold red]{name} did not run:[/] it {escape(str(e))}")
+    except StageFailed as e:
+        bench.say(f"[bold red]{name}:[/] {escape(str(e))}")
+    except WrongAnswer as e:
+        bench.say(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}")
+        return False
+    return True
+
+
 def main() -> int:
     args = arguments(sys.argv[1:])
     dsa.set_num_threads(args.threads)
@@ -2239,18 +2263,7 @@ def main() -> int:
         if not args.named:
             bench.say("\nThis takes under three minutes on two cores; the tables come at its end.")
         for name in bench.steps(args.parts, "parts"):
-            if args.named and PARTS[name].takes and not args.quick:
-                bench.say(f"\n{name} takes {PARTS[name].takes} on two cores.")
-            start = time.perf_counter()
-            try:
-                PARTS[name].run(bench)
-                done[name] = round(time.perf_counter() - start, 1)
-            except MissingPackage as e:
-                bench.say(f"[bold red]{name} did not run:[/] it {escape(str(e))}")
-            except StageFailed as e:
-                bench.say(f"[bold red]{name}:[/] {escape(str(e))}")
-            except WrongAnswer as e:
-                bench.say(f"[bold red]{name}: wrong answer:[/] {escape(str(e))}")
+            if not run_part(bench, name):
                 return 1
             file = save(bench)
             if not args.named and name in done:
