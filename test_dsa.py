@@ -1515,6 +1515,20 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
         by_selector(dsa, p, "approximate", projection=np.eye(D + 1))
 
 
+def test_a_seed_and_a_precision_change_what_is_selected(dsa):
+    """Another seed draws another projection or hash; fp16 is float16's rounding of the indexer's q and k."""
+    shapes = (9, 2, 8), (90, 2, 8), (9, 3, 8), (90, 8), (9, 3)
+    q, k, index_q, index_k, weights = (normal(np.random.default_rng(9), *shape) for shape in shapes)
+    for name in ("approximate", "lsh", "random"):
+        zero, same, one = (dsa.SELECTORS[name](q, k, 9, seed=seed) for seed in (0, 0, 1))
+        assert (zero == same).all() and (zero != one).any()
+    index_k = index_k[:1] + 1e-4 * index_k  # so alike that rounding decides
+    config = dsa.DSAConfig(top_k=9, indexer_precision="fp16")
+    found = dsa.dsa_attention(q, k, k, index_q, index_k, weights, config)[2]
+    rounded = dsa.lightning_select(index_q.astype(F16), index_k.astype(F16), weights, 9)
+    assert (found == rounded).all() and (found != dsa.lightning_select(index_q, index_k, weights, 9)).any()
+
+
 @given(p=problems(batches=[()]), oversample=st.integers(1, 3))
 def test_hierarchical_is_exact_in_the_blocks_of_the_best_means(dsa, p, oversample):
     """As many as oversample * K keys fill, beside the first and the last visible block, always in."""
@@ -2822,7 +2836,9 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
         (b"offsets", b"offset "), (b"shape", b"forms"), (b"[24, 64]", b"[24, 65]"), (b"F64", b"F16"),
         (b": [24, 64]", b":[-24,-64]"))),
     ((MODEL, lambda raw: raw.replace(b"[%d, %d]" % (END - 128, END), b"[%d, %d]" % (END - 120, END + 8))
-      + bytes(8)), f"{MODEL} is at odds"),  # a gap before the last
+      + bytes(8)), f"{MODEL} is at odds"),  # a gap before the last, and an overlap
+    ((MODEL, lambda raw: raw.replace(b"[%d, %d]" % (END - 128, END), b"[%d, %d]" % (END - 136, END - 8))
+      [:-8]), f"{MODEL} is at odds"),
     *(((MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is a file of") for n in (0, 4, 100, -1)),
     ((MODEL, lambda raw: raw + b"more"), f"{MODEL} is a file of"),
     ((MODEL, lambda raw: bytes(8)), f"{MODEL} is a file of"),
