@@ -609,10 +609,9 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     chosen = "predictive" if "candidates" in arrays else config.selector()
     select: Any = (REFINERS if "candidates" in arrays else SELECTORS).get(chosen)
     known = sorted(getattr(select, "options", ()))
+    unknown = sorted(options.keys() - {*known})
     own = f"arguments of dsa_attention, or options of the selector: {known}"
-    expect(
-        options.keys() <= {*known}, "among the arguments", sorted(options.keys() - {*known}), own, TypeError
-    )
+    expect(not unknown, "among the arguments", unknown, own, TypeError)
     fits = select or chosen == "lightning"
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     q, k = arrays["q"], arrays["k"]
@@ -1084,8 +1083,8 @@ def in_blocks(block, arrays, results, n, given, most):
     cut |= {name: True for name in ("k_start", "k_end") if name in given}
     whole: list[Any] = []
     for axes, word in results.values():
-        sizes = ((axis, n.get(axis, n.get("S"))) for axis in axes)  # of a target without indices K is S
-        shape = [x for axis, size in sizes for x in (size if axis == "..." else (size,))]
+        each = (n.get(axis, n.get("S")) for axis in axes)  # of a target without indices K is S
+        shape = [x for size in each for x in (size if isinstance(size, tuple) else (size,))]
         whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
 
     def work(job):
@@ -1672,10 +1671,8 @@ def read_session(file, make, **own):
             rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
         cache._set_lengths(lengths)
         return cache
-    except (MemoryError, ImportError):
-        raise
     except Exception as error:  # a zip that is cut or changed has many kinds
-        if getattr(error, "filename", None):  # a full disk
+        if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
             raise
         raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
 
@@ -3332,8 +3329,8 @@ def packing_plan(chip, shape, dtype, block, scale, least, rope):
 
 def gpu_quantized(x, block, scale, least):
     """quantized, byte for byte."""
-    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
-    codes = xp.empty(x.shape, np.uint8)
+    xp = sys.modules["cupy"]
+    x, codes = xp.ascontiguousarray(x), xp.empty(x.shape, np.uint8)
     scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
     packing_plan(chip(x), x.shape, x.dtype, block, scale, least, None)(x, codes, scales)
     return codes, scales
@@ -3341,8 +3338,8 @@ def gpu_quantized(x, block, scale, least):
 
 def gpu_packed(x, rope):
     """packed, byte for byte."""
-    xp, x = sys.modules["cupy"], sys.modules["cupy"].ascontiguousarray(x)
-    out = xp.empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
+    xp = sys.modules["cupy"]
+    x, out = xp.ascontiguousarray(x), xp.empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
     packing_plan(chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, rope)(x, out, out)
     return out
 
@@ -3409,8 +3406,8 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
     if by_mma:
         by_query = kernel(chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
     compile_together(*(by_query, by_key)[: 2 - at_once])
-    dq, dk, dv = (xp.empty(x.shape, x.dtype) for x in ((q, q[:0], q[:0]) if at_once else (q, k, v)))
     sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
+    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
@@ -3421,10 +3418,9 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
             by_query((T * H,), (*pairs, rows, None, dq[b], None), sizes)
         if not at_once:
             queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
-            arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first, dk[b], dv[b]
-            by_key((S * G,), arrays, sizes)
-    if at_once:
-        dk, dv = (x.astype(q.dtype) for x in (sums[..., :D], sums[..., D:]))
+            arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first
+            by_key((S * G,), (*arrays, *(x[b] for x in dk_dv)), sizes)
+    dk, dv = (x.astype(q.dtype) for x in (sums[..., :D], sums[..., D:])) if at_once else dk_dv
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
     return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
 
