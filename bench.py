@@ -229,29 +229,6 @@ def race(runs: dict[str, Any], budget: float = 1.0, least: int = 3, most: int = 
     return laps
 
 
-@contextlib.contextmanager
-def clocked(*names: str):
-    """Meanwhile count the seconds that these functions of dsa take -> {name: seconds}."""
-    spent, before = dict.fromkeys(names, 0.0), {name: getattr(dsa, name) for name in names}
-
-    def wrap(name):
-        def run(*args, **kwargs):
-            start = time.perf_counter()
-            result = before[name](*args, **kwargs)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return functools.wraps(before[name])(run)
-
-    for name in names:
-        setattr(dsa, name, wrap(name))
-    try:
-        yield spent
-    finally:
-        for name, run in before.items():
-            setattr(dsa, name, run)
-
-
 def weighed(run) -> tuple[int, Any]:
     """The most memory that run() needs beyond what stood before it and what it returns, and that."""
     tracemalloc.start()
@@ -1538,62 +1515,83 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 9. sharded: what MPI costs on this machine
+# 9. sharded: ranks that share the cores of this machine, or have a GPU of it each
 # ------------------------------------------------------------------------------------------------------------
 
-SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
-SHARD_STAGES = {  # the function of dsa whose time a stage is
-    "attend": "sparse_attention", "exchange": "by_mpi", "agree, wait": "gathered", "merge": "merge_attention",
+SHARDED = {  # by library: heads, index heads, their width, dtype, its precision, storage, error allowed
+    "numpy": (16, 16, 64, "float32", "fp32", "float32", 1e-5),
+    "cupy": (128, 64, 128, "bfloat16", "fp8", "fp8", 2**-8),
+}
+SHARD_RUNS = {  # by library: keys, how many queries how often, ranks; and the same for --quick
+    "numpy": ((2**16, ((1, 7), (256, 3)), (1, 2, 4)), (2**13, ((1, 3), (32, 1)), (1, 2))),
+    "cupy": ((2**20, ((1, 21), (4096, 9)), (2,)), (2**16, ((1, 5), (64, 3)), (2,))),
+}
+SHARD_STAGES = {  # the functions of dsa, or of a cache, whose time a stage is
+    "decode": "read", "score, select": "index_scores select_topk lightning_select", "attend": "attend",
+    "exchange": "by_mpi by_nccl", "merge": "merge_attention", "agree, wait": "gathered",
 }  # fmt: skip
 
 
-def sharded_keys(first: int, last: int, block: int = 1024):
-    """Keys first..last of a sequence that every rank knows, without holding the others: latent, index_k."""
-    rows = []
-    for i in range(first // block, -(-last // block)):
-        rng = np.random.default_rng([7, i])
-        x = rng.standard_normal((block, SHARDED["D"] + SHARDED["E"]), np.float32)
-        rows.append(x[max(0, first - i * block) : last - i * block])
-    x = np.concatenate(rows)
-    return x[:, None, : SHARDED["D"]], x[:, SHARDED["D"] :]
-
-
-def sharded_rank(s: int, t: int, repeat: int) -> None:
-    """One rank of the timed run, started by mpiexec; rank 0 prints seconds by stage, and how far from one."""
+def sharded_rank(library: str, s: int, t: int, repeat: int) -> None:
+    """One rank, started by mpiexec; rank 0 prints what each way takes, whole and by stage, and the error."""
     from mpi4py import MPI
 
-    comm, n, rng = MPI.COMM_WORLD, SHARDED, np.random.default_rng(0)
-    cores = len(os.sched_getaffinity(0))
-    config = dsa.DSAConfig(top_k=n["top_k"])
-    q, index_q, weights = (
-        rng.standard_normal((t, *x), np.float32) for x in ((n["H"], n["D"]), (n["J"], n["E"]), (n["J"],))
-    )
-    k, index_k = sharded_keys(*(s * r // comm.size for r in (comm.rank, comm.rank + 1)))
-    if comm.rank == 0:  # alone is a fair time only where no other rank spins
-        whole, whole_index = sharded_keys(0, s)
-        args = (q, whole, None, index_q, whole_index, weights, config)
-        one = dsa.dsa_attention(*args, d_v=512)
-        laps = race({"": lambda: dsa.dsa_attention(*args, d_v=512)}, 1, least=repeat if comm.size == 1 else 1)
-    dsa.set_num_threads(max(1, cores // comm.size))
-    times = []
-    for _ in range(repeat + 1):
+    comm, xp, wait = MPI.COMM_WORLD, importlib.import_module(library), lambda: None
+    H, J, E, dtype, precision, storage, _ = SHARDED[library]
+    if library == "cupy":
+        importlib.import_module("ml_dtypes")  # gives NumPy a dtype of the name bfloat16
+        xp.cuda.Device(comm.rank).use()
+        wait = xp.cuda.Device().synchronize
+    rng, cores = xp.random.default_rng(0), len(os.sched_getaffinity(0))
+    shapes = (t, H, WIDTH), (t, J, E), (t, J), (s + t, 1, WIDTH), (s + t, E)
+    q, index_q, weights, k, index_k = (rng.standard_normal((1, *x), dtype=np.float32) for x in shapes)
+    new = q.astype(dtype), k[:, s:], None, index_q.astype(dtype), index_k[:, s:], weights
+    own, several = slice(*(s * r // comm.size for r in (comm.rank, comm.rank + 1))), f"{comm.size} ranks"
+    whole, mine = (dsa.KVCache(s + t, storage=storage, xp=xp, k=(1, WIDTH), index_k=(E,)) for _ in range(2))
+    for cache, part in (caches := ((whole, slice(0, s)), (mine, own))):
+        cache.append(k=k[:, part], index_k=index_k[:, part])
+    options = {"config": dsa.DSAConfig(indexer_precision=precision), "d_v": LATENT}
+    step = functools.partial(dsa.sharded_attention, *new, comm=comm, cache=mine, **options)
+    ways = {"alone": functools.partial(dsa.dsa_attention, *new, cache=whole, **options), several: step}
+    ways |= {"scatter": functools.partial(step, scatter=True), "by host": step} if library == "cupy" else {}
+    nccl, found, spent = dsa.KERNELS["ranks", "cupy"], {}, dict.fromkeys(SHARD_STAGES, 0.0)
+
+    def call(way):
+        dsa.set_num_threads(cores if way == "alone" else max(1, cores // comm.size))
+        dsa.KERNELS["ranks", "cupy"] = (lambda comm: None) if way == "by host" else nccl
         comm.Barrier()
-        with clocked(*SHARD_STAGES.values()) as inside:
-            start = time.perf_counter()
-            out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, comm, d_v=512)
-            total = time.perf_counter() - start
-        times.append([total, *inside.values(), total - sum(inside.values())])
-    seconds = np.median(times[1:], axis=0)  # the first warms up
-    mean = np.array(comm.allgather(seconds)).mean(0)
+        if way != "alone" or comm.rank == 0:  # fair where no other rank spins on the same cores
+            found[way] = ways[way]()
+        wait()
+        for cache, part in caches:
+            cache.truncate([part.stop - part.start])
+
+    def clocked(run, stage, *args, **kwargs):
+        wait()
+        start = time.perf_counter()
+        result = run(*args, **kwargs)
+        wait()
+        spent[stage] += (time.perf_counter() - start) / 3
+        return result
+
+    calls, spans = {way: functools.partial(call, way) for way in ways}, {}
+    laps = race(calls, 0, repeat + 1, repeat + 1)  # of which the first warms up
+    for name, stage in ((name, stage) for stage, names in SHARD_STAGES.items() for name in names.split()):
+        for owner in (whole, mine) if hasattr(mine, name) else (dsa,):
+            run = getattr(owner, name)
+            setattr(owner, name, functools.update_wrapper(functools.partial(clocked, run, stage), run))
+    for way in ways:
+        spent |= dict.fromkeys(SHARD_STAGES, 0.0)
+        race({way: calls[way]}, 0, 3, 3)
+        spans[way] = laps[way][1:], [*spent.values()]
     if comm.rank == 0:
-        error = float(np.abs(out[0] - one[0]).max() / np.abs(one[0]).max())
-        same = bool((out[2] == one[2]).all())
+        one, out = (found[way][0].astype(np.float32) for way in ("alone", several))
+        same, error = (found[several][2] == found["alone"][2]).all(), abs(out - one).max() / abs(one).max()
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
-        found = {"mpi": mpi, "alone": laps[""].median, "same": same, "error": error}
-        print(json.dumps(found | dict(zip(("total", *SHARD_STAGES, "score, select"), mean.tolist()))))
+        print(json.dumps({"same": bool(same), "error": float(error), "mpi": mpi, "spans": spans}))
 
 
-def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
+def on_ranks(ranks: int, *args: Any) -> dict[str, Any]:
     """sharded_rank(*args) under mpiexec."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     mpiexec = shutil.which("mpiexec", path=path)
@@ -1603,33 +1601,35 @@ def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
     command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", code]
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     allow |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MPIEXEC_TIMEOUT": "300"}
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=320)
-    done = run(command, cwd=HERE, env=os.environ | allow)
+    done = subprocess.run(command, cwd=HERE, env=os.environ | allow, capture_output=True, timeout=320)
     if done.returncode:
         raise StageFailed(f"mpiexec -n {ranks}: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@part("MPI: ranks of this machine", "sharded", default=False, takes="a minute or two")
+@part("MPI: ranks of this machine", "sharded", "gpu_sharded", default=False, takes="a minute or two")
 def sharded(bench: Bench) -> None:
-    quick, cells, alone = bench.args.quick, [], 0.0
-    s, runs = (8192, ((1, 3), (32, 1))) if quick else (65536, ((1, 7), (256, 3)))
-    for t, repeat in bench.steps(runs, "sharded"):
-        for ranks in (1, 2) if quick else (1, 2, 4):
-            cell = {"t": t, "ranks": ranks, **on_ranks(ranks, s, t, repeat)}
-            bench.check("sharded indices", float(cell["same"]), 1, 0)
-            bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
-            alone = cell["alone"] if ranks == 1 else alone
-            cells.append(cell | {"alone": alone})
-    names = ["alone", "total", *SHARD_STAGES, "score, select"]
-    rows = [[f"{c['t']} x {s:,}", str(c["ranks"]), *(span(c[x]) for x in names)] for c in cells]
+    rows, cells, gpu = list[list[str]](), list[Any](), False
+    with contextlib.suppress(MissingPackage):
+        gpu = (chip := Chip(bench)).xp.cuda.runtime.getDeviceCount() > 1
+        bench.results["provenance"]["gpu"] = f"2 of {chip.name}"
+    title = f"One selection and attention over {'two GPUs' if gpu else 'ranks that share cores'}"
+    library, name = ("cupy", "gpu_sharded") if gpu else ("numpy", "sharded")
+    s, runs, sizes = SHARD_RUNS[library][bench.args.quick]
+    H, J, E, dtype, _, storage, error = SHARDED[library]
+    for (t, repeat), ranks in bench.steps([*itertools.product(runs, sizes)], "sharded"):
+        cells.append(cell := {"t": t, "ranks": ranks, **on_ranks(ranks, library, s, t, repeat)})
+        bench.check("sharded indices", float(cell["same"]), 1, 0)
+        bench.check("sharded out", 1 + cell["error"], 1, error)
+        for way, (laps, stages) in [*cell["spans"].items()][ranks != sizes[0] :]:  # "alone" once
+            whole = f"{span(Laps(laps).median)} ({1e3 * min(laps):.3g} to {1e3 * max(laps):.3g})"
+            rows.append([f"{t:,} x {s:,}", way, whole, *map(span, stages)])
     note = (
-        "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. Alone: no MPI, all "
-        "cores. Ranks share the cores and the memory: this shows what sharding costs, not what it gains. "
-        f"Mean over ranks. Indices equal, out within 1e-5. {cells[0]['mpi']}"
+        f"{H} heads, a latent of 576 and 512, index heads {J}x{E}, top_k 2048, {dtype}, cache in {storage}. "
+        "Whole: medians of calls in turn; stages: rank 0's, of three more with waits. Alone: no MPI. Indices "
+        f"equal, out within {max(c['error'] for c in cells):.0e}. {cells[0]['mpi']}"
     )
-    title = "One selection and attention over ranks of this machine"
-    bench.table("sharded", title, ["queries x keys", "ranks", *names], rows, note)
+    bench.table(name, title, ["queries x keys", "how", "whole (from, to)", *SHARD_STAGES], rows, note)
     bench.results["sharded"] = cells
 
 

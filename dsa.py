@@ -2657,9 +2657,8 @@ def sharded_select(
     All ranks call with the same arguments, but for index_k_shard [..., S_r, E], keys that follow those of
     rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
-    A query moves at most 12 * R * top_k bytes between R ranks, in float64 16, with int64 8 more, never a key:
-    candidates and their scores to the rank that decides, and what that one selects to all, at once for all
-    queries; 2**31 bytes from one rank to another need MPI 4.
+    Between R ranks a query moves at most 12 * R * top_k bytes, in float64 16, with int64 8 more, never a key;
+    all queries go at once, of which 2**31 bytes from one rank to another need MPI 4.
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
@@ -2683,10 +2682,9 @@ def sharded_attention(
     All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
     config selects by equation (1). What one rank raises, all raise.
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
-    Each rank attends to its own members: beside what sharded_select sends, each sends H * (Dv + 1) numbers a
-    query, those of out in float16 beside a scale if q is bfloat16, to those that merge, and they send out and
-    lse to all. scatter=True: each keeps out [M, H, Dv] and lse [M, H] of its share of all N queries, on rank
-    r from N * r // R to N * (r + 1) // R.
+    Each rank attends to the members it holds, and sends H * (Dv + 1) numbers a query, those of out in float16
+    beside a scale if q is bfloat16, to those that merge; these send out and lse to all. scatter=True: each
+    keeps its share of all N queries, out [M, H, Dv] and lse [M, H], from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
@@ -2697,24 +2695,20 @@ def sharded_attention(
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
     call = (layer, n_layers), cache, lengths, owner, scatter
     at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
+    q, k, v, index_q, index_k, weights = arrays.values()
     with contextlib.ExitStack() as undo:
         with together(comm):
-            index_k, kept = index_k_shard, [x for x in (k_shard, v_shard) if x is not None]
-            attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
+            kept, attend = [x for x in (k, v) if x is not None], functools.partial(sparse_attention, k=k, v=v)
             if cache is not None:
                 undo.callback(cache.truncate, cache.lengths)
-                tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
+                tokens = {"k": k, "index_k": index_k} | ({} if v is None else {"v": v})
                 cache.append(lengths=mine, **tokens)
                 index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
             index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
         indices = select_over_shards(at, quota, windows, index_q, index_k, weights)
-
-        def part():  # over the members that are here; out gets q's dtype once it is merged
-            first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
-            own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
-            return attend(q, indices=own, **kwargs | {"sink": None, "out_dtype": accumulator(q, *kept)})
-
-        out, lse = merge_over_shards(at, part, sink, q.dtype, scatter)
+        kwargs |= {"sink": None, "out_dtype": accumulator(q, *kept)}  # of parts, which are yet to be merged
+        attend = functools.partial(attend, q, **kwargs)
+        out, lse = merge_over_shards(at, indices, attend, sink, q.dtype, scatter)
         undo.pop_all()
     return out, lse, indices
 
@@ -2723,10 +2717,10 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
     """The checks of sharded_attention -> layout, quota, windows, and new tokens of this rank."""
     with together(comm):
         check_type("config", config, DSAConfig)
-        by, alone = config.selector(), lengths is owner is None
-        expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
-        expect(alone or cache is not None, "lengths or owner", "given", "None without a cache")
-        if cache is not None:
+        expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
+        if cache is None:
+            expect(lengths is owner is None, "lengths or owner", "given", "None without a cache")
+        else:
             check_type("cache", cache, KVCache)
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
@@ -2751,8 +2745,8 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     if quota is None:
         return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
-    place = at.first % KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
-    if place.any():  # key 0 goes to its place in a tile of all keys, as bits of scores depend on it
+    place = at.first % (KEY_TILE if xp is np else 1)  # of key 0 in a tile of all keys, as it decides on bits
+    if place.any():
         (S, E), shard = index_k.shape[-2:], index_k
         index_k = np.zeros((*shape[:-1], S + KEY_TILE, E), shard.dtype)
         for b, x in np.ndenumerate(place):
@@ -2766,9 +2760,8 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
         step = SHARD_BUFFER // max(1, index_k.shape[-2] * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
-            start, end = (w[..., t] for w in near)
-            index = index_q[..., t, :, :], index_k, weights[..., t, :]
-            scores = index_scores(*index, k_start=start, k_end=end)
+            lo, hi = (w[..., t] for w in near)
+            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], k_start=lo, k_end=hi)
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
@@ -2786,13 +2779,15 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     return decided(at, rows, offers, decide)[0].reshape(*shape, K)
 
 
-def merge_over_shards(at, attend, sink, dtype, scatter):
-    """merge_attention of every rank's attend() -> out [..., T, H, Dv], lse [..., T, H], and the sink."""
+def merge_over_shards(at, indices, attend, sink, dtype, scatter):
+    """merge_attention of each rank's attend(indices=...) to its members, and the sink -> out, lse."""
     queries, heads, width = [*at.n["..."], at.n["T"]], at.n["H"], at.n["Dv"]
     rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
+    first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
 
     def offers():
-        out, lse = attend()
+        own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
+        out, lse = attend(indices=own)
         out, lse = out.reshape(rows, width), lse.reshape(rows)
         if dtype.name != "bfloat16":
             return out, lse
@@ -2803,27 +2798,25 @@ def merge_over_shards(at, attend, sink, dtype, scatter):
     def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
         outs = outs if largest is None else outs * largest
         out, lse = merge_attention(outs[:, None], lses[:, None])  # [1, M, Dv], [1, M]
-        out = out if sink is None else apply_sink(out, lse, np.tile(sink, rows // heads)[own])
+        out = out if sink is None else apply_sink(out, lse, np.tile(sink, math.prod(queries))[own])
         return out[0].astype(dtype, copy=False), lse[0]
 
-    keep = max(1, heads) if scatter else 0
-    out, lse = decided(at, rows, offers, merge, keep)
-    queries = [len(lse) // keep] if keep else queries
+    out, lse = decided(at, rows, offers, merge, scatter * max(1, heads))
+    queries = [len(lse) // max(1, heads)] if scatter else queries
     return out.reshape(*queries, heads, width), lse.reshape(*queries, heads)
 
 
 def decided(at, N, offers, decide, keep=0):
     """decide(which, *offers [R, M, ...]) by every rank for its share of the rows -> [N, ...] on every rank.
 
-    offers() -> arrays [N, ...]. keep: shares are whole times so many rows, and each rank keeps [M, ...].
+    offers() -> arrays [N, ...]. keep: each rank keeps its [M, ...], whole times so many rows.
     """
     R, unit = at.comm.size, max(1, keep)
-    edges = (N // unit * np.arange(R + 1) // R * unit).tolist()
-    rows = [slice(*edges[r : r + 2]) for r in range(R)]
+    rows = [slice(N // unit * r // R * unit, N // unit * (r + 1) // R * unit) for r in range(R)]
     which = rows[at.comm.rank]
     with together(at.comm):
         own = [at.ship(x) for x in offers()]
-        parts = [np.empty_like(x, shape=(R, which.stop - which.start, *x.shape[1:])) for x in own]
+        parts = [np.empty_like(x, shape=(R, *x[which].shape)) for x in own]
     at.move(((r, x[rows[r]]) for r in range(R) for x in own), ((r, y[r]) for r in range(R) for y in parts))
     with together(at.comm):
         found = decide(which, *map(at.xp.asarray, parts))
@@ -2836,12 +2829,10 @@ def decided(at, N, offers, decide, keep=0):
 def by_mpi(comm, sent, filled):
     """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
     own = comm.Dup()  # apart from what the caller has under way
-    try:
-        both = (own.Irecv, filled), (own.Isend, sent)
-        for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
-            request.Wait()
-    finally:
-        own.Free()
+    both = ((call, *part) for call, parts in ((own.Irecv, filled), (own.Isend, sent)) for part in parts)
+    for request in [call(np.ascontiguousarray(x).view(np.uint8), rank) for call, rank, x in both if x.size]:
+        request.Wait()
+    own.Free()
 
 
 def gathered(comm, x):
@@ -2853,8 +2844,7 @@ def gathered(comm, x):
 @contextlib.contextmanager
 def together(comm):
     """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
-    fits = hasattr(comm, "Isend") and bool(comm)
-    expect(fits, "comm", repr(comm), "an mpi4py communicator, such as MPI.COMM_WORLD", TypeError)
+    expect(hasattr(comm, "Isend") and bool(comm), "comm", repr(comm), "a communicator of mpi4py", TypeError)
     error, kinds = None, (TypeError, ValueError, IndexError, MemoryError)
     try:
         yield
@@ -2869,20 +2859,19 @@ def together(comm):
 
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    dtypes = [x.dtype.name for x in arrays if x is not None]
-    same |= {**n, "S": None, "xp": n["xp"].__name__, "dtypes": dtypes}
+    same |= {**n, "S": 0, "xp": n["xp"].__name__, "dtypes": [x.dtype.name for x in arrays if x is not None]}
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in sorted(same) if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
         expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
-    total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
-    by_host = (lambda x: np.ascontiguousarray(on_host(x))), functools.partial(by_mpi, comm)
-    ship, move = KERNELS.get(("ranks", same["xp"]), lambda comm: ())(comm) or by_host
-    first = shards[: comm.rank].sum(0)[..., None]
-    at = {"first": first, "end": first + shards[comm.rank][..., None], "num_keys": int(most(total))}
-    at |= {"comm": comm, "n": n, "xp": n["xp"], "ship": ship, "move": move, "longest": int(most(shards))}
-    return SimpleNamespace(**at, shards=shards, total=total)
+    first, total = shards[: comm.rank].sum(0)[..., None], shards.sum(0)  # keys of each sequence [...]
+    nccl = KERNELS.get(("ranks", same["xp"]), lambda comm: None)(comm)
+    ship, move = (n["xp"].ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
+    at = SimpleNamespace(comm=comm, n=n, xp=n["xp"], ship=ship, move=move, shards=shards, total=total)
+    at.first, at.end = first, first + shards[comm.rank][..., None]
+    at.longest, at.num_keys = (int(x.max(initial=0)) for x in (shards, total))
+    return at
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3673,44 +3662,32 @@ KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
 
+# Under which an MPI communicator keeps its NCCL.
+nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())
+
 
 def by_nccl(api, pair, sent, filled):
     """by_mpi for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
     stream = sys.modules["cupy"].cuda.get_current_stream().ptr
     api.groupStart()
-    try:
-        for move, parts in ((pair.send, sent), (pair.recv, filled)):
-            for rank, x in parts:
-                if x.size:
-                    move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
-    finally:
-        api.groupEnd()
+    for move, rank, x in [(pair.send, *part) for part in sent] + [(pair.recv, *part) for part in filled]:
+        if x.size:
+            move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
+    api.groupEnd()
 
 
-# Under which an MPI communicator keeps what nccl_ranks made for it, as long as it lives.
-nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Create_keyval())
-
-
+@functools.partial(KERNELS.setdefault, ("ranks", "cupy"))
 def nccl_ranks(comm):
-    """What makes arrays contiguous, and by_nccl between the GPUs of comm's ranks, made once. (): some rank
-    has no NCCL or no GPU of its own.
-    """
-    if comm.Get_attr(nccl_key()) is None:
+    """by_nccl between the GPUs of comm's ranks, made once; None unless all have NCCL and their own GPU."""
+    if (pair := comm.Get_attr(nccl_key())) is None:
         with together(comm):
             api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
-            host = importlib.import_module("mpi4py.MPI").Get_processor_name()
-            gpu = (host, cuda.runtime.deviceGetPCIBusId(cuda.Device().id)) if api.available else None
-            name = api.get_unique_id() if gpu is not None and comm.rank == 0 else None
-        gpus, names = zip(*comm.allgather((gpu, name)))
-        ranks: Any = ()
-        if None not in gpus and len(set(gpus)) == comm.size:
-            pair = api.NcclCommunicator(comm.size, names[0], comm.rank)
-            ranks = sys.modules["cupy"].ascontiguousarray, functools.partial(by_nccl, api, pair)
+            gpu = api.available and (os.uname().nodename, cuda.runtime.deviceGetPCIBusId(cuda.Device().id))
+            name = api.get_unique_id() if gpu and comm.rank == 0 else None
+        (gpus, names), pair = zip(*comm.allgather((gpu, name))), ()
+        if all(gpus) and len(set(gpus)) == comm.size:
+            pair = api, api.NcclCommunicator(comm.size, names[0], comm.rank)
         elif comm.rank == 0:
             print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
-        comm.Set_attr(nccl_key(), ranks)
-    return comm.Get_attr(nccl_key())
-
-
-KERNELS["ranks", "cupy"] = nccl_ranks
-KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place
+        comm.Set_attr(nccl_key(), pair)
+    return functools.partial(by_nccl, *pair) if pair else None
