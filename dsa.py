@@ -2500,13 +2500,12 @@ def sparse_attention_backward(
     delta = (dout * out).sum(-1, keepdims=True)  # [T, G, H/G, 1]
     ds = scale * p * (dout @ values.swapaxes(2, 3) - delta)
     ds = np.where(rows[:, None, None] >= 0, ds, 0)  # of p, by_key drops what is absent
-    dq = (ds @ keys).reshape(T, H, D)
     parts = [ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout]  # of dk and dv, [T, G, K, D], [T, G, K, Dv]
     if v is None:
         parts[0][..., :d_v] += parts.pop()
     dk, *dv = by_key(rows, *(x.swapaxes(1, 2) for x in parts))
     dz = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z))).sum(0).ravel()
-    return dq, dk, dv[0] if dv else None, None if sink is None else -dz
+    return (ds @ keys).reshape(T, H, D), dk, dv[0] if dv else None, None if sink is None else -dz
 
 
 @stage(
