@@ -2694,20 +2694,20 @@ def sharded_attention(
     arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
     call = (layer, n_layers), cache, lengths, owner, scatter
     at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
-    q, k, v, index_q, index_k, weights = arrays.values()
     with contextlib.ExitStack() as undo:
         with together(comm):
-            kept, attend = [x for x in (k, v) if x is not None], functools.partial(sparse_attention, k=k, v=v)
+            index_k, kept = index_k_shard, [x for x in (k_shard, v_shard) if x is not None]
+            attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
             if cache is not None:
                 undo.callback(cache.truncate, cache.lengths)
-                tokens = {"k": k, "index_k": index_k} | ({} if v is None else {"v": v})
+                tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
                 cache.append(lengths=mine, **tokens)
                 index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
             index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
         indices = select_over_shards(at, quota, windows, index_q, index_k, weights)
         kwargs |= {"sink": None, "out_dtype": accumulator(q, *kept)}  # of parts, which are yet to be merged
         attend = functools.partial(attend, q, **kwargs)
-        out, lse = merge_over_shards(at, indices, attend, sink, q.dtype, scatter)
+        out, lse = merge_over_shards(at, indices, attend, sink, native(q), scatter)
         undo.pop_all()
     return out, lse, indices
 

@@ -3661,7 +3661,9 @@ def ranks_attention(dsa, comm, xp=np):
         v, sink = None if p.v is None else v, normal(rng, 4).astype(dtype)
         kwargs = p.windows | p.latent | {"sink": sink, "layer": 1, "n_layers": 3}
         kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
-        shards, whole = (p.q, k, v, p.index_q, index_k, p.weights), (p.q, *p.kv, *p.index)
+        shards, whole = [p.q, k, v, p.index_q, index_k, p.weights], (p.q, *p.kv, *p.index)
+        if xp is np and seed == 1:
+            shards = [x.astype(x.dtype.newbyteorder(">")) for x in shards]
         out, lse, indices = stages.sharded_attention(*shards, config, comm, **kwargs)
         expected = stages.dsa_attention(*whole, config, **kwargs)
         assert_same(indices, expected[2])
@@ -3755,6 +3757,8 @@ def ranks_errors(dsa, comm):
     if comm.size > 1:
         cache = new_cache(dsa, "KVCache", few, 9) if mine else None
         raises(ValueError, f"cache, {alike}", attention, few.q, *few.kv, *few.index, config(), cache=cache)
+    out, lse, _ = attention(p.q[..., :0, :], *shards[1:], config(), comm, sink=np.zeros(0))  # no heads
+    assert (out.shape[-2:], lse.shape[-1]) == ((0, 3), 0)
     mail = np.zeros(1), comm.rank ^ 1  # of the caller's own, under way meanwhile
     pending = [comm.Irecv(*mail)] if mail[1] < comm.size else []
     assert_same(select(*args, comm), dsa.lightning_select(*p.index, p.top_k))
