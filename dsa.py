@@ -671,7 +671,7 @@ class KVCache:
         shape_of = self._codec.shape if self._codec else lambda name, shape: shape
         self._stored = {name: shape_of(name, shape) for name, shape in self.streams.items()}
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
-        self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
+        self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
         self._allocate(capacity)
 
     @property
@@ -709,7 +709,8 @@ class KVCache:
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         for b, start in enumerate(self._lengths.tolist()):
-            self._write(b, start, rows[b])
+            for name, x in rows[b].items():
+                self._data[name][b, start : start + len(x)] = x
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
@@ -732,7 +733,7 @@ class KVCache:
         self._check_open()
         if name not in self.streams:
             raise ValueError(f"name is {name!r}, expected one of {sorted(self.streams)}")
-        return self._stream(name)[:, : max(self._lengths.tolist())]
+        return self._data[name][:, : max(self._lengths.tolist())]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
@@ -783,9 +784,6 @@ class KVCache:
 
     # What a cache in two tiers does in another way:
 
-    def _in_memory(self):
-        return self._stored
-
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
@@ -796,18 +794,15 @@ class KVCache:
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
     def _allocate(self, capacity):
-        grown = {}
-        for name, shape in self._in_memory().items():
-            grown[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
-            grown[name][:, : self.capacity] = self._data.get(name, 0)
-        self._data, self.capacity = grown, capacity
+        self._data, self.capacity = self._in_memory(self._stored, capacity), capacity
 
-    def _write(self, b, start, tokens):
-        for name, x in tokens.items():
-            self._data[name][b, start : start + len(x)] = x
-
-    def _stream(self, name):
-        return self._data[name]
+    def _in_memory(self, streams, capacity):
+        """Streams with room for capacity tokens, the first of which are those of before."""
+        data = {}
+        for name, shape in streams.items():
+            data[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
+            data[name][:, : self.capacity] = self._data.get(name, 0)
+        return data
 
 
 # 7. Checks ------------------------------------------------------------------------------------------------
@@ -1560,21 +1555,20 @@ class Entries:
         return unpacked(x, *self.widths[name])
 
     def attend(self, cache, q, indices, **kwargs):
-        attend = KERNELS.get(("attend_to_entries", cache.xp.__name__), attend_to_rows)
-        names = cache.streams.keys() & {"k", "v"}
-        return attend(cache, q, indices, lambda b, s: {x: cache.stored(x)[b, s] for x in names}, **kwargs)
+        if kernel := KERNELS.get(("attend_to_entries", cache.xp.__name__)):
+            return kernel(cache, q, indices, **kwargs)
+        parts = []
+        for b, (used, own) in enumerate(map(among_used, indices)):  # no other key is decoded
+            names = cache.streams.keys() & {"k", "v"}
+            k_v = {name: self.decode(name, cache.stored(name)[b, used]) for name in names}
+            parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
+        return tuple(map(np.stack, zip(*parts)))
 
 
-def attend_to_rows(cache, q, indices, rows, **kwargs):
-    """sparse_attention, where rows(b, used) are entries of sequence b's used keys: none else is decoded."""
-    parts = []
-    for b, own in enumerate(on_host(indices)):
-        used = np.unique(own[own >= 0]).astype(np.int64)
-        decode = cache._codec.decode if cache._codec else lambda name, x: x
-        k_v = {name: decode(name, x) for name, x in rows(b, used).items()}
-        own = cache.xp.asarray(np.where(own < 0, -1, np.searchsorted(used, own)))
-        parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
-    return tuple(map(np.stack, zip(*parts)))
+def among_used(indices):
+    """The keys that indices name, ascending, and at which of these each slot is, or -1."""
+    used = np.unique(indices[indices >= 0]).astype(np.int64)
+    return used, np.where(indices < 0, -1, np.searchsorted(used, indices)).astype(np.int32)
 
 
 def on_host(x):
@@ -1618,8 +1612,10 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with open(path, "rb") as file:
-            return read_session(file, lambda _, **kwargs: KVCache(xp=xp, **kwargs))
+        with open(path, "rb") as file, session(file) as (_, meta, data):
+            cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
+            take_session(cache, data, cache.streams)
+            return cache
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1646,35 +1642,35 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
 
 def write_session(cache, file, names):
     """What describes a cache, and some of its streams, to a file that can seek: a zip, with checksums."""
-    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")}
-    meta |= {"order": sys.byteorder, "at": file.tell()}
+    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
     data = {f"stream_{name}": on_host(cache.stored(name)) for name in names}
     np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
 
 
-def read_session(file, make, **own):
-    """The cache that make gives for what write_session has put at the end of a file, filled from there.
-
-    make gets how many bytes stand before it. ValueError where that is nothing, or says anything but `own`.
+@contextlib.contextmanager
+def session(file):
+    """What write_session has put at the end of a file: how many bytes stand before it, what describes the
+    cache, and its arrays. ValueError where that is nothing, or whoever uses it finds something wrong.
     """
     try:
         data: Any = np.lib.npyio.NpzFile(file)
         meta = json.loads(data["meta"].item())
         meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
-        own |= {"order": sys.byteorder, "at": data.zip.filelist[0].header_offset}
-        for key, value in own.items():
-            expect(meta[key] == value, key, value, meta[key])
-        cache = make(own["at"], **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
-        for name, x in cache._data.items():
-            rows = x[:, : lengths.max()]
-            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
-        cache._set_lengths(lengths)
-        return cache
+        expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
+        yield data.zip.filelist[0].header_offset, meta, data
     except Exception as error:  # a zip that is cut or changed has many kinds
         if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
             raise
         raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
+
+
+def take_session(cache, data, names):
+    """Fill a cache's streams with a session's arrays."""
+    lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+    for name in names:
+        rows = cache._data[name][:, : lengths.max()]
+        rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+    cache._set_lengths(lengths)
 
 
 class HybridKVCache(KVCache):
@@ -1703,11 +1699,13 @@ class HybridKVCache(KVCache):
         self.path = None if path is None else os.path.abspath(path)
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
+        self._columns: dict[str, slice] = {}  # of a record, by streams
         super().__init__(capacity, **kwargs)
-        names = sorted(self._stored.keys() - self._in_memory().keys())  # a file has them in this order
+        self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
+        names = sorted(self._stored.keys() - self._index.keys())  # a file has them in this order
         expect("k" in names, "streams", sorted(self.streams), "k among them")
         ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
-        self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}  # of a record
+        self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}
         least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
@@ -1719,17 +1717,22 @@ class HybridKVCache(KVCache):
         self._slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
         fits = path is None or self._slow_tier is mapped
         expect(fits, "path", repr(path), "None where the slow tier is no file")
-        self._open()
+        self._open(capacity)
 
     @property
     def nbytes(self):
         """Bytes of memory held, without the slow tier."""
-        return super().nbytes + sum(x.nbytes for x in (self._fast, self._stamp, self._owner, self._slot_of))
+        index = [x for name, x in self._data.items() if name in self._index]
+        return sum(x.nbytes for x in (*index, self._fast, self._stamp, self._owner, self._slot_of))
 
     def append(self, **kwargs):
         mine = os.getpid() == self._process
         expect(mine, "the cache", f"that of process {self._process}, which forked", "one that was made here")
         super().append(**kwargs)
+
+    def stored(self, name):
+        x = super().stored(name)
+        return np.broadcast_to(x, x.shape)  # not to be written to, as by a forked child into the file
 
     def reorder(self, batch=None):
         raise TypeError("a HybridKVCache is not reordered, copied or pickled: save it, and use KVCache.load")
@@ -1740,32 +1743,31 @@ class HybridKVCache(KVCache):
         if self.path and not self.closed and os.getpid() == self._process:
             self._file.truncate(self._slow.nbytes)  # half a session, if this was ended before
             self._file.seek(0, os.SEEK_END)
-            write_session(self, self._file, self._data)
+            write_session(self, self._file, self._index)
         super().close()
         self._slow = None  # views that were read keep the mapping, and only they
         self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
         self._file.close()
 
-    def _open(self):
+    def _open(self, capacity):
         """The slow tier in a new file, or in that of a session, which then goes on."""
         again = self.path is not None and os.path.exists(self.path)
-        mode = "r+b" if again else "x+b"
-        self._file: Any = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
-
-        def enlarged(at, capacity, **_):
-            expect(self.capacity <= capacity, "capacity", self.capacity, f"at most the session's {capacity}")
-            least = capacity * self.batch * self._fast[0].nbytes  # which what save has written has not
-            expect(at >= least, "the slow tier", f"of {at} bytes", f"{least} or more")
-            self._allocate(capacity)
-            return self
-
+        mode = "r+b" if again else "x+b"  # without a path a file is made when one is asked for
+        self._file: Any = open(self.path, mode) if self.path else tempfile.SpooledTemporaryFile(1)  # noqa: SIM115
         try:
             if again:
-                own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
-                read_session(self._file, enlarged, **own)
+                with session(self._file) as (at, meta, data):
+                    for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+                        expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
+                    room = meta["capacity"]
+                    expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
+                    nbytes = room * self.batch * self._fast[0].nbytes  # none, in a file that save has written
+                    expect(at == nbytes, "the slow tier", f"of {at} bytes", nbytes)
+                    self._allocate(room)
+                    take_session(self, data, self._index)
                 self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
             else:
-                self._allocate(self.capacity)
+                self._allocate(capacity)
         except BaseException:
             self._file.close()
             if self.path and not again:
@@ -1773,81 +1775,84 @@ class HybridKVCache(KVCache):
             raise
 
     def _allocate(self, capacity):
-        if self.capacity:  # which is 0 before there are tiers
-            rows = max(capacity * self.batch, len(self._slot_of))  # more if growing has failed before
-            slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
-            slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
-            self._slow, self._slot_of = slow, slot_of
-        if capacity > self.capacity:
-            super()._allocate(capacity)
+        if not self._columns:  # in KVCache's __init__, after which the tiers are made
+            return
+        rows = capacity * self.batch
+        slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
+        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
+        data = {name: x.swapaxes(0, 1) for name, x in self._split(slow, capacity, self.batch).items()}
+        data |= self._in_memory(self._index, capacity)
+        self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
-    def _in_memory(self):
-        return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
+    def _split(self, records, *shape):
+        """The streams in records [N, W], views [*shape, *a stream's]."""
+        return {x: records[:, own].reshape(*shape, *self._stored[x]) for x, own in self._columns.items()}
 
-    def _write(self, b, start, tokens):
-        rows = slice(start * self.batch + b, (start + len(tokens["k"])) * self.batch + b, self.batch)
-        super()._write(b, start, {name: tokens[name] for name in self._data})
-        for name, columns in self._columns.items():
-            part = self._slow[rows, columns]
-            part[...] = tokens[name].reshape(part.shape)
-
-    def _stream(self, name):
-        if name in self._data:
-            return self._data[name]
-        whole = self._slow[:, self._columns[name]].reshape(-1, self.batch, *self._stored[name]).swapaxes(0, 1)
-        if isinstance(whole, np.ndarray):
-            whole.flags.writeable = False  # a forked child must not write into the file
-        return whole
+    def _rows(self, starts, ends):
+        """The rows of the tokens starts[b]..ends[b] of each sequence b."""
+        spans = enumerate(zip(starts.tolist(), ends.tolist()))
+        return np.concatenate([np.arange(*span) * self.batch + b for b, span in spans])
 
     def _attend(self, q, indices, kwargs):
-        return attend_to_rows(self, q, indices, self._rows, **kwargs)
+        """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
+        used, own = zip(*map(among_used, on_host(indices)))
+        lengths = np.array([[len(x)] for x in used])
+        room = 1 << int(lengths.max() - 1).bit_length()  # of few sizes, as plans of kernels go by strides
+        b, s = np.nonzero(np.arange(room) < lengths)
+        records, near = self._records(np.concatenate(used) * self.batch + b), KVCache.__new__(KVCache)
+        near.__dict__.update(self.__dict__, _data={}, _lengths=np.full(self.batch, room))
+        for name, x in self._split(records, len(records)).items():
+            near._data[name] = self.xp.empty((self.batch, room, *x.shape[1:]), self.dtype)
+            near._data[name][self.xp.asarray(b), self.xp.asarray(s)] = x
+        return near._attend(q, self.xp.asarray(np.stack(own)), kwargs)
 
-    def _rows(self, b, used):
-        """The streams of the tokens used [N] by sequence b, from the fast tier if no other thread has it."""
-        rows = used * self.batch + b
+    def _records(self, rows):
+        """The records of rows [N] -> [N, W], from the fast tier if no other thread has it."""
         if self._lock.locked():  # perhaps by a thread that a fork left behind
             records, misses = self._slow[self.xp.asarray(rows)], len(rows)
         else:
             with self._lock:
                 self._clock += 1
                 records, misses = self._fetch(rows, self._clock)
-        self.hits += len(rows) - misses
+        hits = len(rows) - misses
+        self.hits += hits
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
-        split = {name: self.xp.ascontiguousarray(records[:, own]) for name, own in self._columns.items()}
-        return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
+        return records
 
     def _fetch(self, rows, stamp):
         """The records of rows [N] -> [N, W], and how many of them are not in the fast tier, the misses.
 
         Those go to the slots unused for longest, of too many the last. All are then last used at `stamp`.
         """
-        slots, at = self._slot_of[rows], self.xp.asarray
-        hit = slots >= 0
-        records = self.xp.empty((len(rows), self._fast.shape[1]), self.dtype)
-        records[at(hit)] = self._fast[at(slots[hit])]
-        records[at(~hit)] = missed = self._slow[at(rows[~hit])]
-        self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], stamp)  # a pinned one stays so
+        at, slots = self.xp.asarray, self._slot_of[rows]
+        hits, misses = slots[slots >= 0], np.flatnonzero(slots < 0)
+        missed = self._slow[at(rows[misses])]
+        self._stamp[hits] = np.maximum(self._stamp[hits], stamp)  # a pinned one stays so
         free = np.flatnonzero(self._stamp < self._clock)
-        free = free[np.argsort(self._stamp[free], kind="stable")[: len(missed)]]
-        new, old = rows[~hit][len(missed) - len(free) :], self._owner[free]
+        if len(misses) < len(free):
+            free = free[np.argpartition(self._stamp[free], len(misses))[: len(misses)]]
+        rest, old = len(misses) - len(free), self._owner[free]
+        new = misses[rest:]
         self._slot_of[old[self._slot_of[old] == free]] = -1
-        self._fast[at(free)] = missed[len(missed) - len(free) :]
-        self._owner[free] = new
+        self._fast[at(free)] = missed[rest:]
+        self._owner[free] = rows[new]
         self._stamp[free] = stamp
-        self._slot_of[new] = free
-        return records, len(missed)
+        self._slot_of[rows[new]] = slots[new] = free
+        records = self._fast[at(slots)]
+        if rest:
+            records[at(misses[:rest])] = missed[:rest]
+        return records, len(misses)
 
     def _set_lengths(self, lengths):
-        """Forget what lies beyond the new lengths, and pin the new local windows in place of the old ones."""
-        token, b = np.divmod(self._owner, self.batch)
-        gone = token >= np.minimum(self._lengths, lengths)[b]  # also what an interrupted call left there
-        self._slot_of[self._owner[gone]] = self._stamp[gone] = -1
+        """Forget the tokens between the old lengths and the new, and pin the new local windows alone."""
+        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
+        slots = self._slot_of[rows]  # also what an interrupted call left there
+        self._slot_of[rows] = self._stamp[slots[slots >= 0]] = -1
         self._clock += 1
         self._stamp[self._stamp == self.PINNED] = self._clock - 1
-        ends = enumerate(lengths.tolist())
-        windows = [np.arange(max(0, n - self.local_window), n) * self.batch + b for b, n in ends]
-        slots = self._slot_of[rows := np.concatenate(windows)]
+        rows = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
+        slots = self._slot_of[rows]
         self._stamp[slots[slots >= 0]] = self.PINNED
         self._fetch(rows[slots < 0], self.PINNED)
         self._lengths = lengths
@@ -3294,7 +3299,7 @@ def gpu_attention(
     return run(q, k, v, n["S"], indices, k_start, k_end, sink)
 
 
-def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
+def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
     """sparse_attention over an fp8 cache, whose entries kernels read as they are stored if they are tied."""
     if "v" in cache.streams or cache.streams["k"][0] > 1:
         k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
@@ -3309,7 +3314,7 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
     scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
     rest = scale, sink, indices, None, None, out_dtype, rope
-    return gpu_attention(n, q, cache._stream("k"), None, d_v, *rest)
+    return gpu_attention(n, q, cache._data["k"], None, d_v, *rest)
 
 
 @plan
