@@ -1710,7 +1710,7 @@ class HybridKVCache(KVCache):
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
         self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
-        self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
+        self._stamp = np.arange(-slots, 0)  # when a slot was last used; PINNED in a local window
         self._owner = np.zeros(slots, np.int64)
         self._slot_of = np.full(0, -1)  # the slot of each row, -1 if it has none
         self._slow: Any = None
@@ -1796,24 +1796,29 @@ class HybridKVCache(KVCache):
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
         used, own = zip(*map(among_used, on_host(indices)))
-        lengths = np.array([[len(x)] for x in used])
-        room = 1 << int(lengths.max() - 1).bit_length()  # of few sizes, as plans of kernels go by strides
-        b, s = np.nonzero(np.arange(room) < lengths)
-        records, near = self._records(np.concatenate(used) * self.batch + b), KVCache.__new__(KVCache)
-        near.__dict__.update(self.__dict__, _data={}, _lengths=np.full(self.batch, room))
-        for name, x in self._split(records, len(records)).items():
-            near._data[name] = self.xp.empty((self.batch, room, *x.shape[1:]), self.dtype)
-            near._data[name][self.xp.asarray(b), self.xp.asarray(s)] = x
+        lengths = np.array([len(x) for x in used])
+        room = -(-max(1, lengths.max()) // 64) * 64  # few numbers, as plans of kernels go by strides
+        b, s = np.nonzero(np.arange(room) < lengths[:, None])
+        records = self._records(np.concatenate(used) * self.batch + b, b * room + s, self.batch * room)
+        streams = self._split(records, self.batch, room)
+        near = KVCache.__new__(KVCache)
+        near.__dict__.update(self.__dict__, _lengths=np.full(self.batch, room))
+        near._data = {name: self.xp.ascontiguousarray(x) for name, x in streams.items()}
         return near._attend(q, self.xp.asarray(np.stack(own)), kwargs)
 
-    def _records(self, rows):
-        """The records of rows [N] -> [N, W], from the fast tier if no other thread has it."""
+    def _records(self, rows, at, size):
+        """The records of rows [N] -> [size, W], there at [N], from the fast tier if no other thread has it."""
+        where = np.zeros(size, np.int64)
         if self._lock.locked():  # perhaps by a thread that a fork left behind
-            records, misses = self._slow[self.xp.asarray(rows)], len(rows)
+            where[at] = rows
+            records, misses = self._slow[self.xp.asarray(where)], len(rows)
         else:
             with self._lock:
                 self._clock += 1
-                records, misses = self._fetch(rows, self._clock)
+                where[at], missed = self._fetch(rows, self._clock)
+                records, misses = self._fast[self.xp.asarray(where)], len(missed)
+                if len(late := np.flatnonzero(where < 0)):
+                    records[self.xp.asarray(late)] = missed[: len(late)]
         hits = len(rows) - misses
         self.hits += hits
         self.misses += misses
@@ -1821,28 +1826,26 @@ class HybridKVCache(KVCache):
         return records
 
     def _fetch(self, rows, stamp):
-        """The records of rows [N] -> [N, W], and how many of them are not in the fast tier, the misses.
+        """The slots [N] of rows [N] in the fast tier, and the records of those that were not there, the misses.
 
-        Those go to the slots unused for longest, of too many the last. All are then last used at `stamp`.
+        These go to the slots unused for longest, of too many the last; the first have no slot, -1. All are
+        then last used at `stamp`.
         """
-        at, slots = self.xp.asarray, self._slot_of[rows]
+        slots = self._slot_of[rows]
         hits, misses = slots[slots >= 0], np.flatnonzero(slots < 0)
-        missed = self._slow[at(rows[misses])]
+        missed = self._slow[self.xp.asarray(rows[misses])]
         self._stamp[hits] = np.maximum(self._stamp[hits], stamp)  # a pinned one stays so
-        free = np.flatnonzero(self._stamp < self._clock)
-        if len(misses) < len(free):
-            free = free[np.argpartition(self._stamp[free], len(misses))[: len(misses)]]
-        rest, old = len(misses) - len(free), self._owner[free]
-        new = misses[rest:]
+        most = min(len(misses), len(self._stamp))
+        free = np.argpartition(self._stamp, most - 1)[:most]
+        free = free[self._stamp[free] < self._clock]
+        late, old = len(misses) - len(free), self._owner[free]
+        new = rows[misses[late:]]
         self._slot_of[old[self._slot_of[old] == free]] = -1
-        self._fast[at(free)] = missed[rest:]
-        self._owner[free] = rows[new]
+        self._fast[self.xp.asarray(free)] = missed[late:]
+        self._owner[free] = new
         self._stamp[free] = stamp
-        self._slot_of[rows[new]] = slots[new] = free
-        records = self._fast[at(slots)]
-        if rest:
-            records[at(misses[:rest])] = missed[:rest]
-        return records, len(misses)
+        self._slot_of[new] = slots[misses[late:]] = free
+        return slots, missed
 
     def _set_lengths(self, lengths):
         """Forget the tokens between the old lengths and the new, and pin the new local windows alone."""
@@ -1854,7 +1857,8 @@ class HybridKVCache(KVCache):
         rows = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
         slots = self._slot_of[rows]
         self._stamp[slots[slots >= 0]] = self.PINNED
-        self._fetch(rows[slots < 0], self.PINNED)
+        if (slots < 0).any():
+            self._fetch(rows[slots < 0], self.PINNED)
         self._lengths = lengths
 
 
