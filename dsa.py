@@ -1683,15 +1683,13 @@ class HybridKVCache(KVCache):
     needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
-    On a GPU the slow tier is pinned memory of the host, misses are read by the GPU over the bus, and fp8 goes
-    to float32 before it attends, so that there out agrees with a KVCache's to rounding.
+    On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
 
     # What attention reads of a token, its record, is row token * batch + b of _slow [rows, W]. At every line,
-    # _slot_of[row] = s means that _owner[s] is that row and that _fast[s] holds the same record, unless the
-    # row is beyond its sequence's length. So whatever interrupts, the worst is a miss.
-    PINNED = np.iinfo(np.int64).max
+    # the fast tier has a row if _owner[s] is it for s = _slot_of[row], and then _fast[s] is the same record,
+    # unless the row is beyond its sequence's length. So whatever interrupts, the worst is a miss.
 
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
@@ -1710,9 +1708,8 @@ class HybridKVCache(KVCache):
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
         self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
-        self._stamp = np.arange(-slots, 0)  # when a slot was last used; PINNED in a local window
-        self._owner = np.zeros(slots, np.int64)
-        self._slot_of = np.full(0, -1)  # the slot of each row, -1 if it has none
+        self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
+        self._slot_of = self._window = np.zeros(0, np.int64)  # where a row was last; rows of local windows
         self._slow: Any = None
         self._slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
         fits = path is None or self._slow_tier is mapped
@@ -1722,8 +1719,8 @@ class HybridKVCache(KVCache):
     @property
     def nbytes(self):
         """Bytes of memory held, without the slow tier."""
-        index = [x for name, x in self._data.items() if name in self._index]
-        return sum(x.nbytes for x in (*index, self._fast, self._stamp, self._owner, self._slot_of))
+        more = self._fast, self._stamp, self._owner, self._slot_of, self._window
+        return super().nbytes - self._slow.nbytes + sum(x.nbytes for x in more)
 
     def append(self, **kwargs):
         mine = os.getpid() == self._process
@@ -1745,8 +1742,8 @@ class HybridKVCache(KVCache):
             self._file.seek(0, os.SEEK_END)
             write_session(self, self._file, self._index)
         super().close()
-        self._slow = None  # views that were read keep the mapping, and only they
-        self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
+        nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
+        self._slow = self._fast = self._stamp = self._owner = self._slot_of = self._window = nothing
         self._file.close()
 
     def _open(self, capacity):
@@ -1779,7 +1776,7 @@ class HybridKVCache(KVCache):
             return
         rows = capacity * self.batch
         slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
-        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
+        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
         data = {name: x.swapaxes(0, 1) for name, x in self._split(slow, capacity, self.batch).items()}
         data |= self._in_memory(self._index, capacity)
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
@@ -1796,18 +1793,18 @@ class HybridKVCache(KVCache):
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
         used, own = zip(*map(among_used, on_host(indices)))
-        lengths = np.array([len(x) for x in used])
+        lengths = np.array([[len(x)] for x in used])
         room = -(-max(1, lengths.max()) // 64) * 64  # few numbers, as plans of kernels go by strides
-        b, s = np.nonzero(np.arange(room) < lengths[:, None])
+        b, s = np.nonzero(np.arange(room) < lengths)
         records = self._records(np.concatenate(used) * self.batch + b, b * room + s, self.batch * room)
-        streams = self._split(records, self.batch, room)
+        streams = self._split(records, self.batch, room).items()
+        data = {name: self.xp.ascontiguousarray(x) for name, x in streams}
         near = KVCache.__new__(KVCache)
-        near.__dict__.update(self.__dict__, _lengths=np.full(self.batch, room))
-        near._data = {name: self.xp.ascontiguousarray(x) for name, x in streams.items()}
+        near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([room]))
         return near._attend(q, self.xp.asarray(np.stack(own)), kwargs)
 
     def _records(self, rows, at, size):
-        """The records of rows [N] -> [size, W], there at [N], from the fast tier if no other thread has it."""
+        """Of rows [N] the records, at [N] among [size, W], from the fast tier if no other thread has it."""
         where = np.zeros(size, np.int64)
         if self._lock.locked():  # perhaps by a thread that a fork left behind
             where[at] = rows
@@ -1815,7 +1812,8 @@ class HybridKVCache(KVCache):
         else:
             with self._lock:
                 self._clock += 1
-                where[at], missed = self._fetch(rows, self._clock)
+                self._stamp[self._slot_of[self._window]] = self._clock  # is never unused
+                where[at], missed = self._fetch(rows)
                 records, misses = self._fast[self.xp.asarray(where)], len(missed)
                 if len(late := np.flatnonzero(where < 0)):
                     records[self.xp.asarray(late)] = missed[: len(late)]
@@ -1825,40 +1823,36 @@ class HybridKVCache(KVCache):
         self.bytes_moved += misses * self._fast[0].nbytes
         return records
 
-    def _fetch(self, rows, stamp):
-        """The slots [N] of rows [N] in the fast tier, and the records of those that were not there, the misses.
+    def _fetch(self, rows):
+        """The slots [N] of rows [N] in the fast tier, and the records of the misses, which were not there.
 
-        These go to the slots unused for longest, of too many the last; the first have no slot, -1. All are
-        then last used at `stamp`.
+        They go to the slots unused for longest, of too many the last; the others have no slot, -1.
         """
         slots = self._slot_of[rows]
-        hits, misses = slots[slots >= 0], np.flatnonzero(slots < 0)
-        missed = self._slow[self.xp.asarray(rows[misses])]
-        self._stamp[hits] = np.maximum(self._stamp[hits], stamp)  # a pinned one stays so
-        most = min(len(misses), len(self._stamp))
+        slots[self._owner[slots] != rows] = -1
+        self._stamp[slots[slots >= 0]] = self._clock
+        if not len(misses := np.flatnonzero(slots < 0)):
+            return slots, misses
+        missed, most = self._slow[self.xp.asarray(rows[misses])], min(len(misses), len(self._stamp))
         free = np.argpartition(self._stamp, most - 1)[:most]
         free = free[self._stamp[free] < self._clock]
-        late, old = len(misses) - len(free), self._owner[free]
+        late = len(misses) - len(free)
         new = rows[misses[late:]]
-        self._slot_of[old[self._slot_of[old] == free]] = -1
+        self._owner[free] = -1
         self._fast[self.xp.asarray(free)] = missed[late:]
-        self._owner[free] = new
-        self._stamp[free] = stamp
         self._slot_of[new] = slots[misses[late:]] = free
+        self._owner[free], self._stamp[free] = new, self._clock
         return slots, missed
 
     def _set_lengths(self, lengths):
-        """Forget the tokens between the old lengths and the new, and pin the new local windows alone."""
+        """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
         rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = self._slot_of[rows]  # also what an interrupted call left there
-        self._slot_of[rows] = self._stamp[slots[slots >= 0]] = -1
-        self._clock += 1
-        self._stamp[self._stamp == self.PINNED] = self._clock - 1
-        rows = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
         slots = self._slot_of[rows]
-        self._stamp[slots[slots >= 0]] = self.PINNED
-        if (slots < 0).any():
-            self._fetch(rows[slots < 0], self.PINNED)
+        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
+        self._owner[slots] = self._stamp[slots] = -1
+        self._clock += 1
+        self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
+        self._fetch(self._window)
         self._lengths = lengths
 
 
