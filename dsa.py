@@ -1711,9 +1711,6 @@ class HybridKVCache(KVCache):
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
         self._slot_of = self._window = np.zeros(0, np.int64)  # where a row was last; rows of local windows
         self._slow: Any = None
-        self._slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
-        fits = path is None or self._slow_tier is mapped
-        expect(fits, "path", repr(path), "None where the slow tier is no file")
         self._open(capacity)
 
     @property
@@ -1723,8 +1720,7 @@ class HybridKVCache(KVCache):
         return super().nbytes - self._slow.nbytes + sum(x.nbytes for x in more)
 
     def append(self, **kwargs):
-        mine = os.getpid() == self._process
-        expect(mine, "the cache", f"that of process {self._process}, which forked", "one that was made here")
+        expect(os.getpid() == self._process, "the cache", "that of a process that forked", "one made here")
         super().append(**kwargs)
 
     def stored(self, name):
@@ -1738,8 +1734,7 @@ class HybridKVCache(KVCache):
 
     def close(self):
         if self.path and not self.closed and os.getpid() == self._process:
-            self._file.truncate(self._slow.nbytes)  # half a session, if this was ended before
-            self._file.seek(0, os.SEEK_END)
+            self._file.seek(self._file.truncate(self._slow.nbytes))  # before half a session of an earlier try
             write_session(self, self._file, self._index)
         super().close()
         nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
@@ -1758,8 +1753,8 @@ class HybridKVCache(KVCache):
                         expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
                     room = meta["capacity"]
                     expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
-                    nbytes = room * self.batch * self._fast[0].nbytes  # none, in a file that save has written
-                    expect(at == nbytes, "the slow tier", f"of {at} bytes", nbytes)
+                    whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
+                    expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
                     self._allocate(room)
                     take_session(self, data, self._index)
                 self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
@@ -1775,7 +1770,8 @@ class HybridKVCache(KVCache):
         if not self._columns:  # in KVCache's __init__, after which the tiers are made
             return
         rows = capacity * self.batch
-        slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
+        slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+        slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
         slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
         data = {name: x.swapaxes(0, 1) for name, x in self._split(slow, capacity, self.batch).items()}
         data |= self._in_memory(self._index, capacity)
@@ -1787,8 +1783,7 @@ class HybridKVCache(KVCache):
 
     def _rows(self, starts, ends):
         """The rows of the tokens starts[b]..ends[b] of each sequence b."""
-        spans = enumerate(zip(starts.tolist(), ends.tolist()))
-        return np.concatenate([np.arange(*span) * self.batch + b for b, span in spans])
+        return np.concatenate([np.arange(*span) * self.batch + b for b, span in enumerate(zip(starts, ends))])
 
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
@@ -1867,9 +1862,8 @@ def mapped(cache, shape, before):
         while (missing := nbytes - file.tell()) > 0:
             file.write(bytes(min(missing, 2**20)))
         file.flush()
-    except OSError as error:
-        message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
-        raise OSError(error.errno, message, cache.path) from error
+    except OSError as e:
+        raise OSError(e.errno, f"the slow tier cannot hold {nbytes} bytes: {e.strerror}", cache.path) from e
     return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
 
 
@@ -3585,6 +3579,7 @@ def gpu_predictive_select(n, index_q, index_k, weights, top_k, candidates, widen
 
 def gpu_slow_tier(cache, shape, before):
     """The slow tier as an array of CuPy's in pinned memory of the host, where kernels reach it."""
+    expect(cache.path is None, "path", repr(cache.path), "None, as the slow tier is no file")
     cuda, nbytes = cache.xp.cuda, math.prod(shape) * cache.dtype.itemsize
     memory = cuda.alloc_pinned_memory(nbytes)
     owner = lambda: memory  # noqa: E731
