@@ -1773,13 +1773,14 @@ class HybridKVCache(KVCache):
         slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
         slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
         slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
-        data = {name: x.swapaxes(0, 1) for name, x in self._split(slow, capacity, self.batch).items()}
-        data |= self._in_memory(self._index, capacity)
+        streams = self._split(slow.reshape(capacity, self.batch, -1)).items()
+        data = {name: x.swapaxes(0, 1) for name, x in streams} | self._in_memory(self._index, capacity)
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
-    def _split(self, records, *shape):
-        """The streams in records [N, W], views [*shape, *a stream's]."""
-        return {x: records[:, own].reshape(*shape, *self._stored[x]) for x, own in self._columns.items()}
+    def _split(self, records):
+        """The streams in records [M, N, W], views [M, N, *shape]."""
+        shape = records.shape[:2]
+        return {x: records[..., own].reshape(*shape, *self._stored[x]) for x, own in self._columns.items()}
 
     def _rows(self, starts, ends):
         """The rows of the tokens starts[b]..ends[b] of each sequence b."""
@@ -1788,35 +1789,29 @@ class HybridKVCache(KVCache):
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
         used, own = zip(*map(among_used, on_host(indices)))
-        lengths = np.array([[len(x)] for x in used])
+        lengths, at = np.array([[len(x)] for x in used]), self.xp.asarray
         room = -(-max(1, lengths.max()) // 64) * 64  # few numbers, as plans of kernels go by strides
-        b, s = np.nonzero(np.arange(room) < lengths)
-        records = self._records(np.concatenate(used) * self.batch + b, b * room + s, self.batch * room)
-        streams = self._split(records, self.batch, room).items()
-        data = {name: self.xp.ascontiguousarray(x) for name, x in streams}
-        near = KVCache.__new__(KVCache)
-        near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([room]))
-        return near._attend(q, self.xp.asarray(np.stack(own)), kwargs)
-
-    def _records(self, rows, at, size):
-        """Of rows [N] the records, at [N] among [size, W], from the fast tier if no other thread has it."""
-        where = np.zeros(size, np.int64)
-        if self._lock.locked():  # perhaps by a thread that a fork left behind
-            where[at] = rows
-            records, misses = self._slow[self.xp.asarray(where)], len(rows)
+        there = np.arange(room) < lengths
+        where, rows = np.zeros_like(there, int), np.concatenate(used) * self.batch + np.nonzero(there)[0]
+        if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
+            where[there] = missed = rows
+            records = self._slow[at(where)]  # [B, room, W]
         else:
             with self._lock:
                 self._clock += 1
                 self._stamp[self._slot_of[self._window]] = self._clock  # is never unused
-                where[at], missed = self._fetch(rows)
-                records, misses = self._fast[self.xp.asarray(where)], len(missed)
-                if len(late := np.flatnonzero(where < 0)):
-                    records[self.xp.asarray(late)] = missed[: len(late)]
-        hits = len(rows) - misses
+                where[there], missed = self._fetch(rows)
+                records = self._fast[at(where)]
+                if (late := where < 0).any():
+                    records[at(late)] = missed[: late.sum()]
+        misses, hits = len(missed), len(rows) - len(missed)
         self.hits += hits
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
-        return records
+        near = KVCache.__new__(KVCache)
+        data = {name: self.xp.ascontiguousarray(x) for name, x in self._split(records).items()}
+        near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([room]))
+        return near._attend(q, at(np.stack(own)), kwargs)
 
     def _fetch(self, rows):
         """The slots [N] of rows [N] in the fast tier, and the records of the misses, which were not there.
