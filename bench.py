@@ -1202,6 +1202,8 @@ class Chip:
         versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         driver, cuda = (f"{n // 1000}.{n % 1000 // 10}" for n in versions)
         self.name = f"{name}, driver of CUDA {driver}, CUDA {cuda}, CuPy {cupy.__version__}"
+        bench.results["provenance"]["gpu"] = self.name
+        bench.say(f"[dim]{'gpu':10} {escape(self.name)}[/]")
 
     def draw(self, *shape: int, dtype=None):
         x = self.xp.empty(shape, dtype or self.bf16)
@@ -1230,24 +1232,16 @@ class Chip:
         product, copied = self.clock(lambda: x @ x), self.clock(lambda: self.xp.copyto(other, long))
         return dict(zip(RATES, (2e-12 * 8192**3 / product.median, 2e-12 * long.nbytes / copied.median)))
 
-    @contextlib.contextmanager
-    def alone(self, what: str):
-        """What fails in here is said, and fails the run at its end; what comes after it still runs."""
+    def case(self, cells, at: str, portable: bool, run, *args) -> None:
+        """run(self, cells[at], *args), by this GPU's kernels or all GPUs'; gpu raises what failed in it."""
+        dsa.PORTABLE_KERNELS, at = portable, at + ", portable" * portable
         try:
-            yield
+            run(self, cells.setdefault(at, {}), *args)
         except Exception as e:
-            self.failed.append(f"{what}: {type(e).__name__}: {e}")
+            self.failed.append(f"{run.__name__}, {at}: {type(e).__name__}: {e}")
             self.bench.say(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}")
-
-    def case(self, at: str, portable: bool, run, *args) -> dict[str, Any]:
-        """run(self, cell, *args) -> the cell, by the kernels of this GPU or by those that all GPUs have."""
-        cell: dict[str, Any] = {"at": at + ", portable" * portable}
-        dsa.PORTABLE_KERNELS = portable
-        with self.alone(f"{run.__name__}, {cell['at']}"):
-            run(self, cell, *args)
         dsa.PORTABLE_KERNELS = False
         self.free()
-        return cell
 
     def free(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
@@ -1257,19 +1251,18 @@ class Chip:
     def stage(self, cell, name: str, steps, run, check, work, graph: bool = False) -> None:
         """run(p) for p in steps in memory full of NaN, check(p, result), then cell[name]: time and rates."""
         cell[name], launch, stream = None, lambda: [run(p) for p in steps], None
-        with self.alone(f"{name}, {cell['at']}"):
-            self.free()
-            nbytes = 2**28 if self.bench.args.quick else 2**32
-            self.xp.cuda.alloc(nbytes).memset(255, nbytes)  # back in the pool at once, and given out next
-            if graph:
-                launch, results, stream = self.captured(launch)
-            else:
-                results = launch()
-            for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
-                check(p, x)
-            laps = Laps(x / len(steps) for x in self.clock(launch, stream))
-            cell[name] = {"seconds": laps.median, "spread": laps.spread, "repeats": len(laps)}
-            cell[name] |= {rate: n / laps.median / 1e12 for rate, n in zip(RATES, work, strict=True)}
+        self.free()
+        nbytes = 2**28 if self.bench.args.quick else 2**32
+        self.xp.cuda.alloc(nbytes).memset(255, nbytes)  # back in the pool at once, and given out next
+        if graph:
+            launch, results, stream = self.captured(launch)
+        else:
+            results = launch()
+        for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
+            check(p, x)
+        laps = Laps(x / len(steps) for x in self.clock(launch, stream))
+        cell[name] = {"seconds": laps.median, "spread": laps.spread, "repeats": len(laps)}
+        cell[name] |= {rate: n / laps.median / 1e12 for rate, n in zip(RATES, work, strict=True)}
 
     def captured(self, run):
         """run as a CUDA graph -> what launches it, its results after a launch, its stream."""
@@ -1291,33 +1284,29 @@ class Chip:
 
 
 class GpuProblem:
-    """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
+    """V3.2's shapes: t queries at the end of s keys, for each context of a batch; index keys in fp8."""
 
-    def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
+    def __init__(self, chip: Chip, s: int, t: int, top_k: int, batch: int = 1):
         self.scores = self.indices = None  # type: Any
-        self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
+        self.chip, self.s, self.t, self.top_k, draw = chip, s, t, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
-        self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
-        self.wide = draw(*batch, t, J, E), draw(*batch, s, E), draw(*batch, t, J, dtype=np.float32)
+        self.q, self.k = draw(batch, t, heads, WIDTH), draw(batch, s, 1, WIDTH)
+        self.wide = draw(batch, t, J, E), draw(batch, s, E), draw(batch, t, J, dtype=np.float32)
         codes, scales = dsa.quantize_fp8(self.wide[0])
-        streams = {"k": (1, WIDTH), "index_k": (E,)}
-        self.cache = dsa.KVCache(s, batch=batch[0] if batch else 1, storage="fp8", xp=chip.xp, **streams)
-        self.cache.append(k=self.k if batch else self.k[None], index_k=self.wide[1].reshape(-1, s, E))
+        self.cache = dsa.KVCache(s, batch=batch, storage="fp8", xp=chip.xp, k=(1, WIDTH), index_k=(E,))
+        self.cache.append(k=self.k, index_k=self.wide[1])
         keys = self.cache.stored("index_k")
-        self.index = codes, keys if batch else keys[0], self.wide[2] * scales[..., 0]
-        self.ends = chip.xp.arange(s - t + 1, s + 1)
-        n = math.prod((*batch, t))
-        pairs = n * s - math.prod(batch) * t * (t - 1) // 2
-        self.scoring = 2 * J * E * pairs, keys.size + 4 * pairs  # FLOP, bytes to move
-        self.scoring_wide = self.scoring[0], 2 * self.wide[1].size + 4 * pairs
-        self.selecting = 0, 4 * (pairs + n * top_k)
-        self.both = self.scoring[0], keys.size + 4 * n * top_k
+        self.index, self.ends = (codes, keys, self.wide[2] * scales[..., 0]), chip.xp.arange(s - t + 1, s + 1)
+        n, pairs = batch * t, batch * (t * s - t * (t - 1) // 2)
+        self.scoring = np.array([2 * J * E * pairs, keys.size + 4 * pairs])  # FLOP, bytes to move
+        self.scoring_wide = np.array([self.scoring[0], 2 * self.wide[1].size + 4 * pairs])
+        self.selecting = np.array([0, 4 * (pairs + n * top_k)])
+        self.both = np.array([self.scoring[0], keys.size + 4 * n * top_k])
 
-    def attending(self, *more, width: int = 2 * WIDTH) -> tuple[float, float]:
+    def attending(self, width: int = 2 * WIDTH):
         heads, keys = self.q.size // WIDTH, min(self.indices.size, self.k.size // WIDTH)
-        flops = heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1]
-        moved = 2 * heads * (WIDTH + LATENT) + width * keys
-        return flops + sum(x[0] for x in more), moved + sum(x[1] for x in more)
+        each = heads * (WIDTH + LATENT)
+        return np.array([2 * each * self.indices.shape[-1], 2 * each + width * keys])
 
     def lightning(self):
         return dsa.lightning_select(*self.index, self.top_k)
@@ -1329,65 +1318,49 @@ class GpuProblem:
         return self.cache.attend(self.q, self.indices, d_v=LATENT)
 
     def chain(self, attend):
-        """Both stages; the indices on the way are those of select_topk, or the run has failed."""
-        mine, self.indices = self.indices, self.lightning()
-        try:
-            return *attend(self), self.indices
-        finally:
-            self.indices = mine
+        found = copy.copy(self)
+        found.indices = self.lightning()
+        return *attend(found), found.indices
 
-    def three(self):
-        """Three queries: the index that keeps an axis of one, and of the keys that each sees."""
-        n = len(self.q)
-        for i in sorted({0, n // 3, n - 1}):
-            if self.batch:
-                yield (i, slice(1)), (i, slice(self.s - self.t + 1))
-            else:
-                yield slice(i, i + 1), slice(self.s - n + i + 1)
-
-    def check(self, what: str, tol: float, got, want) -> None:
-        """Of three queries, in float64: each array of got beside that of want(one, seen)."""
-        for one, seen in self.three():
-            for mine, exactly in zip(got, want(one, seen), strict=True):
+    def check(self, tols: dict[str, float], got, want) -> None:
+        """Each array of got beside want's, in float64: of three queries, `one`, over the keys it sees."""
+        last = len(self.q) * self.t - 1
+        for b, i in (divmod(x, self.t) for x in sorted({0, last // 3, last})):
+            one, seen = (b, slice(i, i + 1)), (b, slice(self.s - self.t + i + 1))
+            for (what, tol), mine, exactly in zip(tols.items(), got, want(one, seen), strict=True):
                 mine = exact(mine[one])[..., : exactly.shape[-1]]
                 self.chip.bench.check(f"gpu {what}", mine, exactly, tol)
 
     def check_scores(self, x, index=None) -> None:
-        q, k, weights = index or self.index
-        # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
-        tol = 1e-3 if q.dtype == np.uint8 else 3e-4
-
         def want(one, seen):
             return [dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))]
 
-        self.check("index_scores", tol, [x], want)
+        q, k, weights = index or self.index
+        # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
+        self.check({"index_scores": 1e-3 if q.dtype == np.uint8 else 3e-4}, [x], want)
         self.all_rows("index_scores, -inf", self.chip.xp.isneginf(x).sum(-1), self.s - self.ends)
 
     def check_indices(self, x) -> None:
         def want(one, seen):
             return [dsa.select_topk(exact(self.scores[one])[:, : len(self.k[seen])], self.top_k)]
 
-        self.check("select_topk", 0, [x], want)
+        self.check({"select_topk": 0}, [x], want)
         self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
 
     def check_attention(self, x, stored=lambda k: k) -> None:
+        """Of out, lse and, of a chain, indices."""
+
         def want(one, seen):
             kept = exact(self.k[seen][rows := self.indices[one][0]])
             slots = np.arange(len(rows))[None]
             return dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
 
-        self.check("attention", 1e-2, x[:1], lambda *at: want(*at)[:1])
-        self.check("attention, lse", 1e-3, x[1:2], lambda *at: want(*at)[1:])
+        self.check({"attention": 1e-2, "attention, lse": 1e-3}, x[:2], want)
+        for indices in x[2:]:
+            self.all_rows("lightning_select", indices, self.indices)
 
     def check_fp8(self, x) -> None:
         self.check_attention(x, lambda k: dsa.unpack_kv_fp8(dsa.pack_kv_fp8(k)).astype(np.float64))
-
-    def check_same(self, x) -> None:
-        self.all_rows("lightning_select", x, self.indices)
-
-    def check_chain(self, x, fp8: bool = False) -> None:
-        (self.check_fp8 if fp8 else self.check_attention)(x)
-        self.check_same(x[2])
 
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
@@ -1397,21 +1370,20 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     """Every stage for t queries at the end of s keys; with more also 64 heads and a quarter of top_k."""
     P, p, xp = GpuProblem, GpuProblem(chip, s, t, top_k), chip.xp
     stage = functools.partial(chip.stage, cell)
-    with chip.alone(f"selection, {s:,}"):
-        run, check = (lambda p: dsa.index_scores(*p.wide)), (lambda p, x: p.check_scores(x, p.wide))
-        stage("index_scores, bfloat16", [p], run, check, p.scoring_wide)
-        stage("index_scores", [p], lambda p: dsa.index_scores(*p.index), P.check_scores, p.scoring)
-        p.scores = dsa.index_scores(*p.index)
-        stage("select_topk", [p], lambda p: dsa.select_topk(p.scores, top_k), P.check_indices, p.selecting)
-        p.indices = dsa.select_topk(p.scores, top_k)
-        p.scores = None
-        stage("lightning_select", [p], P.lightning, P.check_same, p.both)
-        stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
-        stage("the whole chain", [p], lambda p: p.chain(P.attend), P.check_chain, p.attending(p.both))
+    run, check = (lambda p: dsa.index_scores(*p.wide)), (lambda p, x: p.check_scores(x, p.wide))
+    stage("index_scores, bfloat16", [p], run, check, p.scoring_wide)
+    stage("index_scores", [p], lambda p: dsa.index_scores(*p.index), P.check_scores, p.scoring)
+    p.scores = dsa.index_scores(*p.index)
+    stage("select_topk", [p], lambda p: dsa.select_topk(p.scores, top_k), P.check_indices, p.selecting)
+    p.indices = dsa.select_topk(p.scores, top_k)
+    p.scores = None
+    stage("lightning_select", [p], P.lightning, lambda p, x: p.all_rows("selected", x, p.indices), p.both)
+    stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
+    stage("the whole chain", [p], lambda p: p.chain(P.attend), P.check_attention, p.attending() + p.both)
     spread = (xp.arange(top_k) + chip.rng.random((t, top_k))) / top_k  # ascending, none twice
-    p.indices = (spread * p.ends[:, None]).astype(np.int32)
+    p.indices = (spread * p.ends[:, None]).astype(np.int32)[None]
     few, half = copy.copy(p), copy.copy(p)
-    few.indices, half.q = p.indices[:, ::4].copy(), xp.ascontiguousarray(p.q[:, ::2])
+    few.indices, half.q = p.indices[..., ::4].copy(), p.q[:, :, ::2].copy()
     cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
     for what, x in list(cases.items())[: 3 if more else 1]:
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
@@ -1427,13 +1399,13 @@ def gpu_decode(chip: Chip, cell, batch: int, t: int, s: int, top_k: int) -> None
     for x in ring:
         x.scores = dsa.index_scores(*x.index)
         x.indices = dsa.select_topk(x.scores, top_k)
-    select = functools.partial(stage, "select_topk", run=lambda p: dsa.select_topk(p.scores, top_k))
-    select(check=P.check_indices, work=p.selecting)
+    run = lambda p: dsa.select_topk(p.scores, top_k)  # noqa: E731
+    stage("select_topk", run=run, check=P.check_indices, work=p.selecting)
     stage("sparse_attention", run=P.attend, check=P.check_attention, work=p.attending())
     packed = p.attending(width=p.cache.stored("k").shape[-1])
     stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=packed)
-    chain, check = (packed[0] + p.both[0], packed[1] + p.both[1]), functools.partial(P.check_chain, fp8=True)
-    stage("chain of three, fp8", run=lambda p: p.chain(P.attend_fp8), check=check, work=chain)
+    run = functools.partial(P.chain, attend=P.attend_fp8)
+    stage("chain of three, fp8", run=run, check=P.check_fp8, work=packed + p.both)
 
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
@@ -1452,66 +1424,93 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
         chip.stage(cell, DENSE, [None], run, check, (flops, 0))
 
 
-@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False,
-      takes="a few minutes")  # fmt: skip
+@part("on a GPU: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False, takes="a few minutes")
 def gpu(bench: Bench) -> None:
     chip, quick = Chip(bench), bench.args.quick
-    bench.results["provenance"]["gpu"] = chip.name
-    bench.say(f"[dim]{'gpu':10} {escape(chip.name)}[/]")
     lengths, t, top_k = ((2048, 4096), 256, 256) if quick else (PREFILL, 4096, V32["top_k"])
     contexts = [(1, 1, 2048), (8, 2, 2048)] if quick else DECODE
-    found: dict[str, Any] = {"ceilings": chip.ceilings(), "failed": chip.failed}
-    bench.results["gpu"] = found
-    found["prefill"] = [
-        chip.case(f"{s:,}", portable, gpu_prefill, s, t, top_k, s == lengths[1])
-        for s, portable in bench.steps([*zip(lengths, [False] * 4), (lengths[1], True)], "gpu: prefill")
-    ]
-    for s, cell in zip(lengths, found["prefill"]):
+    found: dict[str, Any] = {"ceilings": chip.ceilings(), "failed": chip.failed, "prefill": {}, "decode": {}}
+    bench.results["gpu"], prefill, decode = found, found["prefill"], found["decode"]
+    for s, portable in bench.steps([*zip(lengths, [False] * 4), (lengths[1], True)], "gpu: prefill"):
+        chip.case(prefill, f"{s:,}", portable, gpu_prefill, s, t, top_k, s == lengths[1])
+    for s, (at, cell) in zip(lengths, prefill.items()):
         if chip.torch and s <= 32768:  # as memory allows
-            with chip.alone(f"{DENSE}, {s:,}"):
-                torch_dense(chip, cell, s)
-        if dense := [c for c in found["prefill"] if c.get(DENSE)]:
+            chip.case(prefill, at, False, torch_dense, s)
+        if dense := [c for c in prefill.values() if c.get(DENSE)]:
             flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
             cell["dense, these queries*"] = {"seconds": flops / dense[-1][DENSE]["TFLOP/s"] / 1e12}
-    found["decode"] = [
-        chip.case(f"{x[0]} x {x[2]:,}" + f", {x[1]} tokens" * (x[1] > 1), portable, gpu_decode, *x, top_k)
-        for x, portable in bench.steps([*((x, False) for x in contexts), (contexts[0], True)], "gpu: decode")
-    ]
+    for x, portable in bench.steps([*((x, False) for x in contexts), (contexts[0], True)], "gpu: decode"):
+        at = f"{x[0]} x {x[2]:,}" + f", {x[1]} tokens" * (x[1] > 1)
+        chip.case(decode, at, portable, gpu_decode, *x, top_k)
     report_gpu(bench, t, top_k, chip.name.split(",")[0])
     if chip.failed:
-        raise StageFailed(f"{len(chip.failed)} stages FAILED: {'; '.join(chip.failed)}")
+        raise StageFailed(f"{len(chip.failed)} cases FAILED: {'; '.join(chip.failed)}")
 
 
 def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     ceilings, prefill, decode = (bench.results["gpu"][x] for x in ("ceilings", "prefill", "decode"))
 
-    def row(first, cells):
-        """Of each cell time, rate, and share of the ceiling that is nearer."""
-        texts = []
-        for x in cells:
-            if not x:  # not measured here, or failed
-                texts.append("FAILED" if x is None else x)
-                continue
-            share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
-            texts.append(span(x["seconds"]) + (f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""))
-            texts[-1] += " ~" * (x.get("spread", 0) > NOISY)
-        return [first, *texts]
+    def text(x):
+        """Time, rate, and share of the ceiling that is nearer."""
+        if not x:  # not measured here, or failed
+            return "FAILED" if x is None else x
+        share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
+        rates = f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""
+        return span(x["seconds"]) + rates + " ~" * (x.get("spread", 0) > NOISY)
 
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
-    note = (
-        f"Random data, medians of CUDA events, ~: spread over {NOISY:.0%}. % of this run's ceilings, {top}: "
-    )
-    note += "a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
-    names = [name for name in max(prefill, key=len) if name != "at"]
-    rows = [row(x, [cell.get(x, "") for cell in prefill]) for x in names]
+    note = f"Random data, medians of CUDA events, ~: spread over {NOISY:.0%}. % of this run's ceilings, {top}"
+    note += ": a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
+    names = max(prefill.values(), key=len)
+    rows = [[name, *(text(cell.get(name, "")) for cell in prefill.values())] for name in names]
     also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys."
-    also += " Dense: whole sequences, heads of 192 and 128; * at its rate." if DENSE in prefill[0] else ""
+    also += " Dense: whole sequences, heads of 192 and 128; * at its rate." if DENSE in names else ""
     title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, on one {chip}"
-    bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
-    names = [name for name in max(decode, key=len) if name != "at"]
-    rows = [row(x["at"], [x.get(name, "") for name in names]) for x in decode]
+    bench.table("gpu", title, ["stage", *prefill], rows, note + also)
+    names = max(decode.values(), key=len)
+    rows = [[at, *(text(cell.get(name, "")) for name in names)] for at, cell in decode.items()]
     also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). fp8 index."
     bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
+
+
+@part("on a GPU, through CuPy: a cache in two tiers beside one", "gpu_tiers", default=False, takes="a minute")
+def gpu_tiers(bench: Bench) -> None:
+    """Decode steps with all keys on the GPU and with a tenth of them there: time, hits, the bus."""
+    quick, chip, rows = bench.args.quick, Chip(bench), list[list[str]]()
+    n, top_k, lengths = (8, 256, (4096,)) if quick else (32, V32["top_k"], (2**17, 2**20))
+    for s, drift in bench.steps([*itertools.product(lengths, (0.95, 0))], "gpu_tiers"):
+        p, wide, laps, counts = GpuProblem(chip, s, 1, top_k), 0, (Laps(), Laps()), []
+        fast, streams = p.cache.stored("k").nbytes // 10, {"k": p.k, "index_k": p.wide[1]}
+        tiers = dsa.HybridKVCache(s, fast_bytes=fast, storage="fp8", xp=chip.xp, **p.cache.streams)
+        tiers.append(**{name: x[:, : s - 3 * n] for name, x in streams.items()})
+        p.cache.truncate([s - 3 * n])
+        for i in range(s - 3 * n, s):
+            wide = drift * wide + (1 - drift**2) ** 0.5 * chip.draw(*p.wide[0].shape, dtype=np.float32)
+            (codes, scales), found = dsa.quantize_fp8(wide), []
+            for cache, lap in zip((p.cache, tiers), laps):
+                chip.xp.cuda.Device().synchronize()
+                start = time.perf_counter()
+                cache.append(**{name: x[:, i : i + 1] for name, x in streams.items()})
+                p.index = codes, cache.stored("index_k"), p.wide[2] * scales[..., 0]
+                p.indices = p.lightning()
+                found.append(cache.attend(p.q, p.indices, d_v=LATENT))
+                chip.xp.cuda.Device().synchronize()
+                lap.append(time.perf_counter() - start)
+            counts.append((tiers.hits, tiers.bytes_moved))
+            p.all_rows("HybridKVCache", *(out.view(np.uint16) for out, _ in found))
+        p.check_fp8(found[1])
+        hits, moved = np.subtract(counts[-1], counts[-1 - n]) / n  # what came before has filled the fast tier
+        times = (str(Laps(lap[-n:])) for lap in laps)
+        rows.append([f"{s:,}", f"{drift:.0%}", *times, f"{hits / top_k:.0%}", size(moved)])
+        tiers.close()
+    note = (
+        "Append, select, attend, launch by launch; medians by the clock, equal to the bit. A query's index "
+    )
+    note += f"heads are that share of the last one's, the rest random. top_k {top_k}. Bus: what misses read."
+    title = f"A decode step, all fp8 keys on one {chip.name.split(',')[0]}, and a tenth of them there"
+    columns = ["keys", "of the last query", "KVCache", "HybridKVCache", "hits", "over the bus, a step"]
+    bench.table("gpu_tiers", title, columns, rows, note)
+    bench.results["gpu_tiers"] = rows
 
 
 # ------------------------------------------------------------------------------------------------------------

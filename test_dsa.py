@@ -3918,6 +3918,30 @@ def test_caches_on_the_gpu_are_numpys(dsa, cupy, storage, hybrid):
         caches[0].close(), caches[1].close()
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("H, rope, streams", [
+    (128, 64, {"k": (1, 576)}), (6, 8, {"k": (1, 36)}), (8, 16, {"k": (2, 64), "v": (2, 32)}),
+])  # fmt: skip
+def test_two_tiers_on_the_gpu_have_the_bits_of_one(dsa, cupy, monkeypatch, storage, H, rope, streams):
+    """Ragged, for few queries and many, while the fast tier holds few of the keys; and no file is made."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    rng, D, Dv = np.random.default_rng(H), streams["k"][1], {576: 512, 36: 24}.get(streams["k"][1])
+    kwargs = {"batch": 2, "storage": storage, "qk_rope_head_dim": rope, "grow": True, "xp": cupy, **streams}
+    one = dsa.KVCache(300, **kwargs)
+    two = dsa.HybridKVCache(300, fast_bytes=90 * one.bytes_per_token, local_window=3, **kwargs)
+    for T, lengths in ((290, [290, 170]), (1, [1, 0]), (80, [80, 7]), (3, [2, 3])):
+        new = {x: cupy.asarray(normal(rng, 2, T, *shape).astype(F32)) for x, shape in streams.items()}
+        one.append(lengths=np.array(lengths), **new), two.append(lengths=np.array(lengths), **new)
+        q = normal(rng, 2, T, H, D).astype(F32 if storage == "float32" else BFLOAT16)
+        indices = rng.integers(-1, one.lengths[:, None, None], (2, T, 60))
+        indices[1, T - 1] = -1
+        for kept in (indices, indices, np.full_like(indices, -1)):
+            found, expected = (on(cupy, x.attend, q, kept, d_v=Dv) for x in (two, one))
+            assert [x.tobytes() for x in found] == [x.tobytes() for x in expected]
+    assert two.hits > 0 and two.misses > 0
+    two.close()
+
+
 @pytest.mark.parametrize("H, T", [(128, 1), (64, 3), (40, 80)])
 def test_fp8_caches_of_v32s_widths_on_the_gpu_are_numpys(dsa, cupy, H, T):
     """Packed keys of 656 bytes are decoded as they are read, by tiles and with their splits merged."""
