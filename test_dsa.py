@@ -1920,24 +1920,9 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
     assert cache.closed
 
 
-def test_the_file_of_the_slow_tier_goes_with_the_cache(dsa, tmp_path, monkeypatch):
-    """After an error too; where none can be made, OSError has the path in it and leaves nothing."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    p = tokens(0, (2,), 6)
-    with contextlib.suppress(KeyError), new_cache(dsa, "HybridKVCache", p, 6) as cache:
-        cache.append(**streams_of(p))
-        raise KeyError
-    assert list(tmp_path.iterdir()) == []
-    for path in (tmp_path / "missing" / "file", tmp_path):
-        with pytest.raises(OSError, match=re.escape(path.name)):
-            new_cache(dsa, "HybridKVCache", p, 6, path=path)
-    with pytest.raises(ValueError, match="fast_bytes"):
-        new_cache(dsa, "HybridKVCache", p, 6, local_window=2, fast_tokens=-1)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, monkeypatch):
-    """Growing the file fails: OSError, the tokens of before, and room again once the disk has room."""
+    """To make the file, which has its path in the error and leaves nothing, to grow it, to close it or to
+    save a session: OSError, the tokens of before, and all works once the disk has room."""
     resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -1950,25 +1935,40 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
             resource.setrlimit(resource.RLIMIT_FSIZE, most)
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    p, config = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7)
-    for path in (None, tmp_path / "file"):
-        fails(functools.partial(new_cache, dsa, "HybridKVCache", p, 64, path=path), 2048)
+    p, config, path = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7), tmp_path / "file"
+    make = functools.partial(new_cache, dsa, "HybridKVCache", p)
+    for kwargs, words in (
+        ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path}, tmp_path.name),
+        ({"path": tmp_path / "missing" / "f"}, "missing"),
+    ):  # fmt: skip
+        fails(functools.partial(make, 64, **kwargs), 2048, words)
+    with pytest.raises(ValueError, match="fast_bytes"):
+        make(6, local_window=2, fast_tokens=-1)
+    with contextlib.suppress(KeyError), make(64) as cache:
+        cache.append(**streams_of(p))
+        raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with new_cache(dsa, "HybridKVCache", p, 8, grow=True) as cache:
+    with make(8, grow=True, path=path) as cache:
         first, rest = np.s_[:, :8], np.s_[:, 8:]
         attend(dsa, p, config, rows=first, cache=cache)
         before, size = snapshot(cache), cache._slow.nbytes
         go_on = functools.partial(attend, dsa, p, config, rows=rest, cache=cache)
-        for act in (functools.partial(cache.append, **streams_of(p, rest)), go_on):
-            fails(act, size + 100)
+        for act, words in (
+            (functools.partial(cache.append, **streams_of(p, rest)), "hold"), (go_on, "hold"),
+            (cache.close, "too large"), (cache.close, "too large"),
+        ):  # fmt: skip
+            fails(act, size + 100, words)
             assert snapshot(cache) == before
         for actual, whole in zip(go_on(), attend(dsa, p, config), strict=True):
             assert_close(actual, whole[rest], 1e-12)
+    with make(64, path=path) as cache:
+        np.testing.assert_array_equal(cache.read("k"), p.k)
+    path.unlink()
     with new_cache(dsa, "KVCache", p, 64) as cache:  # and a session that cannot be replaced stays
-        cache.append(**streams_of(p, first)), cache.save(tmp_path / "session")
-        before = (tmp_path / "session").read_bytes()
-        fails(functools.partial(cache.save, tmp_path / "session"), len(before) - 100, "File too large")
-        assert [x.read_bytes() for x in tmp_path.iterdir()] == [before]
+        cache.append(**streams_of(p, first)), cache.save(path)
+        session = path.read_bytes()
+        fails(functools.partial(cache.save, path), len(session) - 100, "too large")
+        assert [x.read_bytes() for x in tmp_path.iterdir()] == [session]
 
 
 class Stop(BaseException):
@@ -2152,6 +2152,8 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
             again(**kwargs)
     with pytest.raises(ValueError, match="capacity is 99"):
         new_cache(dsa, "HybridKVCache", p, 99, path=path)
+    with dsa.HybridKVCache(2, fast_bytes=99, **dict.fromkeys("nbkdhc", (1,))) as cache:
+        assert [*cache._columns] == [*"bcdhkn"]  # Python's sets differ from process to process
     whole, saved = path.read_bytes(), tmp_path / "saved"
     with new_cache(dsa, "KVCache", p, 5, grow=True) as cache:
         cache.append(**streams_of(p)), cache.save(saved)
@@ -2164,36 +2166,6 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
     with again() as cache, pytest.raises(ValueError, match="slow"):  # as it is open, or its process ended
         again()
     assert path.stat().st_size == len(whole)
-
-
-def test_what_cannot_be_closed_stays_open(dsa, tmp_path, monkeypatch):
-    """An error on the way, as of a full disk, leaves a cache that reads as before and can be closed again."""
-    p, path = tokens(0, (2,), 6), tmp_path / "slow"
-
-    def half(file, **_):
-        file.write(b"half")
-        raise OSError("full")
-
-    with new_cache(dsa, "HybridKVCache", p, 6, path=path) as cache:
-        cache.append(**streams_of(p))
-        for _ in range(2):
-            with monkeypatch.context() as m, pytest.raises(OSError, match="full"):
-                m.setattr(np, "savez", half)
-                cache.close()
-            np.testing.assert_array_equal(cache.read("k"), p.k)
-    with new_cache(dsa, "HybridKVCache", p, 6, path=path) as cache:
-        np.testing.assert_array_equal(cache.read("k"), p.k)
-
-
-def test_the_file_of_two_tiers_is_the_same_in_any_process(dsa, tmp_path):
-    """Python's sets, and so what follows their order, differ from process to process."""
-    code = """import numpy as np, dsa
-with dsa.HybridKVCache(9, fast_bytes=99, path="slow", k=(1, 2), v=(1, 2)) as cache:
-    cache.append(k=np.ones((1, 1, 1, 2)), v=np.zeros((1, 1, 1, 2)))
-    assert (cache.read("k") == 1).all() and (cache.read("v") == 0).all()"""
-    for seed in range(4):
-        paths = {"PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(dsa.__file__).parent)}
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | paths, check=True)
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
@@ -2516,6 +2488,7 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     one: Any = {"starts": [1, 1]}
     cases: Any = (
         *((ValueError, "^x is", layer, (wrong, cache), {}) for wrong in (nan[:, :2], x * INF)),
+        (ValueError, "NaN", layer, (np.copysign(1.7e308, x), cache), {}),  # of sums, once x is in the cache
         (ValueError, "full", layer, (hidden[:, :3], cache), {}),
         (ValueError, "cache", layer, (x[:1], cache), {}),
         (ValueError, "^dim is", layer, (x[..., :5], cache), {}), (ValueError, "cache", layer, (x, other), {}),
@@ -2551,25 +2524,6 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     assert cache.lengths.tolist() == [12, 10]
     y, indices = layer(hidden[:, :0])
     assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"starts": [1, 2]}, {"lengths": [3, 0], "core": "expanded"}], ids=str)
-def test_a_call_that_is_interrupted_at_any_of_its_lines_leaves_its_cache(dsa, hidden, kwargs):
-    """Ctrl-C at each line of the layer's own code."""
-    layer, (source, first) = dsa.DSALayer(layer_weights(), **SMALL), inspect.getsourcelines(dsa.DSALayer)
-
-    def run(stop=None):
-        cache = layer.new_cache(2, 9, "float64")
-        layer(hidden[:, :2], cache)
-        before = snapshot(cache)
-        with pytest.raises(Stop) if stop else contextlib.nullcontext():
-            return lines(dsa, lambda: layer(hidden[:, 2:5], cache, **kwargs), stop)
-        assert snapshot(cache) == before, stop
-
-    own = [at for at in run() if first <= at[1] < first + len(source)]
-    assert len(own) > 40
-    for at in own:
-        run(at)
 
 
 def write_safetensors(path, tensors):
@@ -3003,43 +2957,32 @@ def test_all_e4m3_codes_round_trip(dsa):
     """Their values are those of ml_dtypes, NaN and -0 included, and quantising these gives the codes back."""
     codes = np.arange(256, dtype=np.uint8)
     values = dsa.dequantize_fp8(codes, np.ones(2, F32))
-    assert values.dtype == F32
-    np.testing.assert_array_equal(values, codes.view(E4M3).astype(F32))
-    again, scales = dsa.quantize_fp8(values)
-    assert again.tolist() == codes.tolist() and scales.tolist() == [1, 1]
+    assert_same(values, codes.view(E4M3).astype(F32))
+    assert_same(dsa.quantize_fp8(values), (codes, np.ones(2, F32)))
+    assert dsa.quantize_fp8(np.array([INF, -1e300]))[0].tolist() == [126, 254]
 
 
-@given(seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), scale=st.sampled_from(["ue8m0", "float"]),
-       dtype=st.sampled_from(DTYPES))  # fmt: skip
-def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, scale, dtype):
-    """Byte for byte as ml_dtypes rounds."""
-    rng = np.random.default_rng(seed)
-    x = (normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1)))).astype(dtype)
-    x[rng.random((3, N)) < 0.3] = 0
+@given(
+    seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), scale=st.sampled_from(["ue8m0", "float"]),
+    dtype=st.sampled_from(DTYPES), amax=st.sampled_from([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
+)  # fmt: skip
+def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, scale, dtype, amax, k):
+    """Byte for byte as ml_dtypes rounds: zeros stay so, what lies beyond 448 saturates, and ue8m0 steps up
+    one ulp above 448 * 2^k."""
+    rng, most = np.random.default_rng(seed), float(ml_dtypes.finfo(dtype).max)
+    x = normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1))) * (rng.random((3, N)) < 0.7)
+    x[0] = amax * 2.0**k * np.where(np.arange(N) % 128, x[0].clip(-1, 1), 1)
+    x = x.clip(-most, most).astype(dtype)
     codes, scales = dsa.quantize_fp8(x, scale=scale)
     assert codes.shape == x.shape and scales.shape == (3, -(-N // 128)) and scales.dtype == F32
     for b, i in np.ndindex(*scales.shape):
-        block, s = x[b, 128 * i : 128 * (i + 1)].astype(accumulator(dtype)), scales[b, i]
-        amax = np.maximum(np.abs(block).max().astype(F32), F32.type(1e-4))
-        assert s == (2.0 ** math.ceil(math.log2(amax / 448)) if scale == "ue8m0" else amax / F32.type(448))
+        own, s = slice(128 * i, 128 * (i + 1)), scales[b, i]
+        block = x[b, own].astype(accumulator(dtype))
+        amax = np.maximum(np.abs(block).max().astype(F32), F32.type(1e-4)) / F32.type(448)
+        assert s == (2.0 ** math.ceil(math.log2(amax)) if scale == "ue8m0" else amax)
         rounded = (block / s).clip(-448, 448).astype(E4M3)
-        assert codes[b, 128 * i : 128 * (i + 1)].tobytes() == rounded.tobytes()
-        back = dsa.dequantize_fp8(codes[b], scales[b])[128 * i : 128 * (i + 1)]
-        np.testing.assert_array_equal(back, rounded.astype(F32) * s)
-
-
-def test_fp8_scales_at_powers_of_two_zero_and_beyond_448(dsa):
-    """ue8m0 steps up one ulp above 448 * 2^k; zeros stay zeros; what lies beyond 448 saturates."""
-    codes_of = lambda *x, **kwargs: dsa.quantize_fp8(np.array(x, F32), **kwargs)  # noqa: E731
-    for k in (-8, -1, 0, 5):
-        amax = F32.type(448 * 2.0**k)
-        assert codes_of(amax, 0.0)[1].tolist() == [2.0**k]
-        assert codes_of(np.nextafter(amax, F32.type(INF)), 0.0)[1].tolist() == [2.0 ** (k + 1)]
-    codes, scales = codes_of(0.0)
-    assert not codes.any() and scales.tolist() == [2.0**-22]
-    over = np.array([1e30, -1e30, 1.0])
-    assert dsa.quantize_fp8(np.array([INF, -1e300]))[0].tolist() == [126, 254]
-    assert dsa.dequantize_fp8(*dsa.quantize_fp8(over))[2] == 0 and codes_of(*over, scale="float")[0][0] == 126
+        assert codes[b, own].tobytes() == rounded.tobytes()
+        np.testing.assert_array_equal(dsa.dequantize_fp8(codes[b], scales[b])[own], rounded.astype(F32) * s)
 
 
 def test_the_656_bytes_of_a_token(dsa):
@@ -3048,16 +2991,14 @@ def test_the_656_bytes_of_a_token(dsa):
     kv[0, 0, :128], kv[..., -3:] = 0, [NAN, 1 + 2.0**-8, 1 + 3 * 2.0**-8]  # two ties
     kv = kv.astype(F32)
     kv.view(np.uint32)[0, 1, -3] = 0x7FFFFFFF  # a NaN that must not be carried away
-    packed = dsa.pack_kv_fp8(kv)
+    latent, rope = kv[..., :512].reshape(3, 2, 4, 128), kv[..., 512:].astype(BFLOAT16)
+    amax = np.maximum(np.abs(latent.astype(F64)).max(-1, keepdims=True) / 448, 1e-4)
+    scales = np.exp2(np.ceil(np.log2(amax))).astype(F32)
+    codes, packed = (latent / scales).astype(E4M3), dsa.pack_kv_fp8(kv)
     assert packed.shape == (3, 2, 656) and packed.dtype == np.uint8
     for i in np.ndindex(3, 2):
-        latent, rope = kv[i][:512].reshape(4, 128), kv[i][512:].astype(BFLOAT16)
-        scales = np.exp2(
-            np.ceil(np.log2(np.maximum(np.abs(latent.astype(F64)).max(1, keepdims=True) / 448, 1e-4)))
-        )
-        codes, scales = (latent / scales).astype(F32).astype(E4M3), scales.astype("<f4")
-        assert packed[i].tobytes() == codes.tobytes() + scales.tobytes() + rope.tobytes()
-        expected = [*(codes.astype(F32) * scales).ravel(), *rope.astype(F32)]
+        assert packed[i].tobytes() == b"".join(x[i].tobytes() for x in (codes, scales, rope))
+        expected = [*(codes[i].astype(F32) * scales[i]).ravel(), *rope[i].astype(F32)]
         np.testing.assert_array_equal(dsa.unpack_kv_fp8(packed)[i], expected)
     with dsa.KVCache(4, storage="fp8", k=(1, 576), index_k=(128,)) as cache:
         assert cache.bytes_per_token == 656 + 132 and cache.nbytes == 4 * 788
