@@ -1488,6 +1488,14 @@ def test_random_chooses_anew_for_each_query(dsa):
     assert counts.min() > 50 - 5 * 6.1 and counts.max() < 50 + 5 * 6.1
 
 
+def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
+    """The learned scores, w_out . relu(w_q q + w_k k + b), q summed over a group's heads."""
+    of_key = k.reshape(*k.shape[:-2], -1)
+    of_group = q.reshape(*q.shape[:-2], k.shape[-2], -1, k.shape[-1]).sum(-2).reshape(*q.shape[:-2], -1)
+    features = (of_group @ w_q.T + bias)[..., None, :] + (of_key @ w_k.T)[..., None, :, :]  # [..., T, S, F]
+    return np.maximum(features, 0) @ w_out
+
+
 @given(p=indexed)
 def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
     """Static ones of places: the last K keys, the first, every stride-th back from the last, as few as fit.
@@ -1507,14 +1515,12 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
         expected = select_by_hand(mass, p.top_k, **windows, **p.forced)
         np.testing.assert_array_equal(by_selector(dsa, p, "oracle"), expected)
     p.q, p.k = (np.round(x[..., :1, :].astype(F64) * 4) for x in (p.q, p.k))
-    w_q, w_k = np.round(normal(rng, 2, 3, D) * 2)
-    bias, w_out = np.array([1.0, -2, 3]), np.array([1.0, 2, -1])
-    features = p.q @ w_q.T + np.swapaxes(p.k @ w_k.T, -2, -3) + bias  # [..., T, S, 3]
+    mlp = *np.round(normal(rng, 2, 3, D) * 2), np.array([1.0, -2, 3]), np.array([1.0, 2, -1])
     products = np.einsum("...td,...sd->...ts", p.q[..., 0, :], p.k[..., 0, :])
     for name, scores, options in (
         ("window", s, {}), ("global", -s, {}), ("strided", -((end - 1 - s) % stride), {}),
         ("approximate", products, {"projection": np.eye(D)}), ("lsh", products, {"oversample": p.S}),
-        ("learned", np.maximum(features, 0) @ w_out, {"mlp": (w_q, w_k, bias, w_out)}),
+        ("learned", mlp_by_hand(p.q, p.k, *mlp), {"mlp": mlp}),
     ):  # fmt: skip
         scores = np.broadcast_to(scores, (*p.batch, p.T, p.S))
         expected = select_by_hand(scores, p.top_k, **windows, **p.forced)
@@ -3073,9 +3079,10 @@ def kl_by_hand(target, scores, keys):
 
 
 @given(p=problems(), seed=seeds, sparse=st.booleans())
-def test_the_target_is_attentions_and_the_loss_is_the_kl(trains, p, seed, sparse):
-    """Over the window, or inside the selected set; a row that sees nothing is all 0 and adds nothing."""
-    (kwargs, keys), acc = trained_on(p, seed, sparse), accumulator(p.q.dtype)
+def test_the_target_is_attentions_and_the_losses_are_kls(trains, p, seed, sparse):
+    """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients are as
+    mlp, if q has less; a row that sees nothing is all 0 and adds nothing."""
+    (kwargs, keys), acc, rng = trained_on(p, seed, sparse), accumulator(p.q.dtype), np.random.default_rng(seed)
     target = trains.attention_target(p.q, p.k, scale=p.scale, **kwargs)
     expected = target_by_hand(p, keys)
     assert target.dtype == acc
@@ -3084,22 +3091,11 @@ def test_the_target_is_attentions_and_the_loss_is_the_kl(trains, p, seed, sparse
     loss = trains.indexer_loss(*p.index, expected, **kwargs)[0]
     assert isinstance(loss, float) if trains.xp is np else loss.shape == ()
     assert_close(loss, kl_by_hand(expected, scores, keys), 10 * TOLERANCE[acc])
-
-
-@given(p=indexed, seed=seeds)
-def test_the_mlps_loss_is_the_kl_of_its_scores(trains, p, seed):
-    """w_out . relu(w_q q + w_k k + b), q summed over a group's heads; gradients as mlp, if q has less."""
-    rng, (H, D), G = np.random.default_rng(seed), p.q.shape[-2:], p.k.shape[-2]
-    mlp = tuple(small(rng, *shape) for shape in ((3, G * D), (3, G * D), (3,), (3,)))
-    q, k = (small(rng, *x.shape) for x in (p.q, p.k))
-    of_group = q.reshape(*p.batch, p.T, G, H // G, D).sum(-2).reshape(*p.batch, p.T, -1)
-    of_key = k.reshape(*p.batch, p.S, -1)
-    hidden = (of_group @ mlp[0].T + mlp[2])[..., :, None, :] + (of_key @ mlp[1].T)[..., None, :, :]
-    keys = trained_on(p, seed, False)[1]
-    target = target_by_hand(replace(p, q=q, k=k), keys)
-    loss, grads = trains.learned_loss(q.astype(F32), k.astype(F32), mlp, target, **p.windows)
+    q, k, C = p.q.astype(F32), p.k.astype(F32), math.prod(p.k.shape[-2:])
+    mlp = [small(rng, *shape) for shape in ((3, C), (3, C), (3,), (3,))]
+    loss, grads = trains.learned_loss(q, k, mlp, expected, **kwargs)
     assert [x.dtype for x in grads] == [F64] * 4
-    assert_close(loss, kl_by_hand(target, np.maximum(hidden, 0) @ mlp[3], keys), 1e-4)
+    assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
 
 
 @given(
@@ -3110,9 +3106,8 @@ def test_gradients_are_slopes(trains, p, seed, sparse, z):
     """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
     rows of the target need not sum to 1."""
     (kwargs, keys), indices = trained_on(p, seed, sparse), drawn_indices(p, seed)
-    rng = np.random.default_rng(seed)
+    rng, C, options = np.random.default_rng(seed), math.prod(p.k.shape[-2:]), p.latent | {"scale": p.scale}
     target = target_by_hand(p, keys) * rng.integers(0, 3, (*p.batch, p.T, 1))
-    (H, _), C, options = p.q.shape[-2:], math.prod(p.k.shape[-2:]), p.latent | {"scale": p.scale}
     mlp = [rng.standard_normal(shape) for shape in ((3, C), (3, C), 3, 3)]
     dout = rng.standard_normal((*p.q.shape[:-1], p.values.shape[-1]))
 
@@ -3121,31 +3116,28 @@ def test_gradients_are_slopes(trains, p, seed, sparse, z):
         grads = trains.sparse_attention_backward(q, k, v, indices, out, lse, dout, sink=sink, **options)
         return (out * dout).sum(), grads
 
-    functions: Any = (
-        (attend, (p.q, *p.kv, None if z is None else z + rng.standard_normal(H))),
+    for f, parts in (
+        (attend, (p.q, *p.kv, None if z is None else z + rng.standard_normal(p.q.shape[-2]))),
         (lambda *index: trains.indexer_loss(*index, target, **kwargs), p.index),
         (lambda *mlp: trains.learned_loss(p.q, p.k, mlp, target, **kwargs), mlp),
-    )
-    for f, parts in functions:
+    ):
         for i, (x, grad) in enumerate(zip(parts, f(*parts)[1], strict=True)):
-            if x is None:
-                assert grad is None
-                continue
-            along = rng.standard_normal(x.shape)
-            above, below = (f(*parts[:i], x + step * along, *parts[i + 1 :])[0] for step in (1e-7, -1e-7))
-            slope, size = (above - below) / 2e-7, max(1, abs(above) / 100)
-            assert_close((grad * along).sum() / size, slope / size, 1e-5)  # kinks are rare within a step
+            assert (grad is None) == (x is None)
+            if x is not None:
+                along = rng.standard_normal(x.shape)
+                above, below = (f(*parts[:i], x + h * along, *parts[i + 1 :])[0] for h in (1e-7, -1e-7))
+                slope, size = (above - below) / 2e-7, max(1, abs(above) / 100)
+                assert_close((grad * along).sum() / size, slope / size, 1e-5)  # kinks are rare within a step
 
 
 def assert_gradients(actual, expected, like, tolerance, least=1.0):
     """Of the dtype and shape of what they belong to, and close in units of the largest, or of the least."""
     for a, e, x in zip(actual, expected, like, strict=True):
-        if x is None:
-            assert a is None
-            continue
-        assert a.dtype == x.dtype and a.shape == x.shape
-        size = max(least, np.abs(e).max(initial=0))
-        assert_close(a.astype(F64) / size, e / size, tolerance)
+        assert (a is None) == (x is None)
+        if x is not None:
+            assert a.dtype == x.dtype and a.shape == x.shape
+            size = max(least, np.abs(e).max(initial=0))
+            assert_close(a.astype(F64) / size, e / size, tolerance)
 
 
 def in_float64(args):
