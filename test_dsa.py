@@ -912,10 +912,6 @@ def impl(dsa, request):
     return Stages(dsa, poisoned(importlib.import_module(request.param)))
 
 
-def dense(impl, p, **kwargs):
-    return impl.dense_attention(p.q, *p.kv, **p.latent, scale=p.scale, **(p.windows | kwargs))
-
-
 def sparse(impl, p, indices, **kwargs):
     return impl.sparse_attention(p.q, *p.kv, indices, **p.latent, scale=p.scale, **kwargs)
 
@@ -956,8 +952,17 @@ def together(*acts):
 
 def refused(words, call, *args, error=ValueError, **kwargs):
     """The call raises this error, in such words."""
-    with pytest.raises(error, match=words), np.errstate(all="ignore"):
+    with pytest.raises(error, match=words or None), np.errstate(all="ignore"):
         call(*args, **kwargs)
+
+
+def readme(start="[^`]*?>>>"):
+    """README.md beside this file, and its first block of Python that starts so, or the test is skipped."""
+    file = Path(__file__).with_name("README.md")
+    if not file.exists():
+        pytest.skip("a copy of test_dsa.py without README.md beside it")
+    text = file.read_text(encoding="utf-8")
+    return text, re.findall(rf"```python\n({start}[^`]*)```", text)[0]
 
 
 # 1. The rules of the stages, and bad input ------------------------------------------------------------------
@@ -1039,8 +1044,8 @@ LOSSES: target=ones((3, 17)) => target 17 6 | indices=zeros((3, 2), int) => indi
 learned_loss: mlp=(*ONES["mlp"][:3], ones(17)) => w_out 17 7 | q=alien => TypeError cupy
 attention_target: scale=NAN => scale nan | scale=10**400 => scale | q=alien => TypeError cupy
 explain: t=0, s=4 => s 4
-pad_batch: multiple=0 => multiple 0 | sequences=[] => sequences empty | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
-| sequences=[ones(())] => sequences
+pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
+| sequences=[] => sequences empty | sequences=[ones(())] => sequences
 packed_window: lengths=np.array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError lengths float64
 padded_window: lengths=np.array([2, 17]) => lengths 17 | num_queries=-1 => num_queries -1
 DSAConfig: top_k=0 => top_k 0 | top_k=2.5 => top_k 2.5 | top_k=None, sparse_ratio=0.1 => top_k None
@@ -1060,8 +1065,8 @@ dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | **lists(), lengths=np.array([3, 3]) => lengths None
 | **batch, lengths=np.array([3]) => lengths | **batch, lengths=ones(2) => TypeError lengths float64
 | **batch, lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
-KVCache: capacity=0 => capacity 0 | batch=0 => batch 0 | storage="int3" => storage int3 | streams=() => streams
-| streams=2 => streams 2 | streams=(2, 0) => streams 0
+KVCache: capacity=0 => capacity 0 | batch=0 => batch 0 | storage="int3" => storage int3
+| streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0
 set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
 quantize_fp8: scale="e5m2" => scale e5m2 | block=0 => block 0 | x=[1.0] => TypeError x list
 | x=zeros(3, np.uint8) => TypeError x uint8
@@ -1569,17 +1574,15 @@ def test_config_defaults_and_immutability(dsa):
 @given(top_k=st.integers(1, 5000), n=st.integers(2, 80), S=st.integers(1, 10**6), window=st.integers(0, 50))
 def test_top_k_at(dsa, top_k, n, S, window):
     """A ratio of S, rounded up; progressive from 2 K to K / 2 by equal factors, at least the forced."""
-    assert dsa.DSAConfig(top_k=top_k).top_k_at(n - 1, n, S) == top_k
     for ratio in dsa.SELECTION_RATIOS.values():
         assert dsa.DSAConfig(sparse_ratio=ratio).top_k_at(num_keys=S) == max(1, math.ceil(ratio * S))
     kept = {"strategy": "hybrid" if window else "dynamic", "local_window": min(window, top_k)}
-    config = dsa.DSAConfig(top_k=top_k, progressive_sparsity=True, **kept)
-    steps, floor = [config.top_k_at(layer, n) for layer in range(n)], max(1, kept["local_window"])
-    assert steps[0] == 2 * top_k and abs(steps[-1] - max(floor, top_k / 2)) < 1
-    for layer, step in enumerate(steps):
-        assert isinstance(step, int) and step >= floor
-        assert abs(step - max(floor, 2 * top_k * 0.25 ** (layer / (n - 1)))) <= 1
-    assert config.top_k_at(0, 1) == top_k
+    config, least = dsa.DSAConfig(top_k=top_k, progressive_sparsity=True, **kept), max(1, min(window, top_k))
+    for layer in range(n):
+        step, exact = config.top_k_at(layer, n), 2 * top_k * 0.25 ** (layer / (n - 1))
+        assert isinstance(step, int) and least <= step and abs(step - max(least, exact)) <= 1
+        assert layer > 0 or step == 2 * top_k
+    assert config.top_k_at(0, 1) == dsa.DSAConfig(top_k=top_k).top_k_at(n - 1, n) == top_k
 
 
 # 10. Batches and dsa_attention ------------------------------------------------------------------------------
@@ -1624,7 +1627,8 @@ def test_dsa_attention_selects_then_attends(dsa, p, z, data):
     few = attend(dsa, p, sparsely, candidates=candidates, **p.windows)[2]
     assert_same(few, dsa.predictive_select(*p.index, p.top_k, candidates, **p.forced, **p.windows))
     out, lse, everything = attend(dsa, p, replace(config, fallback_dense_threshold=p.S), sink=z, **p.windows)
-    assert_attention((out, lse), dense(dsa, p, sink=z), p.q.dtype)
+    densely = dsa.dense_attention(p.q, *p.kv, **p.latent, scale=p.scale, sink=z, **p.windows)
+    assert_attention((out, lse), densely, p.q.dtype)
     every = select_by_hand(np.zeros((*p.batch, p.T, p.S)), p.S, k_start=p.lo, k_end=p.hi)
     np.testing.assert_array_equal(everything, every)
 
@@ -1675,7 +1679,8 @@ def snapshot(cache):
 @slow
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=st.booleans(),
-    dtype=wide_floats, grow=st.booleans(), step=st.sampled_from([1, 3, 40]), multiple=st.sampled_from([1, 3, 64]),
+    dtype=wide_floats, grow=st.booleans(), step=st.sampled_from([1, 3, 40]),
+    multiple=st.sampled_from([1, 3, 64]),
     options=st.sampled_from([
         {}, {"strategy": "fixed", "pattern": "random"}, {"sparse_ratio": 0.2},
         {"fallback_dense_threshold": 9}, {"strategy": "fixed", "pattern": "random", "sparse_ratio": 0.2},
@@ -2146,7 +2151,7 @@ def test_a_storage_loses_no_number(dsa):
 
 
 def on_any_threads(dsa, *calls):
-    """What the calls give on one thread, and bit for bit on any number of them, BLAS's or ours, and at once."""
+    """What the calls give on one thread, and bit for bit on any number, BLAS's or ours, and side by side."""
     threadpoolctl, found = pytest.importorskip("threadpoolctl"), {}
     try:
         dsa.set_num_threads(1)
@@ -2170,9 +2175,9 @@ def on_any_threads(dsa, *calls):
 def test_threads_never_change_a_bit(dsa, seed, dtype):
     """Of selections and outputs, causal, dense and over many keys."""
     p = tokens(seed, (2,), 150 + seed % 100, dtype)
-    index = index_rows(seed, 90, 1500, dtype)
-    on_any_threads(dsa, lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)),
-                   lambda: dsa.dense_attention(p.q, *p.kv), lambda: dsa.lightning_select(*index, 64))  # fmt: skip
+    select = functools.partial(dsa.lightning_select, *index_rows(seed, 90, 1500, dtype), 64)
+    whole = functools.partial(dsa.dense_attention, p.q, *p.kv)
+    on_any_threads(dsa, select, whole, lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)))
 
 
 @pytest.mark.parametrize("what, least, most", [
@@ -2182,7 +2187,7 @@ def test_threads_never_change_a_bit(dsa, seed, dtype):
 def test_no_stage_holds_queries_times_keys(dsa, what, least, most, request):
     """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much, beside
     two threads' working memory."""
-    n, large_k = 8192, np.tile(np.arange(3000, dtype=np.int32), (4096, 1))
+    n, many = 8192, np.tile(np.arange(3000, dtype=np.int32), (4096, 1))
     dsa.set_num_threads(2)  # each holds a block
     request.addfinalizer(lambda: dsa.set_num_threads(None))
     arrays, few, mlp, ends = things_to_learn(0, n, n, 64, F32)
@@ -2193,7 +2198,7 @@ def test_no_stage_holds_queries_times_keys(dsa, what, least, most, request):
         "dsa_attention": lambda: dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=64)),
         "dense": lambda: dsa.dense_attention(q, k, v),
         "sparse": lambda: dsa.sparse_attention(q, k, v, few),
-        "sparse, large K": lambda: dsa.sparse_attention(q[: n // 2, :1], *(x[: n // 2] for x in (k, v)), large_k),
+        "sparse, large K": lambda: dsa.sparse_attention(q[: n // 2, :1], k[: n // 2], v[: n // 2], many),
         "training": lambda: lessons(dsa, arrays, few, mlp=mlp),
         "warm-up": lambda: lessons(dsa, arrays, None, mlp=mlp, k_end=ends),
     }
@@ -2206,23 +2211,16 @@ def test_no_stage_holds_queries_times_keys(dsa, what, least, most, request):
 
 
 def test_the_examples_run(dsa):
-    """Those of the docstrings; and README's python blocks with >>>, in order, as one session."""
+    """Those of the docstrings, and of README's block with >>>."""
     flags, report = doctest.NORMALIZE_WHITESPACE, [""]
     result = doctest.testmod(dsa, optionflags=flags)
     assert result.failed == 0 and result.attempted > 20
-    readme = Path(dsa.__file__).with_name("README.md")
-    if not readme.exists():
-        pytest.skip("no README.md beside dsa.py")
-    blocks = re.findall(r"^```python\n(.*?)^```", readme.read_text(encoding="utf-8"), re.M | re.S)
-    text = "\n".join(block for block in blocks if ">>>" in block)
-    test = doctest.DocTestParser().get_doctest(text, {}, "README.md", str(readme), 0)
+    test = doctest.DocTestParser().get_doctest(readme()[1], {}, "README.md", "README.md", 0)
     result = doctest.DocTestRunner(optionflags=flags).run(test, out=report.append)
     assert result.failed == 0 and result.attempted > 0, "".join(report)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 13. fp8 and the DeepSeek-V3.2 layer
-# ------------------------------------------------------------------------------------------------------------
+# 13. fp8 and the DeepSeek-V3.2 layer ------------------------------------------------------------------------
 
 SMALL = {
     "n_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "index_n_heads": 4,
@@ -2234,16 +2232,6 @@ CHECKPOINT = {
     "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj",
 }  # fmt: skip
 E4M3 = ml_dtypes.float8_e4m3fn
-
-
-def readme(start):
-    """README.md beside this file, and its one block of Python that starts so, or the test is skipped."""
-    file = Path(__file__).with_name("README.md")
-    if not file.exists():
-        pytest.skip("a copy of test_dsa.py without README.md beside it")
-    text = file.read_text(encoding="utf-8")
-    (block,) = re.findall(rf"```python\n({start}[^`]*)```", text)
-    return text, block
 
 
 def layer_weights(seed=0, dtype=F64, indexer=True):
@@ -2419,7 +2407,8 @@ def test_a_weight_missing_extra_or_misshapen_is_named(dsa, name, named):
 
 
 def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
-    """What a new user gets wrong first, NaN in x, no room, another layer's cache, indices that do not fit."""
+    """What a new user gets wrong first, NaN in x or in what comes of it, no room, another layer's cache,
+    indices that do not fit."""
     new, config = functools.partial(dsa.DSALayer, layer_weights(), **SMALL), dsa.DSAConfig
     layer, sharing = new(), dsa.DSALayer(layer_weights(indexer=False), **SMALL)
     cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, hidden)
@@ -2427,36 +2416,35 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     before, rows, x = snapshot(cache), np.array([2, 0]), hidden[:, :2]
     other = dsa.KVCache(12, batch=2, qk_rope_head_dim=8, k=(1, 576), index_k=(16,))
     narrow = dsa.KVCache(12, batch=2, qk_rope_head_dim=4, **layer.streams)
-    slots = lambda s: {"indices": np.full((2, 2, 1), s)}  # noqa: E731
-    one: Any = {"starts": [1, 1]}
-    cases: Any = (
-        *((ValueError, "^x is", layer, (wrong, cache), {}) for wrong in (nan[:, :2], x * INF)),
-        (ValueError, "NaN", layer, (np.copysign(1.7e308, x), cache), {}),  # of sums, once x is in the cache
-        (ValueError, "full", layer, (hidden[:, :3], cache), {}),
-        (ValueError, "cache", layer, (x[:1], cache), {}),
-        (ValueError, "^dim is", layer, (x[..., :5], cache), {}), (ValueError, "cache", layer, (x, other), {}),
-        (ValueError, "cache", layer, (x, narrow), {}), (TypeError, "^cache is a", layer, (x, {}), {}),
-        (ValueError, "lengths", layer, (x, cache), {"lengths": rows + 1}),
-        (ValueError, "core", layer, (x, cache), {"core": "no"}), (ValueError, "indices", sharing, (x,), {}),
-        (ValueError, "indices", layer, (x, cache), {"indices": first[:, :1]}),
-        (ValueError, "indices", layer, (x, cache), slots(11)),
-        (IndexError, "indices", layer, (x, cache), slots(12)),
-        (TypeError, "indices", layer, (x,), slots(0.5)),
-        *((ValueError, "starts is", layer, (x,), {"starts": at}) for at in ([1, 3], [1], [-1, 0], [0.5, 1])),
-        (ValueError, "lengths is", layer, (x,), one | {"lengths": [2, 2]}),
-        (ValueError, "indices is", layer, (x[:, :1],), one | slots(0)),
-        (TypeError, "weights is a list, expected a dict", dsa.DSALayer, ([np.ones(3)],), {}),
-        (TypeError, "wq_a is a builtins.list", dsa.DSALayer, ({"wq_a": [1.0]},), {}),
-        (TypeError, "fast_byte", layer.new_cache, (1, 8), {"fast_byte": 100}),
-        (TypeError, "fast_bytes", layer.new_cache, (1, 8), {"local_window": 4}),
-        (TypeError, "fast_bytes", layer.new_cache, (1, 8), {"path": "here"}),
-        (TypeError, "config is a dict", new, (), {"config": {"top_k": 3}}),
-        (ValueError, "config.*fixed", new, (), {"config": config(strategy="fixed")}),
-        (ValueError, "config.*lsh", new, (), {"config": config(global_selection="lsh")}),
-        (ValueError, "layer is 3", new, (), {"config": config(progressive_sparsity=True), "layer": 3}),
-    )  # fmt: skip
-    for error, match, call, args, kwargs in cases:
-        refused(match, call, *args, error=error, **kwargs)
+    slots = lambda s: np.full((2, 2, 1), s)  # noqa: E731
+    cases: dict[type, list] = {
+        ValueError: [
+            ("^x is", lambda: layer(nan[:, :2], cache)), ("^x is", lambda: layer(x * INF, cache)),
+            ("NaN", lambda: layer(np.copysign(1.7e308, x), cache)),
+            *(("cache", lambda x=x, c=c: layer(x, c)) for x, c in ((x[:1], cache), (x, other), (x, narrow))),
+            ("^dim is", lambda: layer(x[..., :5], cache)), ("core", lambda: layer(x, cache, core="no")),
+            ("full", lambda: layer(hidden[:, :3], cache)),
+            ("lengths", lambda: layer(x, cache, lengths=rows + 1)), ("indices", lambda: sharing(x)),
+            *(("indices", lambda i=i: layer(x, cache, indices=i)) for i in (first[:, :1], slots(11))),
+            *(("^starts is", lambda at=at: layer(x, starts=at)) for at in ([1, 3], [1], [-1, 0], [0.5, 1])),
+            ("^lengths is", lambda: layer(x, starts=[1, 1], lengths=[2, 2])),
+            ("^indices is", lambda: layer(x[:, :1], starts=[1, 1], indices=slots(0))),
+            ("config.*fixed", lambda: new(config=config(strategy="fixed"))),
+            ("config.*lsh", lambda: new(config=config(global_selection="lsh"))),
+            ("layer is 3", lambda: new(config=config(progressive_sparsity=True), layer=3)),
+        ],
+        IndexError: [("indices", lambda: layer(x, cache, indices=slots(12)))],
+        TypeError: [
+            ("^cache is a", lambda: layer(x, {})), ("indices", lambda: layer(x, indices=slots(0.5))),
+            ("weights is a list, expected a dict", lambda: dsa.DSALayer([np.ones(3)])),
+            ("wq_a is a builtins.list", lambda: dsa.DSALayer({"wq_a": [1.0]})),
+            *(("fast_byte", lambda kwargs=kwargs: layer.new_cache(1, 8, **kwargs))
+              for kwargs in ({"fast_byte": 100}, {"local_window": 4}, {"path": "here"})),
+            ("config is a dict", lambda: new(config={"top_k": 3})),
+        ],
+    }  # fmt: skip
+    for error, words, call in ((error, *case) for error, own in cases.items() for case in own):
+        refused(words, call, error=error)
         assert snapshot(cache) == before and other.lengths.tolist() == narrow.lengths.tolist() == [0, 0]
     growing = layer.new_cache(2, 4, grow=True)
     refused("indices", layer, hidden[:, :9], growing, indices=np.full((2, 9, 1), 8))
@@ -2605,10 +2593,11 @@ def scaled(x, kind, dtype):
     return codes, np.asarray(scales), (codes.astype(F64) * spread).astype(F32)
 
 
-SCALES = [["block", "row", "all", "all, [1]"], ["F32", "BF16", "F8_E8M0"], ["weight_scale_inv", "weight_scale", "scale"]]
+SCALES = ["block", "row", "all", "all, [1]"], ["F32", "BF16", "F8_E8M0"], ["_scale_inv", "_scale", ".scale"]
+KINDS = [*itertools.product(*SCALES), *((None, dtype, "") for dtype in DTYPES)]
 
 
-@pytest.mark.parametrize("kind, dtype, ending", [*itertools.product(*SCALES), *((None, x, "") for x in DTYPES)])
+@pytest.mark.parametrize("kind, dtype, ending", KINDS)
 def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
     """Exactly as stored, in the widest float that any of them needs; fp8 codes times scales, whatever these
     are for and stored in; a prefix with words in front, or DeepSeek's names; buffers are passed over. Sums
@@ -2617,7 +2606,7 @@ def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
     for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
         w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
     names = checkpoint_names(w, at)
-    if ending == "scale":
+    if ending == ".scale":
         names = [f"layers.3.attn.{name}" if "bias" in name else f"layers.3.attn.{name}.weight" for name in w]
     buffers = "attn.k_scale rotary_emb.inv_freq q_a_proj.input_scale k_scale v_scale q_scale"
     others = ["model.vision_tower.layers.3.self_attn.q_proj.weight", *(at + name for name in buffers.split())]
@@ -2627,7 +2616,7 @@ def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
         if kind and w[ours].ndim == 2:
             codes, scales, w[ours] = scaled(w[ours], kind, dtype)
             tensors[name] = "F8_E4M3", codes
-            tensors[f"{name.removesuffix('.weight')}.{ending}"] = dtype, scales
+            tensors[(name if ending[0] == "_" else name.removesuffix(".weight")) + ending] = dtype, scales
     write_checkpoint(tmp_path, tensors, {"text_config": V32_CONFIG})
     layer = dsa.DSALayer.from_safetensors(tmp_path, 3, index_topk=50)
     for name, z in layer.weights.items():
@@ -2715,7 +2704,8 @@ def test_a_checkpoint_that_is_not_understood_is_refused(dsa, tmp_path, change, m
     offsets, dtype, shape and length agree, and each tensor stands once."""
     tensors = checkpoint_names(layer_weights())
     write_checkpoint(tmp_path, tensors)
-    assert (read := dsa.DSALayer.from_safetensors)(tmp_path, 3).has_indexer
+    read = dsa.DSALayer.from_safetensors
+    assert read(tmp_path, 3).has_indexer
     if isinstance(change, dict):
         write_checkpoint(tmp_path, tensors, V32_CONFIG | change)
     elif callable(change):
@@ -2889,26 +2879,28 @@ def test_all_e4m3_codes_round_trip(dsa):
 
 
 @given(
-    seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), scale=st.sampled_from(["ue8m0", "float"]),
-    dtype=st.sampled_from(DTYPES), amax=st.sampled_from([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
+    seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), size=st.sampled_from([128, 31]),
+    scale=st.sampled_from(["ue8m0", "float"]), dtype=st.sampled_from(DTYPES),
+    amax=st.sampled_from([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
 )  # fmt: skip
-def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, scale, dtype, amax, k):
+def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, size, scale, dtype, amax, k):
     """Byte for byte as ml_dtypes rounds: zeros stay so, what lies beyond 448 saturates, and ue8m0 steps up
     one ulp above 448 * 2^k."""
     rng, most = np.random.default_rng(seed), float(ml_dtypes.finfo(dtype).max)
     x = normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1))) * (rng.random((3, N)) < 0.7)
-    x[0] = amax * 2.0**k * np.where(np.arange(N) % 128, x[0].clip(-1, 1), 1)
+    x[0] = amax * 2.0**k * np.where(np.arange(N) % size, x[0].clip(-1, 1), 1)
     x = x.clip(-most, most).astype(dtype)
-    codes, scales = dsa.quantize_fp8(x, scale=scale)
-    assert codes.shape == x.shape and scales.shape == (3, -(-N // 128)) and scales.dtype == F32
+    codes, scales = dsa.quantize_fp8(x, scale=scale, block=size)
+    assert codes.shape == x.shape and scales.shape == (3, -(-N // size)) and scales.dtype == F32
+    values = dsa.dequantize_fp8(codes, scales, block=size)
     for b, i in np.ndindex(*scales.shape):
-        own, s = slice(128 * i, 128 * (i + 1)), scales[b, i]
+        own, s = slice(size * i, size * (i + 1)), scales[b, i]
         block = x[b, own].astype(accumulator(dtype))
         amax = np.maximum(np.abs(block).max().astype(F32), F32.type(1e-4)) / F32.type(448)
         assert s == (2.0 ** math.ceil(math.log2(amax)) if scale == "ue8m0" else amax)
         rounded = (block / s).clip(-448, 448).astype(E4M3)
         assert codes[b, own].tobytes() == rounded.tobytes()
-        np.testing.assert_array_equal(dsa.dequantize_fp8(codes[b], scales[b])[own], rounded.astype(F32) * s)
+        np.testing.assert_array_equal(values[b, own], rounded.astype(F32) * s)
 
 
 def test_the_656_bytes_of_a_token(dsa):
@@ -2978,9 +2970,7 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
         assert_same(by_config(hidden), fp8(hidden))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 14. Training the indexer
-# ------------------------------------------------------------------------------------------------------------
+# 14. Training the indexer -----------------------------------------------------------------------------------
 
 TRAINING = ["sparse_attention_backward", "attention_target", "indexer_loss", "learned_loss"]
 
@@ -3034,9 +3024,9 @@ def kl_by_hand(target, scores, keys):
 
 @given(p=problems(), seed=seeds, sparse=st.booleans())
 def test_the_target_is_attentions_and_the_losses_are_kls(trains, p, seed, sparse):
-    """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients are as
-    mlp, if q has less; a row that sees nothing is all 0 and adds nothing."""
-    (kwargs, keys), acc, rng = trained_on(p, seed, sparse), accumulator(p.q.dtype), np.random.default_rng(seed)
+    """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients have
+    mlp's dtype, if q has less; a row that sees nothing is all 0 and adds nothing."""
+    (kwargs, keys), acc = trained_on(p, seed, sparse), accumulator(p.q.dtype)
     target = trains.attention_target(p.q, p.k, scale=p.scale, **kwargs)
     expected = target_by_hand(p, keys)
     assert target.dtype == acc
@@ -3046,7 +3036,8 @@ def test_the_target_is_attentions_and_the_losses_are_kls(trains, p, seed, sparse
     assert isinstance(loss, float) if trains.xp is np else loss.shape == ()
     assert_close(loss, kl_by_hand(expected, scores, keys), 10 * TOLERANCE[acc])
     q, k, C = p.q.astype(F32), p.k.astype(F32), math.prod(p.k.shape[-2:])
-    mlp = [small(rng, *shape) for shape in ((3, C), (3, C), (3,), (3,))]
+    rngs, shapes = np.random.default_rng(seed).spawn(4), ((3, C), (3, C), (3,), (3,))
+    mlp = [small(rng, *shape) for rng, shape in zip(rngs, shapes, strict=True)]
     loss, grads = trains.learned_loss(q, k, mlp, expected, **kwargs)
     assert [x.dtype for x in grads] == [F64] * 4
     assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
@@ -3054,11 +3045,11 @@ def test_the_target_is_attentions_and_the_losses_are_kls(trains, p, seed, sparse
 
 @given(
     p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=st.booleans(),
-    z=st.sampled_from([None, 0.7, -3.0]),
+    z=st.sampled_from([None, 0.7, -3.0, INF, -INF]),
 )  # fmt: skip
 def test_gradients_are_slopes(trains, p, seed, sparse, z):
     """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
-    rows of the target need not sum to 1."""
+    rows of the target need not sum to 1. A sink that takes nothing, or all, has no slope."""
     (kwargs, keys), indices = trained_on(p, seed, sparse), drawn_indices(p, seed)
     rng, C, options = np.random.default_rng(seed), math.prod(p.k.shape[-2:]), p.latent | {"scale": p.scale}
     target = target_by_hand(p, keys) * rng.integers(0, 3, (*p.batch, p.T, 1))
@@ -3070,11 +3061,12 @@ def test_gradients_are_slopes(trains, p, seed, sparse, z):
         grads = trains.sparse_attention_backward(q, k, v, indices, out, lse, dout, sink=sink, **options)
         return (out * dout).sum(), grads
 
-    for f, parts in (
+    functions: Any = (
         (attend, (p.q, *p.kv, None if z is None else z + rng.standard_normal(p.q.shape[-2]))),
         (lambda *index: trains.indexer_loss(*index, target, **kwargs), p.index),
         (lambda *mlp: trains.learned_loss(p.q, p.k, mlp, target, **kwargs), mlp),
-    ):
+    )
+    for f, parts in functions:
         for i, (x, grad) in enumerate(zip(parts, f(*parts)[1], strict=True)):
             assert (grad is None) == (x is None)
             if x is not None:
@@ -3098,29 +3090,20 @@ def in_float64(args):
     return [x if x is None or x.dtype.kind in "iu" else x.astype(F64) for x in args]
 
 
-@given(p=problems(), seed=seeds, sparse=st.booleans(), z=st.sampled_from([None, 0.7, INF, -INF]))
+@given(p=problems(), seed=seeds, sparse=st.booleans(), z=st.sampled_from([None, 0.7]))
 def test_gradients_in_any_dtype_are_those_in_float64(trains, p, seed, sparse, z):
-    """Rounded. Small integers: products of exactly 0 are common, and pass on nothing, as negative ones do; a
-    sink that takes nothing has no gradient, one that takes all leaves none."""
+    """Rounded. Small integers: products of exactly 0 are common, and pass on nothing, as negative ones do."""
     dsa, dtype, (kwargs, keys) = trains.module, p.q.dtype, trained_on(p, seed, sparse)
     rounding = TOLERANCE[dtype] * (4 if dtype == BFLOAT16 and trains.xp is not np else 1)  # of P and dS
     indices, sink = drawn_indices(p, seed), None if z is None else np.full(p.q.shape[-2], z, dtype)
-    options = p.latent | {"scale": p.scale}
+    options, (wide,) = p.latent | {"scale": p.scale}, in_float64([sink])
     out, lse = trains.sparse_attention(p.q, *p.kv, indices, sink=sink, **options)
     args = p.q, *p.kv, indices, out, lse, normal(np.random.default_rng(seed), *out.shape).astype(dtype)
     grads = trains.sparse_attention_backward(*args, sink=sink, **options)
-    (wide,) = in_float64([sink])
     expected = dsa.sparse_attention_backward(*in_float64(args), sink=wide, **options)
     assert_gradients(grads, expected, (p.q, *p.kv, sink), rounding)
-    if z == INF:
-        assert not any(x.any() for x in grads if x is not None)
-    elif z == -INF:
-        assert not grads[3].any()
-        without = trains.sparse_attention_backward(*args, **options)
-        assert_gradients(grads[:3], in_float64(without[:3]), args[:3], rounding)
-    target = target_by_hand(p, keys)
+    target, (q, k, w) = target_by_hand(p, keys), in_float64(p.index)
     grads = trains.indexer_loss(*p.index, target, **kwargs)[1]
-    q, k, w = in_float64(p.index)
     expected = dsa.indexer_loss(q, k, w, target, **kwargs)[1]
     assert_gradients(grads, expected, p.index, max(TOLERANCE[accumulator(dtype)], rounding))
     # Products lowered by 1e-9, of which those of exactly 0 are negative, give the same.
@@ -3200,7 +3183,8 @@ def test_training_takes_any_layout_and_any_integers(trains, batch, G, dtype):
         same(whole, indices.astype(kind), **strided)
     same(expected, holes, deterministic=False, **loose)
     if trains.xp is not np:
-        far = np.random.default_rng(G).choice([9, 255, 2**31 - 1, 2**32 + 1, 2**40, -2, -(2**40)], holes.shape)
+        no_keys = [9, 255, 2**31 - 1, 2**32 + 1, 2**40, -2, -(2**40)]
+        far = np.random.default_rng(G).choice(no_keys, holes.shape)
         for kwargs in ({}, {"deterministic": False}):
             same(expected, np.where(holes < 0, far, holes), **loose, **kwargs)
 
