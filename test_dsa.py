@@ -907,9 +907,13 @@ def dsa():
     return module
 
 
+TRAINING = ["sparse_attention_backward", "attention_target", "indexer_loss", "learned_loss"]
+
+
 @pytest.fixture(scope="session", params=array_libraries())
 def impl(dsa, request):
-    return Stages(dsa, poisoned(importlib.import_module(request.param)))
+    """dsa.py on NumPy arrays or on the GPU."""
+    return Stages(dsa, poisoned(importlib.import_module(request.param)), [*STAGES, *TRAINING])
 
 
 def sparse(impl, p, indices, **kwargs):
@@ -1802,20 +1806,6 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
     hybrid.close()
 
 
-def test_a_cache_in_two_tiers_holds_the_fast_one_in_memory(dsa):
-    """Beside the index keys; and attends with the bits of one tier, however many keys are asked for, and in
-    any type of integers, also where a token's place among those of all sequences is beyond it."""
-    p, rng, n = tokens(0, (2,), 20000), np.random.default_rng(0), 20000
-    with new_cache(dsa, "HybridKVCache", p, n, 30) as cache, new_cache(dsa, "KVCache", p, n) as plain:
-        cache.append(**streams_of(p)), plain.append(**streams_of(p))
-        assert cache.nbytes < p.index_k.nbytes + 2 * n * 16 + cache.fast_bytes + 4096 < plain.nbytes
-        for K, dtype in ((1, np.uint64), (9, np.int16), (2500, np.int64)):
-            kept = np.array([np.sort(rng.permutation(n)[:K])[None] for _ in range(2)])
-            expected = plain.attend(p.q[:, :1], kept)
-            for each in (cache, plain):
-                assert_same(each.attend(p.q[:, :1], kept.astype(dtype)), expected)
-
-
 def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
     """Counted by hand: two free slots, and a window of one token that is never evicted and never a miss."""
     p, counts = tokens(0, (1,), 10), []
@@ -2023,12 +2013,15 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
 
 @CACHES
 def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
-    """Four at once, while the fast tier is far too small for what they ask; and it is right when they end."""
-    p, rng, interval = tokens(0, (2,), 300), np.random.default_rng(0), sys.getswitchinterval()
-    asked, found = [np.sort(rng.integers(0, 300, (2, 1, 30)), axis=-1) for _ in range(40)], {}
-    with new_cache(dsa, kind, p, 300, 50, 3) as cache, new_cache(dsa, "KVCache", p, 300) as plain:
+    """Four at once, while the fast tier, all that two tiers hold in memory beside the index keys, is far too
+    small; of any number of keys in any type of integers, which a place among those of all sequences may be
+    beyond; and it is right when they end."""
+    n, rng, interval, found = 20000, np.random.default_rng(0), sys.getswitchinterval(), {}
+    p, many = tokens(0, (2,), n), [(30, np.int64)] * 37 + [(1, np.uint64), (9, np.int16), (2500, np.int64)]
+    asked = [np.sort(rng.integers(0, n, (2, 1, K)), axis=-1).astype(dtype) for K, dtype in many]
+    with new_cache(dsa, kind, p, n, 50, 3) as cache, new_cache(dsa, "KVCache", p, n) as plain:
         plain.append(**streams_of(p)), cache.append(**streams_of(p))
-        expected = [plain.attend(p.q[:, :1], indices) for indices in asked]
+        expected = [plain.attend(p.q[:, :1], indices.astype(np.int64)) for indices in asked]
 
         def read(i):
             for j in range(i, i + 80):
@@ -2041,6 +2034,7 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
         for (_, j), result in found.items():
             assert_same(result, expected[j % 40])
         if kind == "HybridKVCache":
+            assert cache.nbytes < p.index_k.nbytes + 2 * n * 16 + cache.fast_bytes + 4096 < plain.nbytes
             assert cache.hits + cache.misses == 10 * sum(len(np.unique(x)) for both in asked for x in both)
 
 
@@ -2972,28 +2966,20 @@ def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
 
 # 14. Training the indexer -----------------------------------------------------------------------------------
 
-TRAINING = ["sparse_attention_backward", "attention_target", "indexer_loss", "learned_loss"]
-
-
-@pytest.fixture(scope="session", params=array_libraries())
-def trains(dsa, request):
-    """dsa.py with what trains, on NumPy arrays or on the GPU."""
-    return Stages(dsa, poisoned(importlib.import_module(request.param)), [*STAGES, *TRAINING])
-
 
 @given(p=problems(dtypes=[F16, BFLOAT16]), seed=seeds)
-def test_out_in_float32_is_what_is_rounded(trains, p, seed):
+def test_out_in_float32_is_what_is_rounded(impl, p, seed):
     """Parts that are merged later lose nothing before; any third dtype is refused."""
     indices = drawn_indices(p, seed)
-    out, lse = sparse(trains, p, indices)
-    wide = sparse(trains, p, indices, out_dtype=F32)
+    out, lse = sparse(impl, p, indices)
+    wide = sparse(impl, p, indices, out_dtype=F32)
     assert wide[0].dtype == F32
     assert_same((wide[0].astype(out.dtype), wide[1]), (out, lse))
-    if trains.xp is np:  # tensor cores round P to 16 bits all the same
+    if impl.xp is np:  # tensor cores round P to 16 bits all the same
         q, k, v = (None if x is None else x.astype(F32) for x in (p.q, *p.kv))
-        assert_close(wide[0], sparse(trains, replace(p, q=q, k=k, v=v), indices)[0], TOLERANCE[F32])
+        assert_close(wide[0], sparse(impl, replace(p, q=q, k=k, v=v), indices)[0], TOLERANCE[F32])
     words = r"out_dtype is float64, expected \w+ or float32"
-    refused(words, sparse, trains, p, indices, out_dtype="float64", error=TypeError)
+    refused(words, sparse, impl, p, indices, out_dtype="float64", error=TypeError)
 
 
 def trained_on(p, seed, sparse):
@@ -3023,22 +3009,22 @@ def kl_by_hand(target, scores, keys):
 
 
 @given(p=problems(), seed=seeds, sparse=st.booleans())
-def test_the_target_is_attentions_and_the_losses_are_kls(trains, p, seed, sparse):
+def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients have
     mlp's dtype, if q has less; a row that sees nothing is all 0 and adds nothing."""
     (kwargs, keys), acc = trained_on(p, seed, sparse), accumulator(p.q.dtype)
-    target = trains.attention_target(p.q, p.k, scale=p.scale, **kwargs)
+    target = impl.attention_target(p.q, p.k, scale=p.scale, **kwargs)
     expected = target_by_hand(p, keys)
     assert target.dtype == acc
     assert_close(target, expected, TOLERANCE[acc])
     scores = index_scores_by_hand(*p.index, k_end=np.full(p.T, p.S))
-    loss = trains.indexer_loss(*p.index, expected, **kwargs)[0]
-    assert isinstance(loss, float) if trains.xp is np else loss.shape == ()
+    loss = impl.indexer_loss(*p.index, expected, **kwargs)[0]
+    assert isinstance(loss, float) if impl.xp is np else loss.shape == ()
     assert_close(loss, kl_by_hand(expected, scores, keys), 10 * TOLERANCE[acc])
     q, k, C = p.q.astype(F32), p.k.astype(F32), math.prod(p.k.shape[-2:])
     rngs, shapes = np.random.default_rng(seed).spawn(4), ((3, C), (3, C), (3,), (3,))
     mlp = [small(rng, *shape) for rng, shape in zip(rngs, shapes, strict=True)]
-    loss, grads = trains.learned_loss(q, k, mlp, expected, **kwargs)
+    loss, grads = impl.learned_loss(q, k, mlp, expected, **kwargs)
     assert [x.dtype for x in grads] == [F64] * 4
     assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
 
@@ -3047,7 +3033,7 @@ def test_the_target_is_attentions_and_the_losses_are_kls(trains, p, seed, sparse
     p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=st.booleans(),
     z=st.sampled_from([None, 0.7, -3.0, INF, -INF]),
 )  # fmt: skip
-def test_gradients_are_slopes(trains, p, seed, sparse, z):
+def test_gradients_are_slopes(impl, p, seed, sparse, z):
     """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
     rows of the target need not sum to 1. A sink that takes nothing, or all, has no slope."""
     (kwargs, keys), indices = trained_on(p, seed, sparse), drawn_indices(p, seed)
@@ -3057,14 +3043,14 @@ def test_gradients_are_slopes(trains, p, seed, sparse, z):
     dout = rng.standard_normal((*p.q.shape[:-1], p.values.shape[-1]))
 
     def attend(q, k, v, sink):
-        out, lse = trains.sparse_attention(q, k, v, indices, sink=sink, **options)
-        grads = trains.sparse_attention_backward(q, k, v, indices, out, lse, dout, sink=sink, **options)
+        out, lse = impl.sparse_attention(q, k, v, indices, sink=sink, **options)
+        grads = impl.sparse_attention_backward(q, k, v, indices, out, lse, dout, sink=sink, **options)
         return (out * dout).sum(), grads
 
     functions: Any = (
         (attend, (p.q, *p.kv, None if z is None else z + rng.standard_normal(p.q.shape[-2]))),
-        (lambda *index: trains.indexer_loss(*index, target, **kwargs), p.index),
-        (lambda *mlp: trains.learned_loss(p.q, p.k, mlp, target, **kwargs), mlp),
+        (lambda *index: impl.indexer_loss(*index, target, **kwargs), p.index),
+        (lambda *mlp: impl.learned_loss(p.q, p.k, mlp, target, **kwargs), mlp),
     )
     for f, parts in functions:
         for i, (x, grad) in enumerate(zip(parts, f(*parts)[1], strict=True)):
@@ -3091,19 +3077,19 @@ def in_float64(args):
 
 
 @given(p=problems(), seed=seeds, sparse=st.booleans(), z=st.sampled_from([None, 0.7]))
-def test_gradients_in_any_dtype_are_those_in_float64(trains, p, seed, sparse, z):
+def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, z):
     """Rounded. Small integers: products of exactly 0 are common, and pass on nothing, as negative ones do."""
-    dsa, dtype, (kwargs, keys) = trains.module, p.q.dtype, trained_on(p, seed, sparse)
-    rounding = TOLERANCE[dtype] * (4 if dtype == BFLOAT16 and trains.xp is not np else 1)  # of P and dS
+    dsa, dtype, (kwargs, keys) = impl.module, p.q.dtype, trained_on(p, seed, sparse)
+    rounding = TOLERANCE[dtype] * (4 if dtype == BFLOAT16 and impl.xp is not np else 1)  # of P and dS
     indices, sink = drawn_indices(p, seed), None if z is None else np.full(p.q.shape[-2], z, dtype)
     options, (wide,) = p.latent | {"scale": p.scale}, in_float64([sink])
-    out, lse = trains.sparse_attention(p.q, *p.kv, indices, sink=sink, **options)
+    out, lse = impl.sparse_attention(p.q, *p.kv, indices, sink=sink, **options)
     args = p.q, *p.kv, indices, out, lse, normal(np.random.default_rng(seed), *out.shape).astype(dtype)
-    grads = trains.sparse_attention_backward(*args, sink=sink, **options)
+    grads = impl.sparse_attention_backward(*args, sink=sink, **options)
     expected = dsa.sparse_attention_backward(*in_float64(args), sink=wide, **options)
     assert_gradients(grads, expected, (p.q, *p.kv, sink), rounding)
     target, (q, k, w) = target_by_hand(p, keys), in_float64(p.index)
-    grads = trains.indexer_loss(*p.index, target, **kwargs)[1]
+    grads = impl.indexer_loss(*p.index, target, **kwargs)[1]
     expected = dsa.indexer_loss(q, k, w, target, **kwargs)[1]
     assert_gradients(grads, expected, p.index, max(TOLERANCE[accumulator(dtype)], rounding))
     # Products lowered by 1e-9, of which those of exactly 0 are negative, give the same.
@@ -3116,7 +3102,7 @@ def test_gradients_in_any_dtype_are_those_in_float64(trains, p, seed, sparse, z)
     p=problems(data=normal, dtypes=[F32, F64]), seed=seeds, sparse=st.booleans(),
     value=st.sampled_from([NAN, INF, 7.0]),
 )  # fmt: skip
-def test_what_nobody_sees_trains_nothing(trains, p, seed, sparse, value):
+def test_what_nobody_sees_trains_nothing(impl, p, seed, sparse, value):
     """Keys outside every window or set, between windows too, slots that are absent, and queries without keys
     (padding) may hold anything."""
     if seed % 4 < 2:  # narrow windows, with others between them
@@ -3128,30 +3114,30 @@ def test_what_nobody_sees_trains_nothing(trains, p, seed, sparse, value):
         for x in (getattr(dirty, name) for name in names.split()):
             if x is not None:
                 x[mask] = value
-    out, lse = trains.sparse_attention(p.q, *p.kv, keys, **p.latent, scale=p.scale)
+    out, lse = impl.sparse_attention(p.q, *p.kv, keys, **p.latent, scale=p.scale)
     results = []
     for x, junk in ((p, 0), (dirty, value)):
-        found = target = trains.attention_target(x.q, x.k, **kwargs)
+        found = target = impl.attention_target(x.q, x.k, **kwargs)
         target = np.where(keys < 0, junk, target).astype(target.dtype)
-        loss, grads = trains.indexer_loss(*x.index, target, **kwargs)
+        loss, grads = impl.indexer_loss(*x.index, target, **kwargs)
         dout = np.where(none[..., None, None], junk, out).astype(out.dtype)
         args = x.q, *x.kv, keys, out, lse, dout
-        more = trains.sparse_attention_backward(*args, **p.latent, sink=np.zeros(p.q.shape[-2], p.q.dtype))
+        more = impl.sparse_attention_backward(*args, **p.latent, sink=np.zeros(p.q.shape[-2], p.q.dtype))
         results.append((found, np.float64(loss), *grads, *(x for x in more if x is not None)))
     assert_same(*results[::-1])
 
 
-def lessons(trains, arrays, indices, give=lambda x: x, mlp=None, k_end=None, **kwargs):
+def lessons(impl, arrays, indices, give=lambda x: x, mlp=None, k_end=None, **kwargs):
     """The target and the losses with their gradients; with indices also those of the attention."""
     q, k, v, sink, *index = map(give, arrays)
     some = {"k_end": k_end} if indices is None else {"indices": indices}
-    target = trains.attention_target(q, k, **some)
-    found = [target, *flat(trains.indexer_loss(*index, give(target), **some, **kwargs))]
-    found += flat(trains.learned_loss(q, k, mlp, target, **some)) if mlp else ()
+    target = impl.attention_target(q, k, **some)
+    found = [target, *flat(impl.indexer_loss(*index, give(target), **some, **kwargs))]
+    found += flat(impl.learned_loss(q, k, mlp, target, **some)) if mlp else ()
     if indices is not None:
-        out, lse = trains.sparse_attention(q, k, v, indices, sink=sink)
+        out, lse = impl.sparse_attention(q, k, v, indices, sink=sink)
         rest = indices, give(out), give(lse), give(out[..., ::-1, :])
-        found += trains.sparse_attention_backward(q, k, v, *rest, sink=sink, **kwargs)
+        found += impl.sparse_attention_backward(q, k, v, *rest, sink=sink, **kwargs)
     return tuple(map(np.asarray, found))
 
 
@@ -3161,28 +3147,28 @@ def flat(x):
 
 @pytest.mark.parametrize("batch, G", [((), 1), ((2,), 2), ((2, 1), 3)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_takes_any_layout_and_any_integers(trains, batch, G, dtype):
+def test_training_takes_any_layout_and_any_integers(impl, batch, G, dtype):
     """Axes in another order, every second number: as of copies. Indices of any integer type; on a GPU those
     that are no key are absent, and by atomics all is the same to rounding."""
     arrays, holes, *_ = things_to_learn(G, 5, 9, 4, dtype, batch, 6, G)
-    strided: Any = {"give": functools.partial(trains.give, strided=True)}
+    strided: Any = {"give": functools.partial(impl.give, strided=True)}
     loose = strided | {"tolerance": 4 * TOLERANCE[dtype]}
 
     def same(expected, indices, tolerance=TOLERANCE[dtype], **kwargs):
-        for x, y in zip(lessons(trains, arrays, indices, **kwargs), expected, strict=True):
+        for x, y in zip(lessons(impl, arrays, indices, **kwargs), expected, strict=True):
             assert_close(x, y, tolerance)
 
     index = arrays[4:]
     views = [strided["give"](x) for x in index]
-    assert_same(trains.index_scores(*views), trains.index_scores(*index))
-    assert_same(trains.lightning_select(*views, 3), trains.lightning_select(*index, 3))
-    same(lessons(trains, arrays, None), None, **strided)
-    indices, expected = np.maximum(holes, 0), lessons(trains, arrays, holes)
-    whole = lessons(trains, arrays, indices)
+    assert_same(impl.index_scores(*views), impl.index_scores(*index))
+    assert_same(impl.lightning_select(*views, 3), impl.lightning_select(*index, 3))
+    same(lessons(impl, arrays, None), None, **strided)
+    indices, expected = np.maximum(holes, 0), lessons(impl, arrays, holes)
+    whole = lessons(impl, arrays, indices)
     for kind in (np.int64, np.int16, np.uint8, np.uint64):
         same(whole, indices.astype(kind), **strided)
     same(expected, holes, deterministic=False, **loose)
-    if trains.xp is not np:
+    if impl.xp is not np:
         no_keys = [9, 255, 2**31 - 1, 2**32 + 1, 2**40, -2, -(2**40)]
         far = np.random.default_rng(G).choice(no_keys, holes.shape)
         for kwargs in ({}, {"deterministic": False}):
@@ -3224,16 +3210,16 @@ def things_to_learn(seed, T, S, K, dtype, batch=(), heads=2, G=1):
     return arrays, rng.integers(-1, S, (*batch, T, K), np.int32), mlp, np.arange(S - T + 1, S + 1)
 
 
-def test_gradients_have_the_dtype_of_what_they_belong_to(trains):
+def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
     """Also where that is another for each argument; sums are kept in the widest."""
     arrays, indices, *_ = things_to_learn(1, 4, 6, 3, F64)
     for own in itertools.product((F32, F64, BFLOAT16), repeat=3):
         mixed = [x.astype(kind) for x, kind in zip(arrays, (*own, F32, *own), strict=True)]
-        _, loss, *grads = lessons(trains, mixed, indices)
+        _, loss, *grads = lessons(impl, mixed, indices)
         assert [x.dtype for x in grads] == [*own, *own, F32] and np.isfinite(loss)
-        if trains.xp is np:
-            args = *mixed[:3], indices, *trains.sparse_attention(*mixed[:3], indices), mixed[0]
-            found, expected = (trains.sparse_attention_backward(*x)[:3] for x in (args, in_float64(args)))
+        if impl.xp is np:
+            args = *mixed[:3], indices, *impl.sparse_attention(*mixed[:3], indices), mixed[0]
+            found, expected = (impl.sparse_attention_backward(*x)[:3] for x in (args, in_float64(args)))
             for a, e in zip(found, expected, strict=True):
                 assert_gradients([a], [e], [a], TOLERANCE[a.dtype])
 
