@@ -1833,42 +1833,42 @@ def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
 def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
     """An error that names what is wrong, an append before it taken back; the right tokens then have room."""
     p, config = tokens(0, (2,), 9, tied=True), dsa.DSAConfig(top_k=3)
-    good, q, zeros = streams_of(p, np.s_[:, 6:]), p.q[:, :1], np.zeros((2, 1, 1), int)
+    good, q = streams_of(p, np.s_[:, 6:]), p.q[:, :1]
     cache = new_cache(dsa, kind, p, 6 if grow else 9, grow=grow, local_window=2)
-    add = lambda **changes: lambda: cache.append(**good | changes)  # noqa: E731
-    cut = lambda *lengths: lambda: cache.truncate(np.array(lengths))  # noqa: E731
-    order = lambda batch: lambda: cache.reorder(np.array(batch, int))  # noqa: E731
-    beam = (ValueError, "batch") if kind == "KVCache" else (TypeError, "KVCache.load")
-    read = lambda index, q=q, d_v=3: lambda: cache.attend(q, zeros + index, d_v=d_v)  # noqa: E731
-    step = lambda p=p, rows=np.s_[:, 6:], **options: lambda: attend(  # noqa: E731
-        dsa, p, config, rows=rows, cache=cache, **options)  # fmt: skip
-    cases: list[Any] = [
-        (ValueError, "streams", lambda: cache.append(k=good["k"])), (ValueError, "extra", add(extra=p.k)),
-        (ValueError, "^index_k", add(index_k=p.index_k[:, :2])), (TypeError, "^index_k", add(index_k=[[1]])),
-        (ValueError, "^k", add(k=good["k"][..., :1])),
-        *((*beam, order(n)) for n in ([2], [-1], [], [[0]]) if hasattr(cache, "reorder")),
-        *((ValueError, "lengths", add(lengths=np.array(n))) for n in ([1, 4], [1, -1], [1])),
-        *((ValueError, "lengths", cut(*n)) for n in ([7, 3], [-1, 3], [6])),
-        (IndexError, "6", read(6)), (IndexError, "-2", read(-2)), (IndexError, "3", read(3)),  # 0's
-        (ValueError, "B = 1", read(0, q[:1])), (ValueError, "^d_v .*6", read(0, d_v=6)),
-        (ValueError, "num_tokens", lambda: cache.window(7)),
-        (ValueError, "NaN", step(replace(p, index_k=p.index_k * NAN, k=p.k * 9))),
-        (ValueError, "index_q", step(replace(p, index_q=p.index_q[..., :1]))),
-        (ValueError, "sink", step(sink=np.ones(17))), (ValueError, "k_end", step(k_end=np.ones((2, 3), int))),
-        (TypeError, "blocksize", step(blocksize=3)),
-    ]  # fmt: skip
-    if not grow:
-        full = step(rows=np.s_[:, :9]), add(**streams_of(p))
-        cases += [(ValueError, "full.*capacity", call) for call in full]
+    add = lambda **changes: cache.append(**good | changes)  # noqa: E731
+    read = lambda s, q=q, d_v=3: cache.attend(q, np.full((2, 1, 1), s), d_v=d_v)  # noqa: E731
+    step = functools.partial(attend, dsa, config=config, rows=np.s_[:, 6:], cache=cache)
+    cases: dict[type, list] = {
+        ValueError: [
+            ("streams", lambda: cache.append(k=good["k"])), ("extra", lambda: add(extra=p.k)),
+            ("^index_k", lambda: add(index_k=p.index_k[:, :2])), ("^k", lambda: add(k=good["k"][..., :1])),
+            *(("lengths", lambda n=n: add(lengths=np.array(n))) for n in ([1, 4], [1, -1], [1])),
+            *(("lengths", lambda n=n: cache.truncate(np.array(n))) for n in ([7, 3], [-1, 3], [6])),
+            ("B = 1", lambda: read(0, q[:1])), ("^d_v .*6", lambda: read(0, d_v=6)),
+            ("NaN", lambda: step(replace(p, index_k=p.index_k * NAN, k=p.k * 9))),
+            ("index_q", lambda: step(replace(p, index_q=p.index_q[..., :1]))),
+            ("sink", lambda: step(p, sink=np.ones(17))), ("num_tokens", lambda: cache.window(7)),
+            ("k_end", lambda: step(p, k_end=np.ones((2, 3), int))),
+            *(("full.*capacity", call) for call in (
+                lambda: step(p, rows=np.s_[:, :9]), lambda: add(**streams_of(p))) if not grow),
+        ],
+        IndexError: [(str(s), lambda s=s: read(s)) for s in (6, -2, 3)],  # 3 is none of sequence 1
+        TypeError: [("^index_k", lambda: add(index_k=[[1]])), ("blocksize", lambda: step(p, blocksize=3))],
+    }  # fmt: skip
+    if hasattr(cache, "reorder"):  # of Part II
+        error, words = (ValueError, "batch") if kind == "KVCache" else (TypeError, "KVCache.load")
+        orders = ([2], [-1], [], [[0]])
+        cases[error] += [(words, lambda n=n: cache.reorder(np.array(n, int))) for n in orders]
     with cache:
         cache.append(**streams_of(p, np.s_[:, :6]), lengths=np.array([6, 3]))
         before = snapshot(cache)
-        for error, words, call in cases:
+        for error, words, call in ((error, *case) for error, own in cases.items() for case in own):
             refused(words, call, error=error)
             assert snapshot(cache) == before
-        add(lengths=np.array([3, 0]))()
+        add(lengths=np.array([3, 0]))
         np.testing.assert_array_equal(cache.read("k")[0], p.k[0])
-    for call in (add(), cut(0, 0), read(0), lambda: cache.read("k"), lambda: cache.append_then(int, **good)):
+    for call in (add, lambda: cache.truncate(np.zeros(2, int)), lambda: read(0), lambda: cache.read("k"),
+                 lambda: cache.append_then(int, **good)):  # fmt: skip
         refused("closed", call)
     assert cache.closed
 
