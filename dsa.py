@@ -1932,7 +1932,7 @@ class LayerDims:
     indexer_precision: str = "fp32"  # as in DSAConfig
 
     def __post_init__(self):
-        rope, E, slow = self.qk_rope_head_dim, self.index_head_dim, self.beta_slow
+        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
         for field in fields(self):
             name, value, kind = field.name, getattr(self, field.name), type(field.default)
             if kind is int:
@@ -1944,14 +1944,11 @@ class LayerDims:
             else:
                 allowed = (False, True) if kind is bool else tuple(PRECISIONS)
                 expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
-        for name, fits, expected in (
-            ("qk_rope_head_dim", rope % 2 == 0 and rope <= E, f"even, at most index_head_dim = {E}"),
-            ("index_head_dim", not self.hadamard or E & (E - 1) == 0, "a power of 2, for hadamard"),
-            ("rope_theta", self.rope_theta > 1, "above 1"),
-            ("rope_factor", self.rope_factor >= 1, "at least 1"),
-            ("beta_fast", self.beta_fast >= slow, f"at least beta_slow = {slow}"),
-        ):
-            expect(fits, name, getattr(self, name), expected)
+        expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
+        expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
+        expect(theta > 1, "rope_theta", theta, "above 1")
+        expect(self.rope_factor >= 1, "rope_factor", self.rope_factor, "at least 1")
+        expect(fast >= self.beta_slow, "beta_fast", fast, f"at least beta_slow = {self.beta_slow}")
 
     @classmethod
     def from_config(cls, config, **dims):
@@ -2056,13 +2053,11 @@ class DSALayer:
         converted works too, if it is in one part (model0-mp1).
         ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, layer, known = Path(path).expanduser(), integer("layer", layer, 0), {}
-        weights = read_layer(path, layer)
+        path, known = Path(path).expanduser(), {}
+        weights = read_layer(path, integer("layer", layer, 0))
         if (file := (path if path.is_dir() else path.parent) / "config.json").exists():
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
-        block = (known.get("quantization_config") or {}).get("weight_block_size")
-        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = n_layers or known.get("num_hidden_layers")
@@ -2110,14 +2105,14 @@ class DSALayer:
         fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
         codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
         own = rolled(x, -left).astype(w["wo"].dtype, copy=False)
-        q, tokens, indexer = self._project(w, own, start, indices is None, codes)
+        (q, turn), tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
             if indices is None:
                 chosen = self._select(indexer, tokens["index_k"], cache, start + new, k_end, codes)
             else:
                 chosen = rolled(indices, -left)
-            heads = self._core(w, *q, tokens["k"], chosen, cache, core)
+            heads = self._core(w, q, turn, tokens["k"], chosen, cache, core)
             return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
@@ -2140,8 +2135,7 @@ class DSALayer:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
             own = (self.streams, self.dims.qk_rope_head_dim, B)
-            what = f"of (streams, qk_rope_head_dim, batch) = {has}"
-            expect(has == own, "cache", what, f"{own}, as new_cache makes it")
+            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, f"{own}, as of new_cache")
             start = cache.lengths
         k_end = causal_end(start, new, T)
         if indices is not None:
@@ -2185,6 +2179,7 @@ class DSALayer:
     def _select(self, indexer, index_k, cache, lengths, k_end, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
         (index_q, weights), config = indexer.values(), self._choice
+        by_length = config.sparse_ratio or config.fallback_dense_threshold  # else by the keys
         if codes:
             index_q, scales = quantize_fp8(index_q)
             index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
@@ -2195,10 +2190,8 @@ class DSALayer:
         # Where all sequences are as long, the windows are the default, and nothing goes to a GPU.
         alike = k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
         windows = [None if alike else self.xp.asarray(w) for w in (0 * k_end, k_end)]
-        # Of q and k this looks at the shapes. lengths, where the config goes by them.
-        arrays = {"q": index_q, "k": index_k[:, :, None]}
-        arrays |= {"index_q": index_q, "index_k": index_k, "weights": weights}
-        by_length = config.sparse_ratio or config.fallback_dense_threshold
+        arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
+        arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
 
     def _core(self, w, q, turn, k, indices, cache, core):
@@ -2219,10 +2212,10 @@ class DSALayer:
             latent_q = self.xp.empty((B, T, H, R + rope), q.dtype)
             by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
             rotate(q[..., nope:], turn, True, out=latent_q[..., R:])
-            attend: Any = cache and cache.attend
+            how = {"indices": indices, "d_v": R, "scale": scale}
             if cache is None:
-                attend = functools.partial(sparse_attention, k=k.astype(q.dtype, copy=False), v=None)
-            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale)
+                how |= {"k": k.astype(q.dtype, copy=False), "v": None}
+            latents, _ = (sparse_attention if cache is None else cache.attend)(latent_q, **how)
             return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
         rotate(q[..., nope:], turn, interleaved=True)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
@@ -2490,8 +2483,7 @@ def dequantized(tensors):
         if scales.shape == blocks:
             scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[:rows, :columns]
         floats[own] *= scales
-    for name in fp8:
-        expect(False, f"{name.removesuffix('.weight')}.weight_scale_inv", "missing", f"it, as {name} is fp8")
+    expect(not fp8, f"of {fp8}, weight_scale_inv", "missing", "it, or another scale, as they are fp8")
     return floats
 
 

@@ -2952,7 +2952,6 @@ REFUSED: list[tuple[Any, str]] = [  # the change, and what the error says
           max_position_embeddings=None), "YaRN"),
     (says(model_type="llama"), "llama"), (says(rms_norm_eps="1e-6"), "norm_eps"),
     (says(num_attention_heads=4.0), "n_heads"), (says(num_attention_heads=8), "q_b_proj"),
-    (says(quantization_config={"weight_block_size": [64, 64]}), "weight_block_size"),
     (says(indexer_types=["bogus"]), "bogus"), (says(index_topk_freq=-1), "index_topk_freq"),
     *((q_b_proj(others), f"q_b_proj.*{kind}") for others, kind in (
         ({".weight": "I8", ".weight_scale": "F32"}, "int8"), ({".weight": ("I64", np.ones(1, int))}, "I64"),
