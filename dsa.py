@@ -2156,7 +2156,8 @@ class DSALayer:
         d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
         rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
         turn = turns(x, start, d)
-        qr, k, *of_indexer = made_of_x(x, *(w[name] for name in OF_X if name in w))
+        weights = (w[name] for name in OF_X if name in w)
+        qr, k, *of_indexer = made_of_x(x, J**-0.5 * E**-0.5, *weights)
         qr = rms_norm(qr, w["q_norm"], d.norm_eps, out=self.xp.empty(qr.shape, x.dtype))
         q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
         rms_norm(k[..., :R], w["kv_norm"], d.norm_eps, out=k[..., :R])
@@ -2173,7 +2174,7 @@ class DSALayer:
             tokens["index_k"] = prepared(rms_norm(of_indexer[0], *norm)[:, :, None])[:, :, 0]
         if selects:
             indexer["index_q"] = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
-            indexer["weights"] = of_indexer[1] * (J**-0.5 * E**-0.5)
+            indexer["weights"] = of_indexer[1]
         return (q, turn), tokens, indexer
 
     def _select(self, indexer, index_k, cache, lengths, k_end, codes):
@@ -2233,16 +2234,16 @@ class DSALayer:
 
 def rolled(x, by):
     """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
-    if not by.any():
-        return x
-    rows = [np.roll(own, places, 0) for own, places in zip(x, by.tolist())]
-    return np.stack(rows).astype(x.dtype, copy=False)
+    (B, T), xp = x.shape[:2], library("x", x)
+    at = np.arange(B)[:, None], (np.arange(T) - by[:, None]) % max(1, T)
+    return x[tuple(map(xp.asarray, at))] if by.any() else x
 
 
 @by_library
-def made_of_x(x, wq_a, wkv_a, *indexer):
-    """x [B, T, dim] times each of the weights OF_X, those of the indexer, and of what it sees, by_rows."""
-    return by_rows(x, wq_a), projected(x, wkv_a), *(by_rows(x, weight) for weight in indexer)
+def made_of_x(x, factor, wq_a, wkv_a, *indexer):
+    """x [B, T, dim] by each of the weights OF_X, what the indexer sees by_rows, the last times a factor."""
+    y = [by_rows(x, wq_a), projected(x, wkv_a), *(by_rows(x, weight) for weight in indexer)]
+    return [*y[:-1], y[-1] * factor] if indexer else y
 
 
 @by_library
@@ -3574,17 +3575,23 @@ def gpu_rounded_to_fp8(x):
 
 def gpu_in_one_dtype(weights):
     """In one dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
-    xp, dtype = sys.modules["cupy"], accumulator(*weights.values())
+    xp, dtype, begin = sys.modules["cupy"], accumulator(*weights.values()), 0
     half = {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
     kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
-    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items()}
-    own = {name: len(kept[name]) for name in OF_X if name in kept}
-    whole, ends = xp.concatenate([kept[name] for name in own]), itertools.accumulate(own.values())
-    return kept | {name: whole[end - own[name] : end] for name, end in zip(own, ends)}
+    own = [name for name in OF_X if name in weights]
+    whole = xp.empty((sum(len(weights[name]) for name in own), weights[own[0]].shape[1]), kinds[own[0]])
+    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items() if name not in own}
+    for name in own:
+        kept[name] = whole[begin : (begin := begin + len(weights[name]))]
+        kept[name][...] = weights[name]
+    return kept
 
 
-def gpu_made_of_x(x, *weights):
-    """One product with all, where they lie one behind another; in a copy of a layer they do not."""
+def gpu_made_of_x(x, factor, *weights):
+    """One product with all, where they lie one behind another; in a copy of a layer they do not.
+
+    There is no factor, as one that is positive and the same for all scores changes no selection.
+    """
     places, sizes = [w.data.ptr for w in weights], [len(w) for w in weights]
     if places[1:] != [at + w.nbytes for at, w in zip(places[:-1], weights)]:
         return [gpu_projected(x, w) for w in weights]
