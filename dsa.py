@@ -2126,7 +2126,7 @@ class DSALayer:
         expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
-        expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
+        expect(able, "indices", None, "another layer's, as this one has no indexer")
         expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
         start = np.zeros(B, np.int64)
         left = start if starts is None else check_lengths(starts, B, T, "starts")
@@ -2158,9 +2158,9 @@ class DSALayer:
         turn = turns(x, start, d)
         weights = (w[name] for name in OF_X if name in w)
         qr, k, *of_indexer = made_of_x(x, J**-0.5 * E**-0.5, *weights)
-        qr = rms_norm(qr, w["q_norm"], d.norm_eps, out=self.xp.empty(qr.shape, x.dtype))
-        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
-        rms_norm(k[..., :R], w["kv_norm"], d.norm_eps, out=k[..., :R])
+        rms_norm(qr, w["q_norm"], d.norm_eps, normed := self.xp.empty(qr.shape, x.dtype))
+        q = projected(normed, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
+        rms_norm(k[..., :R], w["kv_norm"], d.norm_eps, k[..., :R])
         rotate(k[:, :, None, R:], turn, interleaved=True)
         tokens, indexer = {"k": k[:, :, None]}, {}  # k [B, T, R + rope]
 
@@ -2170,10 +2170,11 @@ class DSALayer:
             return u if codes else PRECISIONS[d.indexer_precision](u)
 
         if self.has_indexer:
-            norm = w["indexer.k_norm"], d.index_norm_eps, w["indexer.k_norm.bias"]
-            tokens["index_k"] = prepared(rms_norm(of_indexer[0], *norm)[:, :, None])[:, :, 0]
+            index_k = of_indexer[0]
+            rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps, index_k, w["indexer.k_norm.bias"])
+            tokens["index_k"] = prepared(index_k[:, :, None])[:, :, 0]
         if selects:
-            indexer["index_q"] = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
+            indexer["index_q"] = prepared(by_rows(normed, w["indexer.wq_b"]).reshape(B, T, J, E))
             indexer["weights"] = of_indexer[1]
         return (q, turn), tokens, indexer
 
@@ -2275,15 +2276,11 @@ def by_heads(x, weight, out):
 
 
 @by_library
-def rms_norm(x, weight, eps, bias=None, out=None):
-    """RMSNorm of x [..., N] or, with a bias, LayerNorm; to out, which may be x."""
+def rms_norm(x, weight, eps, out, bias=None):
+    """RMSNorm of x [..., N] or, with a bias, LayerNorm, to out, which may be x."""
     x = x if bias is None else x - x.mean(-1, keepdims=True)
     y = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-    y = y if bias is None else y + bias
-    if out is None:
-        return y
-    out[...] = y
-    return out
+    out[...] = y if bias is None else y + bias
 
 
 @by_library
@@ -2307,20 +2304,19 @@ def rotate(x, turn, interleaved, out=None):
 def named_weights(weights, d):
     """The weights by their names in a layer, checked against d, as their library's layer wants them."""
     expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
+    names = {**{name: name for name in d.shapes()}, **WEIGHTS}  # each that is known: in a layer
     xp: Any = None
-    keys: dict[str, str] = {}  # what the weights are called, by their names in a layer
-    known = [*WEIGHTS, *d.shapes()]
+    keys: dict[Any, str] = {}  # what the weights are called here, by their names in a layer
     for key, x in weights.items():
-        name = NAME.fullmatch(key)[3]
-        name = WEIGHTS.get(name, name)
-        expect(name in known, key, "no weight of this layer", f"one of {known}")
+        name = names.get(NAME.fullmatch(key)[3])
+        expect(name, key, "no weight of this layer", f"one of {[*names]}")
         expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
         keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
     indexed = any(name.startswith("indexer.") for name in keys)
-    for name in known[len(WEIGHTS) :]:
-        theirs = " or ".join(x for x in (name, *WEIGHTS) if WEIGHTS.get(x, x) == name)
-        found = name in keys or (name.startswith("indexer.") and not indexed)
-        expect(found, theirs, "missing", "it among the weights")
+    for name in d.shapes():
+        missing = name not in keys and (indexed or not name.startswith("indexer."))
+        both = " or ".join(key for key in names if names[key] == name)
+        expect(not missing, both, "missing", "it among the weights")
     named = {name: weights[key] for name, key in keys.items()}
     sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
     shapes = d.shapes(*sizes.values())
@@ -3641,11 +3637,10 @@ def gpu_turns(x, start, d):
     return cos[at], sin[at], 0, at.size
 
 
-def gpu_rms_norm(x, weight, eps, bias=None, out=None):
-    y, N = sys.modules["cupy"].empty(x.shape, x.dtype) if out is None else out, x.shape[-1]
-    sizes = N, x.strides[-2] // x.itemsize, y.strides[-2] // y.itemsize, np.float64(eps)
-    launch("rms_norm", 256, (math.prod(x.shape[:-1]),), (x, weight, bias, y), sizes, ACC=x.dtype, OUT=y.dtype)
-    return y
+def gpu_rms_norm(x, weight, eps, out, bias=None):
+    rows, apart = math.prod(x.shape[:-1]), (y.strides[-2] // y.itemsize for y in (x, out))
+    sizes, types = (x.shape[-1], *apart, np.float64(eps)), {"ACC": x.dtype, "OUT": out.dtype}
+    launch("rms_norm", 256, (rows,), (x, weight, bias, out), sizes, **types)
 
 
 def gpu_rotate(x, turn, interleaved, out=None):
