@@ -1876,6 +1876,11 @@ WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
     "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a",
     "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b", "o_proj": "wo",
 }  # fmt: skip
+OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights that multiply a layer's input
+IN_CONFIG = {  # the name in config.json of those dims that have another one there
+    "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
+    "index_rope_interleaved": "indexer_rope_interleave",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1894,8 +1899,8 @@ class LayerDims:
     rope_theta: float = 10000.0
     rope_factor: float = 40.0  # by how much YaRN extended original_seq_len; 1: no YaRN
     original_seq_len: int = 4096
-    beta_fast: float = 32  # pairs that turn more often than this in original_seq_len keep their frequency
-    beta_slow: float = 1  # those that turn less often are slowed by rope_factor
+    beta_fast: float = 32.0  # pairs that turn more often than this in original_seq_len keep their frequency
+    beta_slow: float = 1.0  # those that turn less often are slowed by rope_factor
     mscale: float = 1.0  # of YaRN's factor in the softmax scale; 0: no factor
     rope_attention_factor: float = 1.0  # on cos and sin
     index_rope_interleaved: bool = False  # True: the indexer of the GLM-5 family
@@ -1903,19 +1908,18 @@ class LayerDims:
     indexer_precision: str = "fp32"  # as in DSAConfig
 
     def __post_init__(self):
+        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
         for field in fields(self):
-            name, value, kind = field.name, getattr(self, field.name), str(field.type)
-            if kind == "int":
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            if kind is int:
                 integer(name, value, 1)
-            elif kind == "float":
+            elif kind is float:
                 number = isinstance(value, numbers.Real) and not isinstance(value, bool)
                 fits = number and math.isfinite(value) and (value > 0 or name == "mscale")
                 expect(fits, name, repr(value), "a positive, finite number")
             else:
-                allowed = (False, True) if kind == "bool" else tuple(PRECISIONS)
-                fits = type(value) is type(allowed[0]) and value in allowed
-                expect(fits, name, repr(value), f"one of {allowed}")
-        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
+                allowed = (False, True) if kind is bool else tuple(PRECISIONS)
+                expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
         expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
         expect(theta > 1, "rope_theta", theta, "above 1")
@@ -1928,20 +1932,19 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
-        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}
-        same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
-        names |= {name: name for name in (*same, "index_topk")}
         try:
             config = read_config(config)
-            found = {own: config.get(name) for own, name in names.items()} | rope_dims(config)
+            found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
+            found |= rope_dims(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
-        layout, model = config.get("indexer_rope_interleave"), str(config.get("model_type", "deepseek"))
-        if layout is None and "index_rope_interleaved" not in dims:  # transformers drops it on saving
-            layout, known = model.startswith("glm"), model.startswith(("glm", "deepseek"))
+        found = {name: value for name, value in found.items() if value is not None} | dims
+        if "index_rope_interleaved" not in found:  # transformers drops it on saving
+            model = str(config.get("model_type", "deepseek"))
+            known = model.startswith(("glm", "deepseek"))
             expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
-        found["index_rope_interleaved"] = layout
-        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
+            found["index_rope_interleaved"] = model.startswith("glm")
+        return cls(**found)
 
     def shapes(self, dim=7168, q_lora_rank=1536, kv_lora_rank=512):
         """The shape of each weight, by its name in a layer.
@@ -1987,7 +1990,8 @@ class DSALayer:
     with model.layers.N.self_attn. before them; dims: the fields of LayerDims, whose shapes() are expected.
     ValueError for a weight that is missing, superfluous or of a wrong shape. A layer without indexer.*
     weights takes its selection from another layer: layer(x, indices=indices).
-    On a GPU matrices in bfloat16 stay so; what they multiply is rounded to it, and sums are float32.
+    On a GPU matrices in bfloat16 stay so; what they multiply is rounded to it, and sums are float32. Those
+    that multiply x are copied, to lie one behind another.
     config: a DSAConfig, which selects in place of index_topk, always by the layer's own indexer; layer and
     n_layers are for its progressive_sparsity.
 
@@ -2025,15 +2029,13 @@ class DSALayer:
         converted works too, if it is in one part (model0-mp1).
         ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, layer, known = Path(path).expanduser(), integer("layer", layer, 0), {}
-        weights = read_layer(path, layer)
+        path, known = Path(path).expanduser(), {}
+        weights = read_layer(path, integer("layer", layer, 0))
         if (file := (path if path.is_dir() else path.parent) / "config.json").exists():
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
-        block = (known.get("quantization_config") or {}).get("weight_block_size")
-        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
-            weights = {name: x for name, x in weights.items() if "indexer" not in NAME.fullmatch(name)[3]}
+            weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = n_layers or known.get("num_hidden_layers")
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
@@ -2074,20 +2076,20 @@ class DSALayer:
         """
         new, start, k_end, left = self._checked(x, cache, lengths, starts, indices, core)
         w = self.weights
-        if accumulator(x, *w.values()) == np.float64:
+        if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
         fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
         codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
         own = rolled(x, -left).astype(w["wo"].dtype, copy=False)
-        q, tokens, indexer = self._project(w, own, start, indices is None, codes)
+        (q, turn), tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
             if indices is None:
                 chosen = self._select(indexer, tokens["index_k"], cache, start + new, k_end, codes)
             else:
                 chosen = rolled(indices, -left)
-            y = projected(self._core(w, q, tokens["k"], chosen, cache, core), w["wo"]).astype(x.dtype)
-            return rolled(y, left), rolled(chosen, left)
+            heads = self._core(w, q, turn, tokens["k"], chosen, cache, core)
+            return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
@@ -2096,51 +2098,48 @@ class DSALayer:
         k_end [B, T], and by how much it is padded on the left: it is rolled to stand right-padded, and back.
         """
         n = dims(self.xp, x=(x, "B T dim"))
-        B, T, dim, xp = n["B"], n["T"], n["dim"], n["xp"]
-        expect(dim == self.dim, "dim", f"{dim} in x", f"{self.dim}")
+        B, T, xp = n["B"], n["T"], n["xp"]
+        expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
-        expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
+        expect(able, "indices", None, "another layer's, as this one has no indexer")
         expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
-        left = np.zeros(B, np.int64) if starts is None else np.asarray(starts)
-        fits = left.dtype.kind in "iu" and left.shape == (B,) and ((left >= 0) & (left <= T)).all()
-        expect(fits, "starts", left.tolist(), f"{B} integers from 0 to {T}")
-        left = left.astype(np.int64)
-        new, start = check_lengths(T - left if lengths is None else lengths, B, T), np.zeros(B, np.int64)
+        start = np.zeros(B, np.int64)
+        left = start if starts is None else check_lengths(starts, B, T, "starts")
+        new = check_lengths(T - left if lengths is None else lengths, B, T)
         if cache is not None:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
             own = (self.streams, self.dims.qk_rope_head_dim, B)
-            what = f"of (streams, qk_rope_head_dim, batch) = {has}"
-            expect(has == own, "cache", what, f"{own}, as new_cache makes it")
+            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, f"{own}, as of new_cache")
             start = cache.lengths
         k_end = causal_end(start, new, T)
-        seen = rolled(k_end, left)
-        # A GPU would wait for what is asked of the contents of arrays.
-        finite = xp is not np or np.isfinite(x[seen > 0]).all()
-        expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
         if indices is not None:
-            shape = {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": xp}
-            check_indices("indices", indices, shape)
-            seen = xp is not np or (indices < seen[..., None]).all()
-            expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
+            check_indices("indices", indices, {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": xp})
+        if xp is np:  # a GPU would wait for what is asked of the contents of arrays
+            seen = rolled(k_end, left)
+            expect(np.isfinite(x[seen > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
+            behind = indices is None or (indices < seen[..., None]).all()
+            expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         return new, start, k_end, left
 
     def _project(self, w, x, start, selects=True, codes=False):
-        """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
-        tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
+        """The tokens x [B, T, dim] at positions from start [B] on -> the queries, q [B, T, H, nope + rope]
+        and by what RoPE is yet to turn them, what the tokens leave (the streams: k is [c | k_pe]), and, if it
+        selects, the indexer's queries and weights.
         codes: the indexer's vectors are not rounded yet, as they are to be made codes.
         """
         d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
         rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
         turn = turns(x, start, d)
-        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps, dtype=x.dtype)
-        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
-        rotate(q[..., d.qk_nope_head_dim :], turn, interleaved=True)
-        k = projected(x, w["wkv_a"])  # [B, T, R + rope]
-        k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
+        weights = (w[name] for name in OF_X if name in w)
+        qr, k, *of_indexer = made_of_x(x, J**-0.5 * E**-0.5, *weights)
+        normed = self.xp.empty(qr.shape, x.dtype)
+        rms_norm(qr, w["q_norm"], d.norm_eps, normed)
+        q = projected(normed, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
+        rms_norm(k[..., :R], w["kv_norm"], d.norm_eps, k[..., :R])
         rotate(k[:, :, None, R:], turn, interleaved=True)
-        tokens, indexer = {"k": k[:, :, None]}, {}
+        tokens, indexer = {"k": k[:, :, None]}, {}  # k [B, T, R + rope]
 
         def prepared(u):  # a vector of the indexer [B, T, J, E]
             rotate(u[..., :rope], turn, d.index_rope_interleaved)
@@ -2148,17 +2147,18 @@ class DSALayer:
             return u if codes else PRECISIONS[d.indexer_precision](u)
 
         if self.has_indexer:
-            norm = w["indexer.k_norm"], d.index_norm_eps, w["indexer.k_norm.bias"]
-            index_k = rms_norm(by_rows(x, w["indexer.wk"]), *norm)
+            index_k = of_indexer[0]
+            rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps, index_k, w["indexer.k_norm.bias"])
             tokens["index_k"] = prepared(index_k[:, :, None])[:, :, 0]
         if selects:
-            indexer["index_q"] = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
-            indexer["weights"] = by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
-        return q, tokens, indexer
+            indexer["index_q"] = prepared(by_rows(normed, w["indexer.wq_b"]).reshape(B, T, J, E))
+            indexer["weights"] = of_indexer[1]
+        return (q, turn), tokens, indexer
 
     def _select(self, indexer, index_k, cache, lengths, k_end, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
         (index_q, weights), config = indexer.values(), self._choice
+        by_length = config.sparse_ratio or config.fallback_dense_threshold  # else by the keys
         if codes:
             index_q, scales = quantize_fp8(index_q)
             index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
@@ -2168,36 +2168,35 @@ class DSALayer:
                 index_k = index_k.astype(index_q.dtype, copy=False)
         # Where all sequences are as long, the windows are the default, and nothing goes to a GPU.
         alike = k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
-        ends = None if alike else self.xp.asarray(k_end)
-        windows = (None if alike else np.zeros_like(ends), ends)
-        # Of q and k this looks at the shapes. lengths, where the config goes by them.
-        arrays = {"q": index_q, "k": index_k[:, :, None]}
-        arrays |= {"index_q": index_q, "index_k": index_k, "weights": weights}
-        by_length = config.sparse_ratio or config.fallback_dense_threshold
+        windows = [None if alike else self.xp.asarray(w) for w in (0 * k_end, k_end)]
+        arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
+        arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
 
-    def _core(self, w, q, k, indices, cache, core):
-        """Equation (3) of q [B, T, H, nope + rope] over the cache or latents k [B, S, 1, R + rope], in one of
-        its two forms -> [B, T, H * v].
+    def _core(self, w, q, turn, k, indices, cache, core):
+        """Equation (3) of q [B, T, H, nope + rope], yet to be turned, over the cache or latents k
+        [B, S, 1, R + rope], in one of its two forms -> [B, T, H * v].
         """
         d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
         S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
         up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
-        out = np.empty_like(q, shape=(B, T, H, d.v_head_dim))
+        out = self.xp.empty((B, T, H, d.v_head_dim), q.dtype)
         if core == "auto":
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
             streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
             core = "expanded" if streamed and expanded else "absorbed"
         if core == "absorbed":  # q . W c = qW . c
-            latent_q = np.empty_like(q, shape=(B, T, H, R + rope))
+            latent_q = self.xp.empty((B, T, H, R + rope), q.dtype)
             by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
-            latent_q[..., R:] = q[..., nope:]
-            k = k.astype(q.dtype, copy=False)
-            attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
-            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale)
+            rotate(q[..., nope:], turn, True, out=latent_q[..., R:])
+            how = {"indices": indices, "d_v": R, "scale": scale}
+            if cache is None:
+                how |= {"k": k.astype(q.dtype, copy=False), "v": None}
+            latents, _ = (sparse_attention if cache is None else cache.attend)(latent_q, **how)
             return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
+        rotate(q[..., nope:], turn, interleaved=True)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
         k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
         some = max(1, 2**25 // max(1, k.size))
@@ -2213,10 +2212,16 @@ class DSALayer:
 
 def rolled(x, by):
     """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
-    if not by.any():
-        return x
-    rows = [np.roll(own, places, 0) for own, places in zip(x, by.tolist())]
-    return np.stack(rows).astype(x.dtype, copy=False)
+    (B, T), xp = x.shape[:2], library("x", x)
+    at = np.arange(B)[:, None], (np.arange(T) - by[:, None]) % max(1, T)
+    return x[tuple(map(xp.asarray, at))] if by.any() else x
+
+
+@by_library
+def made_of_x(x, factor, wq_a, wkv_a, *indexer):
+    """x [B, T, dim] by each of the weights OF_X, what the indexer sees by_rows, the last times a factor."""
+    y = [by_rows(x, wq_a), projected(x, wkv_a), *(by_rows(x, weight) for weight in indexer)]
+    return [*y[:-1], y[-1] * factor] if indexer else y
 
 
 @by_library
@@ -2248,11 +2253,11 @@ def by_heads(x, weight, out):
 
 
 @by_library
-def rms_norm(x, weight, eps, bias=None, dtype=None):
-    """RMSNorm of x [..., N] or, with a bias, LayerNorm."""
+def rms_norm(x, weight, eps, out, bias=None):
+    """RMSNorm of x [..., N] or, with a bias, LayerNorm, to out, which may be x."""
     x = x if bias is None else x - x.mean(-1, keepdims=True)
     y = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-    return (y if bias is None else y + bias).astype(dtype or y.dtype, copy=False)
+    out[...] = y if bias is None else y + bias
 
 
 @by_library
@@ -2263,46 +2268,44 @@ def turns(x, start, d):
 
 
 @by_library
-def rotate(x, turn, interleaved):
-    """RoPE, in place: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2].
+def rotate(x, turn, interleaved, out=None):
+    """RoPE: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2], in place or to out.
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    (cos, sin), d = turn, x.shape[-1]
+    (cos, sin), d, out = turn, x.shape[-1], x if out is None else out
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    x[..., i], x[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
+    out[..., i], out[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
 
 
 def named_weights(weights, d):
-    """The weights by their names in a layer, checked against d, in one dtype."""
+    """The weights by their names in a layer, checked against d, as their library's layer wants them."""
     expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
-    key_of: dict[str, str] = {}
+    names = {**{name: name for name in d.shapes()}, **WEIGHTS}  # each that is known: in a layer
     xp: Any = None
-    shapes = d.shapes()
+    keys: dict[Any, str] = {}  # what the weights are called here, by their names in a layer
     for key, x in weights.items():
-        name = NAME.fullmatch(key)[3]
-        name = WEIGHTS.get(name, name)
-        expect(name in shapes, key, "no weight of this layer", f"one of {[*WEIGHTS, *shapes]}")
-        expect(name not in key_of, key, f"the same weight as {key_of.get(name)}", "each once")
-        key_of[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
-    theirs = {ours: f" ({name})" for name, ours in WEIGHTS.items()}
-    indexed = any(name.startswith("indexer.") for name in key_of)
-    for name in shapes:
-        found = name in key_of or (name.startswith("indexer.") and not indexed)
-        expect(found, name + theirs.get(name, ""), "missing", "it among the weights")
-    sizes = {key_of[name]: (*weights[key_of[name]].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
-    shapes, dtype = d.shapes(*sizes.values()), accumulator(*weights.values())
-    for name, key in key_of.items():
+        name = names.get(NAME.fullmatch(key)[3])
+        expect(name, key, "no weight of this layer", f"one of {[*names]}")
+        expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
+        keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
+    indexed = any(name.startswith("indexer.") for name in keys)
+    for name in d.shapes():
+        missing = name not in keys and (indexed or not name.startswith("indexer."))
+        both = " or ".join(key for key in names if names[key] == name)
+        expect(not missing, both, "missing", "it among the weights")
+    named = {name: weights[key] for name, key in keys.items()}
+    sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
+    shapes = d.shapes(*sizes.values())
+    for name, x in named.items():
         expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
-        expect(weights[key].shape == shapes[name], key, f"of shape {weights[key].shape}", expected)
-    kinds = {x.dtype.name for x in weights.values() if x.ndim == 2}
-    half = xp is not np and kinds == {"bfloat16"}  # matrices, which a GPU multiplies as they are
+        expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", expected)
+    return KERNELS.get(("in_one_dtype", xp.__name__), in_one_dtype)(named)
 
-    def kept(x):
-        kind = x.dtype if half and x.ndim == 2 else dtype
-        return x.astype(kind, copy=False) if xp is np else xp.ascontiguousarray(x, kind)
 
-    return {name: kept(weights[key]) for name, key in key_of.items()}
+def in_one_dtype(weights):
+    dtype = accumulator(*weights.values())
+    return {name: x.astype(dtype, copy=False) for name, x in weights.items()}
 
 
 # A checkpoint's folder.
@@ -2312,9 +2315,11 @@ SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 wei
 BUFFER = re.compile(
     r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
 )
-SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}
 E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32("nan"))  # the value of each code
-FLOATS_OF: dict[str, Any] = {"BF16": widened, "F8_E4M3": E4M3.take, "F8_E8M0": E8M0.take}
+STORED: dict[str, Any] = {  # what a file holds: as NumPy reads it, and what makes floats of that
+    "F64": ("<f8", np.asarray), "F32": ("<f4", np.asarray), "F16": ("<f2", np.asarray),
+    "BF16": ("<u2", widened), "F8_E4M3": ("u1", E4M3.take), "F8_E8M0": ("u1", E8M0.take),
+}  # fmt: skip
 REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
     r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
     r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
@@ -2356,9 +2361,8 @@ def rope_dims(config):
         longest = config.get("max_position_embeddings")
         length = rope.get("original_max_position_embeddings") or longest
         factor = rope.get("factor") or (longest and longest / length)
-        expect(
-            factor and length, "YaRN in config.json", rope, "a factor and original_max_position_embeddings"
-        )
+        known = factor and length
+        expect(known, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
         mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
@@ -2416,11 +2420,12 @@ def read_safetensors(path, layer):
     try:
         for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, end), shape = (tuple(map(operator.index, x[key])) for key in ("data_offsets", "shape"))
-            dtype, size_of = str(x["dtype"]), np.dtype(SAFETENSORS.get(x["dtype"], "V0")).itemsize
+            size_of = np.dtype(STORED.get(x["dtype"], ["V0"])[0]).itemsize
             fits = begin == at <= end and (not size_of or end - begin == math.prod(shape) * size_of)
             expect(fits and min(shape, default=0) >= 0, name, x, f"its bytes from {at} on")
             if of_layer(name, layer):
-                yield name, dtype, shape, np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
+                data = np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
+                yield name, str(x["dtype"]), shape, data
             at = end
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is at odds with itself, expected {whole}: {error}") from None
@@ -2434,9 +2439,10 @@ def dequantized(tensors):
         for pattern, kind in REFUSED.items():
             other = re.search(pattern, f"{name} {dtype}")
             expect(not other, name, f"{dtype}, as in a checkpoint with {kind}", "floats, or fp8 with scales")
-        known = SAFETENSORS.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
+        known = STORED.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
         expect(dtype in known, name, f"of dtype {dtype}", f"one of {sorted(known)}", TypeError)
-        floats[name] = FLOATS_OF.get(dtype, np.asarray)(x.view(SAFETENSORS[dtype]).reshape(shape))
+        stored, to_floats = STORED[dtype]
+        floats[name] = to_floats(x.view(stored).reshape(shape))
     fp8 = [name for name, (dtype, *_) in tensors.items() if dtype == "F8_E4M3"]  # yet without scales
     for name in filter(SCALE.search, tensors):
         own, scales = SCALE.sub(".weight", name), floats.pop(name).astype(np.float32, copy=False)
@@ -2451,8 +2457,7 @@ def dequantized(tensors):
         if scales.shape == blocks:
             scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[:rows, :columns]
         floats[own] *= scales
-    for name in fp8:
-        expect(False, f"{name.removesuffix('.weight')}.weight_scale_inv", "missing", f"it, as {name} is fp8")
+    expect(not fp8, f"of {fp8}, weight_scale_inv", "missing", "it, or another scale, as they are fp8")
     return floats
 
 
@@ -2894,7 +2899,7 @@ TYPES = {
 ONE_ZERO = [np.array([1, 0], dtype) for dtype in (np.float32, np.float64)]  # which cuBLAS reads from memory
 ONE_AT = {x.itemsize: x.ctypes.data for x in ONE_ZERO}
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
-CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+CUDA_R = {"f": 0, "d": 1, "E": 14}  # cuBLAS's numbers of dtypes, float32, float64 and bfloat16
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
@@ -3527,7 +3532,7 @@ def product(a, b, out=None):
         (_, rows, columns), (matrix, row, column) = x.shape, (stride // x.itemsize for stride in x.strides)
         straight = (column == 1 or columns == 1) and (row >= columns or rows == 1)
         row = max(row, columns) if straight else column
-        return int(not straight), x.data.ptr, CUDA_R[x.dtype.name], row, matrix
+        return int(not straight), x.data.ptr, CUDA_R[x.dtype.char], row, matrix
 
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
     (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
@@ -3603,18 +3608,45 @@ def gpu_rounded_to_fp8(x):
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
-def gpu_projected(x, weight, dtype=None):
-    cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
+def gpu_in_one_dtype(weights):
+    """In one dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
+    xp, dtype, begin = sys.modules["cupy"], accumulator(*weights.values()), 0
+    half = {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
+    kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
+    own = [name for name in OF_X if name in weights]
+    whole = xp.empty((sum(len(weights[name]) for name in own), weights[own[0]].shape[1]), kinds[own[0]])
+    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items() if name not in own}
+    for name in own:
+        kept[name] = whole[begin : (begin := begin + len(weights[name]))]
+        kept[name][...] = weights[name]
+    return kept
+
+
+def gpu_made_of_x(x, factor, *weights):
+    """One product with all, where they lie one behind another; in a copy of a layer they do not.
+
+    There is no factor, as one that is positive and the same for all scores changes no selection.
+    """
+    places, sizes = [w.data.ptr for w in weights], [len(w) for w in weights]
+    if places[1:] != [at + w.nbytes for at, w in zip(places[:-1], weights)]:
+        return [gpu_projected(x, w) for w in weights]
+    y, ends = gpu_projected(x, weights[0], rows=sum(sizes)), itertools.accumulate(sizes)
+    return [y[..., end - size : end] for size, end in zip(sizes, ends)]
+
+
+def gpu_projected(x, weight, dtype=None, rows=None):
+    """projected, of so many rows from where weight begins."""
+    cupy, acc, width, N = sys.modules["cupy"], accumulator(weight), weight.shape[1], rows or len(weight)
     x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
-    y, one = cupy.empty((*x.shape[:-1], N), dtype or acc), ONE_AT[acc.itemsize]
+    y, one = cupy.empty((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc), ONE_AT[acc.itemsize]
     cublas, handle = cupy.cuda.cublas, cupy.cuda.get_cublas_handle()
     compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    kind, sizes = CUDA_R[weight.dtype.name], (N, y.size // N, width)
+    kind, sizes = CUDA_R[weight.dtype.char], (N, y.size // N, width)
     factors = weight.data.ptr, kind, width, x.data.ptr, kind, width, one + acc.itemsize
-    out = y.data.ptr, CUDA_R[y.dtype.name], N, compute, cublas.CUBLAS_GEMM_DEFAULT
+    out = y.data.ptr, CUDA_R[y.dtype.char], N, compute, cublas.CUBLAS_GEMM_DEFAULT
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
         cublas.gemmEx(handle, 1, 0, *sizes, one, *factors, *out)
-    return y
+    return y.astype(dtype or acc, copy=False)
 
 
 def gpu_by_heads(x, weight, out):
@@ -3635,25 +3667,26 @@ def turn_table(d, length, dtype, device):
 
 
 def gpu_turns(x, start, d):
+    """cos and sin, the place of the first token in them, and after how many tokens it begins again there."""
     T, last = x.shape[1], int(start.max(initial=0))
-    table = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
-    alike = (start == last).all()  # then nothing goes to the device
-    at = slice(last, last + T) if alike else sys.modules["cupy"].asarray(start[:, None] + np.arange(T))
-    return [f[at] for f in table]
+    cos, sin = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
+    if (start == last).all():  # then nothing goes to the device
+        return cos, sin, last, T
+    at = sys.modules["cupy"].asarray(start[:, None] + np.arange(T))
+    return cos[at], sin[at], 0, at.size
 
 
-def gpu_rms_norm(x, weight, eps, bias=None, dtype=None):
-    y, rows, N = sys.modules["cupy"].empty(x.shape, dtype or x.dtype), math.prod(x.shape[:-1]), x.shape[-1]
-    sizes = N, x.strides[-2] // x.itemsize, np.float64(eps)
-    launch("rms_norm", 256, (rows,), (x, weight, bias, y), sizes, ACC=x.dtype, OUT=y.dtype)
-    return y
+def gpu_rms_norm(x, weight, eps, out, bias=None):
+    rows, apart = math.prod(x.shape[:-1]), (y.strides[-2] // y.itemsize for y in (x, out))
+    sizes, types = (x.shape[-1], *apart, np.float64(eps)), {"ACC": x.dtype, "OUT": out.dtype}
+    launch("rms_norm", 256, (rows,), (x, weight, bias, out), sizes, **types)
 
 
-def gpu_rotate(x, turn, interleaved):
-    (B, T, H, d), (cos, sin) = x.shape, turn
-    apart = (stride // x.itemsize for stride in x.strides[1:3])
-    sizes, grid = (H, d // 2, 2 * cos.size // d, *apart, int(interleaved)), (B * T, -(-H * d // 512))
-    launch("rotate", 256, grid, (x, cos, sin), sizes, TYPE=x.dtype, ACC=cos.dtype)
+def gpu_rotate(x, turn, interleaved, out=None):
+    (B, T, H, d), (cos, sin, *places), y = x.shape, turn, x if out is None else out
+    apart = (stride // x.itemsize for z in (x, y) for stride in z.strides[1:3])
+    sizes, grid = (H, d // 2, *places, *apart, int(interleaved)), (B * T, -(-H * d // 512))
+    launch("rotate", 256, grid, (x, y, cos, sin), sizes, TYPE=x.dtype, ACC=cos.dtype)
 
 
 GPU = {
@@ -3665,7 +3698,7 @@ GPU = {
     "attention_target": gpu_attention_target,
     "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
     "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rms_norm": gpu_rms_norm,
-    "rotate": gpu_rotate,
+    "rotate": gpu_rotate, "made_of_x": gpu_made_of_x, "in_one_dtype": gpu_in_one_dtype,
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 

@@ -2383,12 +2383,13 @@ extern "C" __global__ void __launch_bounds__(256)
 // ---------------------------------------------------------------------------------------------------------
 // rms_norm                             y = weight * x / sqrt(mean x^2 + eps); LayerNorm where there is a bias
 // in    x rows of N numbers, `apart` from one row to the next; weight, bias (or null) [N]; all ACC
-// out   y [rows, N] OUT
+// out   y rows of N numbers OUT, y_apart from one row to the next; it may be x
 // grid  rows   block 256
 // ---------------------------------------------------------------------------------------------------------
 #ifdef RMS_NORM
 extern "C" __global__ void __launch_bounds__(256)
-    rms_norm(const ACC* x, const ACC* weight, const ACC* bias, OUT* y, i64 N, i64 apart, double eps) {
+    rms_norm(const ACC* x, const ACC* weight, const ACC* bias, OUT* y, i64 N, i64 apart, i64 y_apart,
+             double eps) {
     __shared__ ACC parts[2][8];
     auto mean_of_block = [&](ACC part, ACC (&parts)[8]) {
         part = sum_of_warp(part);
@@ -2407,27 +2408,29 @@ extern "C" __global__ void __launch_bounds__(256)
     for (i64 i = threadIdx.x; i < N; i += 256) squares += (x[i] - mean) * (x[i] - mean);
     const ACC r = 1 / sqrt(mean_of_block(squares, parts[1]) + ACC(eps));
     for (i64 i = threadIdx.x; i < N; i += 256)
-        y[blockIdx.x * N + i] = Rounded<OUT>::of(weight[i] * (x[i] - mean) * r + (bias ? bias[i] : ACC(0)));
+        y[blockIdx.x * y_apart + i] = Rounded<OUT>::of(weight[i] * (x[i] - mean) * r + (bias ? bias[i] : ACC(0)));
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// rotate                                                                                     RoPE, in place
-// inout x [tokens, H, 2 * half] TYPE, `apart` numbers from token to token, next_head from head to head
-// in    cos, sin [positions, half] ACC, those of token t at t % positions
+// rotate                                                                                               RoPE
+// in    x [tokens, H, 2 * half] TYPE, `apart` numbers from token to token, next_head from head to head
+//       cos, sin [.., half] ACC, those of token t at first + t % positions
+// out   y as x, y_apart and y_next_head; it may be x
 // grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ROTATE
 extern "C" __global__ void __launch_bounds__(256)
-    rotate(TYPE* x, const ACC* cos, const ACC* sin, i64 H, i64 half, i64 positions, i64 apart, i64 next_head,
-           i64 interleaved) {
+    rotate(const TYPE* x, TYPE* y, const ACC* cos, const ACC* sin, i64 H, i64 half, i64 first, i64 positions,
+           i64 apart, i64 next_head, i64 y_apart, i64 y_next_head, i64 interleaved) {
     const unsigned n = blockIdx.y * 256 + threadIdx.x, head = n / (unsigned)half, i = n % (unsigned)half;
     if (head >= H) return;
-    TYPE* a = x + blockIdx.x * apart + head * next_head + (interleaved ? 2 * i : i);
-    TYPE* b = a + (interleaved ? 1 : half);
-    const i64 at = blockIdx.x % (unsigned)positions * half + i;
-    const ACC p = widen(*a), q = widen(*b), c = cos[at], s = sin[at];
-    *a = Rounded<TYPE>::of(p * c - q * s), *b = Rounded<TYPE>::of(p * s + q * c);
+    const i64 pair = interleaved ? 2 * i : i, other = pair + (interleaved ? 1 : half);
+    const i64 at = (first + blockIdx.x % (unsigned)positions) * half + i;
+    x += blockIdx.x * apart + head * next_head;
+    y += blockIdx.x * y_apart + head * y_next_head;
+    const ACC p = widen(x[pair]), q = widen(x[other]), c = cos[at], s = sin[at];
+    y[pair] = Rounded<TYPE>::of(p * c - q * s), y[other] = Rounded<TYPE>::of(p * s + q * c);
 }
 #endif
 
