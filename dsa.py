@@ -308,7 +308,7 @@ def over_tiles(work, q, d_v, lo, hi, longest=2**20):
     step = KEY_TILE * max(1, min(longest, 2**26 // each // KEY_TILE))
     parts = spread(work, [slice(s, min(s + step, hi)) for s in range(lo, hi, step)])
     empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
-    return functools.reduce(lambda a, b: merged(*zip(a, b)), parts, next(parts, empty))
+    return functools.reduce(lambda a, b: merge_attention(*zip(a, b)), parts, next(parts, empty))
 
 
 def merge_attention(outs, lses):
@@ -328,21 +328,16 @@ def merge_attention(outs, lses):
     expect(fits, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
-    with np.errstate(all="ignore"):
-        return merged(outs, lses)
-
-
-def merged(outs, lses):
-    """merge_attention, unchecked."""
     dtype = accumulator(*outs, *lses)
-    top = functools.reduce(np.maximum, lses).astype(dtype, copy=False)
-    top = np.where(top == -np.inf, 0, top)
-    shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
-    total = functools.reduce(np.add, shares)
-    whole = np.where(total == 0, 1, total)
-    parts = ((share / whole)[..., None] * out.astype(dtype, copy=False) for share, out in zip(shares, outs))
-    out = functools.reduce(np.add, parts)  # [..., T, H, Dv]
-    return out.astype(outs[0].dtype, copy=False), (top + np.log(total)).astype(dtype, copy=False)
+    with np.errstate(all="ignore"):
+        top = functools.reduce(np.maximum, lses).astype(dtype, copy=False)
+        top = np.where(top == -np.inf, 0, top)
+        shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
+        total = functools.reduce(np.add, shares)
+        whole = np.where(total == 0, 1, total)
+        parts = (x.astype(dtype, copy=False) * (share / whole)[..., None] for x, share in zip(outs, shares))
+        out = functools.reduce(np.add, parts)  # [..., T, H, Dv]
+        return out.astype(native(outs[0]), copy=False), (top + np.log(total)).astype(dtype, copy=False)
 
 
 def apply_sink(out, lse, sink):
@@ -359,7 +354,7 @@ def apply_sink(out, lse, sink):
     with np.errstate(all="ignore"):
         z = sink.astype(dtype)
         share = np.where(z == -np.inf, dtype.type(1), 1 / (1 + np.exp(z - lse)))  # [..., T, H]
-        return (out.astype(dtype) * share[..., None]).astype(out.dtype)
+        return (out.astype(dtype) * share[..., None]).astype(native(out))
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -397,11 +392,12 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     expect(len(sequences), name, "empty", "at least one array")
     for i, x in enumerate(sequences):
         dims(**{f"{name}[{i}]": (x, "...")})
-        like = x.ndim > 0 and (x.shape[1:], x.dtype) == (sequences[0].shape[1:], sequences[0].dtype)
+        like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
         expect(like, f"{name}[{i}]", f"{x.dtype} of shape {x.shape}", f"[T_i, *{sequences[0].shape[1:]}]")
     lengths = np.array([len(x) for x in sequences])
     longest = -(-int(lengths.max()) // multiple) * multiple
-    padded = np.zeros_like(sequences[0], shape=(len(sequences), longest, *sequences[0].shape[1:]))
+    shape = len(sequences), longest, *sequences[0].shape[1:]
+    padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
     return padded, lengths
@@ -852,7 +848,7 @@ def sizes(declared, given, optional, xp=None):
     for name, x in arrays:
         xp = library(name, x, xp)
         if not x.dtype.isnative:
-            given[name] = x.astype(x.dtype.newbyteorder("="))
+            given[name] = x.astype(native(x))
     return {**sizes_of(tuple([(name, declared[name], x.dtype, x.shape) for name, x in arrays])), "xp": xp}
 
 
@@ -884,6 +880,11 @@ def sizes_of(arrays):
 
 def accumulator(*arrays):
     return F64 if np.float64 in [x.dtype.type for x in arrays] else F32
+
+
+def native(x):
+    """The dtype of x in this machine's byte order."""
+    return x.dtype.newbyteorder("=")
 
 
 def check_integers(name, x, xp=np):
@@ -2614,7 +2615,7 @@ def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
-        return loss, tuple(d.astype(x.dtype) for d, x in zip(grads, mlp))
+        return loss, tuple(d.astype(native(x)) for d, x in zip(grads, mlp))
 
     return on_one_blas_thread(work)
 
