@@ -2075,54 +2075,54 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        new, start, k_end, left = self._checked(x, cache, lengths, starts, indices, core)
+        new, start, left = self._checked(x, cache, lengths, starts, indices, core)
         w = self.weights
         if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
         fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
         codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
-        own = rolled(x, -left).astype(w["wo"].dtype, copy=False)
-        (q, turn), tokens, indexer = self._project(w, own, start, indices is None, codes)
+        own = rolled(x, left, back=True).astype(w["wo"].dtype, copy=False)
+        q, turn, tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
             if indices is None:
-                chosen = self._select(indexer, tokens["index_k"], cache, start + new, k_end, codes)
+                chosen = self._select(indexer, tokens["index_k"], cache, start, new, codes)
             else:
-                chosen = rolled(indices, -left)
+                chosen = rolled(indices, left, back=True)
             heads = self._core(w, q, turn, tokens["k"], chosen, cache, core)
             return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
     def _checked(self, x, cache, lengths, starts, indices, core):
-        """Of each sequence how many tokens are new, behind how many others, the keys that each token sees,
-        k_end [B, T], and by how much it is padded on the left: it is rolled to stand right-padded, and back.
+        """Of each sequence how many tokens are new, behind how many others, and by how much it is padded on
+        the left, if any is: it is rolled to stand right-padded, and back.
         """
         n = dims(self.xp, x=(x, "B T dim"))
         B, T, xp = n["B"], n["T"], n["xp"]
-        expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", f"{self.dim}")
+        expect(n["dim"] == self.dim, "dim in x", n["dim"], self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         expect(able, "indices", None, "another layer's, as this one has no indexer")
         expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
+        left = None if starts is None else check_lengths(starts, B, T, "starts")
+        new = T - left if lengths is None and starts is not None else check_lengths(lengths, B, T)
         start = np.zeros(B, np.int64)
-        left = start if starts is None else check_lengths(starts, B, T, "starts")
-        new = check_lengths(T - left if lengths is None else lengths, B, T)
         if cache is not None:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
             own = (self.streams, self.dims.qk_rope_head_dim, B)
-            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, f"{own}, as of new_cache")
+            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
             start = cache.lengths
-        k_end = causal_end(start, new, T)
         if indices is not None:
-            check_indices("indices", indices, {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": xp})
+            longest = int((start + new).max(initial=0))
+            check_indices("indices", indices, {"...": (B,), "T": T, "S": longest, "xp": xp})
         if xp is np:  # a GPU would wait for what is asked of the contents of arrays
-            seen = rolled(k_end, left)
+            seen = rolled(causal_end(start, new, T), left)
             expect(np.isfinite(x[seen > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
             behind = indices is None or (indices < seen[..., None]).all()
             expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-        return new, start, k_end, left
+        return new, start, left
 
     def _project(self, w, x, start, selects=True, codes=False):
         """The tokens x [B, T, dim] at positions from start [B] on -> the queries, q [B, T, H, nope + rope]
@@ -2130,46 +2130,39 @@ class DSALayer:
         selects, the indexer's queries and weights.
         codes: the indexer's vectors are not rounded yet, as they are to be made codes.
         """
-        d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
-        rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        turn = turns(x, start, d)
-        weights = (w[name] for name in OF_X if name in w)
-        qr, k, *of_indexer = made_of_x(x, J**-0.5 * E**-0.5, *weights)
-        normed = self.xp.empty(qr.shape, x.dtype)
-        rms_norm(qr, w["q_norm"], d.norm_eps, normed)
-        q = projected(normed, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
-        rms_norm(k[..., :R], w["kv_norm"], d.norm_eps, k[..., :R])
-        rotate(k[:, :, None, R:], turn, interleaved=True)
-        tokens, indexer = {"k": k[:, :, None]}, {}  # k [B, T, R + rope]
+        d, (B, T, _), turn = self.dims, x.shape, turns(x, start, self.dims)
+        qr, k, *of_indexer = made_of_x(x, w, turn, d)
+        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, -1)
+        tokens, indexer = {"k": k}, {}
 
-        def prepared(u):  # a vector of the indexer [B, T, J, E]
-            rotate(u[..., :rope], turn, d.index_rope_interleaved)
+        def seen(u):  # a vector of the indexer [B, T, J, E], as it is compared
             u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
             return u if codes else PRECISIONS[d.indexer_precision](u)
 
         if self.has_indexer:
-            index_k = of_indexer[0]
-            rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps, index_k, w["indexer.k_norm.bias"])
-            tokens["index_k"] = prepared(index_k[:, :, None])[:, :, 0]
+            tokens["index_k"] = seen(of_indexer[0])[:, :, 0]
         if selects:
-            indexer["index_q"] = prepared(by_rows(normed, w["indexer.wq_b"]).reshape(B, T, J, E))
-            indexer["weights"] = of_indexer[1]
-        return (q, turn), tokens, indexer
+            index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, -1)
+            rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
+            indexer = {"index_q": seen(index_q), "weights": of_indexer[1]}
+        return q, turn, tokens, indexer
 
-    def _select(self, indexer, index_k, cache, lengths, k_end, codes):
+    def _select(self, indexer, index_k, cache, start, new, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
-        (index_q, weights), config = indexer.values(), self._choice
+        (index_q, weights), config, lengths = indexer.values(), self._choice, start + new
         by_length = config.sparse_ratio or config.fallback_dense_threshold  # else by the keys
         if codes:
-            index_q, scales = quantize_fp8(index_q)
+            index_q, scales = quantized(index_q, FP8_BLOCK, "ue8m0", 1e-4)
             index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
         elif cache is not None:
             index_k = cache.read("index_k")
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
+        windows: list[Any] = [None, None]
         # Where all sequences are as long, the windows are the default, and nothing goes to a GPU.
-        alike = k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
-        windows = [None if alike else self.xp.asarray(w) for w in (0 * k_end, k_end)]
+        if len({index_k.shape[1], *lengths.tolist()}) > 1 or {index_q.shape[1]} != set(new.tolist()):
+            k_end = causal_end(start, new, index_q.shape[1])
+            windows = [self.xp.asarray(w) for w in (0 * k_end, k_end)]
         arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
         arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
@@ -2211,18 +2204,33 @@ class DSALayer:
         return out.reshape(B, T, H * d.v_head_dim)
 
 
-def rolled(x, by):
-    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
+def rolled(x, by, back=False):
+    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first; or back."""
+    if by is None:
+        return x
     (B, T), xp = x.shape[:2], library("x", x)
-    at = np.arange(B)[:, None], (np.arange(T) - by[:, None]) % max(1, T)
-    return x[tuple(map(xp.asarray, at))] if by.any() else x
+    at = np.arange(B)[:, None], (np.arange(T) + (by if back else -by)[:, None]) % max(1, T)
+    return x[tuple(map(xp.asarray, at))]
 
 
 @by_library
-def made_of_x(x, factor, wq_a, wkv_a, *indexer):
-    """x [B, T, dim] by each of the weights OF_X, what the indexer sees by_rows, the last times a factor."""
-    y = [by_rows(x, wq_a), projected(x, wkv_a), *(by_rows(x, weight) for weight in indexer)]
-    return [*y[:-1], y[-1] * factor] if indexer else y
+def made_of_x(x, w, turn, d):
+    """What the weights OF_X make of tokens x [B, T, dim]: qr [B, T, Q], normed, and [c | k_pe] [B, T, 1,
+    R + rope], normed and turned; if there is an indexer its key [B, T, 1, E], which is both, and its weights.
+    """
+    R, rope = len(w["kv_norm"]), d.qk_rope_head_dim
+    qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
+    k = projected(x, w["wkv_a"])[:, :, None]
+    k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
+    rotate(k[..., R:], turn, interleaved=True)
+    if "indexer.wk" not in w:
+        return qr, k
+    index_k = by_rows(x, w["indexer.wk"])[:, :, None]
+    index_k -= index_k.mean(-1, keepdims=True)  # LayerNorm
+    index_k = rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps) + w["indexer.k_norm.bias"]
+    rotate(index_k[..., :rope], turn, d.index_rope_interleaved)
+    factor = d.index_n_heads**-0.5 * d.index_head_dim**-0.5
+    return qr, k, index_k, by_rows(x, w["indexer.weights_proj"]) * factor
 
 
 @by_library
@@ -2253,12 +2261,8 @@ def by_heads(x, weight, out):
     return out
 
 
-@by_library
-def rms_norm(x, weight, eps, out, bias=None):
-    """RMSNorm of x [..., N] or, with a bias, LayerNorm, to out, which may be x."""
-    x = x if bias is None else x - x.mean(-1, keepdims=True)
-    y = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-    out[...] = y if bias is None else y + bias
+def rms_norm(x, weight, eps):
+    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
 @by_library
@@ -2996,9 +3000,10 @@ def scratch(chip, nbytes):
     return memory
 
 
-def launch(name, block, grid, arrays, sizes, **constants):
-    """Launch a kernel on the device of its first array."""
-    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*sizes))
+def launch(name, block, grid, arrays, sizes, place=(), **constants):
+    """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
+    numbers = as_arguments(*place) + as_arguments(*sizes)
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers)
 
 
 @functools.cache
@@ -3623,22 +3628,47 @@ def gpu_in_one_dtype(weights):
     return kept
 
 
-def gpu_made_of_x(x, factor, *weights):
-    """One product with all, where they lie one behind another; in a copy of a layer they do not.
+def gpu_made_of_x(x, w, turn, d):
+    """By one product, if the weights lie one behind another, as they do but in a copy, and one launch.
 
-    There is no factor, as one that is positive and the same for all scores changes no selection.
+    The indexer's weights have no factor: one that is positive and the same for all changes no selection.
     """
-    places, sizes = [w.data.ptr for w in weights], [len(w) for w in weights]
-    if places[1:] != [at + w.nbytes for at, w in zip(places[:-1], weights)]:
-        return [gpu_projected(x, w) for w in weights]
-    y, ends = gpu_projected(x, weights[0], rows=sum(sizes)), itertools.accumulate(sizes)
-    return [y[..., end - size : end] for size, end in zip(sizes, ends)]
+    cupy, (B, T, _), (cos, sin, *place) = sys.modules["cupy"], x.shape, turn
+    own = [w[name] for name in OF_X if name in w]
+    y = gpu_projected(x, cupy.concatenate(own) if own[0].base is None else own[0].base)
+    y, normed = y[:, :, None], cupy.empty((B, T, len(own[0])), x.dtype)
+    Q, R, rope, E = len(own[0]), len(w["kv_norm"]), d.qk_rope_head_dim, d.index_head_dim
+    norms = (
+        w.get(f"{name}_norm{of}")
+        for name, of in (("q", ""), ("kv", ""), ("indexer.k", ""), ("indexer.k", ".bias"))
+    )
+    sizes = (
+        y.shape[-1],
+        Q,
+        R,
+        rope,
+        E,
+        int(d.index_rope_interleaved),
+        *map(np.float64, (d.norm_eps, d.index_norm_eps)),
+    )
+    launch(
+        "made_of_x",
+        32,
+        (B * T, 2 + (len(own) > 2)),
+        (y, normed, *norms, cos, sin),
+        sizes,
+        place,
+        ACC=y.dtype,
+        OUT=x.dtype,
+    )
+    ends = Q + R + rope, Q + R + rope + E
+    found = normed, y[..., Q : ends[0]], y[..., ends[0] : ends[1]], y[..., 0, ends[1] :]
+    return found[: len(own)]
 
 
-def gpu_projected(x, weight, dtype=None, rows=None):
-    """projected, of so many rows from where weight begins."""
-    cupy, acc, width, N = sys.modules["cupy"], accumulator(weight), weight.shape[1], rows or len(weight)
-    x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
+def gpu_projected(x, weight, dtype=None):
+    cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
+    x = aligned(x.astype(weight.dtype, copy=False))
     y, one = cupy.empty((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc), ONE_AT[acc.itemsize]
     cublas, handle = cupy.cuda.cublas, cupy.cuda.get_cublas_handle()
     compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
@@ -3669,25 +3699,20 @@ def turn_table(d, length, dtype, device):
 
 def gpu_turns(x, start, d):
     """cos and sin, the place of the first token in them, and after how many tokens it begins again there."""
-    T, last = x.shape[1], int(start.max(initial=0))
+    T, start = x.shape[1], start.tolist()
+    last = max(start, default=0)
     cos, sin = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
-    if (start == last).all():  # then nothing goes to the device
+    if start.count(last) == len(start):  # then nothing goes to the device
         return cos, sin, last, T
-    at = sys.modules["cupy"].asarray(start[:, None] + np.arange(T))
+    at = sys.modules["cupy"].asarray(np.add.outer(start, np.arange(T)))
     return cos[at], sin[at], 0, at.size
 
 
-def gpu_rms_norm(x, weight, eps, out, bias=None):
-    rows, apart = math.prod(x.shape[:-1]), (y.strides[-2] // y.itemsize for y in (x, out))
-    sizes, types = (x.shape[-1], *apart, np.float64(eps)), {"ACC": x.dtype, "OUT": out.dtype}
-    launch("rms_norm", 256, (rows,), (x, weight, bias, out), sizes, **types)
-
-
 def gpu_rotate(x, turn, interleaved, out=None):
-    (B, T, H, d), (cos, sin, *places), y = x.shape, turn, x if out is None else out
+    (B, T, H, d), (cos, sin, *place), y = x.shape, turn, x if out is None else out
     apart = (stride // x.itemsize for z in (x, y) for stride in z.strides[1:3])
-    sizes, grid = (H, d // 2, *places, *apart, int(interleaved)), (B * T, -(-H * d // 512))
-    launch("rotate", 256, grid, (x, y, cos, sin), sizes, TYPE=x.dtype, ACC=cos.dtype)
+    sizes, grid = (H, d // 2, *apart, int(interleaved)), (B * T, -(-H * d // 512))
+    launch("rotate", 256, grid, (x, y, cos, sin), sizes, place, TYPE=x.dtype, ACC=cos.dtype)
 
 
 GPU = {
@@ -3698,8 +3723,8 @@ GPU = {
     "sparse_attention_backward": gpu_sparse_attention_backward, "loss_of_rows": gpu_loss_of_rows,
     "attention_target": gpu_attention_target,
     "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
-    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rms_norm": gpu_rms_norm,
-    "rotate": gpu_rotate, "made_of_x": gpu_made_of_x, "in_one_dtype": gpu_in_one_dtype,
+    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rotate": gpu_rotate,
+    "made_of_x": gpu_made_of_x, "in_one_dtype": gpu_in_one_dtype,
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 

@@ -4277,7 +4277,7 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("add_by_atomics", {"ACC": x}) for x in (FLOAT, DOUBLE)),
     *(("quantize_fp8", {"BLOCK": 128, "UE8M0": 1, "XT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
       for x in (FLOAT, DOUBLE, HALF, BF16)),
-    *(("rms_norm", {"ACC": x, "OUT": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
+    *(("made_of_x", {"ACC": x, "OUT": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
     *(("rotate", {"ACC": x, "TYPE": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
 ]  # fmt: skip
 
