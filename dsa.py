@@ -687,17 +687,17 @@ class KVCache:
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        given, known = sorted(tokens), sorted(self.streams)
-        expect(given == known, "the streams given", given, f"the cache's {known}")
+        expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, x in tokens.items():
             dims(self.xp, **{name: (x, "...")})
             expected = (self.batch, *count, *self.streams[name])
-            expect(x.shape == expected, name, f"of shape {x.shape}", f"{expected}")
+            if x.shape != expected:
+                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
         new = check_lengths(lengths, self.batch, *count)
-        need = int((self._lengths + new).max())
-        room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
-        expect(self.grow or need <= self.capacity, "the cache", "full", room)
+        if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
+            room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
+            raise ValueError(f"the cache is full, expected {room}")
         rows = [
             {name: self._encode(name, x[b, :length]) for name, x in tokens.items()}
             for b, length in enumerate(new)
@@ -1878,6 +1878,7 @@ WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
     "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b", "o_proj": "wo",
 }  # fmt: skip
 OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights that multiply a layer's input
+NORMS = ("q_norm", "kv_norm", "indexer.k_norm", "indexer.k_norm.bias")  # those of what they make
 IN_CONFIG = {  # the name in config.json of those dims that have another one there
     "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
     "index_rope_interleaved": "indexer_rope_interleave",
@@ -2082,7 +2083,7 @@ class DSALayer:
         fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
         codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
         own = rolled(x, left, back=True).astype(w["wo"].dtype, copy=False)
-        q, turn, tokens, indexer = self._project(w, own, start, indices is None, codes)
+        (q, turn), tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
             if indices is None:
@@ -2100,7 +2101,7 @@ class DSALayer:
         """
         n = dims(self.xp, x=(x, "B T dim"))
         B, T, xp = n["B"], n["T"], n["xp"]
-        expect(n["dim"] == self.dim, "dim in x", n["dim"], self.dim)
+        expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         expect(able, "indices", None, "another layer's, as this one has no indexer")
@@ -2132,7 +2133,8 @@ class DSALayer:
         """
         d, (B, T, _), turn = self.dims, x.shape, turns(x, start, self.dims)
         qr, k, *of_indexer = made_of_x(x, w, turn, d)
-        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, -1)
+        heads = B, T, d.n_heads, d.qk_nope_head_dim + d.qk_rope_head_dim
+        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(heads)
         tokens, indexer = {"k": k}, {}
 
         def seen(u):  # a vector of the indexer [B, T, J, E], as it is compared
@@ -2142,10 +2144,10 @@ class DSALayer:
         if self.has_indexer:
             tokens["index_k"] = seen(of_indexer[0])[:, :, 0]
         if selects:
-            index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, -1)
+            index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, d.index_head_dim)
             rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
             indexer = {"index_q": seen(index_q), "weights": of_indexer[1]}
-        return q, turn, tokens, indexer
+        return (q, turn), tokens, indexer
 
     def _select(self, indexer, index_k, cache, start, new, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
@@ -3523,31 +3525,44 @@ def gathered_slots(x, rows):
     return taken
 
 
+@functools.cache
+def sums_of(acc):
+    """How cuBLAS sums in acc: where it finds 1 and 0, the type, and the algorithm."""
+    cublas = sys.modules["cupy"].cuda.cublas
+    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
+    return ONE_AT[acc.itemsize], ONE_AT[acc.itemsize] + acc.itemsize, (compute, cublas.CUBLAS_GEMM_DEFAULT)
+
+
 def product(a, b, out=None):
     """a [N, m, k] @ b [N, k, n] of one dtype, by cuBLAS -> [N, m, n], or out, in the dtype of its sums.
 
     Of each of the last two axes of a and b one is contiguous; the rows of out may stand further apart.
     """
-    cupy, acc, (N, m, k), n = sys.modules["cupy"], accumulator(a), a.shape, b.shape[2]
-    out = cupy.empty((N, m, n), acc) if out is None else out
-    if 0 in (N, m, n, k):
+    cupy, shape = sys.modules["cupy"], (*a.shape[:2], b.shape[2])
+    out = cupy.empty(shape, accumulator(a)) if out is None else out
+    if 0 in shape or not a.shape[2]:
         out[...] = 0
         return out
+    before, between, after, how = product_plan(*((x.shape, x.strides, x.dtype) for x in (a, b, out)))
+    handle, multiply = cupy.cuda.get_cublas_handle(), cupy.cuda.cublas.gemmStridedBatchedEx
+    multiply(handle, *before, b.data.ptr, *between, a.data.ptr, *after, out.data.ptr, *how)
+    return out
 
-    def operand(x):  # is it transposed?, a pointer, the type, the lengths of a row and of a matrix
-        (_, rows, columns), (matrix, row, column) = x.shape, (stride // x.itemsize for stride in x.strides)
+
+@plan
+def product_plan(a, b, out):
+    """What cuBLAS is told of such arrays: in front of their pointers, between them and behind."""
+
+    def operand(shape, strides, dtype):  # is it transposed?, the type, the lengths of a row and of a matrix
+        (_, rows, columns), (matrix, row, column) = shape, (stride // dtype.itemsize for stride in strides)
         straight = (column == 1 or columns == 1) and (row >= columns or rows == 1)
         row = max(row, columns) if straight else column
-        return int(not straight), x.data.ptr, CUDA_R[x.dtype.char], row, matrix
+        return int(not straight), CUDA_R[dtype.char], row, matrix
 
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
-    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
-    cublas, handle, one = cupy.cuda.cublas, cupy.cuda.get_cublas_handle(), ONE_AT[acc.itemsize]
-    zero = one + acc.itemsize
-    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    how = N, compute, cublas.CUBLAS_GEMM_DEFAULT
-    cublas.gemmStridedBatchedEx(handle, b_t, a_t, n, m, k, one, *b_is, *a_is, zero, *out_is, *how)
-    return out
+    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = (operand(*x) for x in (a, b, out))
+    (N, m, k), n, (one, zero, how) = a[0], b[0][2], sums_of(F64 if a[2] == F64 else F32)
+    return (b_t, a_t, n, m, k, one), b_is, (*a_is, zero), (*out_is, N, *how)
 
 
 def add_by_key(rows, slots, sums, deterministic):
@@ -3634,49 +3649,27 @@ def gpu_made_of_x(x, w, turn, d):
     The indexer's weights have no factor: one that is positive and the same for all changes no selection.
     """
     cupy, (B, T, _), (cos, sin, *place) = sys.modules["cupy"], x.shape, turn
-    own = [w[name] for name in OF_X if name in w]
+    own, norms = [w[name] for name in OF_X if name in w], [w.get(name) for name in NORMS]
     y = gpu_projected(x, cupy.concatenate(own) if own[0].base is None else own[0].base)
-    y, normed = y[:, :, None], cupy.empty((B, T, len(own[0])), x.dtype)
-    Q, R, rope, E = len(own[0]), len(w["kv_norm"]), d.qk_rope_head_dim, d.index_head_dim
-    norms = (
-        w.get(f"{name}_norm{of}")
-        for name, of in (("q", ""), ("kv", ""), ("indexer.k", ""), ("indexer.k", ".bias"))
-    )
-    sizes = (
-        y.shape[-1],
-        Q,
-        R,
-        rope,
-        E,
-        int(d.index_rope_interleaved),
-        *map(np.float64, (d.norm_eps, d.index_norm_eps)),
-    )
-    launch(
-        "made_of_x",
-        32,
-        (B * T, 2 + (len(own) > 2)),
-        (y, normed, *norms, cos, sin),
-        sizes,
-        place,
-        ACC=y.dtype,
-        OUT=x.dtype,
-    )
-    ends = Q + R + rope, Q + R + rope + E
-    found = normed, y[..., Q : ends[0]], y[..., ends[0] : ends[1]], y[..., 0, ends[1] :]
-    return found[: len(own)]
+    Q, R, rope, E = len(norms[0]), len(norms[1]), d.qk_rope_head_dim, d.index_head_dim
+    normed, arrays = cupy.empty((B, T, Q), x.dtype), (*norms, cos, sin)
+    eps, interleaved = map(np.float64, (d.norm_eps, d.index_norm_eps)), int(d.index_rope_interleaved)
+    sizes, grid = (y.shape[-1], Q, R, rope, E, interleaved, *eps), (B * T, 2 + (len(own) > 2))
+    launch("made_of_x", 32, grid, (y, normed, *arrays), sizes, place, ACC=y.dtype, OUT=x.dtype)
+    k, at = y[:, :, None, Q : Q + R + rope], Q + R + rope
+    return (normed, k, y[:, :, None, at : at + E], y[..., at + E :]) if len(own) > 2 else (normed, k)
 
 
 def gpu_projected(x, weight, dtype=None):
     cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
     x = aligned(x.astype(weight.dtype, copy=False))
-    y, one = cupy.empty((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc), ONE_AT[acc.itemsize]
-    cublas, handle = cupy.cuda.cublas, cupy.cuda.get_cublas_handle()
-    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    kind, sizes = CUDA_R[weight.dtype.char], (N, y.size // N, width)
-    factors = weight.data.ptr, kind, width, x.data.ptr, kind, width, one + acc.itemsize
-    out = y.data.ptr, CUDA_R[y.dtype.char], N, compute, cublas.CUBLAS_GEMM_DEFAULT
+    y = cupy.empty((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
-        cublas.gemmEx(handle, 1, 0, *sizes, one, *factors, *out)
+        (one, zero, how), kind = sums_of(acc), CUDA_R[weight.dtype.char]
+        factors = weight.data.ptr, kind, width, x.data.ptr, kind, width
+        out, sizes = (y.data.ptr, CUDA_R[y.dtype.char], N), (N, y.size // N, width)
+        cublas = cupy.cuda.cublas
+        cublas.gemmEx(cupy.cuda.get_cublas_handle(), 1, 0, *sizes, one, *factors, zero, *out, *how)
     return y.astype(dtype or acc, copy=False)
 
 
