@@ -2049,18 +2049,14 @@ class DSALayer:
     def __copy__(self):
         return copy.deepcopy(self)
 
-    def new_cache(
-        self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
-    ):
+    def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
-        kwargs: dict[str, Any] = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp}
-        kwargs |= {"qk_rope_head_dim": self.dims.qk_rope_head_dim, **self.streams}
-        if fast_bytes is None and local_window == 0 and path is None:
-            return KVCache(capacity, **kwargs)
-        return HybridKVCache(capacity, fast_bytes=fast_bytes, local_window=local_window, path=path, **kwargs)
+        own = {"qk_rope_head_dim": self.dims.qk_rope_head_dim, "xp": self.xp, **self.streams, **tiers}
+        kind = HybridKVCache if tiers else KVCache
+        return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
 
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
         """x [B, T, dim], normed -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
@@ -2971,14 +2967,14 @@ class Kernel:
 
         An array arrives as a pointer to where it begins, None as a null pointer; numbers: as_arguments.
         """
-        array, (null,), given = sys.modules["cupy"].ndarray, as_arguments(0), []
+        array, device, (null,) = sys.modules["cupy"].ndarray, self.chip.device, as_arguments(0)
         for x in arrays:
-            if isinstance(x, array) and x.data.device_id != self.chip.device:
-                raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
-            given.append(null if x is None else x)
+            if isinstance(x, array) and x.data.device_id != device:
+                raise ValueError(f"an array is on device {x.data.device_id}, expected {device}")
         if min(grid) > 0:
             if self.function is None:
                 compile_together(self)
+            given = [null if x is None else x for x in arrays]
             self.function(grid, self.block, given + numbers, shared)
 
 
@@ -3635,7 +3631,7 @@ def gpu_in_one_dtype(weights):
     half = {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
     kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
     own = [name for name in OF_X if name in weights]
-    whole = xp.empty((sum(len(weights[name]) for name in own), weights[own[0]].shape[1]), kinds[own[0]])
+    whole = xp.ndarray((sum(len(weights[name]) for name in own), weights[own[0]].shape[1]), kinds[own[0]])
     kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items() if name not in own}
     for name in own:
         kept[name] = whole[begin : (begin := begin + len(weights[name]))]
@@ -3652,7 +3648,7 @@ def gpu_made_of_x(x, w, turn, d):
     own, norms = [w[name] for name in OF_X if name in w], [w.get(name) for name in NORMS]
     y = gpu_projected(x, cupy.concatenate(own) if own[0].base is None else own[0].base)
     Q, R, rope, E = len(norms[0]), len(norms[1]), d.qk_rope_head_dim, d.index_head_dim
-    normed, arrays = cupy.empty((B, T, Q), x.dtype), (*norms, cos, sin)
+    normed, arrays = cupy.ndarray((B, T, Q), x.dtype), (*norms, cos, sin)
     eps, interleaved = map(np.float64, (d.norm_eps, d.index_norm_eps)), int(d.index_rope_interleaved)
     sizes, grid = (y.shape[-1], Q, R, rope, E, interleaved, *eps), (B * T, 2 + (len(own) > 2))
     launch("made_of_x", 32, grid, (y, normed, *arrays), sizes, place, ACC=y.dtype, OUT=x.dtype)
@@ -3663,7 +3659,7 @@ def gpu_made_of_x(x, w, turn, d):
 def gpu_projected(x, weight, dtype=None):
     cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
     x = aligned(x.astype(weight.dtype, copy=False))
-    y = cupy.empty((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
+    y = cupy.ndarray((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
         (one, zero, how), kind = sums_of(acc), CUDA_R[weight.dtype.char]
         factors = weight.data.ptr, kind, width, x.data.ptr, kind, width
@@ -3703,7 +3699,7 @@ def gpu_turns(x, start, d):
 
 def gpu_rotate(x, turn, interleaved, out=None):
     (B, T, H, d), (cos, sin, *place), y = x.shape, turn, x if out is None else out
-    apart = (stride // x.itemsize for z in (x, y) for stride in z.strides[1:3])
+    apart = [stride // x.itemsize for stride in (*x.strides[1:3], *y.strides[1:3])]
     sizes, grid = (H, d // 2, *apart, int(interleaved)), (B * T, -(-H * d // 512))
     launch("rotate", 256, grid, (x, y, cos, sin), sizes, place, TYPE=x.dtype, ACC=cos.dtype)
 
