@@ -2089,7 +2089,8 @@ class DSALayer:
             heads = self._core(w, q, turn, tokens["k"], chosen, cache, core)
             return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
 
-        return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
+        some = lengths if starts is None else new
+        return attended() if cache is None else cache.append_then(attended, lengths=some, **tokens)
 
     def _checked(self, x, cache, lengths, starts, indices, core):
         """Of each sequence how many tokens are new, behind how many others, and by how much it is padded on
@@ -3627,16 +3628,13 @@ def gpu_rounded_to_fp8(x):
 
 def gpu_in_one_dtype(weights):
     """In one dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
-    xp, dtype, begin = sys.modules["cupy"], accumulator(*weights.values()), 0
+    xp, dtype = sys.modules["cupy"], accumulator(*weights.values())
     half = {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
     kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
-    own = [name for name in OF_X if name in weights]
-    whole = xp.ndarray((sum(len(weights[name]) for name in own), weights[own[0]].shape[1]), kinds[own[0]])
-    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items() if name not in own}
-    for name in own:
-        kept[name] = whole[begin : (begin := begin + len(weights[name]))]
-        kept[name][...] = weights[name]
-    return kept
+    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items()}
+    own = [name for name in OF_X if name in kept]
+    ends = list(itertools.accumulate(len(kept[name]) for name in own))
+    return kept | dict(zip(own, xp.split(xp.concatenate([kept[name] for name in own]), ends[:-1])))
 
 
 def gpu_made_of_x(x, w, turn, d):
