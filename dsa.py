@@ -2304,12 +2304,8 @@ def named_weights(weights, d):
     for name, x in named.items():
         expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
         expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", expected)
-    return KERNELS.get(("in_one_dtype", xp.__name__), in_one_dtype)(named)
-
-
-def in_one_dtype(weights):
-    dtype = accumulator(*weights.values())
-    return {name: x.astype(dtype, copy=False) for name, x in weights.items()}
+    dtype, as_kept = accumulator(*named.values()), KERNELS.get(("as_kept", xp.__name__))
+    return as_kept(named, dtype) if as_kept else {x: named[x].astype(dtype, copy=False) for x in named}
 
 
 # A checkpoint's folder.
@@ -2900,10 +2896,13 @@ TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
 }  # fmt: skip
-ONE_ZERO = [np.array([1, 0], dtype) for dtype in (np.float32, np.float64)]  # which cuBLAS reads from memory
-ONE_AT = {x.itemsize: x.ctypes.data for x in ONE_ZERO}
+ONE_ZERO = [np.array([1, 0], dtype) for dtype in "fd"]  # which cuBLAS reads from memory
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 CUDA_R = {"f": 0, "d": 1, "E": 14}  # cuBLAS's numbers of dtypes, float32, float64 and bfloat16
+SUMS = {  # how cuBLAS sums in a dtype: where it finds 1 and 0, CUBLAS_COMPUTE_32F or 64F, its own algorithm
+    x.dtype: (x.ctypes.data, x.ctypes.data + x.itemsize, (compute, -1))
+    for x, compute in zip(ONE_ZERO, (68, 70))
+}
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
@@ -3522,14 +3521,6 @@ def gathered_slots(x, rows):
     return taken
 
 
-@functools.cache
-def sums_of(acc):
-    """How cuBLAS sums in acc: where it finds 1 and 0, the type, and the algorithm."""
-    cublas = sys.modules["cupy"].cuda.cublas
-    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    return ONE_AT[acc.itemsize], ONE_AT[acc.itemsize] + acc.itemsize, (compute, cublas.CUBLAS_GEMM_DEFAULT)
-
-
 def product(a, b, out=None):
     """a [N, m, k] @ b [N, k, n] of one dtype, by cuBLAS -> [N, m, n], or out, in the dtype of its sums.
 
@@ -3558,7 +3549,7 @@ def product_plan(a, b, out):
 
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
     (a_t, *a_is), (b_t, *b_is), (_, *out_is) = (operand(*x) for x in (a, b, out))
-    (N, m, k), n, (one, zero, how) = a[0], b[0][2], sums_of(F64 if a[2] == F64 else F32)
+    (N, m, k), n, (one, zero, how) = a[0], b[0][2], SUMS[F64 if a[2] == F64 else F32]
     return (b_t, a_t, n, m, k, one), b_is, (*a_is, zero), (*out_is, N, *how)
 
 
@@ -3626,10 +3617,9 @@ def gpu_rounded_to_fp8(x):
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
-def gpu_in_one_dtype(weights):
-    """In one dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
-    xp, dtype = sys.modules["cupy"], accumulator(*weights.values())
-    half = {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
+def gpu_as_kept(weights, dtype):
+    """In dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
+    xp, half = sys.modules["cupy"], {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
     kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
     kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items()}
     own = [name for name in OF_X if name in kept]
@@ -3649,7 +3639,7 @@ def gpu_made_of_x(x, w, turn, d):
     normed, arrays = cupy.ndarray((B, T, Q), x.dtype), (*norms, cos, sin)
     eps, interleaved = map(np.float64, (d.norm_eps, d.index_norm_eps)), int(d.index_rope_interleaved)
     sizes, grid = (y.shape[-1], Q, R, rope, E, interleaved, *eps), (B * T, 2 + (len(own) > 2))
-    launch("made_of_x", 32, grid, (y, normed, *arrays), sizes, place, ACC=y.dtype, OUT=x.dtype)
+    launch("made_of_x", 256, grid, (y, normed, *arrays), sizes, place, ACC=y.dtype, OUT=x.dtype)
     k, at = y[:, :, None, Q : Q + R + rope], Q + R + rope
     return (normed, k, y[:, :, None, at : at + E], y[..., at + E :]) if len(own) > 2 else (normed, k)
 
@@ -3659,11 +3649,10 @@ def gpu_projected(x, weight, dtype=None):
     x = aligned(x.astype(weight.dtype, copy=False))
     y = cupy.ndarray((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
-        (one, zero, how), kind = sums_of(acc), CUDA_R[weight.dtype.char]
+        kind, (one, zero, how), multiply = CUDA_R[weight.dtype.char], SUMS[acc], cupy.cuda.cublas.gemmEx
         factors = weight.data.ptr, kind, width, x.data.ptr, kind, width
         out, sizes = (y.data.ptr, CUDA_R[y.dtype.char], N), (N, y.size // N, width)
-        cublas = cupy.cuda.cublas
-        cublas.gemmEx(cupy.cuda.get_cublas_handle(), 1, 0, *sizes, one, *factors, zero, *out, *how)
+        multiply(cupy.cuda.get_cublas_handle(), 1, 0, *sizes, one, *factors, zero, *out, *how)
     return y.astype(dtype or acc, copy=False)
 
 
@@ -3711,7 +3700,7 @@ GPU = {
     "attention_target": gpu_attention_target,
     "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
     "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rotate": gpu_rotate,
-    "made_of_x": gpu_made_of_x, "in_one_dtype": gpu_in_one_dtype,
+    "made_of_x": gpu_made_of_x, "as_kept": gpu_as_kept,
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 

@@ -292,6 +292,16 @@ template <class T> __device__ T sum_of_warp(T x) {
     for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
     return x;
 }
+template <class T> __device__ T sum_of_block(T x) {  // of 256 threads, always in the same order
+    __shared__ T parts[8];
+    x = sum_of_warp(x);
+    __syncthreads();  // all have read the sum before
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    T sum = 0;
+    for (int w = 0; w < 8; w++) sum += parts[w];
+    return sum;
+}
 template <class T> __device__ T max_of_warp(T x) {
     for (int d = 16; d; d /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, d));
     return x;
@@ -2385,9 +2395,8 @@ extern "C" __global__ void __launch_bounds__(256)
 // inout x rows of ACC, `apart` from one to the next: qr [Q], c [R], k_pe [rope], and an indexer's key [E]
 // in    cos, sin [.., rope / 2], those of token t at first + t % positions
 // out   normed [rows, Q] OUT, of qr; the others stay in x: c is normed, k_pe turned, and the key both
-// grid  (rows, 2, or 3 with an indexer)   block 32
-// rotate                                                                                               RoPE
-// in    x, out y, which may be x: [tokens, H, 2 * half] TYPE, apart and next_head numbers to the next of each
+// grid  (rows, 2, or 3 with an indexer)   block 256
+// rotate   RoPE of x [tokens, H, 2 * half] TYPE, apart and next_head numbers to the next, to y, which may be x
 // grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
 // ---------------------------------------------------------------------------------------------------------
 template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 half, bool pairs, A c, A s) {
@@ -2397,7 +2406,7 @@ template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 ha
 }
 
 #ifdef MADE_OF_X
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(256)
     made_of_x(ACC* x, OUT* normed, const ACC* q_norm, const ACC* kv_norm, const ACC* k_norm, const ACC* bias,
               const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 apart, i64 Q, i64 R, i64 rope, i64 E,
               i64 interleaved, double eps, double index_eps) {
@@ -2406,18 +2415,18 @@ extern "C" __global__ void __launch_bounds__(32)
     const ACC* weight = of_q ? q_norm : of_key ? k_norm : kv_norm;
     x += blockIdx.x * apart + (of_q ? 0 : of_key ? Q + R + rope : Q);
     ACC sum = 0, squares = 0;
-    for (i64 i = threadIdx.x; i < N; i += 32) sum += x[i];
-    const ACC mean = of_key ? sum_of_warp(sum) / N : ACC(0);
-    for (i64 i = threadIdx.x; i < N; i += 32) squares += (x[i] - mean) * (x[i] - mean);
-    const ACC r = 1 / sqrt(sum_of_warp(squares) / N + ACC(of_key ? index_eps : eps));
-    for (i64 i = threadIdx.x; i < N; i += 32) {
+    for (i64 i = threadIdx.x; i < N; i += 256) sum += x[i];
+    const ACC mean = of_key ? sum_of_block(sum) / N : ACC(0);
+    for (i64 i = threadIdx.x; i < N; i += 256) squares += (x[i] - mean) * (x[i] - mean);
+    const ACC r = 1 / sqrt(sum_of_block(squares) / N + ACC(of_key ? index_eps : eps));
+    for (i64 i = threadIdx.x; i < N; i += 256) {
         const ACC y = weight[i] * (x[i] - mean) * r + (of_key ? bias[i] : ACC(0));
         if (of_q) normed[blockIdx.x * Q + i] = Rounded<OUT>::of(y);
         else x[i] = y;
     }
-    __syncwarp();
+    __syncthreads();
     x += of_key ? 0 : R;
-    for (i64 i = threadIdx.x; i < rope / 2 && !of_q; i += 32)
+    for (i64 i = threadIdx.x; i < rope / 2 && !of_q; i += 256)
         turn(x, x, i, rope / 2, !of_key || interleaved, cos[at + i], sin[at + i]);
 }
 #endif
@@ -2437,17 +2446,6 @@ extern "C" __global__ void __launch_bounds__(256)
 // Training, section 13 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
 // ---------------------------------------------------------------------------------------------------------
-#if defined(ATTEND_BACKWARD) || defined(INDEXER_BACKWARD)
-__device__ ACC sum_of_block(ACC x) {  // of 256 threads, always in the same order
-    __shared__ ACC parts[8];
-    x = sum_of_warp(x);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    ACC sum = 0;
-    for (int w = 0; w < 8; w++) sum += parts[w];
-    return sum;
-}
-#endif
 
 // ---------------------------------------------------------------------------------------------------------
 // gather                                                                 the keys of each query, side by side
