@@ -42,7 +42,7 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -2938,8 +2938,14 @@ def like(x):
 plan = functools.lru_cache(maxsize=4096)
 
 
+COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
+
+
 class Kernel:
-    """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`."""
+    """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`.
+
+    As soon as it is asked for it is compiled, beside others; the first launch waits for that.
+    """
 
     def __init__(self, chip, name, block, **constants):
         self.chip, self.name, self.block = chip, name, (block,)
@@ -2949,6 +2955,7 @@ class Kernel:
         if name.endswith("_wgmma"):
             self.options += ("-arch=sm_90a",)
         self.large_cluster = named.get("BLOCKS", 1) > 8  # has to be allowed, by attribute 14
+        self.compiling: Any = COMPILERS.submit(self.compile)
 
     def compile(self):
         """Compile it; CuPy keeps it on disk."""
@@ -2962,6 +2969,13 @@ class Kernel:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
             self.function = raw.kernel
 
+    def wait(self):
+        """Until it is compiled, or anew if that failed; what takes over a second is said once."""
+        compiling, self.compiling = self.compiling or COMPILERS.submit(self.compile), None
+        if not wait([compiling], 1).done:
+            say_that_it_compiles()
+        compiling.result()
+
     def __call__(self, grid, arrays, numbers, shared=0):
         """Launch on the current stream. shared: bytes of dynamic shared memory.
 
@@ -2973,7 +2987,7 @@ class Kernel:
                 raise ValueError(f"an array is on device {x.data.device_id}, expected {device}")
         if min(grid) > 0:
             if self.function is None:
-                compile_together(self)
+                self.wait()
             given = [null if x is None else x for x in arrays]
             self.function(grid, self.block, given + numbers, shared)
 
@@ -3002,20 +3016,6 @@ def launch(name, block, grid, arrays, sizes, place=(), **constants):
     """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
     numbers = as_arguments(*place) + as_arguments(*sizes)
     kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers)
-
-
-@functools.cache
-def compile_together(*kernels):
-    """Compile those of the kernels that are not yet, side by side."""
-    todo = [x for x in kernels if x.function is None]
-    if todo:
-        timer = threading.Timer(1, say_that_it_compiles)
-        timer.start()
-        try:
-            with ThreadPoolExecutor(len(todo)) as pool:
-                list(pool.map(Kernel.compile, todo))
-        finally:
-            timer.cancel()
 
 
 @functools.cache
@@ -3174,13 +3174,11 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     (scored, real, score), rows = scores_of(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        ranked, rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)
-        compile_together(scored, ranked)
+        rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)[1]
         memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
         return rank(scores, k_start, k_end)
-    compile_together(scored, topk_kernel(scored.chip, real, most, S, quota)[0])
     indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
@@ -3257,8 +3255,6 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tie
     places = [(x.place, *(0, *x.strides)[-4:-1]) for x in (k, v)]
     how = kind, shape, places, tied, rope
     attend, merge, grid, shared, splits, chunk = attention_kernels(chip, rows, slots, *how)
-    if merge:
-        compile_together(attend, merge)
     strides = [x // kind.itemsize for kind, place in zip(kind[1:], places) for x in place[1:]]
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
     first, merged = as_arguments(T), as_arguments(splits, rows * H, H, Dv)
@@ -3409,12 +3405,10 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
     z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
     norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
     widths, sizes = {"D": D, "DV": v.shape[-1]}, as_arguments(S, H, G, K, np.float64(scale))
-    by_query, by_key = (
-        kernel(chip(q), "attend_backward_rows", 128, BY_KEY=x, TYPE=q.dtype, **widths) for x in (0, 1)
-    )
-    if by_mma:
-        by_query = kernel(chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
-    compile_together(*(by_query, by_key)[: 2 - at_once])
+    by_rows = functools.partial(kernel, chip(q), "attend_backward_rows", 128, TYPE=q.dtype, **widths)
+    by_key: Any = None if at_once else by_rows(BY_KEY=1)
+    mma = functools.partial(kernel, chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
+    by_query = mma() if by_mma else by_rows(BY_KEY=0)
     sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
     for b in np.ndindex(*n["..."]):
