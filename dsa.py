@@ -42,7 +42,7 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -687,17 +687,17 @@ class KVCache:
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        given, known = sorted(tokens), sorted(self.streams)
-        expect(given == known, "the streams given", given, f"the cache's {known}")
+        expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, x in tokens.items():
             dims(self.xp, **{name: (x, "...")})
             expected = (self.batch, *count, *self.streams[name])
-            expect(x.shape == expected, name, f"of shape {x.shape}", f"{expected}")
+            if x.shape != expected:
+                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
         new = check_lengths(lengths, self.batch, *count)
-        need = int((self._lengths + new).max())
-        room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
-        expect(self.grow or need <= self.capacity, "the cache", "full", room)
+        if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
+            room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
+            raise ValueError(f"the cache is full, expected {room}")
         rows = [
             {name: self._encode(name, x[b, :length]) for name, x in tokens.items()}
             for b, length in enumerate(new)
@@ -1869,6 +1869,12 @@ WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
     "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a",
     "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b", "o_proj": "wo",
 }  # fmt: skip
+OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights that multiply a layer's input
+NORMS = ("q_norm", "kv_norm", "indexer.k_norm", "indexer.k_norm.bias")  # those of what they make
+IN_CONFIG = {  # the name in config.json of those dims that have another one there
+    "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
+    "index_rope_interleaved": "indexer_rope_interleave",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1887,8 +1893,8 @@ class LayerDims:
     rope_theta: float = 10000.0
     rope_factor: float = 40.0  # by how much YaRN extended original_seq_len; 1: no YaRN
     original_seq_len: int = 4096
-    beta_fast: float = 32  # pairs that turn more often than this in original_seq_len keep their frequency
-    beta_slow: float = 1  # those that turn less often are slowed by rope_factor
+    beta_fast: float = 32.0  # pairs that turn more often than this in original_seq_len keep their frequency
+    beta_slow: float = 1.0  # those that turn less often are slowed by rope_factor
     mscale: float = 1.0  # of YaRN's factor in the softmax scale; 0: no factor
     rope_attention_factor: float = 1.0  # on cos and sin
     index_rope_interleaved: bool = False  # True: the indexer of the GLM-5 family
@@ -1896,19 +1902,18 @@ class LayerDims:
     indexer_precision: str = "fp32"  # as in DSAConfig
 
     def __post_init__(self):
+        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
         for field in fields(self):
-            name, value, kind = field.name, getattr(self, field.name), str(field.type)
-            if kind == "int":
+            name, value, kind = field.name, getattr(self, field.name), type(field.default)
+            if kind is int:
                 integer(name, value, 1)
-            elif kind == "float":
+            elif kind is float:
                 number = isinstance(value, numbers.Real) and not isinstance(value, bool)
                 fits = number and math.isfinite(value) and (value > 0 or name == "mscale")
                 expect(fits, name, repr(value), "a positive, finite number")
             else:
-                allowed = (False, True) if kind == "bool" else tuple(PRECISIONS)
-                fits = type(value) is type(allowed[0]) and value in allowed
-                expect(fits, name, repr(value), f"one of {allowed}")
-        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
+                allowed = (False, True) if kind is bool else tuple(PRECISIONS)
+                expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
         expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
         expect(theta > 1, "rope_theta", theta, "above 1")
@@ -1921,20 +1926,19 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
-        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}
-        same = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_n_heads", "index_head_dim")
-        names |= {name: name for name in (*same, "index_topk")}
         try:
             config = read_config(config)
-            found = {own: config.get(name) for own, name in names.items()} | rope_dims(config)
+            found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
+            found |= rope_dims(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
-        layout, model = config.get("indexer_rope_interleave"), str(config.get("model_type", "deepseek"))
-        if layout is None and "index_rope_interleaved" not in dims:  # transformers drops it on saving
-            layout, known = model.startswith("glm"), model.startswith(("glm", "deepseek"))
+        found = {name: value for name, value in found.items() if value is not None} | dims
+        if "index_rope_interleaved" not in found:  # transformers drops it on saving
+            model = str(config.get("model_type", "deepseek"))
+            known = model.startswith(("glm", "deepseek"))
             expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
-        found["index_rope_interleaved"] = layout
-        return cls(**{name: value for name, value in found.items() if value is not None} | dims)
+            found["index_rope_interleaved"] = model.startswith("glm")
+        return cls(**found)
 
     def shapes(self, dim=7168, q_lora_rank=1536, kv_lora_rank=512):
         """The shape of each weight, by its name in a layer.
@@ -1980,7 +1984,8 @@ class DSALayer:
     with model.layers.N.self_attn. before them; dims: the fields of LayerDims, whose shapes() are expected.
     ValueError for a weight that is missing, superfluous or of a wrong shape. A layer without indexer.*
     weights takes its selection from another layer: layer(x, indices=indices).
-    On a GPU matrices in bfloat16 stay so; what they multiply is rounded to it, and sums are float32.
+    On a GPU matrices in bfloat16 stay so; what they multiply is rounded to it, and sums are float32. Those
+    that multiply x are copied, to lie one behind another.
     config: a DSAConfig, which selects in place of index_topk, always by the layer's own indexer; layer and
     n_layers are for its progressive_sparsity.
 
@@ -2018,15 +2023,13 @@ class DSALayer:
         converted works too, if it is in one part (model0-mp1).
         ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, layer, known = Path(path).expanduser(), integer("layer", layer, 0), {}
-        weights = read_layer(path, layer)
+        path, known = Path(path).expanduser(), {}
+        weights = read_layer(path, integer("layer", layer, 0))
         if (file := (path if path.is_dir() else path.parent) / "config.json").exists():
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
-        block = (known.get("quantization_config") or {}).get("weight_block_size")
-        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
-            weights = {name: x for name, x in weights.items() if "indexer" not in NAME.fullmatch(name)[3]}
+            weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = n_layers or known.get("num_hidden_layers")
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
@@ -2038,18 +2041,14 @@ class DSALayer:
     def __copy__(self):
         return copy.deepcopy(self)
 
-    def new_cache(
-        self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
-    ):
+    def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
-        kwargs: dict[str, Any] = {"batch": batch, "storage": storage, "grow": grow, "xp": self.xp}
-        kwargs |= {"qk_rope_head_dim": self.dims.qk_rope_head_dim, **self.streams}
-        if fast_bytes is None and local_window == 0 and path is None:
-            return KVCache(capacity, **kwargs)
-        return HybridKVCache(capacity, fast_bytes=fast_bytes, local_window=local_window, path=path, **kwargs)
+        own = {"qk_rope_head_dim": self.dims.qk_rope_head_dim, "xp": self.xp, **self.streams, **tiers}
+        kind = HybridKVCache if tiers else KVCache
+        return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
 
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
         """x [B, T, dim], normed -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
@@ -2065,132 +2064,124 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        new, start, k_end, left = self._checked(x, cache, lengths, starts, indices, core)
+        new, start, left = self._checked(x, cache, lengths, starts, indices, core)
         w = self.weights
-        if accumulator(x, *w.values()) == np.float64:
+        if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
         fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
         codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
-        own = rolled(x, -left).astype(w["wo"].dtype, copy=False)
-        q, tokens, indexer = self._project(w, own, start, indices is None, codes)
+        own = rolled(x, left, back=True).astype(w["wo"].dtype, copy=False)
+        (q, turn), tokens, indexer = self._project(w, own, start, indices is None, codes)
 
         def attended():
             if indices is None:
-                chosen = self._select(indexer, tokens["index_k"], cache, start + new, k_end, codes)
+                chosen = self._select(indexer, tokens["index_k"], cache, start, new, codes)
             else:
-                chosen = rolled(indices, -left)
-            y = projected(self._core(w, q, tokens["k"], chosen, cache, core), w["wo"]).astype(x.dtype)
-            return rolled(y, left), rolled(chosen, left)
+                chosen = rolled(indices, left, back=True)
+            heads = self._core(w, q, turn, tokens["k"], chosen, cache, core)
+            return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
 
-        return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
+        some = lengths if starts is None else new
+        return attended() if cache is None else cache.append_then(attended, lengths=some, **tokens)
 
     def _checked(self, x, cache, lengths, starts, indices, core):
-        """Of each sequence how many tokens are new, behind how many others, the keys that each token sees,
-        k_end [B, T], and by how much it is padded on the left: it is rolled to stand right-padded, and back.
+        """Of each sequence how many tokens are new, behind how many others, and by how much it is padded on
+        the left, if any is: it is rolled to stand right-padded, and back.
         """
         n = dims(self.xp, x=(x, "B T dim"))
-        B, T, dim, xp = n["B"], n["T"], n["dim"], n["xp"]
-        expect(dim == self.dim, "dim", f"{dim} in x", f"{self.dim}")
+        B, T, xp = n["B"], n["T"], n["xp"]
+        expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
-        expect(able, "indices", None, "another layer's, as this layer has no indexer weights")
+        expect(able, "indices", None, "another layer's, as this one has no indexer")
         expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
-        left = np.zeros(B, np.int64) if starts is None else np.asarray(starts)
-        fits = left.dtype.kind in "iu" and left.shape == (B,) and ((left >= 0) & (left <= T)).all()
-        expect(fits, "starts", left.tolist(), f"{B} integers from 0 to {T}")
-        left = left.astype(np.int64)
-        new, start = check_lengths(T - left if lengths is None else lengths, B, T), np.zeros(B, np.int64)
+        left = None if starts is None else check_lengths(starts, B, T, "starts")
+        new = T - left if lengths is None and starts is not None else check_lengths(lengths, B, T)
+        start = np.zeros(B, np.int64)
         if cache is not None:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
             own = (self.streams, self.dims.qk_rope_head_dim, B)
-            what = f"of (streams, qk_rope_head_dim, batch) = {has}"
-            expect(has == own, "cache", what, f"{own}, as new_cache makes it")
+            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
             start = cache.lengths
-        k_end = causal_end(start, new, T)
-        seen = rolled(k_end, left)
-        # A GPU would wait for what is asked of the contents of arrays.
-        finite = xp is not np or np.isfinite(x[seen > 0]).all()
-        expect(finite, "x", "NaN or infinite in a real token", "finite numbers")
         if indices is not None:
-            shape = {"...": (B,), "T": T, "S": k_end.max(initial=0), "xp": xp}
-            check_indices("indices", indices, shape)
-            seen = xp is not np or (indices < seen[..., None]).all()
-            expect(seen, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-        return new, start, k_end, left
+            longest = int((start + new).max(initial=0))
+            check_indices("indices", indices, {"...": (B,), "T": T, "S": longest, "xp": xp})
+        if xp is np:  # a GPU would wait for what is asked of the contents of arrays
+            seen = rolled(causal_end(start, new, T), left)
+            expect(np.isfinite(x[seen > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
+            behind = indices is None or (indices < seen[..., None]).all()
+            expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
+        return new, start, left
 
     def _project(self, w, x, start, selects=True, codes=False):
-        """The tokens x [B, T, dim] at positions from start [B] on -> q [B, T, H, nope + rope], what the
-        tokens leave (the streams: k is [c | k_pe]), and, if it selects, the indexer's queries and weights.
+        """The tokens x [B, T, dim] at positions from start [B] on -> the queries, q [B, T, H, nope + rope]
+        and by what RoPE is yet to turn them, what the tokens leave (the streams: k is [c | k_pe]), and, if it
+        selects, the indexer's queries and weights.
         codes: the indexer's vectors are not rounded yet, as they are to be made codes.
         """
-        d, R, (B, T, _) = self.dims, self.kv_lora_rank, x.shape
-        rope, J, E = d.qk_rope_head_dim, d.index_n_heads, d.index_head_dim
-        turn = turns(x, start, d)
-        qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps, dtype=x.dtype)
-        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, d.n_heads, d.qk_nope_head_dim + rope)
-        rotate(q[..., d.qk_nope_head_dim :], turn, interleaved=True)
-        k = projected(x, w["wkv_a"])  # [B, T, R + rope]
-        k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
-        rotate(k[:, :, None, R:], turn, interleaved=True)
-        tokens, indexer = {"k": k[:, :, None]}, {}
+        d, (B, T, _), turn = self.dims, x.shape, turns(x, start, self.dims)
+        qr, k, *of_indexer = made_of_x(x, w, turn, d)
+        heads = B, T, d.n_heads, d.qk_nope_head_dim + d.qk_rope_head_dim
+        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(heads)
+        tokens, indexer = {"k": k}, {}
 
-        def prepared(u):  # a vector of the indexer [B, T, J, E]
-            rotate(u[..., :rope], turn, d.index_rope_interleaved)
+        def seen(u):  # a vector of the indexer [B, T, J, E], as it is compared
             u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
             return u if codes else PRECISIONS[d.indexer_precision](u)
 
         if self.has_indexer:
-            norm = w["indexer.k_norm"], d.index_norm_eps, w["indexer.k_norm.bias"]
-            index_k = rms_norm(by_rows(x, w["indexer.wk"]), *norm)
-            tokens["index_k"] = prepared(index_k[:, :, None])[:, :, 0]
+            tokens["index_k"] = seen(of_indexer[0])[:, :, 0]
         if selects:
-            indexer["index_q"] = prepared(by_rows(qr, w["indexer.wq_b"]).reshape(B, T, J, E))
-            indexer["weights"] = by_rows(x, w["indexer.weights_proj"]) * (J**-0.5 * E**-0.5)
-        return q, tokens, indexer
+            index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, d.index_head_dim)
+            rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
+            indexer = {"index_q": seen(index_q), "weights": of_indexer[1]}
+        return (q, turn), tokens, indexer
 
-    def _select(self, indexer, index_k, cache, lengths, k_end, codes):
+    def _select(self, indexer, index_k, cache, start, new, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
-        (index_q, weights), config = indexer.values(), self._choice
+        (index_q, weights), config, lengths = indexer.values(), self._choice, start + new
+        by_length = config.sparse_ratio or config.fallback_dense_threshold  # else by the keys
         if codes:
-            index_q, scales = quantize_fp8(index_q)
+            index_q, scales = quantized(index_q, FP8_BLOCK, "ue8m0", 1e-4)
             index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
         elif cache is not None:
             index_k = cache.read("index_k")
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
+        windows: list[Any] = [None, None]
         # Where all sequences are as long, the windows are the default, and nothing goes to a GPU.
-        alike = k_end.size > 0 and (k_end[:, -1:] == index_k.shape[1]).all()
-        ends = None if alike else self.xp.asarray(k_end)
-        windows = (None if alike else np.zeros_like(ends), ends)
-        # Of q and k this looks at the shapes. lengths, where the config goes by them.
-        arrays = {"q": index_q, "k": index_k[:, :, None]}
-        arrays |= {"index_q": index_q, "index_k": index_k, "weights": weights}
-        by_length = config.sparse_ratio or config.fallback_dense_threshold
+        if len({index_k.shape[1], *lengths.tolist()}) > 1 or {index_q.shape[1]} != set(new.tolist()):
+            k_end = causal_end(start, new, index_q.shape[1])
+            windows = [self.xp.asarray(w) for w in (0 * k_end, k_end)]
+        arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
+        arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
 
-    def _core(self, w, q, k, indices, cache, core):
-        """Equation (3) of q [B, T, H, nope + rope] over the cache or latents k [B, S, 1, R + rope], in one of
-        its two forms -> [B, T, H * v].
+    def _core(self, w, q, turn, k, indices, cache, core):
+        """Equation (3) of q [B, T, H, nope + rope], yet to be turned, over the cache or latents k
+        [B, S, 1, R + rope], in one of its two forms -> [B, T, H * v].
         """
         d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
         S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
         up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
-        out = np.empty_like(q, shape=(B, T, H, d.v_head_dim))
+        out = self.xp.empty((B, T, H, d.v_head_dim), q.dtype)
         if core == "auto":
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
             streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
             expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
             core = "expanded" if streamed and expanded else "absorbed"
         if core == "absorbed":  # q . W c = qW . c
-            latent_q = np.empty_like(q, shape=(B, T, H, R + rope))
+            latent_q = self.xp.empty((B, T, H, R + rope), q.dtype)
             by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
-            latent_q[..., R:] = q[..., nope:]
-            k = k.astype(q.dtype, copy=False)
-            attend = functools.partial(sparse_attention, k=k, v=None) if cache is None else cache.attend
-            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale)
+            rotate(q[..., nope:], turn, True, out=latent_q[..., R:])
+            how = {"indices": indices, "d_v": R, "scale": scale}
+            if cache is None:
+                how |= {"k": k.astype(q.dtype, copy=False), "v": None}
+            latents, _ = (sparse_attention if cache is None else cache.attend)(latent_q, **how)
             return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
+        rotate(q[..., nope:], turn, interleaved=True)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
         k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
         some = max(1, 2**25 // max(1, k.size))
@@ -2204,12 +2195,33 @@ class DSALayer:
         return out.reshape(B, T, H * d.v_head_dim)
 
 
-def rolled(x, by):
-    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
-    if not by.any():
+def rolled(x, by, back=False):
+    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first; or back."""
+    if by is None:
         return x
-    rows = [np.roll(own, places, 0) for own, places in zip(x, by.tolist())]
-    return np.stack(rows).astype(x.dtype, copy=False)
+    (B, T), xp = x.shape[:2], library("x", x)
+    at = np.arange(B)[:, None], (np.arange(T) + (by if back else -by)[:, None]) % max(1, T)
+    return x[tuple(map(xp.asarray, at))]
+
+
+@by_library
+def made_of_x(x, w, turn, d):
+    """What the weights OF_X make of tokens x [B, T, dim]: qr [B, T, Q], normed, and [c | k_pe] [B, T, 1,
+    R + rope], normed and turned; if there is an indexer its key [B, T, 1, E], which is both, and its weights.
+    """
+    R, rope = len(w["kv_norm"]), d.qk_rope_head_dim
+    qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
+    k = projected(x, w["wkv_a"])[:, :, None]
+    k[..., :R] = rms_norm(k[..., :R], w["kv_norm"], d.norm_eps)
+    rotate(k[..., R:], turn, interleaved=True)
+    if "indexer.wk" not in w:
+        return qr, k
+    index_k = by_rows(x, w["indexer.wk"])[:, :, None]
+    index_k -= index_k.mean(-1, keepdims=True)  # LayerNorm
+    index_k = rms_norm(index_k, w["indexer.k_norm"], d.index_norm_eps) + w["indexer.k_norm.bias"]
+    rotate(index_k[..., :rope], turn, d.index_rope_interleaved)
+    factor = d.index_n_heads**-0.5 * d.index_head_dim**-0.5
+    return qr, k, index_k, by_rows(x, w["indexer.weights_proj"]) * factor
 
 
 @by_library
@@ -2240,12 +2252,8 @@ def by_heads(x, weight, out):
     return out
 
 
-@by_library
-def rms_norm(x, weight, eps, bias=None, dtype=None):
-    """RMSNorm of x [..., N] or, with a bias, LayerNorm."""
-    x = x if bias is None else x - x.mean(-1, keepdims=True)
-    y = weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
-    return (y if bias is None else y + bias).astype(dtype or y.dtype, copy=False)
+def rms_norm(x, weight, eps):
+    return weight * x / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
 
 
 @by_library
@@ -2256,46 +2264,40 @@ def turns(x, start, d):
 
 
 @by_library
-def rotate(x, turn, interleaved):
-    """RoPE, in place: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2].
+def rotate(x, turn, interleaved, out=None):
+    """RoPE: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2], in place or to out.
 
     The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
     """
-    (cos, sin), d = turn, x.shape[-1]
+    (cos, sin), d, out = turn, x.shape[-1], x if out is None else out
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
-    x[..., i], x[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
+    out[..., i], out[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
 
 
 def named_weights(weights, d):
-    """The weights by their names in a layer, checked against d, in one dtype."""
+    """The weights by their names in a layer, checked against d, as their library's layer wants them."""
     expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
-    key_of: dict[str, str] = {}
+    names = {**{name: name for name in d.shapes()}, **WEIGHTS}  # each that is known: in a layer
     xp: Any = None
-    shapes = d.shapes()
+    keys: dict[Any, str] = {}  # what the weights are called here, by their names in a layer
     for key, x in weights.items():
-        name = NAME.fullmatch(key)[3]
-        name = WEIGHTS.get(name, name)
-        expect(name in shapes, key, "no weight of this layer", f"one of {[*WEIGHTS, *shapes]}")
-        expect(name not in key_of, key, f"the same weight as {key_of.get(name)}", "each once")
-        key_of[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
-    theirs = {ours: f" ({name})" for name, ours in WEIGHTS.items()}
-    indexed = any(name.startswith("indexer.") for name in key_of)
-    for name in shapes:
-        found = name in key_of or (name.startswith("indexer.") and not indexed)
-        expect(found, name + theirs.get(name, ""), "missing", "it among the weights")
-    sizes = {key_of[name]: (*weights[key_of[name]].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
-    shapes, dtype = d.shapes(*sizes.values()), accumulator(*weights.values())
-    for name, key in key_of.items():
+        name = names.get(NAME.fullmatch(key)[3])
+        expect(name, key, "no weight of this layer", f"one of {[*names]}")
+        expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
+        keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
+    indexed = any(name.startswith("indexer.") for name in keys)
+    for name in d.shapes():
+        missing = name not in keys and (indexed or not name.startswith("indexer."))
+        both = " or ".join(key for key in names if names[key] == name)
+        expect(not missing, both, "missing", "it among the weights")
+    named = {name: weights[key] for name, key in keys.items()}
+    sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
+    shapes = d.shapes(*sizes.values())
+    for name, x in named.items():
         expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
-        expect(weights[key].shape == shapes[name], key, f"of shape {weights[key].shape}", expected)
-    kinds = {x.dtype.name for x in weights.values() if x.ndim == 2}
-    half = xp is not np and kinds == {"bfloat16"}  # matrices, which a GPU multiplies as they are
-
-    def kept(x):
-        kind = x.dtype if half and x.ndim == 2 else dtype
-        return x.astype(kind, copy=False) if xp is np else xp.ascontiguousarray(x, kind)
-
-    return {name: kept(weights[key]) for name, key in key_of.items()}
+        expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", expected)
+    dtype, as_kept = accumulator(*named.values()), KERNELS.get(("as_kept", xp.__name__))
+    return as_kept(named, dtype) if as_kept else {x: named[x].astype(dtype, copy=False) for x in named}
 
 
 # A checkpoint's folder.
@@ -2305,9 +2307,11 @@ SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 wei
 BUFFER = re.compile(
     r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
 )
-SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1"}
 E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32("nan"))  # the value of each code
-FLOATS_OF: dict[str, Any] = {"BF16": widened, "F8_E4M3": E4M3.take, "F8_E8M0": E8M0.take}
+STORED: dict[str, Any] = {  # what a file holds: as NumPy reads it, and what makes floats of that
+    "F64": ("<f8", np.asarray), "F32": ("<f4", np.asarray), "F16": ("<f2", np.asarray),
+    "BF16": ("<u2", widened), "F8_E4M3": ("u1", E4M3.take), "F8_E8M0": ("u1", E8M0.take),
+}  # fmt: skip
 REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
     r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
     r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
@@ -2349,9 +2353,8 @@ def rope_dims(config):
         longest = config.get("max_position_embeddings")
         length = rope.get("original_max_position_embeddings") or longest
         factor = rope.get("factor") or (longest and longest / length)
-        expect(
-            factor and length, "YaRN in config.json", rope, "a factor and original_max_position_embeddings"
-        )
+        known = factor and length
+        expect(known, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
         mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
@@ -2409,11 +2412,12 @@ def read_safetensors(path, layer):
     try:
         for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (begin, end), shape = (tuple(map(operator.index, x[key])) for key in ("data_offsets", "shape"))
-            dtype, size_of = str(x["dtype"]), np.dtype(SAFETENSORS.get(x["dtype"], "V0")).itemsize
+            size_of = np.dtype(STORED.get(x["dtype"], ["V0"])[0]).itemsize
             fits = begin == at <= end and (not size_of or end - begin == math.prod(shape) * size_of)
             expect(fits and min(shape, default=0) >= 0, name, x, f"its bytes from {at} on")
             if of_layer(name, layer):
-                yield name, dtype, shape, np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
+                data = np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
+                yield name, str(x["dtype"]), shape, data
             at = end
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is at odds with itself, expected {whole}: {error}") from None
@@ -2427,9 +2431,10 @@ def dequantized(tensors):
         for pattern, kind in REFUSED.items():
             other = re.search(pattern, f"{name} {dtype}")
             expect(not other, name, f"{dtype}, as in a checkpoint with {kind}", "floats, or fp8 with scales")
-        known = SAFETENSORS.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
+        known = STORED.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
         expect(dtype in known, name, f"of dtype {dtype}", f"one of {sorted(known)}", TypeError)
-        floats[name] = FLOATS_OF.get(dtype, np.asarray)(x.view(SAFETENSORS[dtype]).reshape(shape))
+        stored, to_floats = STORED[dtype]
+        floats[name] = to_floats(x.view(stored).reshape(shape))
     fp8 = [name for name, (dtype, *_) in tensors.items() if dtype == "F8_E4M3"]  # yet without scales
     for name in filter(SCALE.search, tensors):
         own, scales = SCALE.sub(".weight", name), floats.pop(name).astype(np.float32, copy=False)
@@ -2444,8 +2449,7 @@ def dequantized(tensors):
         if scales.shape == blocks:
             scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[:rows, :columns]
         floats[own] *= scales
-    for name in fp8:
-        expect(False, f"{name.removesuffix('.weight')}.weight_scale_inv", "missing", f"it, as {name} is fp8")
+    expect(not fp8, f"of {fp8}, weight_scale_inv", "missing", "it, or another scale, as they are fp8")
     return floats
 
 
@@ -2872,10 +2876,13 @@ TYPES = {
     "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
     "float64": "double",
 }  # fmt: skip
-ONE_ZERO = [np.array([1, 0], dtype) for dtype in (np.float32, np.float64)]  # which cuBLAS reads from memory
-ONE_AT = {x.itemsize: x.ctypes.data for x in ONE_ZERO}
+ONE_ZERO = [np.array([1, 0], dtype) for dtype in "fd"]  # which cuBLAS reads from memory
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
-CUDA_R = {"float32": 0, "float64": 1, "bfloat16": 14}  # cuBLAS's numbers of dtypes
+CUDA_R = {"f": 0, "d": 1, "E": 14}  # cuBLAS's numbers of dtypes, float32, float64 and bfloat16
+SUMS = {  # how cuBLAS sums in a dtype: where it finds 1 and 0, CUBLAS_COMPUTE_32F or 64F, its own algorithm
+    x.dtype: (x.ctypes.data, x.ctypes.data + x.itemsize, (compute, -1))
+    for x, compute in zip(ONE_ZERO, (68, 70))
+}
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
@@ -2911,8 +2918,14 @@ def like(x):
 plan = functools.lru_cache(maxsize=4096)
 
 
+COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
+
+
 class Kernel:
-    """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`."""
+    """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`.
+
+    As soon as it is asked for it is compiled, beside others; the first launch waits for that.
+    """
 
     def __init__(self, chip, name, block, **constants):
         self.chip, self.name, self.block = chip, name, (block,)
@@ -2922,6 +2935,7 @@ class Kernel:
         if name.endswith("_wgmma"):
             self.options += ("-arch=sm_90a",)
         self.large_cluster = named.get("BLOCKS", 1) > 8  # has to be allowed, by attribute 14
+        self.compiling: Any = COMPILERS.submit(self.compile)
 
     def compile(self):
         """Compile it; CuPy keeps it on disk."""
@@ -2935,19 +2949,26 @@ class Kernel:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
             self.function = raw.kernel
 
+    def wait(self):
+        """Until it is compiled, or anew if that failed; what takes over a second is said once."""
+        compiling, self.compiling = self.compiling or COMPILERS.submit(self.compile), None
+        if not wait([compiling], 1).done:
+            say_that_it_compiles()
+        compiling.result()
+
     def __call__(self, grid, arrays, numbers, shared=0):
         """Launch on the current stream. shared: bytes of dynamic shared memory.
 
         An array arrives as a pointer to where it begins, None as a null pointer; numbers: as_arguments.
         """
-        array, (null,), given = sys.modules["cupy"].ndarray, as_arguments(0), []
+        array, device, (null,) = sys.modules["cupy"].ndarray, self.chip.device, as_arguments(0)
         for x in arrays:
-            if isinstance(x, array) and x.data.device_id != self.chip.device:
-                raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
-            given.append(null if x is None else x)
+            if isinstance(x, array) and x.data.device_id != device:
+                raise ValueError(f"an array is on device {x.data.device_id}, expected {device}")
         if min(grid) > 0:
             if self.function is None:
-                compile_together(self)
+                self.wait()
+            given = [null if x is None else x for x in arrays]
             self.function(grid, self.block, given + numbers, shared)
 
 
@@ -2971,23 +2992,10 @@ def scratch(chip, nbytes):
     return memory
 
 
-def launch(name, block, grid, arrays, sizes, **constants):
-    """Launch a kernel on the device of its first array."""
-    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*sizes))
-
-
-@functools.cache
-def compile_together(*kernels):
-    """Compile those of the kernels that are not yet, side by side."""
-    todo = [x for x in kernels if x.function is None]
-    if todo:
-        timer = threading.Timer(1, say_that_it_compiles)
-        timer.start()
-        try:
-            with ThreadPoolExecutor(len(todo)) as pool:
-                list(pool.map(Kernel.compile, todo))
-        finally:
-            timer.cancel()
+def launch(name, block, grid, arrays, sizes, place=(), **constants):
+    """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
+    numbers = as_arguments(*place) + as_arguments(*sizes)
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers)
 
 
 @functools.cache
@@ -3146,13 +3154,11 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     (scored, real, score), rows = scores_of(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        ranked, rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)
-        compile_together(scored, ranked)
+        rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)[1]
         memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
         return rank(scores, k_start, k_end)
-    compile_together(scored, topk_kernel(scored.chip, real, most, S, quota)[0])
     indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
@@ -3229,8 +3235,6 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tie
     places = [(x.place, *(0, *x.strides)[-4:-1]) for x in (k, v)]
     how = kind, shape, places, tied, rope
     attend, merge, grid, shared, splits, chunk = attention_kernels(chip, rows, slots, *how)
-    if merge:
-        compile_together(attend, merge)
     strides = [x // kind.itemsize for kind, place in zip(kind[1:], places) for x in place[1:]]
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
     first, merged = as_arguments(T), as_arguments(splits, rows * H, H, Dv)
@@ -3381,12 +3385,10 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
     z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
     norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
     widths, sizes = {"D": D, "DV": v.shape[-1]}, as_arguments(S, H, G, K, np.float64(scale))
-    by_query, by_key = (
-        kernel(chip(q), "attend_backward_rows", 128, BY_KEY=x, TYPE=q.dtype, **widths) for x in (0, 1)
-    )
-    if by_mma:
-        by_query = kernel(chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
-    compile_together(*(by_query, by_key)[: 2 - at_once])
+    by_rows = functools.partial(kernel, chip(q), "attend_backward_rows", 128, TYPE=q.dtype, **widths)
+    by_key: Any = None if at_once else by_rows(BY_KEY=1)
+    mma = functools.partial(kernel, chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
+    by_query = mma() if by_mma else by_rows(BY_KEY=0)
     sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
     for b in np.ndindex(*n["..."]):
@@ -3498,26 +3500,31 @@ def product(a, b, out=None):
 
     Of each of the last two axes of a and b one is contiguous; the rows of out may stand further apart.
     """
-    cupy, acc, (N, m, k), n = sys.modules["cupy"], accumulator(a), a.shape, b.shape[2]
-    out = cupy.empty((N, m, n), acc) if out is None else out
-    if 0 in (N, m, n, k):
+    cupy, shape = sys.modules["cupy"], (*a.shape[:2], b.shape[2])
+    out = cupy.empty(shape, accumulator(a)) if out is None else out
+    if 0 in shape or not a.shape[2]:
         out[...] = 0
         return out
+    before, between, after, how = product_plan(*((x.shape, x.strides, x.dtype) for x in (a, b, out)))
+    handle, multiply = cupy.cuda.get_cublas_handle(), cupy.cuda.cublas.gemmStridedBatchedEx
+    multiply(handle, *before, b.data.ptr, *between, a.data.ptr, *after, out.data.ptr, *how)
+    return out
 
-    def operand(x):  # is it transposed?, a pointer, the type, the lengths of a row and of a matrix
-        (_, rows, columns), (matrix, row, column) = x.shape, (stride // x.itemsize for stride in x.strides)
+
+@plan
+def product_plan(a, b, out):
+    """What cuBLAS is told of such arrays: in front of their pointers, between them and behind."""
+
+    def operand(shape, strides, dtype):  # is it transposed?, the type, the lengths of a row and of a matrix
+        (_, rows, columns), (matrix, row, column) = shape, (stride // dtype.itemsize for stride in strides)
         straight = (column == 1 or columns == 1) and (row >= columns or rows == 1)
         row = max(row, columns) if straight else column
-        return int(not straight), x.data.ptr, CUDA_R[x.dtype.name], row, matrix
+        return int(not straight), CUDA_R[dtype.char], row, matrix
 
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
-    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = map(operand, (a, b, out))
-    cublas, handle, one = cupy.cuda.cublas, cupy.cuda.get_cublas_handle(), ONE_AT[acc.itemsize]
-    zero = one + acc.itemsize
-    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    how = N, compute, cublas.CUBLAS_GEMM_DEFAULT
-    cublas.gemmStridedBatchedEx(handle, b_t, a_t, n, m, k, one, *b_is, *a_is, zero, *out_is, *how)
-    return out
+    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = (operand(*x) for x in (a, b, out))
+    (N, m, k), n, (one, zero, how) = a[0], b[0][2], SUMS[F64 if a[2] == F64 else F32]
+    return (b_t, a_t, n, m, k, one), b_is, (*a_is, zero), (*out_is, N, *how)
 
 
 def add_by_key(rows, slots, sums, deterministic):
@@ -3585,18 +3592,43 @@ def gpu_rounded_to_fp8(x):
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
+def gpu_as_kept(weights, dtype):
+    """In dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
+    xp, half = sys.modules["cupy"], {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
+    kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
+    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items()}
+    own = [name for name in OF_X if name in kept]
+    ends = list(itertools.accumulate(len(kept[name]) for name in own))
+    return kept | dict(zip(own, xp.split(xp.concatenate([kept[name] for name in own]), ends[:-1])))
+
+
+def gpu_made_of_x(x, w, turn, d):
+    """By one product, if the weights lie one behind another, as they do but in a copy, and one launch.
+
+    The indexer's weights have no factor: one that is positive and the same for all changes no selection.
+    """
+    cupy, (B, T, _), (cos, sin, *place) = sys.modules["cupy"], x.shape, turn
+    own, norms = [w[name] for name in OF_X if name in w], [w.get(name) for name in NORMS]
+    y = gpu_projected(x, cupy.concatenate(own) if own[0].base is None else own[0].base)
+    Q, R, rope, E = len(norms[0]), len(norms[1]), d.qk_rope_head_dim, d.index_head_dim
+    normed, arrays = cupy.ndarray((B, T, Q), x.dtype), (*norms, cos, sin)
+    eps, interleaved = map(np.float64, (d.norm_eps, d.index_norm_eps)), int(d.index_rope_interleaved)
+    sizes, grid = (y.shape[-1], Q, R, rope, E, interleaved, *eps), (B * T, 2 + (len(own) > 2))
+    launch("made_of_x", 256, grid, (y, normed, *arrays), sizes, place, ACC=y.dtype, OUT=x.dtype)
+    k, at = y[:, :, None, Q : Q + R + rope], Q + R + rope
+    return (normed, k, y[:, :, None, at : at + E], y[..., at + E :]) if len(own) > 2 else (normed, k)
+
+
 def gpu_projected(x, weight, dtype=None):
     cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
-    x, weight = aligned(x.astype(weight.dtype, copy=False)), aligned(weight)
-    y, one = cupy.empty((*x.shape[:-1], N), dtype or acc), ONE_AT[acc.itemsize]
-    cublas, handle = cupy.cuda.cublas, cupy.cuda.get_cublas_handle()
-    compute = cublas.CUBLAS_COMPUTE_64F if acc == np.float64 else cublas.CUBLAS_COMPUTE_32F
-    kind, sizes = CUDA_R[weight.dtype.name], (N, y.size // N, width)
-    factors = weight.data.ptr, kind, width, x.data.ptr, kind, width, one + acc.itemsize
-    out = y.data.ptr, CUDA_R[y.dtype.name], N, compute, cublas.CUBLAS_GEMM_DEFAULT
+    x = aligned(x.astype(weight.dtype, copy=False))
+    y = cupy.ndarray((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
-        cublas.gemmEx(handle, 1, 0, *sizes, one, *factors, *out)
-    return y
+        kind, (one, zero, how), multiply = CUDA_R[weight.dtype.char], SUMS[acc], cupy.cuda.cublas.gemmEx
+        factors = weight.data.ptr, kind, width, x.data.ptr, kind, width
+        out, sizes = (y.data.ptr, CUDA_R[y.dtype.char], N), (N, y.size // N, width)
+        multiply(cupy.cuda.get_cublas_handle(), 1, 0, *sizes, one, *factors, zero, *out, *how)
+    return y.astype(dtype or acc, copy=False)
 
 
 def gpu_by_heads(x, weight, out):
@@ -3617,25 +3649,21 @@ def turn_table(d, length, dtype, device):
 
 
 def gpu_turns(x, start, d):
-    T, last = x.shape[1], int(start.max(initial=0))
-    table = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
-    alike = (start == last).all()  # then nothing goes to the device
-    at = slice(last, last + T) if alike else sys.modules["cupy"].asarray(start[:, None] + np.arange(T))
-    return [f[at] for f in table]
+    """cos and sin, the place of the first token in them, and after how many tokens it begins again there."""
+    T, start = x.shape[1], start.tolist()
+    last = max(start, default=0)
+    cos, sin = turn_table(d, 1 << max(12, (last + T).bit_length()), accumulator(x), x.data.device_id)
+    if start.count(last) == len(start):  # then nothing goes to the device
+        return cos, sin, last, T
+    at = sys.modules["cupy"].asarray(np.add.outer(start, np.arange(T)))
+    return cos[at], sin[at], 0, at.size
 
 
-def gpu_rms_norm(x, weight, eps, bias=None, dtype=None):
-    y, rows, N = sys.modules["cupy"].empty(x.shape, dtype or x.dtype), math.prod(x.shape[:-1]), x.shape[-1]
-    sizes = N, x.strides[-2] // x.itemsize, np.float64(eps)
-    launch("rms_norm", 256, (rows,), (x, weight, bias, y), sizes, ACC=x.dtype, OUT=y.dtype)
-    return y
-
-
-def gpu_rotate(x, turn, interleaved):
-    (B, T, H, d), (cos, sin) = x.shape, turn
-    apart = (stride // x.itemsize for stride in x.strides[1:3])
-    sizes, grid = (H, d // 2, 2 * cos.size // d, *apart, int(interleaved)), (B * T, -(-H * d // 512))
-    launch("rotate", 256, grid, (x, cos, sin), sizes, TYPE=x.dtype, ACC=cos.dtype)
+def gpu_rotate(x, turn, interleaved, out=None):
+    (B, T, H, d), (cos, sin, *place), y = x.shape, turn, x if out is None else out
+    apart = [stride // x.itemsize for stride in (*x.strides[1:3], *y.strides[1:3])]
+    sizes, grid = (H, d // 2, *apart, int(interleaved)), (B * T, -(-H * d // 512))
+    launch("rotate", 256, grid, (x, y, cos, sin), sizes, place, TYPE=x.dtype, ACC=cos.dtype)
 
 
 GPU = {
@@ -3646,8 +3674,8 @@ GPU = {
     "sparse_attention_backward": gpu_sparse_attention_backward, "loss_of_rows": gpu_loss_of_rows,
     "attention_target": gpu_attention_target,
     "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
-    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rms_norm": gpu_rms_norm,
-    "rotate": gpu_rotate,
+    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rotate": gpu_rotate,
+    "made_of_x": gpu_made_of_x, "as_kept": gpu_as_kept,
 }  # fmt: skip
 KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 

@@ -292,6 +292,16 @@ template <class T> __device__ T sum_of_warp(T x) {
     for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
     return x;
 }
+template <class T> __device__ T sum_of_block(T x) {  // of 256 threads, always in the same order
+    __shared__ T parts[8];
+    x = sum_of_warp(x);
+    __syncthreads();  // all have read the sum before
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    T sum = 0;
+    for (int w = 0; w < 8; w++) sum += parts[w];
+    return sum;
+}
 template <class T> __device__ T max_of_warp(T x) {
     for (int d = 16; d; d /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, d));
     return x;
@@ -2381,53 +2391,54 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// rms_norm                             y = weight * x / sqrt(mean x^2 + eps); LayerNorm where there is a bias
-// in    x rows of N numbers, `apart` from one row to the next; weight, bias (or null) [N]; all ACC
-// out   y [rows, N] OUT
-// grid  rows   block 256
+// made_of_x         of a layer's tokens: y = weight * x / sqrt(mean x^2 + eps), of keys LayerNorm, and RoPE
+// inout x rows of ACC, `apart` from one to the next: qr [Q], c [R], k_pe [rope], and an indexer's key [E]
+// in    cos, sin [.., rope / 2], those of token t at first + t % positions
+// out   normed [rows, Q] OUT, of qr; the others stay in x: c is normed, k_pe turned, and the key both
+// grid  (rows, 2, or 3 with an indexer)   block 256
+// rotate   RoPE of x [tokens, H, 2 * half] TYPE, apart and next_head numbers to the next, to y, which may be x
+// grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
 // ---------------------------------------------------------------------------------------------------------
-#ifdef RMS_NORM
+template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 half, bool pairs, A c, A s) {
+    const i64 a = pairs ? 2 * i : i, b = a + (pairs ? 1 : half);
+    const A p = widen(x[a]), q = widen(x[b]);
+    y[a] = Rounded<T>::of(p * c - q * s), y[b] = Rounded<T>::of(p * s + q * c);
+}
+
+#ifdef MADE_OF_X
 extern "C" __global__ void __launch_bounds__(256)
-    rms_norm(const ACC* x, const ACC* weight, const ACC* bias, OUT* y, i64 N, i64 apart, double eps) {
-    __shared__ ACC parts[2][8];
-    auto mean_of_block = [&](ACC part, ACC (&parts)[8]) {
-        part = sum_of_warp(part);
-        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = part;
-        __syncthreads();
-        ACC sum = 0;
-        for (int w = 0; w < 8; w++) sum += parts[w];
-        return sum / N;
-    };
-    x += blockIdx.x * apart;
-    ACC sum = 0, squares = 0, mean = 0;
-    if (bias) {
-        for (i64 i = threadIdx.x; i < N; i += 256) sum += x[i];
-        mean = mean_of_block(sum, parts[0]);
-    }
+    made_of_x(ACC* x, OUT* normed, const ACC* q_norm, const ACC* kv_norm, const ACC* k_norm, const ACC* bias,
+              const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 apart, i64 Q, i64 R, i64 rope, i64 E,
+              i64 interleaved, double eps, double index_eps) {
+    const bool of_q = blockIdx.y == 0, of_key = blockIdx.y == 2;
+    const i64 N = of_q ? Q : of_key ? E : R, at = (first + blockIdx.x % positions) * (rope / 2);
+    const ACC* weight = of_q ? q_norm : of_key ? k_norm : kv_norm;
+    x += blockIdx.x * apart + (of_q ? 0 : of_key ? Q + R + rope : Q);
+    ACC sum = 0, squares = 0;
+    for (i64 i = threadIdx.x; i < N; i += 256) sum += x[i];
+    const ACC mean = of_key ? sum_of_block(sum) / N : ACC(0);
     for (i64 i = threadIdx.x; i < N; i += 256) squares += (x[i] - mean) * (x[i] - mean);
-    const ACC r = 1 / sqrt(mean_of_block(squares, parts[1]) + ACC(eps));
-    for (i64 i = threadIdx.x; i < N; i += 256)
-        y[blockIdx.x * N + i] = Rounded<OUT>::of(weight[i] * (x[i] - mean) * r + (bias ? bias[i] : ACC(0)));
+    const ACC r = 1 / sqrt(sum_of_block(squares) / N + ACC(of_key ? index_eps : eps));
+    for (i64 i = threadIdx.x; i < N; i += 256) {
+        const ACC y = weight[i] * (x[i] - mean) * r + (of_key ? bias[i] : ACC(0));
+        if (of_q) normed[blockIdx.x * Q + i] = Rounded<OUT>::of(y);
+        else x[i] = y;
+    }
+    __syncthreads();
+    x += of_key ? 0 : R;
+    for (i64 i = threadIdx.x; i < rope / 2 && !of_q; i += 256)
+        turn(x, x, i, rope / 2, !of_key || interleaved, cos[at + i], sin[at + i]);
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------------------
-// rotate                                                                                     RoPE, in place
-// inout x [tokens, H, 2 * half] TYPE, `apart` numbers from token to token, next_head from head to head
-// in    cos, sin [positions, half] ACC, those of token t at t % positions
-// grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ROTATE
 extern "C" __global__ void __launch_bounds__(256)
-    rotate(TYPE* x, const ACC* cos, const ACC* sin, i64 H, i64 half, i64 positions, i64 apart, i64 next_head,
-           i64 interleaved) {
+    rotate(const TYPE* x, TYPE* y, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 H, i64 half,
+           i64 apart, i64 next_head, i64 y_apart, i64 y_next_head, i64 interleaved) {
     const unsigned n = blockIdx.y * 256 + threadIdx.x, head = n / (unsigned)half, i = n % (unsigned)half;
-    if (head >= H) return;
-    TYPE* a = x + blockIdx.x * apart + head * next_head + (interleaved ? 2 * i : i);
-    TYPE* b = a + (interleaved ? 1 : half);
-    const i64 at = blockIdx.x % (unsigned)positions * half + i;
-    const ACC p = widen(*a), q = widen(*b), c = cos[at], s = sin[at];
-    *a = Rounded<TYPE>::of(p * c - q * s), *b = Rounded<TYPE>::of(p * s + q * c);
+    const i64 at = (first + blockIdx.x % (unsigned)positions) * half + i;
+    x += blockIdx.x * apart + head * next_head, y += blockIdx.x * y_apart + head * y_next_head;
+    if (head < H) turn(x, y, i, half, interleaved, cos[at], sin[at]);
 }
 #endif
 
@@ -2435,17 +2446,6 @@ extern "C" __global__ void __launch_bounds__(256)
 // Training, section 13 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
 // ---------------------------------------------------------------------------------------------------------
-#if defined(ATTEND_BACKWARD) || defined(INDEXER_BACKWARD)
-__device__ ACC sum_of_block(ACC x) {  // of 256 threads, always in the same order
-    __shared__ ACC parts[8];
-    x = sum_of_warp(x);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    ACC sum = 0;
-    for (int w = 0; w < 8; w++) sum += parts[w];
-    return sum;
-}
-#endif
 
 // ---------------------------------------------------------------------------------------------------------
 // gather                                                                 the keys of each query, side by side
