@@ -2490,7 +2490,8 @@ def sparse_attention_backward(
     (T, H, D), G, rows = q.shape, k.shape[1], indices.astype(np.int64)
     r, dtype, values = H // G, accumulator(q, k, k if v is None else v), k[..., :d_v] if v is None else v
     keys, values = (gather(x, rows, dtype).swapaxes(1, 2) for x in (k, values))  # [T, G, K, D], [T, G, K, Dv]
-    q, out, dout, lse = (x.astype(dtype).reshape(T, G, r, -1) for x in (q, out, dout, lse))
+    q, out, dout = (x.astype(dtype).reshape(T, G, r, x.shape[2]) for x in (q, out, dout))
+    lse = lse.astype(dtype).reshape(T, G, r, 1)
     z = (np.full(H, -np.inf) if sink is None else sink).astype(dtype).reshape(G, r, 1)
     p = np.exp(scale * (q @ keys.swapaxes(2, 3)) - np.logaddexp(lse, z))  # [T, G, H/G, K]
     delta = (dout * out).sum(-1, keepdims=True)  # [T, G, H/G, 1]
@@ -3405,7 +3406,7 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
             by_key((S * G,), (*arrays, *(x[b] for x in dk_dv)), sizes)
     dk, dv = (x.astype(q.dtype) for x in (sums[..., :D], sums[..., D:])) if at_once else dk_dv
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
-    return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
+    return dq, dk, dv, None if sink is None else -from_z.sum(tuple(range(from_z.ndim - 1))).astype(sink.dtype)
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):

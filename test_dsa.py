@@ -1857,7 +1857,7 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
     }  # fmt: skip
     if hasattr(cache, "reorder"):  # of Part II
         error, words = (ValueError, "batch") if kind == "KVCache" else (TypeError, "KVCache.load")
-        orders = ([2], [-1], [], [[0]])
+        orders: Any = ([2], [-1], [], [[0]])
         cases[error] += [(words, lambda n=n: cache.reorder(np.array(n, int))) for n in orders]
     with cache:
         cache.append(**streams_of(p, np.s_[:, :6]), lengths=np.array([6, 3]))
@@ -3227,6 +3227,9 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
             found, expected = (impl.sparse_attention_backward(*x)[:3] for x in (args, in_float64(args)))
             for a, e in zip(found, expected, strict=True):
                 assert_gradients([a], [e], [a], TOLERANCE[a.dtype])
+    q, *kv = arrays[0][..., :0, :], *arrays[1:3]  # nor is it an error to have no heads
+    out, lse = impl.sparse_attention(q, *kv, indices)
+    assert not impl.sparse_attention_backward(q, *kv, indices, out, lse, out)[1].any()
 
 
 @slow
