@@ -1641,15 +1641,16 @@ LM = SimpleNamespace(
     d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=512, cues=200, held=40,
     dense=3600, warm=800, more=480, last=720, K=[2**i for i in range(6, 12)], text=2**28)  # fmt: skip
 TOY = SimpleNamespace(
-    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=2, held=4,
+    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
     dense=40, warm=32, more=16, last=24, K=[2, 8, 16], text=2**20)  # fmt: skip
 LM_OPTIONS: dict[str, dict[str, Any]] = {
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 }
 WARM, FIRST, SECOND = "DSA, warm-up alone", "DSA, trained at 6%", "DSA, then at 1.6%"
-MORE, AGAIN, BEGUN = "dense, continued", "dense, continued twice", "window, begun"
-SCRATCH, NO_MORE = "window, from scratch", {WARM: "lightning", "window": "window", "oracle's keys": "oracle"}
+MORE, AGAIN = "dense, continued", "dense, continued twice"
+BEGUN, SCRATCH = "window, begun", "window, from scratch"
+UNTRAINED = {WARM: "lightning", "window": "window", "random and window": "random", "oracle's keys": "oracle"}
 MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
 FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
 RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.5, 0))
@@ -1956,7 +1957,8 @@ def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
             if n == most and k in (0, middle // 16, *presets):
                 places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
                 cells[-1]["by position"] = [float(place.mean()) for place in places]
-                right = [model(x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in some.int().split(many)]
+                asked_of = some[: z.cues // 5 if presets.get(k) else z.cues].int().split(many)
+                right = [model(x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in asked_of]
                 hits = torch.stack([torch.cat(right)[:, x - 11 : x - 3].all(1) for x in ends])
                 cells[-1]["secrets"] = hits.float().mean(1).tolist()
     return cells
@@ -2009,8 +2011,8 @@ def stages(z) -> dict[str, Any]:
         MORE: ("dense", "", Attend(), z.more, LAST),
         AGAIN: (MORE, "", Attend(), z.last, LAST),
         "window, trained": ("dense", MORE, window, z.more, LAST),
-        "random and window, trained": ("dense", MORE, Attend("random", window.top_k), z.more, LAST),
         SCRATCH: (BEGUN, MORE, window, z.more, LAST),
+        "random and window, trained": ("dense", MORE, Attend("random", window.top_k), z.more, LAST),
     }
 
 
@@ -2046,7 +2048,7 @@ def lm(bench: Bench) -> None:
         if not new[name == WARM] < old[name == WARM] * (1.5 if how[-1] is LAST else 0.9):
             raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
         methods[name] = name, how[0].by, beside
-    methods |= {x: (WARM, by, "dense") for x, by in NO_MORE.items()}
+    methods |= {x: (WARM, by, "dense") for x, by in UNTRAINED.items()}
     methods["before warm-up"] = "dense", "lightning", "dense"
     found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
     found["judged"] = once("judged", lambda: judge(bench, models, methods, z, windows))
@@ -2098,7 +2100,7 @@ def report_lm(bench: Bench, z, found) -> None:
     for preset, share in dsa.SELECTION_RATIOS.items():
         k, hits = at[preset, middle]["K"], np.mean(at[preset, most]["secrets"])
         rows.append([preset, f"{share:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{hits:.0%}"])
-    note = f"{FIRST}. Secrets: at all distances; dense finds {np.mean(far[MORE]['secrets']):.0%}."
+    note = f"{FIRST}. Secrets: of {z.cues // 5} windows, at all distances; dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
 
