@@ -1674,19 +1674,6 @@ class Ours(Function):  # type: ignore[misc, valid-type]
         return None, *map(tensor, ctx.back(give(slope.contiguous())))
 
 
-def attention(indices, q, k, v):
-    out, lse = dsa.sparse_attention(q, k, v, indices)
-    back = functools.partial(dsa.sparse_attention_backward, q, k, v, indices, out, lse, deterministic=False)
-    return out, lambda dout: back(dout)[:3]
-
-
-def foresight(target, where, index_q, index_k, weights):
-    """The indexer's KL, a query."""
-    loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
-    each = 1 / weights[..., 0].size
-    return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
-
-
 def fused(run):
     """On a GPU by torch.compile: else what stands between the products takes as long as they do."""
     compiled = functools.cache(lambda: torch.compile(run, dynamic=False))
@@ -1809,7 +1796,13 @@ class Attend:
         if self.by in ("", "window"):
             return newest(q, k, v, int(self.top_k)) if self.by else sdpa(q, k, v)
         kept = as_one(self.select(q, k, index), k.shape[1])
-        return Ours.apply(functools.partial(attention, kept), *(x.flatten(0, 1) for x in (q, k, v)))
+
+        def run(q, k, v):
+            out, lse = dsa.sparse_attention(q, k, v, kept)
+            args = q, k, v, kept, out, lse
+            return out, lambda dout: dsa.sparse_attention_backward(*args, dout, deterministic=False)[:3]
+
+        return Ours.apply(run, *(x.flatten(0, 1) for x in (q, k, v)))
 
     def select(self, q, k, index):
         """The indexer's keys, those of most attention, or half the newest and half any, by random scores."""
@@ -1822,7 +1815,7 @@ class Attend:
         return dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends.to(q.device)))
 
     def learn(self, q, k, index_q, index_k, weights):
-        """The KL of some queries, over all keys; over the best 1/16, be fewer read or not, once few are."""
+        """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
         at = torch.randperm(q.shape[1], device=q.device)[: self.rows]
         q, index_q, weights = q[:, at], index_q[:, at], weights[:, at]
         where = {"k_end": give((at + 1).repeat(len(q), 1))}
@@ -1830,8 +1823,13 @@ class Attend:
         if self.by:
             kept = dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where)
             where, some = {"indices": as_one(kept, k.shape[1])}, [x.flatten(0, 1) for x in some]
-        target = dsa.attention_target(*map(give, some[:2]), **where)
-        return Ours.apply(functools.partial(foresight, target, where), *some[2:]).float()
+        target, each = dsa.attention_target(*map(give, some[:2]), **where), 1 / weights[..., 0].numel()
+
+        def run(*index):
+            loss, grads = dsa.indexer_loss(*index, target, **where, deterministic=False)
+            return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
+
+        return Ours.apply(run, *some[2:]).float()
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:
@@ -1977,14 +1975,15 @@ def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
         attend.kl.clear()
         loss.item()  # waits for the GPU
 
-    def taken(work):  # from the GPU, to which neither allocator gives back by itself
+    def room(work):
         if model.device == "cpu":
             return 0
-        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info()[0]
+        pool = sys.modules["cupy"].get_default_memory_pool()
+        pool.free_all_blocks()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() + pool.total_bytes()
         work()
-        return free - torch.cuda.mem_get_info()[0]
+        return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
 
     for what, ids, past in (("training", some, 0), ("prefill", long, 0), ("a token at", long[:, -1:], n - 1)):
         ways, learns = dict[str, Any](), what == "training"
@@ -1993,7 +1992,7 @@ def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
             run(learns, attend, ids if learns else long)  # fills the past
             ways[name] = functools.partial(run, learns, attend, ids, past)
             ways[name]()  # compiles
-        memory = {name: taken(work) for name, work in ways.items()}
+        memory = {name: room(work) for name, work in ways.items()}
         laps = {name: Laps(t / ids.numel() for t in lap) for name, lap in race(ways).items()}
         cells.append({"what": f"{what} {past + ids.shape[1]:,}", "laps": laps, "bytes": memory})
     return cells
@@ -2091,16 +2090,16 @@ def report_lm(bench: Bench, z, found) -> None:
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
     rows = []
     for c in found["costs"]:
-        dense, ours = c["laps"].values()
-        faster = f"{dense.median / ours.median:.2f}x"
-        rows.append([c["what"], str(dense), str(ours), faster, *map(size, c["bytes"].values())])
+        (dense, ours), memory = c["laps"].values(), [size(n) if n else "" for n in c["bytes"].values()]
+        rows.append([c["what"], str(dense), str(ours), f"{dense.median / ours.median:.2f}x", *memory])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
     rows, at = [], {(c["preset"], c["n"]): c for c in cells.values()}
     for preset, share in dsa.SELECTION_RATIOS.items():
         k, hits = at[preset, middle]["K"], np.mean(at[preset, most]["secrets"])
         rows.append([preset, f"{share:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{hits:.0%}"])
-    note = f"{FIRST}. Secrets: of {z.cues // 5} windows, at all distances; dense finds {np.mean(far[MORE]['secrets']):.0%}."
+    dense = f"{np.mean(far[MORE]['secrets']):.0%}"
+    note = f"{FIRST}. Secrets: {z.cues // 5} at each distance; of {z.cues}, dense finds {dense}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
 
@@ -2110,16 +2109,17 @@ def draw_lm(bench: Bench, z, curves, gaps) -> None:
     middle, one, names = z.contexts[1], z.contexts[1] // 16, dict.fromkeys(name for name, *_ in gaps)
     look = {x: {"color": plt.get_cmap("tab20")(2 * i % 19), "label": x} for i, x in enumerate(names | curves)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name in names:
+    for i, name in enumerate(names):
         own = [k for k in z.K if (name, k, middle) in gaps]
-        ax.plot(own, [max(gaps[name, k, middle][0], 0.01) for k in own], **look[name])
+        place = np.multiply(own, 1 + 0.03 * i * (len(own) == 1))  # beside each other
+        ax.plot(place, [gaps[name, k, middle][0] for k in own], **look[name])
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
-    ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
+    ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     good, bad = (gaps[x, one, middle][0] for x in (FIRST, SCRATCH))
     finding = (
-        f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} "
-        f"of the keys {good:.2f} % more bits a byte than with all, with a window of as many {bad:.0f} %"
+        "A language model that learned to read sparsely, on Python it has not seen: bits a byte against dense: "
+        f"{good:+.2f} % with {one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
     )
     bench.figure("lm", "lm.png", finding, fig)
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
