@@ -1817,16 +1817,15 @@ class Attend:
     def learn(self, q, k, index_q, index_k, weights):
         """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
         at = torch.randperm(q.shape[1], device=q.device)[: self.rows]
-        q, index_q, weights = q[:, at], index_q[:, at], weights[:, at]
+        some = [q[:, at], k, index_q[:, at], index_k, weights[:, at]]
         where = {"k_end": give((at + 1).repeat(len(q), 1))}
-        some = [q, k, index_q, index_k, weights]
         if self.by:
             kept = dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where)
             where, some = {"indices": as_one(kept, k.shape[1])}, [x.flatten(0, 1) for x in some]
-        target, each = dsa.attention_target(*map(give, some[:2]), **where), 1 / weights[..., 0].numel()
+        target, each = dsa.attention_target(*map(give, some[:2]), **where), 1 / some[4][..., 0].numel()
 
-        def run(*index):
-            loss, grads = dsa.indexer_loss(*index, target, **where, deterministic=False)
+        def run(index_q, index_k, weights):
+            loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
             return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
 
         return Ours.apply(run, *some[2:]).float()
@@ -1955,10 +1954,10 @@ def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
             if n == most and k in (0, middle // 16, *presets):
                 places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
                 cells[-1]["by position"] = [float(place.mean()) for place in places]
-                asked_of = some[: z.cues // 5 if presets.get(k) else z.cues].int().split(many)
-                right = [model(x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in asked_of]
-                hits = torch.stack([torch.cat(right)[:, x - 11 : x - 3].all(1) for x in ends])
-                cells[-1]["secrets"] = hits.float().mean(1).tolist()
+                few = some[: z.cues // 5 if presets.get(k) else z.cues].int().split(many)
+                right = torch.cat([model(x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in few])
+                hits = (right[:, end - 11 : end - 3].all(1) for end in ends)
+                cells[-1]["secrets"] = [hit.float().mean().item() for hit in hits]
     return cells
 
 
@@ -2016,7 +2015,7 @@ def stages(z) -> dict[str, Any]:
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="13 minutes of an H100, and weeks", options=LM_OPTIONS)  # fmt: skip
+      "lm_presets", default=False, takes="14 minutes of an H100, and weeks", options=LM_OPTIONS)  # fmt: skip
 def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
@@ -2109,17 +2108,16 @@ def draw_lm(bench: Bench, z, curves, gaps) -> None:
     middle, one, names = z.contexts[1], z.contexts[1] // 16, dict.fromkeys(name for name, *_ in gaps)
     look = {x: {"color": plt.get_cmap("tab20")(2 * i % 19), "label": x} for i, x in enumerate(names | curves)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for i, name in enumerate(names):
+    for name in names:
         own = [k for k in z.K if (name, k, middle) in gaps]
-        place = np.multiply(own, 1 + 0.03 * i * (len(own) == 1))  # beside each other
-        ax.plot(place, [gaps[name, k, middle][0] for k in own], **look[name])
+        ax.plot(own, [gaps[name, k, middle][0] for k in own], **look[name])
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     good, bad = (gaps[x, one, middle][0] for x in (FIRST, SCRATCH))
     finding = (
-        "A language model that learned to read sparsely, on Python it has not seen: bits a byte against dense: "
-        f"{good:+.2f} % with {one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
+        "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
+        f"attention, {good:+.2f} % with {one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
     )
     bench.figure("lm", "lm.png", finding, fig)
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
