@@ -1526,9 +1526,11 @@ def gpu_tiers(bench: Bench) -> None:
         times = (str(Laps(lap[-n:])) for lap in laps)
         rows.append([f"{s:,}", f"{drift:.0%}", *times, f"{hits / top_k:.0%}", size(moved)])
         tiers.close()
-    note = f"Append, select, attend, launch by launch; medians by the clock, ~: spread over {NOISY:.0%}; equal to "
+    note = (
+        f"Append, select, attend, launch by launch; medians by the clock, ~: spread over {NOISY:.0%}; equal "
+    )
     note += (
-        f"the bit. A query's index heads are that share of the last one's, the rest random. top_k {top_k}."
+        f"to the bit. Of a query's index heads that share is the last one's, the rest random. top_k {top_k}."
     )
     title = f"A decode step, all fp8 keys on one {chip.name.split(',')[0]}, and a tenth of them there"
     columns = ["keys", "of the last query", "KVCache", "HybridKVCache", "hits", "over the bus, a step"]
