@@ -1527,7 +1527,7 @@ def gpu_tiers(bench: Bench) -> None:
         rows.append([f"{s:,}", f"{drift:.0%}", *times, f"{hits / top_k:.0%}", size(moved)])
         tiers.close()
     note = f"Append, select, attend, launch by launch, top_k {top_k}; medians, ~: spread over {NOISY:.0%}. "
-    note += "The same bits. Of a query's index heads that share is the last one's, the rest random."
+    note += "By the clock, same bits. Of a query's index heads that share is the last one's, the rest random."
     title = f"A decode step, all fp8 keys on one {chip.name.split(',')[0]}, and a tenth of them there"
     columns = ["keys", "of the last query", "KVCache", "HybridKVCache", "hits", "over the bus, a step"]
     bench.table("gpu_tiers", title, columns, rows, note)
