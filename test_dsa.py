@@ -112,6 +112,7 @@ import traceback
 import tracemalloc
 import types
 import warnings
+from collections import Counter
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -867,6 +868,13 @@ def pytest_cmdline_main(config):
         return 2
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Skips, grouped by their reason."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    for reason, count in Counter(report.longrepr[-1] for report in skipped).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
 def array_libraries():
     """NumPy, and CuPy where it is installed and finds a device."""
     try:
@@ -1288,9 +1296,7 @@ RIGHT = "\n".join([*map(inspect.getsource, ORACLES), TYPED])  # the oracles, in 
 PLANTED = """
 index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
-np.einsum("...tj,...tjs->...ts", w, each) => np.maximum(np.einsum("...tj,...tjs->...ts", w, each), 0)
-w, each) => np.abs(w), each) | np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
-w, each) => w, each).round(3)
+w, each) => np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
 (x.astype(F64) for x => (x.astype(F32) for x | (x.astype(index_q.dtype) for x
 scores, -INF) => scores, 0)
 k_end = S - T + 1 + => k_end = 1 + | k_end = S +
@@ -1308,7 +1314,6 @@ sorted(visible[ => list(visible[
 np.array(rows, np.int32) => np.array(rows, np.int64) | np.fmod(rows, 65536).astype(np.int32)
 [-1] * => [0] *
 free[:num_sink_tokens] = free => free[visible < num_sink_tokens] = free | free
-[max(len(visible) - local_window, 0) :] => [max(len(visible) - local_window - 1, 0) : -1]
 = free[max(len(visible) - local_window, 0) :] = 0 => = 0
 S if k_end is None else k_end => k_end
 lightning_select
@@ -1333,11 +1338,8 @@ if len(keys := keys_of(at)): => if [keys := keys_of(at)]:
 dense_attention
 np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
 np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at] - 1), | np.arange(hi[at]),
-k_end = S - T + 1 + => k_end = 1 +
 np.clip(k_start, 0, S), => k_start,
-v[at[:-1]][keys][:, group] => v[at[:-1]][keys][:, 0 * group]
 merge_attention
-.sum(0), lse => .sum(0) / len(outs), lse
 np.where(lse > -INF, lse, 0) => lse
 np.logaddexp.reduce(lses, 0) => lses.max(0)
 out.astype(outs[0].dtype), lse => out, lse
