@@ -1414,24 +1414,22 @@ def test_explain_gives_the_parts_of_a_score_and_its_rank(dsa, p):
             assert score == expected and rank == ranks[t, s]
 
 
-@given(p=problems(), seed=seeds, widen=st.integers(0, 3))
-def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen):
-    """Eq. (2) over candidates, neighbours and forced keys; lightning when all keys are there."""
-    candidates = drawn_indices(p, seed)[..., : max(1, p.S // 3)]
+@given(p=problems(), seed=seeds, widen=st.integers(0, 3), block=st.integers(1, 4))
+def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen, block):
+    """Eq. (2) over candidates, or blocks of them, neighbours and forced keys; lightning when all are there."""
+    candidates = drawn_indices(p, seed)[..., : max(1, p.S // 3)] // block
     scores = index_scores_by_hand(*p.index, **p.windows)
     w, z = p.forced["local_window"], p.forced["num_sink_tokens"]
     for b, t in p.rows():
-        visible = range(p.lo[b][t], p.hi[b][t])
-        near = {c + d for c in candidates[b][t].tolist() if c >= 0 for d in range(-widen, widen + 1)}
+        visible, own = range(p.lo[b][t], p.hi[b][t]), candidates[b][t]
+        near = {s for c in own[own >= 0] for s in range(block * c - widen, block * (c + 1) + widen)}
         unseen = {*range(p.S)} - near.union(visible[:z], visible[max(0, len(visible) - w) :])
         scores[b][t, [*unseen]] = -INF
-    windows = {"k_start": p.lo, "k_end": p.hi}
-    expected = select_by_hand(scores, p.top_k, **p.forced, **windows)
-    actual = dsa.predictive_select(*p.index, p.top_k, candidates, widen=widen, **p.forced, **p.windows)
-    np.testing.assert_array_equal(actual, expected)
+    predict = functools.partial(dsa.predictive_select, *p.index, p.top_k, **p.forced, **p.windows)
+    expected = select_by_hand(scores, p.top_k, **p.forced, k_start=p.lo, k_end=p.hi)
+    np.testing.assert_array_equal(predict(candidates, widen=widen, block=block), expected)
     everything = np.broadcast_to(np.arange(p.S), (*p.batch, p.T, p.S))
-    everything = everything.astype(np.uint64 if seed % 2 else np.int16)
-    actual = dsa.predictive_select(*p.index, p.top_k, everything, **p.forced, **p.windows)
+    actual = predict(everything.astype(np.uint64 if seed % 2 else np.int16))
     assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
 
 
@@ -1870,7 +1868,7 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
         add(lengths=np.array([3, 0]))
         np.testing.assert_array_equal(cache.read("k")[0], p.k[0])
     for call in (add, lambda: cache.truncate(np.zeros(2, int)), lambda: read(0), lambda: cache.read("k"),
-                 lambda: cache.append_then(int, **good)):  # fmt: skip
+                 lambda: cache.append_then(int, **good), cache.__enter__):  # fmt: skip
         refused("closed", call)
     assert cache.closed
 
