@@ -1073,10 +1073,11 @@ dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | config={"top_k": 3} => TypeError config dict | cache={} => TypeError cache dict
 | top_k=1 => TypeError top_k options | blocksize=1 => TypeError blocksize options | q=[[[1.0]]] => TypeError k
 | **lists(q=[[1.0]] * 2) => TypeError q list | **lists(k=[ones((3, 2, 5))]) => lengths k
-| **batch, lengths=np.array([3, 4]) => lengths 4 | **batch, lengths=np.array([3, -1]) => lengths -1
+| **batch(), lengths=np.array([3, 4]) => lengths 4 | **batch(), lengths=np.array([3, -1]) => lengths -1
+| **batch(), lengths=np.array([3]) => lengths | **batch(), lengths=ones(2) => TypeError lengths float64
+| **batch(), lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
+| **batch(q=ones((2, 2, 4, 5)), index_q=ones((2, 2, 2, 4)), weights=ones((2, 2, 2))), lengths=ones(2, int) => q T
 | **lists(), lengths=np.array([3, 3]) => lengths None
-| **batch, lengths=np.array([3]) => lengths | **batch, lengths=ones(2) => TypeError lengths float64
-| **batch, lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
 KVCache: capacity=0 => capacity 0 | batch=0 => batch 0 | storage="int3" => storage int3
 | streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0
 set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
@@ -1102,7 +1103,7 @@ def bad_calls():
     scope |= {"two": lambda name: np.broadcast_to(ONES[name], (2, 4, *ONES[name].shape)), "INF": INF}
     main = {name: ONES[name][:3] for name in ("q", "k", "v", "index_q", "index_k", "weights")}
     scope |= {"lists": lambda **others: {name: [x, x] for name, x in main.items()} | others}
-    scope |= {"batch": {name: np.stack([x, x]) for name, x in main.items()}}
+    scope |= {"batch": lambda **others: {name: np.stack([x, x]) for name, x in main.items()} | others}
     for line in BAD_INPUT.strip().replace("\n|", " |").splitlines():
         names, _, calls = line.partition(": ")
         for name, call in itertools.product(GROUPS_OF.get(names, [names]), calls.split(" | ")):
@@ -1990,12 +1991,14 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
 
 
 def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
-    """Whoever calls NumPy next has as many as before."""
+    """Of which it has one meanwhile; whoever calls NumPy next has as many as before."""
     threadpoolctl = pytest.importorskip("threadpoolctl")
     call = functools.partial(dsa.lightning_select, *index_rows(0, 90, 1500, F32), 9)
-    count = lambda: [x.num_threads for x in threadpoolctl.ThreadpoolController().lib_controllers]  # noqa: E731
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    count = lambda: [x.num_threads for x in controller.lib_controllers]  # noqa: E731
     with threadpoolctl.threadpool_limits(2):
         before, expected = count(), call()
+        assert set(dsa.on_one_blas_thread(count)) == {1}
         for at in lines(dsa, call):
             with threadpoolctl.threadpool_limits(1):
                 call()  # whose number is not to come back
