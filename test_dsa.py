@@ -1656,6 +1656,7 @@ def test_dsa_attention_uses_the_selector_that_its_config_names(dsa, name):
 # 11. KVCache and HybridKVCache ------------------------------------------------------------------------------
 
 CACHES = pytest.mark.parametrize("kind", ["KVCache", "HybridKVCache"])
+COPIES: Any = copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))
 STORAGES = ["float64", "float32", "float16", "bfloat16", "fp8"]
 
 
@@ -1776,8 +1777,8 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
                 cache, path = (plain, hybrid)[seed % 2], Path(folder) / "a session"
                 cache.save(path)
                 assert [x.name for x in Path(folder).iterdir()] == ["a session"]
-                others = dsa.KVCache.load(path), copy.copy(plain), pickle.loads(pickle.dumps(plain))
-            for other in (*others, copy.deepcopy(plain)):
+                others = dsa.KVCache.load(path), *(way(plain) for way in COPIES)
+            for other in others:
                 assert type(other) is dsa.KVCache and snapshot(other) == snapshot(cache)
                 assert all(getattr(other, x) == getattr(cache, x) for x in ("capacity", "grow", "storage"))
                 batch = rng.integers(0, 2, rng.integers(1, 4))
@@ -1786,7 +1787,7 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
                 assert other.lengths.tolist() == (lengths[batch] + 4).tolist()
                 for (name, x), (i, b) in itertools.product(model.items(), enumerate(batch)):
                     np.testing.assert_array_equal(other.read(name)[i, : lengths[b]], x[b])
-            for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            for way in COPIES:
                 refused(r"KVCache\.load", way, hybrid, error=TypeError)
         elif lengths.min() > 0:
             q, options = rng.standard_normal((2, 1, 4, 5)), p.latent | {"sink": np.zeros(4)}
@@ -1869,7 +1870,7 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
         add(lengths=np.array([3, 0]))
         np.testing.assert_array_equal(cache.read("k")[0], p.k[0])
     for call in (add, lambda: cache.truncate(np.zeros(2, int)), lambda: read(0), lambda: cache.read("k"),
-                 lambda: cache.append_then(int, **good), cache.__enter__):  # fmt: skip
+                 lambda: cache.append_then(int, **good), cache.__enter__, lambda: cache.window(1)):  # fmt: skip
         refused("closed", call)
     assert cache.closed
 
@@ -2750,7 +2751,7 @@ def test_a_copy_of_a_layer_is_independent(dsa, hidden):
     """Also of its arrays: who changes one changes nothing of the other."""
     layer = dsa.DSALayer(layer_weights(), **SMALL, config=dsa.DSAConfig(top_k=5))
     expected = layer(hidden)
-    for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for other in (way(layer) for way in COPIES):
         assert_same(other(hidden), expected)
         for w in other.weights.values():
             w *= 2
