@@ -398,9 +398,9 @@ def problems(data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70
     )).map(problem)  # fmt: skip
 
 
-seeds, wide_floats = st.integers(0, 2**32 - 1), st.sampled_from([F32, F64])
-any_problem = st.one_of(problems(), problems(data=normal))
-sinks = st.lists(st.sampled_from([-INF, -3.0, 0.0, 2.5, INF]), min_size=24, max_size=24)
+one_of, flags, seeds = st.sampled_from, st.booleans(), st.integers(0, 2**32 - 1)
+any_dtype, wide_floats = one_of(DTYPES), one_of([F32, F64])
+sinks = st.lists(one_of([-INF, -3.0, 0.0, 2.5, INF]), min_size=24, max_size=24)
 
 
 def reach(batch, T, S, k_start=None, k_end=None):
@@ -1135,9 +1135,7 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, error, changes, fragment
 # 2. What only a whole module, or a long one, shows: bits, tiles, errors -------------------------------------
 
 
-@given(
-    p=problems(windows=False), wrong=st.sampled_from([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds
-)
+@given(p=problems(windows=False), wrong=one_of([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds)
 def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wrong, at):
     """In any row; the index not clipped, not wrapped, not Python's -2, also where int32 would wrap to 0.
     Kernels do not check: they never select the one, and read no key for the other."""
@@ -1191,7 +1189,7 @@ def index_rows(seed, T, S, dtype, batch=()):
 @slow
 @given(
     seed=seeds, T=st.integers(1, 300), S=st.integers(30, 300) | st.integers(900, 3000),
-    K=st.sampled_from([1, 7, 64, 333]), dtype=st.sampled_from(DTYPES),
+    K=one_of([1, 7, 64, 333]), dtype=any_dtype,
 )  # fmt: skip
 def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S, K, dtype):
     """Bit for bit: in chunks of any size, over all keys or those so far; alone, in a batch, amid NaN."""
@@ -1221,9 +1219,8 @@ def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S
 @pytest.mark.parametrize("S, K", [(300, 40), (1700, 600), (2600, 2600)])
 @slow
 @given(
-    seed=seeds, T=st.integers(2, 40), slope=st.sampled_from([-9, 0, 9]), dtype=wide_floats,
-    value=st.sampled_from([NAN, INF]),
-)  # fmt: skip
+    seed=seeds, T=st.integers(2, 40), slope=one_of([-9, 0, 9]), dtype=wide_floats, value=one_of([NAN, INF])
+)
 def test_attention_over_many_tiles(impl, seed, T, S, K, slope, dtype, value):
     """More keys than a tile: the running maximum rises, falls, or starts some tiles late. K near S tempts to
     attend densely under a mask: -1, repeats, and a NaN that nobody or one row lists still mean the same."""
@@ -1452,7 +1449,7 @@ def by_selector(dsa, p, name, **kwargs):
 
 
 @each_selector
-@given(p=indexed, value=st.sampled_from([-9.0, 9.0]), data=st.data())
+@given(p=indexed, value=one_of([-9.0, 9.0]), data=st.data())
 def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
     """Equal K or no comparison: one format, count and forced keys; and what no row may see changes no row,
     nor what is seen of a static pattern, while a seed makes the same choice twice."""
@@ -1616,8 +1613,8 @@ def assert_as_alone(found, b, n, alone, dtype):
     assert (out[n:] == 0).all() and (lse[n:] == -INF).all() and (indices[n:] == -1).all()
 
 
-@given(p=any_problem, z=st.none() | sinks, data=st.data())
-def test_dsa_attention_selects_then_attends(dsa, p, z, data):
+@given(p=problems() | problems(data=normal), z=st.none() | sinks)
+def test_dsa_attention_selects_then_attends(dsa, p, z):
     """Equations (1) to (3) in one call, whose indices say what was kept or that it was dense."""
     z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
     strategy = "hybrid" if p.forced["local_window"] else "dynamic"
@@ -1684,10 +1681,9 @@ def snapshot(cache):
 
 @slow
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=st.booleans(),
-    dtype=wide_floats, grow=st.booleans(), step=st.sampled_from([1, 3, 40]),
-    multiple=st.sampled_from([1, 3, 64]),
-    options=st.sampled_from([
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=flags,
+    dtype=wide_floats, grow=flags, step=one_of([1, 3, 40]), multiple=one_of([1, 3, 64]),
+    options=one_of([
         {}, {"strategy": "fixed", "pattern": "random"}, {"sparse_ratio": 0.2},
         {"fallback_dense_threshold": 9}, {"strategy": "fixed", "pattern": "random", "sparse_ratio": 0.2},
         {"num_sink_tokens": 1}, {"strategy": "hybrid", "local_window": 3, "num_sink_tokens": 1},
@@ -1737,8 +1733,8 @@ def test_sequences_of_a_batch_are_as_if_alone(
 
 
 @given(
-    seed=seeds, tied=st.booleans(), storage=st.sampled_from(STORAGES), window=st.integers(0, 2),
-    fast_tokens=st.integers(1, 6), steps=st.lists(st.sampled_from("aaatssc"), min_size=1, max_size=20),
+    seed=seeds, tied=flags, storage=one_of(STORAGES), window=st.integers(0, 2),
+    fast_tokens=st.integers(1, 6), steps=st.lists(one_of("aaatssc"), min_size=1, max_size=20),
 )  # fmt: skip
 def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast_tokens, steps):
     """Append, truncate and attend in any order as on plain arrays; the hybrid to the bit, and it counts. What
@@ -2171,7 +2167,7 @@ def on_any_threads(dsa, *calls):
 
 
 @slow
-@given(seed=seeds, dtype=st.sampled_from(DTYPES))
+@given(seed=seeds, dtype=any_dtype)
 def test_threads_never_change_a_bit(dsa, seed, dtype):
     """Of selections and outputs, causal, dense and over many keys."""
     p = tokens(seed, (2,), 150 + seed % 100, dtype)
@@ -2332,8 +2328,8 @@ def test_the_layer_is_section_3(dsa, hidden, mode):
 @slow
 @given(
     seed=seeds, lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
-    step=st.sampled_from([1, 4, 30, None]), dtype=wide_floats, left=st.booleans(),
-    mode=st.sampled_from([{"index_rope_interleaved": True}, {"hadamard": True, "indexer_precision": "fp8"}]),
+    step=one_of([1, 4, 30, None]), dtype=wide_floats, left=flags,
+    mode=one_of([{"index_rope_interleaved": True}, {"hadamard": True, "indexer_precision": "fp8"}]),
 )  # fmt: skip
 def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths, step, mode, dtype, left):
     """At once without a cache, in chunks or single tokens, alone or in a ragged batch, padded with NaN on the
@@ -2879,9 +2875,9 @@ def test_all_e4m3_codes_round_trip(dsa):
 
 
 @given(
-    seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), size=st.sampled_from([128, 31]),
-    scale=st.sampled_from(["ue8m0", "float"]), dtype=st.sampled_from(DTYPES),
-    amax=st.sampled_from([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
+    seed=seeds, N=one_of([1, 16, 128, 200, 384]), size=one_of([128, 31]),
+    scale=one_of(["ue8m0", "float"]), dtype=any_dtype,
+    amax=one_of([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
 )  # fmt: skip
 def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, size, scale, dtype, amax, k):
     """Byte for byte as ml_dtypes rounds: zeros stay so, what lies beyond 448 saturates, and ue8m0 steps up
@@ -2925,7 +2921,7 @@ def test_the_656_bytes_of_a_token(dsa):
         assert_same(cache.read("index_k")[0], dsa.dequantize_fp8(*dsa.quantize_fp8(kv[0, :, 128:256])))
 
 
-@given(seed=seeds, E=st.sampled_from([8, 31, 128]), J=st.sampled_from([1, 3, 64]))
+@given(seed=seeds, E=one_of([8, 31, 128]), J=one_of([1, 3, 64]))
 def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
     """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which
     are the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
@@ -3014,7 +3010,7 @@ def kl_by_hand(target, scores, keys):
     return each[(keys >= 0) & (target > 0)].sum()
 
 
-@given(p=problems(), seed=seeds, sparse=st.booleans())
+@given(p=problems(), seed=seeds, sparse=flags)
 def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients have
     mlp's dtype, if q has less; a row that sees nothing is all 0 and adds nothing."""
@@ -3035,10 +3031,7 @@ def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
 
 
-@given(
-    p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=st.booleans(),
-    z=st.sampled_from([None, 0.7, -3.0, INF, -INF]),
-)  # fmt: skip
+@given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=flags, z=one_of([None, 0.7, -3, INF, -INF]))
 def test_gradients_are_slopes(impl, p, seed, sparse, z):
     """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
     rows of the target need not sum to 1. A sink that takes nothing, or all, has no slope."""
@@ -3082,7 +3075,7 @@ def in_float64(args):
     return [x if x is None or x.dtype.kind in "iu" else x.astype(F64) for x in args]
 
 
-@given(p=problems(), seed=seeds, sparse=st.booleans(), z=st.sampled_from([None, 0.7]))
+@given(p=problems(), seed=seeds, sparse=flags, z=one_of([None, 0.7]))
 def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, z):
     """Rounded. Small integers: products of exactly 0 are common, and pass on nothing, as negative ones do."""
     dsa, dtype, (kwargs, keys) = impl.module, p.q.dtype, trained_on(p, seed, sparse)
@@ -3104,10 +3097,7 @@ def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, z):
     assert_gradients([x[..., : e.shape[-1]] for x, e in parts], expected, expected, 1e-6)
 
 
-@given(
-    p=problems(data=normal, dtypes=[F32, F64]), seed=seeds, sparse=st.booleans(),
-    value=st.sampled_from([NAN, INF, 7.0]),
-)  # fmt: skip
+@given(p=problems(data=normal, dtypes=[F32, F64]), seed=seeds, sparse=flags, value=one_of([NAN, INF, 7.0]))
 def test_what_nobody_sees_trains_nothing(impl, p, seed, sparse, value):
     """Keys outside every window or set, between windows too, slots that are absent, and queries without keys
     (padding) may hold anything."""
@@ -3231,7 +3221,7 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
 
 
 @slow
-@given(seed=seeds, dtype=st.sampled_from(DTYPES), sparse=st.booleans())
+@given(seed=seeds, dtype=any_dtype, sparse=flags)
 def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, sparse):
     """Threads never change a bit; a query's gradient is its own, a key's the sum over chunks of queries."""
     T = 200 + seed % 100
