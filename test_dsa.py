@@ -1585,6 +1585,7 @@ def test_top_k_at(dsa, top_k, n, S, window):
         assert isinstance(step, int) and least <= step and abs(step - max(least, exact)) <= 1
         assert layer > 0 or step == 2 * top_k
     assert config.top_k_at(0, 1) == dsa.DSAConfig(top_k=top_k).top_k_at(n - 1, n) == top_k
+    assert [config.quota_at(0, 1, num_keys)[1] for num_keys in (top_k, top_k + 1)] == [True, False]  # dense
 
 
 # 10. Batches and dsa_attention ------------------------------------------------------------------------------
@@ -2449,6 +2450,9 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     assert cache.lengths.tolist() == [12, 10]
     y, indices = layer(hidden[:, :0])
     assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
+    dsa.LayerDims(n_heads=1, qk_rope_head_dim=128, rope_factor=1)  # the least, and the most, that may be
+    v32 = dsa.LayerDims().shapes()
+    assert (v32["wq_b"], v32["wkv_a"]) == ((24576, 1536), (576, 7168))
 
 
 def write_safetensors(path, tensors):
