@@ -112,6 +112,7 @@ import traceback
 import tracemalloc
 import types
 import warnings
+from collections import Counter
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -397,9 +398,9 @@ def problems(data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70
     )).map(problem)  # fmt: skip
 
 
-seeds, wide_floats = st.integers(0, 2**32 - 1), st.sampled_from([F32, F64])
-any_problem = st.one_of(problems(), problems(data=normal))
-sinks = st.lists(st.sampled_from([-INF, -3.0, 0.0, 2.5, INF]), min_size=24, max_size=24)
+one_of, flags, seeds = st.sampled_from, st.booleans(), st.integers(0, 2**32 - 1)
+any_dtype, wide_floats = one_of(DTYPES), one_of([F32, F64])
+sinks = st.lists(one_of([-INF, -3.0, 0.0, 2.5, INF]), min_size=24, max_size=24)
 
 
 def reach(batch, T, S, k_start=None, k_end=None):
@@ -867,6 +868,13 @@ def pytest_cmdline_main(config):
         return 2
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Skips, grouped by their reason."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    for reason, count in Counter(report.longrepr[-1] for report in skipped).most_common():
+        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
+
+
 def array_libraries():
     """NumPy, and CuPy where it is installed and finds a device."""
     try:
@@ -1065,10 +1073,11 @@ dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | config={"top_k": 3} => TypeError config dict | cache={} => TypeError cache dict
 | top_k=1 => TypeError top_k options | blocksize=1 => TypeError blocksize options | q=[[[1.0]]] => TypeError k
 | **lists(q=[[1.0]] * 2) => TypeError q list | **lists(k=[ones((3, 2, 5))]) => lengths k
-| **batch, lengths=np.array([3, 4]) => lengths 4 | **batch, lengths=np.array([3, -1]) => lengths -1
+| **batch(), lengths=np.array([3, 4]) => lengths 4 | **batch(), lengths=np.array([3, -1]) => lengths -1
+| **batch(), lengths=np.array([3]) => lengths | **batch(), lengths=ones(2) => TypeError lengths float64
+| **batch(), lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
+| **batch(k=ones((2, 6, 2, 5)), v=ones((2, 6, 2, 3)), index_k=ones((2, 6, 4))), lengths=ones(2, int) => q T
 | **lists(), lengths=np.array([3, 3]) => lengths None
-| **batch, lengths=np.array([3]) => lengths | **batch, lengths=ones(2) => TypeError lengths float64
-| **batch, lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
 KVCache: capacity=0 => capacity 0 | batch=0 => batch 0 | storage="int3" => storage int3
 | streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0
 set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
@@ -1094,7 +1103,7 @@ def bad_calls():
     scope |= {"two": lambda name: np.broadcast_to(ONES[name], (2, 4, *ONES[name].shape)), "INF": INF}
     main = {name: ONES[name][:3] for name in ("q", "k", "v", "index_q", "index_k", "weights")}
     scope |= {"lists": lambda **others: {name: [x, x] for name, x in main.items()} | others}
-    scope |= {"batch": {name: np.stack([x, x]) for name, x in main.items()}}
+    scope |= {"batch": lambda **others: {name: np.stack([x, x]) for name, x in main.items()} | others}
     for line in BAD_INPUT.strip().replace("\n|", " |").splitlines():
         names, _, calls = line.partition(": ")
         for name, call in itertools.product(GROUPS_OF.get(names, [names]), calls.split(" | ")):
@@ -1126,9 +1135,7 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, error, changes, fragment
 # 2. What only a whole module, or a long one, shows: bits, tiles, errors -------------------------------------
 
 
-@given(
-    p=problems(windows=False), wrong=st.sampled_from([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds
-)
+@given(p=problems(windows=False), wrong=one_of([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds)
 def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wrong, at):
     """In any row; the index not clipped, not wrapped, not Python's -2, also where int32 would wrap to 0.
     Kernels do not check: they never select the one, and read no key for the other."""
@@ -1182,7 +1189,7 @@ def index_rows(seed, T, S, dtype, batch=()):
 @slow
 @given(
     seed=seeds, T=st.integers(1, 300), S=st.integers(30, 300) | st.integers(900, 3000),
-    K=st.sampled_from([1, 7, 64, 333]), dtype=st.sampled_from(DTYPES),
+    K=one_of([1, 7, 64, 333]), dtype=any_dtype,
 )  # fmt: skip
 def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S, K, dtype):
     """Bit for bit: in chunks of any size, over all keys or those so far; alone, in a batch, amid NaN."""
@@ -1212,9 +1219,8 @@ def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S
 @pytest.mark.parametrize("S, K", [(300, 40), (1700, 600), (2600, 2600)])
 @slow
 @given(
-    seed=seeds, T=st.integers(2, 40), slope=st.sampled_from([-9, 0, 9]), dtype=wide_floats,
-    value=st.sampled_from([NAN, INF]),
-)  # fmt: skip
+    seed=seeds, T=st.integers(2, 40), slope=one_of([-9, 0, 9]), dtype=wide_floats, value=one_of([NAN, INF])
+)
 def test_attention_over_many_tiles(impl, seed, T, S, K, slope, dtype, value):
     """More keys than a tile: the running maximum rises, falls, or starts some tiles late. K near S tempts to
     attend densely under a mask: -1, repeats, and a NaN that nobody or one row lists still mean the same."""
@@ -1288,9 +1294,7 @@ RIGHT = "\n".join([*map(inspect.getsource, ORACLES), TYPED])  # the oracles, in 
 PLANTED = """
 index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
-np.einsum("...tj,...tjs->...ts", w, each) => np.maximum(np.einsum("...tj,...tjs->...ts", w, each), 0)
-w, each) => np.abs(w), each) | np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
-w, each) => w, each).round(3)
+w, each) => np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
 (x.astype(F64) for x => (x.astype(F32) for x | (x.astype(index_q.dtype) for x
 scores, -INF) => scores, 0)
 k_end = S - T + 1 + => k_end = 1 + | k_end = S +
@@ -1308,7 +1312,6 @@ sorted(visible[ => list(visible[
 np.array(rows, np.int32) => np.array(rows, np.int64) | np.fmod(rows, 65536).astype(np.int32)
 [-1] * => [0] *
 free[:num_sink_tokens] = free => free[visible < num_sink_tokens] = free | free
-[max(len(visible) - local_window, 0) :] => [max(len(visible) - local_window - 1, 0) : -1]
 = free[max(len(visible) - local_window, 0) :] = 0 => = 0
 S if k_end is None else k_end => k_end
 lightning_select
@@ -1333,11 +1336,8 @@ if len(keys := keys_of(at)): => if [keys := keys_of(at)]:
 dense_attention
 np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
 np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at] - 1), | np.arange(hi[at]),
-k_end = S - T + 1 + => k_end = 1 +
 np.clip(k_start, 0, S), => k_start,
-v[at[:-1]][keys][:, group] => v[at[:-1]][keys][:, 0 * group]
 merge_attention
-.sum(0), lse => .sum(0) / len(outs), lse
 np.where(lse > -INF, lse, 0) => lse
 np.logaddexp.reduce(lses, 0) => lses.max(0)
 out.astype(outs[0].dtype), lse => out, lse
@@ -1412,24 +1412,22 @@ def test_explain_gives_the_parts_of_a_score_and_its_rank(dsa, p):
             assert score == expected and rank == ranks[t, s]
 
 
-@given(p=problems(), seed=seeds, widen=st.integers(0, 3))
-def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen):
-    """Eq. (2) over candidates, neighbours and forced keys; lightning when all keys are there."""
-    candidates = drawn_indices(p, seed)[..., : max(1, p.S // 3)]
+@given(p=problems(), seed=seeds, widen=st.integers(0, 3), block=st.integers(1, 4))
+def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen, block):
+    """Eq. (2) over candidates, or blocks, neighbours and forced keys; lightning when all keys are there."""
+    candidates = drawn_indices(p, seed)[..., : max(1, p.S // 3)] // block
     scores = index_scores_by_hand(*p.index, **p.windows)
     w, z = p.forced["local_window"], p.forced["num_sink_tokens"]
     for b, t in p.rows():
-        visible = range(p.lo[b][t], p.hi[b][t])
-        near = {c + d for c in candidates[b][t].tolist() if c >= 0 for d in range(-widen, widen + 1)}
+        visible, own = range(p.lo[b][t], p.hi[b][t]), candidates[b][t]
+        near = {s for c in own[own >= 0] for s in range(block * c - widen, block * (c + 1) + widen)}
         unseen = {*range(p.S)} - near.union(visible[:z], visible[max(0, len(visible) - w) :])
         scores[b][t, [*unseen]] = -INF
-    windows = {"k_start": p.lo, "k_end": p.hi}
-    expected = select_by_hand(scores, p.top_k, **p.forced, **windows)
-    actual = dsa.predictive_select(*p.index, p.top_k, candidates, widen=widen, **p.forced, **p.windows)
-    np.testing.assert_array_equal(actual, expected)
+    predict = functools.partial(dsa.predictive_select, *p.index, p.top_k, **p.forced, **p.windows)
+    expected = select_by_hand(scores, p.top_k, **p.forced, k_start=p.lo, k_end=p.hi)
+    np.testing.assert_array_equal(predict(candidates, widen=widen, block=block), expected)
     everything = np.broadcast_to(np.arange(p.S), (*p.batch, p.T, p.S))
-    everything = everything.astype(np.uint64 if seed % 2 else np.int16)
-    actual = dsa.predictive_select(*p.index, p.top_k, everything, **p.forced, **p.windows)
+    actual = predict(everything.astype(np.uint64 if seed % 2 else np.int16))
     assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
 
 
@@ -1451,7 +1449,7 @@ def by_selector(dsa, p, name, **kwargs):
 
 
 @each_selector
-@given(p=indexed, value=st.sampled_from([-9.0, 9.0]), data=st.data())
+@given(p=indexed, value=one_of([-9.0, 9.0]), data=st.data())
 def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
     """Equal K or no comparison: one format, count and forced keys; and what no row may see changes no row,
     nor what is seen of a static pattern, while a seed makes the same choice twice."""
@@ -1587,6 +1585,7 @@ def test_top_k_at(dsa, top_k, n, S, window):
         assert isinstance(step, int) and least <= step and abs(step - max(least, exact)) <= 1
         assert layer > 0 or step == 2 * top_k
     assert config.top_k_at(0, 1) == dsa.DSAConfig(top_k=top_k).top_k_at(n - 1, n) == top_k
+    assert [config.quota_at(0, 1, num_keys)[1] for num_keys in (top_k, top_k + 1)] == [True, False]  # dense
 
 
 # 10. Batches and dsa_attention ------------------------------------------------------------------------------
@@ -1615,8 +1614,8 @@ def assert_as_alone(found, b, n, alone, dtype):
     assert (out[n:] == 0).all() and (lse[n:] == -INF).all() and (indices[n:] == -1).all()
 
 
-@given(p=any_problem, z=st.none() | sinks, data=st.data())
-def test_dsa_attention_selects_then_attends(dsa, p, z, data):
+@given(p=problems() | problems(data=normal), z=st.none() | sinks)
+def test_dsa_attention_selects_then_attends(dsa, p, z):
     """Equations (1) to (3) in one call, whose indices say what was kept or that it was dense."""
     z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
     strategy = "hybrid" if p.forced["local_window"] else "dynamic"
@@ -1655,6 +1654,7 @@ def test_dsa_attention_uses_the_selector_that_its_config_names(dsa, name):
 # 11. KVCache and HybridKVCache ------------------------------------------------------------------------------
 
 CACHES = pytest.mark.parametrize("kind", ["KVCache", "HybridKVCache"])
+COPIES: Any = copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))
 STORAGES = ["float64", "float32", "float16", "bfloat16", "fp8"]
 
 
@@ -1682,10 +1682,9 @@ def snapshot(cache):
 
 @slow
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=st.booleans(),
-    dtype=wide_floats, grow=st.booleans(), step=st.sampled_from([1, 3, 40]),
-    multiple=st.sampled_from([1, 3, 64]),
-    options=st.sampled_from([
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=seeds, tied=flags,
+    dtype=wide_floats, grow=flags, step=one_of([1, 3, 40]), multiple=one_of([1, 3, 64]),
+    options=one_of([
         {}, {"strategy": "fixed", "pattern": "random"}, {"sparse_ratio": 0.2},
         {"fallback_dense_threshold": 9}, {"strategy": "fixed", "pattern": "random", "sparse_ratio": 0.2},
         {"num_sink_tokens": 1}, {"strategy": "hybrid", "local_window": 3, "num_sink_tokens": 1},
@@ -1735,8 +1734,8 @@ def test_sequences_of_a_batch_are_as_if_alone(
 
 
 @given(
-    seed=seeds, tied=st.booleans(), storage=st.sampled_from(STORAGES), window=st.integers(0, 2),
-    fast_tokens=st.integers(1, 6), steps=st.lists(st.sampled_from("aaatssc"), min_size=1, max_size=20),
+    seed=seeds, tied=flags, storage=one_of(STORAGES), window=st.integers(0, 2),
+    fast_tokens=st.integers(1, 6), steps=st.lists(one_of("aaatssc"), min_size=1, max_size=20),
 )  # fmt: skip
 def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast_tokens, steps):
     """Append, truncate and attend in any order as on plain arrays; the hybrid to the bit, and it counts. What
@@ -1775,8 +1774,8 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
                 cache, path = (plain, hybrid)[seed % 2], Path(folder) / "a session"
                 cache.save(path)
                 assert [x.name for x in Path(folder).iterdir()] == ["a session"]
-                others = dsa.KVCache.load(path), copy.copy(plain), pickle.loads(pickle.dumps(plain))
-            for other in (*others, copy.deepcopy(plain)):
+                others = dsa.KVCache.load(path), *(way(plain) for way in COPIES)
+            for other in others:
                 assert type(other) is dsa.KVCache and snapshot(other) == snapshot(cache)
                 assert all(getattr(other, x) == getattr(cache, x) for x in ("capacity", "grow", "storage"))
                 batch = rng.integers(0, 2, rng.integers(1, 4))
@@ -1785,7 +1784,7 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
                 assert other.lengths.tolist() == (lengths[batch] + 4).tolist()
                 for (name, x), (i, b) in itertools.product(model.items(), enumerate(batch)):
                     np.testing.assert_array_equal(other.read(name)[i, : lengths[b]], x[b])
-            for way in (copy.copy, copy.deepcopy, pickle.dumps):
+            for way in COPIES:
                 refused(r"KVCache\.load", way, hybrid, error=TypeError)
         elif lengths.min() > 0:
             q, options = rng.standard_normal((2, 1, 4, 5)), p.latent | {"sink": np.zeros(4)}
@@ -1867,8 +1866,10 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
             assert snapshot(cache) == before
         add(lengths=np.array([3, 0]))
         np.testing.assert_array_equal(cache.read("k")[0], p.k[0])
-    for call in (add, lambda: cache.truncate(np.zeros(2, int)), lambda: read(0), lambda: cache.read("k"),
-                 lambda: cache.append_then(int, **good)):  # fmt: skip
+    for call in (
+        add, cache.__enter__, lambda: cache.truncate(np.zeros(2, int)), lambda: read(0),
+        lambda: cache.read("k"), lambda: cache.append_then(int, **good), lambda: cache.window(1),
+    ):  # fmt: skip
         refused("closed", call)
     assert cache.closed
 
@@ -1990,12 +1991,14 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
 
 
 def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
-    """Whoever calls NumPy next has as many as before."""
+    """Of which it has one meanwhile; whoever calls NumPy next has as many as before."""
     threadpoolctl = pytest.importorskip("threadpoolctl")
     call = functools.partial(dsa.lightning_select, *index_rows(0, 90, 1500, F32), 9)
-    count = lambda: [x.num_threads for x in threadpoolctl.ThreadpoolController().lib_controllers]  # noqa: E731
+    controller = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    count = lambda: [x.num_threads for x in controller.lib_controllers]  # noqa: E731
     with threadpoolctl.threadpool_limits(2):
         before, expected = count(), call()
+        assert set(dsa.on_one_blas_thread(count)) == {1}
         for at in lines(dsa, call):
             with threadpoolctl.threadpool_limits(1):
                 call()  # whose number is not to come back
@@ -2170,7 +2173,7 @@ def on_any_threads(dsa, *calls):
 
 
 @slow
-@given(seed=seeds, dtype=st.sampled_from(DTYPES))
+@given(seed=seeds, dtype=any_dtype)
 def test_threads_never_change_a_bit(dsa, seed, dtype):
     """Of selections and outputs, causal, dense and over many keys."""
     p = tokens(seed, (2,), 150 + seed % 100, dtype)
@@ -2331,8 +2334,8 @@ def test_the_layer_is_section_3(dsa, hidden, mode):
 @slow
 @given(
     seed=seeds, lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
-    step=st.sampled_from([1, 4, 30, None]), dtype=wide_floats, left=st.booleans(),
-    mode=st.sampled_from([{"index_rope_interleaved": True}, {"hadamard": True, "indexer_precision": "fp8"}]),
+    step=one_of([1, 4, 30, None]), dtype=wide_floats, left=flags,
+    mode=one_of([{"index_rope_interleaved": True}, {"hadamard": True, "indexer_precision": "fp8"}]),
 )  # fmt: skip
 def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths, step, mode, dtype, left):
     """At once without a cache, in chunks or single tokens, alone or in a ragged batch, padded with NaN on the
@@ -2453,6 +2456,9 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     assert cache.lengths.tolist() == [12, 10]
     y, indices = layer(hidden[:, :0])
     assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
+    dsa.LayerDims(n_heads=1, qk_rope_head_dim=128, rope_factor=1)  # the least, and the most, that may be
+    v32 = dsa.LayerDims().shapes()
+    assert (v32["wq_b"], v32["wkv_a"]) == ((24576, 1536), (576, 7168))
 
 
 def write_safetensors(path, tensors):
@@ -2752,7 +2758,7 @@ def test_a_copy_of_a_layer_is_independent(dsa, hidden):
     """Also of its arrays: who changes one changes nothing of the other."""
     layer = dsa.DSALayer(layer_weights(), **SMALL, config=dsa.DSAConfig(top_k=5))
     expected = layer(hidden)
-    for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for other in (way(layer) for way in COPIES):
         assert_same(other(hidden), expected)
         for w in other.weights.values():
             w *= 2
@@ -2878,9 +2884,9 @@ def test_all_e4m3_codes_round_trip(dsa):
 
 
 @given(
-    seed=seeds, N=st.sampled_from([1, 16, 128, 200, 384]), size=st.sampled_from([128, 31]),
-    scale=st.sampled_from(["ue8m0", "float"]), dtype=st.sampled_from(DTYPES),
-    amax=st.sampled_from([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
+    seed=seeds, N=one_of([1, 16, 128, 200, 384]), size=one_of([128, 31]),
+    scale=one_of(["ue8m0", "float"]), dtype=any_dtype,
+    amax=one_of([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
 )  # fmt: skip
 def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, size, scale, dtype, amax, k):
     """Byte for byte as ml_dtypes rounds: zeros stay so, what lies beyond 448 saturates, and ue8m0 steps up
@@ -2924,7 +2930,7 @@ def test_the_656_bytes_of_a_token(dsa):
         assert_same(cache.read("index_k")[0], dsa.dequantize_fp8(*dsa.quantize_fp8(kv[0, :, 128:256])))
 
 
-@given(seed=seeds, E=st.sampled_from([8, 31, 128]), J=st.sampled_from([1, 3, 64]))
+@given(seed=seeds, E=one_of([8, 31, 128]), J=one_of([1, 3, 64]))
 def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
     """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which
     are the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
@@ -3013,7 +3019,7 @@ def kl_by_hand(target, scores, keys):
     return each[(keys >= 0) & (target > 0)].sum()
 
 
-@given(p=problems(), seed=seeds, sparse=st.booleans())
+@given(p=problems(), seed=seeds, sparse=flags)
 def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients have
     mlp's dtype, if q has less; a row that sees nothing is all 0 and adds nothing."""
@@ -3034,10 +3040,7 @@ def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
 
 
-@given(
-    p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=st.booleans(),
-    z=st.sampled_from([None, 0.7, -3.0, INF, -INF]),
-)  # fmt: skip
+@given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=flags, z=one_of([None, 0.7, -3, INF, -INF]))
 def test_gradients_are_slopes(impl, p, seed, sparse, z):
     """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
     rows of the target need not sum to 1. A sink that takes nothing, or all, has no slope."""
@@ -3081,7 +3084,7 @@ def in_float64(args):
     return [x if x is None or x.dtype.kind in "iu" else x.astype(F64) for x in args]
 
 
-@given(p=problems(), seed=seeds, sparse=st.booleans(), z=st.sampled_from([None, 0.7]))
+@given(p=problems(), seed=seeds, sparse=flags, z=one_of([None, 0.7]))
 def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, z):
     """Rounded. Small integers: products of exactly 0 are common, and pass on nothing, as negative ones do."""
     dsa, dtype, (kwargs, keys) = impl.module, p.q.dtype, trained_on(p, seed, sparse)
@@ -3103,10 +3106,7 @@ def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, z):
     assert_gradients([x[..., : e.shape[-1]] for x, e in parts], expected, expected, 1e-6)
 
 
-@given(
-    p=problems(data=normal, dtypes=[F32, F64]), seed=seeds, sparse=st.booleans(),
-    value=st.sampled_from([NAN, INF, 7.0]),
-)  # fmt: skip
+@given(p=problems(data=normal, dtypes=[F32, F64]), seed=seeds, sparse=flags, value=one_of([NAN, INF, 7.0]))
 def test_what_nobody_sees_trains_nothing(impl, p, seed, sparse, value):
     """Keys outside every window or set, between windows too, slots that are absent, and queries without keys
     (padding) may hold anything."""
@@ -3233,7 +3233,7 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
 
 
 @slow
-@given(seed=seeds, dtype=st.sampled_from(DTYPES), sparse=st.booleans())
+@given(seed=seeds, dtype=any_dtype, sparse=flags)
 def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, sparse):
     """Threads never change a bit; a query's gradient is its own, a key's the sum over chunks of queries."""
     T = 200 + seed % 100
