@@ -3035,18 +3035,19 @@ def slot_indices(indices):
     return sys.modules["cupy"].ascontiguousarray(wide, np.int32)
 
 
-def score_kernel(chip, dtypes, real, J, E, few):
+def score_kernel(chip, dtypes, real, J, E, T):
     """The kernel of (1) for index_q and index_k of dtypes, and a block's queries, keys and shared memory."""
     dtype = dtypes[0] if dtypes[0] == dtypes[1] else real
     row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
     if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or not tiles * J * E:
         return kernel(chip, "index_scores_fma", 256, REAL=real), 8, 512 // real.itemsize, 0
     if chip.sm == 90 and J in (32, 64, 128) and row in (128, 256):
-        if few and dtype == np.uint8 and J <= 64:
-            return kernel(chip, "index_scores_few_wgmma", 128, J=J), FEW, 256, 43008
-        shared = -(-(512 * row + 3652 + 6 * J) // 1024) * 1024  # struct Shared of the kernel
+        if T <= FEW and dtype == np.uint8 and J <= 64:
+            found = kernel(chip, "index_scores_few_wgmma", 128, J=J, TOGETHER=1 + (T > 1))
+            return found, FEW, 256, 34816 + 8192 * (1 + (T > 1))  # struct Few of the kernel
+        shared = -(-(512 * row + 3780 + 13 * J // 2) // 1024) * 1024  # struct Shared of the kernel
         found = kernel(chip, "index_scores_wgmma", 384, ELEMENT=dtype, J=J, E=E)
-        return found, 192, 512 // dtype.itemsize, shared
+        return found, 208, 512 // dtype.itemsize, shared
     heads, vector = min(-(-J // 8) * 8, 64 if E <= 256 else 32), 16 // dtype.itemsize
     sizes = {"J": J, "E": E, "PITCH": -(-E // vector) * vector, "HEADS": heads, "TILES": tiles}
     shared = 2 * heads * (-(-row // 64) * 64 + 20)  # 2 of the kernel's struct Stage
@@ -3054,11 +3055,30 @@ def score_kernel(chip, dtypes, real, J, E, few):
 
 
 @plan
+def queries_of_block(processors, batch, T, S, most, keys):
+    """How many queries, of most, a block of index_scores_wgmma takes, so that no last round is nearly empty.
+
+    Windows are taken to end at the queries, the last one's at S. A block begins in the time of 6 queries by
+    512 keys.
+    """
+    if batch * T * S > 8 * processors * most * keys:  # so many rounds that the last one hardly matters
+        return 192
+    whole = max(0, S - T) // keys  # tiles that all queries see
+    seen = [min(T, S - s) for s in range(whole * keys, S, keys)]  # of the other tiles, by how many
+
+    def cost(queries):
+        blocks = batch * (whole * -(-T // queries) + sum(-(-x // queries) for x in seen))
+        return -(-blocks // processors) * (queries + 3072 // keys)
+
+    return min(range(8, most + 1, 8), key=cost)
+
+
+@plan
 def score_plan(chip, batch, T, J, E, *given):
     """The kernel of (1) for arrays like those given, the dtype of scores, and what launches it."""
     q, k, w = (Like(*x) for x in given)
     real, blocks = accumulator(q, k, w), math.prod(batch)
-    found, queries, keys, shared = score_kernel(chip, (q.dtype, k.dtype), real, J, E, T <= FEW)
+    found, queries, keys, shared = score_kernel(chip, (q.dtype, k.dtype), real, J, E, T)
     plain = found.name == "index_scores_fma"
     dtype, vector = (real, 1) if plain else (q.dtype, 16 // q.dtype.itemsize)
     fits = q.dtype == k.dtype == dtype and E % vector == 0 and straight((*batch, T, J, E), q)
@@ -3073,9 +3093,13 @@ def score_plan(chip, batch, T, J, E, *given):
             index_q, index_k, weights = fitted(index_q, index_k, weights)
         S = index_k.shape[-2]
         apart = index_k.strides[0] // max(1, index_k.shape[-1] * index_k.itemsize)
-        arrays, grid = (index_q, index_k, weights, k_start, k_end, scores), blocks * -(-T // queries)
-        numbers = as_arguments(S, S - T if offset is None else offset, apart)
-        found((grid * -(-S // keys),), arrays, [*first, *numbers, *last], shared)
+        arrays = index_q, index_k, weights, k_start, k_end, scores
+        offset, many, more = S - T if offset is None else offset, queries, last
+        if found.name == "index_scores_wgmma":
+            many = queries_of_block(chip.processors, blocks, T, min(S, offset + T), queries, keys)
+            more = as_arguments(many)
+        grid = (blocks * -(-T // many) * -(-S // keys),)
+        found(grid, arrays, [*first, *as_arguments(S, offset, apart), *more], shared)
 
     def fitted(index_q, index_k, weights):
         if plain and index_q.dtype == np.uint8:

@@ -569,7 +569,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                             head[0] = e4m3x2_to_half2(heads[step] & 0xffff);
                             head[1] = e4m3x2_to_half2(heads[step] >> 16);
                         }
-#pragma unroll
                         for (int m = 0; m < TILES; m++)
                             mma_m16n8k16(product[m], keys[m][load * STEPS + step], head[0], head[1],
                                          Multiplied());
@@ -579,7 +578,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                 for (int c = 0; c < 2; c++) {  // heads j + 2 i and j + 2 i + 1
                     if (J % 8 && group * HEADS + j + 2 * i + c >= J) continue;
                     const float weight = stage.weights[j + 2 * i + c];
-#pragma unroll
                     for (int m = 0; m < TILES; m++)
                         for (int half = 0; half < 2; half++)
                             sum[m][half] += weight * relu(product[m][2 * half + c]);
@@ -589,7 +587,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         // The quad adds up its heads; its lane i stores keys g and g + 8 of tile i.
         const int t = seen.live[query];
         float* row = scores + (first + t) * S + tile;
-#pragma unroll
         for (int half = 0; half < 2; half++) {
             float own = 0;
 #pragma unroll
@@ -612,7 +609,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 //       apart: from one entry's keys to the next, in keys
 // out   scores [B, T, S] f32, every element written: the bits of index_scores_wgmma, as all sums have its order
 // grid  B * ceil(S / 256), key tiles fastest  block 128: a warpgroup multiplies 64 keys by J heads at a time
-// smem  struct Few, 42 KB: five blocks on a multiprocessor have 165 KB of keys on their way
+// smem  struct Few, 42 KB, five blocks' on a multiprocessor; 50 where two queries share operands, TOGETHER
 // cost  132 bytes and T * 2*J*E FLOP a key: bound by memory at T = 1. Tensor cores add up e4m3 products in
 //       fewer bits than float32 has: scores are right to about 1e-4 of the largest.
 // ---------------------------------------------------------------------------------------------------------
@@ -621,14 +618,14 @@ constexpr int E = 128, ENTRY = E + 4, HEADS = 64, TILES = 4, KEYS = TILES * 64;
 static_assert(J == 32 || J == HEADS, "the heads of a query are one operand; others have other sums");
 
 struct Few {
-    alignas(1024) u8 heads[HEADS][E];   // as wgmma_matrix has them
-    alignas(16) u8 keys[KEYS * ENTRY];  // as they stand in memory
-    float weights[HEADS];
+    alignas(1024) u8 heads[TOGETHER][HEADS][E];  // as wgmma_matrix has them
+    alignas(16) u8 keys[KEYS * ENTRY];           // as they stand in memory
+    float weights[TOGETHER][HEADS];
     u64 here[TILES];  // of a tile's keys
 };
-static_assert(sizeof(Few) == 43008, "dsa.py asks for as much");
+static_assert(sizeof(Few) == 34816 + 8192 * TOGETHER, "dsa.py asks for as much");
 
-extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
+extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few_wgmma(
         const u8* index_q, const u8* index_k, const float* weights, const int* k_start, const int* k_end,
         float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(1024) unsigned char shared[];
@@ -653,35 +650,39 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
     for (int x = whole * BYTES + tid * 4; x < num_keys * ENTRY; x += 128 * 4)
         cp_async<4>(sh.keys + x, from + x);
 
-    for (i64 t = 0; t < T; t++) {
-        float* row = scores + (b * T + t) * S;
-        const Window window = window_of(k_start, k_end, b, t, T, S, offset);
-        // 2. The query's heads
+    for (i64 t0 = 0; t0 < T; t0 += TOGETHER) {
+        const i64 row = b * T + t0;
+        float* to = scores + row * S;
+        const auto window_at = [&](int q) { return window_of(k_start, k_end, b, t0 + q, T, S, offset); };
+        const Window alone = TOGETHER == 1 ? window_at(0) : Window();  // early; two would cost registers
+        const int queries = TOGETHER == 1 ? 1 : min((i64)TOGETHER, T - t0);
+        // 2. The queries' heads
         __syncthreads();
-        const uint4* codes = (const uint4*)(index_q + (b * T + t) * J * E);
-#pragma unroll
-        for (int x = 0; x < HEADS / 16; x++) {
-            const int j = x * 16 + tid / 8;
-            const uint4 four = j < J ? codes[x * 128 + tid] : make_uint4(0, 0, 0, 0);
-            *(uint4*)(sh.heads[j] + swizzled(j, tid % 8)) = four;
+        for (int q = 0; q < queries; q++) {
+            const uint4* codes = (const uint4*)(index_q + (row + q) * J * E);
+            for (int x = 0; x < HEADS / 16; x++) {
+                const int j = x * 16 + tid / 8;
+                const uint4 four = j < J ? codes[x * 128 + tid] : make_uint4(0, 0, 0, 0);
+                *(uint4*)(sh.heads[q][j] + swizzled(j, tid % 8)) = four;
+            }
+            if (tid < HEADS) sh.weights[q][tid] = tid < J ? weights[(row + q) * J + tid] : 0;
         }
-        if (tid < HEADS) sh.weights[tid] = tid < J ? weights[(b * T + t) * J + tid] : 0;
         fence_proxy_async();
         cp_async_wait_all();
         __syncthreads();
-        float weight[16];
+        float weight[TOGETHER][16];
 #pragma unroll
-        for (int x = 0; x < 16; x++) weight[x] = sh.weights[x / 2 * 8 + 2 * i + x % 2];
+        for (int x = 0; x < 16 * TOGETHER; x++)
+            weight[x / 16][x % 16] = sh.weights[x / 16][x % 16 / 2 * 8 + 2 * i + x % 2];
 
         // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i.
         //    A lane reads the steps of a key from step g on, so that few read from one bank, and turns them.
-        float own[2] = {};
+        float own[TOGETHER][2] = {};
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             unsigned a[4][4];
             const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + i;
             mbarrier_wait(&sh.here[tile], 0);
-#pragma unroll
             for (int x = 0; x < 4; x++) {  // of this key and, where x is odd, of 8 keys on
                 unsigned read[4], turned[4];
                 for (int y = 0; y < 4; y++)
@@ -689,28 +690,35 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
                 for (int y = 0; y < 4; y++) turned[y] = g & 1 ? read[(y + 3) % 4] : read[y];
                 for (int y = 0; y < 4; y++) a[y][x] = g & 2 ? turned[(y + 2) % 4] : turned[y];
             }
-            float d[32];
-            wgmma_fence();
 #pragma unroll
-            for (int step = 0; step < 4; step++)
-                wgmma_m64n64k32_e4m3(d, a[step], wgmma_matrix(cvta_shared(sh.heads) + step * 32), step > 0);
-            wgmma_commit_group();
-            wgmma_wait_group(d);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float sum = 0;
-#pragma unroll
-                for (int x = 0; x < J / 4; x++) sum += weight[x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
-                sum += __shfl_xor_sync(ALL, sum, 2);
-                sum += __shfl_xor_sync(ALL, sum, 1);
-                if (tile == i) own[half] = sum;
+            for (int q = 0; q < TOGETHER; q++) {
+                if (q >= queries) break;
+                const u64 heads = wgmma_matrix(cvta_shared(sh.heads[q]));
+                float d[32];
+                wgmma_fence();
+                for (int step = 0; step < 4; step++)
+                    wgmma_m64n64k32_e4m3(d, a[step], heads + step * 2, step > 0);
+                wgmma_commit_group();
+                wgmma_wait_group(d);
+                for (int half = 0; half < 2; half++) {
+                    float sum = 0;
+                    for (int x = 0; x < J / 4; x++)
+                        sum += weight[q][x] * relu(d[x / 2 * 4 + half * 2 + x % 2]);
+                    sum += __shfl_xor_sync(ALL, sum, 2);
+                    sum += __shfl_xor_sync(ALL, sum, 1);
+                    if (tile == i) own[q][half] = sum;
+                }
             }
         }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int key = i * 64 + warp * 16 + half * 8 + g;
-            const float scale = *(const float*)(sh.keys + key * ENTRY + E);
-            if (key < num_keys) row[s0 + key] = window.sees(s0 + key) ? own[half] * scale : -CUDART_INF_F;
+        for (int q = 0; q < TOGETHER; q++) {
+            if (q >= queries) break;
+            const Window window = TOGETHER == 1 ? alone : window_at(q);
+            for (int half = 0; half < 2; half++) {
+                const int key = i * 64 + warp * 16 + half * 8 + g;
+                const float scale = *(const float*)(sh.keys + key * ENTRY + E), score = own[q][half] * scale;
+                if (key < num_keys) to[q * S + s0 + key] = window.sees(s0 + key) ? score : -CUDART_INF_F;
+            }
         }
     }
 }
@@ -721,7 +729,7 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
 // in    index_q [B, T, J, E] of ELEMENT; weights [B, T, J] f32; windows [B, T]
 //       index_k [B, S, E] of ELEMENT; where that is e4m3 codes [B, S, E + 4], a float32 scale behind each key
 // out   scores [B, T, S] f32, every element written. The tensor cores add up e4m3 products to about 14 bits.
-// grid  B * ceil(T / QUERIES) * ceil(S / KEYS), key tiles fastest: they share the queries in L2
+// grid  B * ceil(T / most) * ceil(S / KEYS), most <= QUERIES; key tiles fastest: they share the queries in L2
 // block 384: two warpgroups, each with TILES * 64 keys in registers, as A, and one that copies heads as B
 // smem  STAGES times 128 heads, those of TOGETHER queries: 66 KB in fp8 at E=128
 // cost  2*J*E FLOP a (t,s), and for 2*E of them an FMNMX and an FFMA, which set the pace in fp8
@@ -729,7 +737,7 @@ extern "C" __global__ void __launch_bounds__(128, 5) index_scores_few_wgmma(
 #ifdef INDEX_SCORES_WGMMA
 constexpr bool FP8 = sizeof(ELEMENT) == 1;
 constexpr int ENTRY = FP8 ? E + 4 : E;  // of ELEMENT, of a key
-constexpr int HEADS = 128, TOGETHER = HEADS / J, QUERIES = 192, STAGES = 4;
+constexpr int HEADS = 128, TOGETHER = HEADS / J, QUERIES = 208, STAGES = 4;
 constexpr int TILES = FP8 ? 4 : 2, KEYS = 2 * TILES * 64;  // as many as fit the registers at E=128
 constexpr int STEPS = E * sizeof(ELEMENT) / 32, CHUNKS = 2 * STEPS;  // of 32 and of 16 bytes of a row
 constexpr int PANELS = STEPS / 4, COPIED = 128 / CHUNKS;  // heads, by 128 threads at a time
@@ -742,19 +750,19 @@ struct Shared {
     u64 full[STAGES], empty[STAGES];
     Visible<QUERIES, TOGETHER> seen;
 };
-static_assert(sizeof(Shared) == (STAGES * PANELS * HEADS * 128 + 3652 + 6 * J + 1023) / 1024 * 1024,
+static_assert(sizeof(Shared) == (STAGES * PANELS * HEADS * 128 + 3780 + 13 * J / 2 + 1023) / 1024 * 1024,
               "dsa.py asks for as much");
 
 extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
         const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart, i64 most) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Shared& sh = *(Shared*)shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
-    const i64 tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + QUERIES - 1) / QUERIES;
+    const i64 tiles = (S + KEYS - 1) / KEYS, blocks_t = (T + most - 1) / most;
     const i64 tile = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
-    const i64 t0 = blockIdx.x / tiles % blocks_t * QUERIES, first = b * T + t0;  // row of the first query
-    const int queries = min((i64)QUERIES, T - t0), num_keys = min((i64)KEYS, S - tile);
+    const i64 t0 = blockIdx.x / tiles % blocks_t * most, first = b * T + t0;  // row of the first query
+    const int queries = min(most, T - t0), num_keys = min((i64)KEYS, S - tile);
 
     if (threadIdx.x < STAGES) {
         mbarrier_init(&sh.full[threadIdx.x], 128);
@@ -793,7 +801,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
     float scale[TILES / 2];
 #pragma unroll
     for (int m = 0; m < TILES; m++)
-#pragma unroll
         for (int half = 0; half < 2; half++) {
             const int s = min(own + m / 2 * 32 + 4 * g + m % 2 * 2 + half, num_keys - 1);
             const unsigned* key = (const unsigned*)(entries + s * ENTRY);
@@ -803,7 +810,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
                 keys[m][step][half + 2] = key[8 * step + 4 + i];
             }
         }
-#pragma unroll
     for (int pair = 0; pair < TILES / 2; pair++) {
         const int s = min(own + 32 * pair + lane, num_keys - 1);
         scale[pair] = FP8 ? *(const float*)(entries + s * ENTRY + E) : 1;
@@ -822,7 +828,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
         if (step == STEPS - 1) wgmma_commit_group();
     };
     await(0);
-#pragma unroll
     for (int step = 0; step < STEPS; step++) multiply(0, 0, step);
     for (int job = 0; job < jobs; job++) {
         const int stage = job % STAGES, next = min(job + 1, jobs - 1), t = sh.seen.live[job] * TOGETHER;
@@ -832,7 +837,6 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 #pragma unroll
             for (int x = begin; x < end; x++) {
                 const float4 w = *(float4*)sh.weights[stage][x][i];
-#pragma unroll
                 for (int half = 0; half < 2; half++) {
                     float& to = sum[16 * x / J][m % 2 * 2 + half];
                     to = (16 * x % J ? to : 0) + w.x * relu(p[8 * x + 2 * half]);
@@ -998,21 +1002,17 @@ __device__ int sum_before(Shared& sh, int x, int turn, int& total) {
 __device__ int nth_visible(Shared& sh, const REAL* row, int begin, int end, int need, bool behind) {
     int turn = 0, seen = 0, total;
     if (need == 0) return behind ? end : begin;
-    for (int x = threadIdx.x; x - (int)threadIdx.x < end - begin; x += BLOCK, turn ^= 1) {
+    for (int x = threadIdx.x; x - (int)threadIdx.x < end - begin && seen < need; x += BLOCK, turn ^= 1) {
         const int s = behind ? end - 1 - x : begin + x;
         const bool visible = x < end - begin && rank_of(row[s]);
         const int before = seen + sum_before(sh, visible, turn, total);
         if (visible && before == need - 1) sh.place = behind ? s : s + 1;
         seen += total;
-        if (seen >= need) {
-            __syncthreads();
-            const int place = sh.place;
-            __syncthreads();
-            return place;
-        }
     }
     __syncthreads();
-    return behind ? begin : end;
+    const int place = seen < need ? (behind ? begin : end) : sh.place;
+    __syncthreads();
+    return place;
 }
 
 // What all threads have counted in the OWN bins of this one, which become zeros
