@@ -2899,10 +2899,8 @@ TYPES = {
 ONE_ZERO = [np.array([1, 0], dtype) for dtype in "fd"]  # which cuBLAS reads from memory
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 CUDA_R = {"f": 0, "d": 1, "E": 14}  # cuBLAS's numbers of dtypes, float32, float64 and bfloat16
-SUMS = {  # how cuBLAS sums in a dtype: where it finds 1 and 0, CUBLAS_COMPUTE_32F or 64F, its own algorithm
-    x.dtype: (x.ctypes.data, x.ctypes.data + x.itemsize, (compute, -1))
-    for x, compute in zip(ONE_ZERO, (68, 70))
-}
+# How cuBLAS sums in a dtype: where it finds 1 and 0, CUBLAS_COMPUTE_32F or 64F, and its own algorithm.
+SUMS = {x.dtype: (x.ctypes.data, x[1:].ctypes.data, (how, -1)) for x, how in zip(ONE_ZERO, (68, 70))}
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory

@@ -3941,6 +3941,8 @@ def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, storage, precision):
     w, x = layer_weights(), hidden
     dims = SMALL | {"indexer_precision": precision}
     layers = dsa.DSALayer(w, **dims), dsa.DSALayer(to(cupy, w), **dims)
+    if storage is None:
+        layers = copy.deepcopy(layers)
     caches = [layer.new_cache(2, 50, storage) if storage else None for layer in layers]
     chunks = [(slice(0, 50), [50, 31])] if storage is None else [
         (slice(0, 20), [20, 11]), (slice(20, 21), [1, 1]), (slice(21, 40), [19, 0]), (slice(40, 50), [10, 10])
