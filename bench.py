@@ -229,29 +229,6 @@ def race(runs: dict[str, Any], budget: float = 1.0, least: int = 3, most: int = 
     return laps
 
 
-@contextlib.contextmanager
-def clocked(*names: str):
-    """Meanwhile count the seconds that these functions of dsa take -> {name: seconds}."""
-    spent, before = dict.fromkeys(names, 0.0), {name: getattr(dsa, name) for name in names}
-
-    def wrap(name):
-        def run(*args, **kwargs):
-            start = time.perf_counter()
-            result = before[name](*args, **kwargs)
-            spent[name] += time.perf_counter() - start
-            return result
-
-        return functools.wraps(before[name])(run)
-
-    for name in names:
-        setattr(dsa, name, wrap(name))
-    try:
-        yield spent
-    finally:
-        for name, run in before.items():
-            setattr(dsa, name, run)
-
-
 def weighed(run) -> tuple[int, Any]:
     """The most memory that run() needs beyond what stood before it and what it returns, and that."""
     tracemalloc.start()
@@ -1225,6 +1202,8 @@ class Chip:
         versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         driver, cuda = (f"{n // 1000}.{n % 1000 // 10}" for n in versions)
         self.name = f"{name}, driver of CUDA {driver}, CUDA {cuda}, CuPy {cupy.__version__}"
+        bench.results["provenance"]["gpu"] = self.name
+        bench.say(f"[dim]{'gpu':10} {escape(self.name)}[/]")
 
     def draw(self, *shape: int, dtype=None):
         x = self.xp.empty(shape, dtype or self.bf16)
@@ -1253,24 +1232,16 @@ class Chip:
         product, copied = self.clock(lambda: x @ x), self.clock(lambda: self.xp.copyto(other, long))
         return dict(zip(RATES, (2e-12 * 8192**3 / product.median, 2e-12 * long.nbytes / copied.median)))
 
-    @contextlib.contextmanager
-    def alone(self, what: str):
-        """What fails in here is said, and fails the run at its end; what comes after it still runs."""
+    def case(self, cells, at: str, portable: bool, run, *args) -> None:
+        """run(self, cells[at], *args), by this GPU's kernels or all GPUs'; gpu raises what failed in it."""
+        dsa.PORTABLE_KERNELS, at = portable, at + ", portable" * portable
         try:
-            yield
+            run(self, cells.setdefault(at, {}), *args)
         except Exception as e:
-            self.failed.append(f"{what}: {type(e).__name__}: {e}")
+            self.failed.append(f"{run.__name__}, {at}: {type(e).__name__}: {e}")
             self.bench.say(f"[bold red]gpu FAILED:[/] {escape(self.failed[-1])}")
-
-    def case(self, at: str, portable: bool, run, *args) -> dict[str, Any]:
-        """run(self, cell, *args) -> the cell, by the kernels of this GPU or by those that all GPUs have."""
-        cell: dict[str, Any] = {"at": at + ", portable" * portable}
-        dsa.PORTABLE_KERNELS = portable
-        with self.alone(f"{run.__name__}, {cell['at']}"):
-            run(self, cell, *args)
         dsa.PORTABLE_KERNELS = False
         self.free()
-        return cell
 
     def free(self) -> None:
         self.xp.get_default_memory_pool().free_all_blocks()
@@ -1280,19 +1251,18 @@ class Chip:
     def stage(self, cell, name: str, steps, run, check, work, graph: bool = False) -> None:
         """run(p) for p in steps in memory full of NaN, check(p, result), then cell[name]: time and rates."""
         cell[name], launch, stream = None, lambda: [run(p) for p in steps], None
-        with self.alone(f"{name}, {cell['at']}"):
-            self.free()
-            nbytes = 2**28 if self.bench.args.quick else 2**32
-            self.xp.cuda.alloc(nbytes).memset(255, nbytes)  # back in the pool at once, and given out next
-            if graph:
-                launch, results, stream = self.captured(launch)
-            else:
-                results = launch()
-            for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
-                check(p, x)
-            laps = Laps(x / len(steps) for x in self.clock(launch, stream))
-            cell[name] = {"seconds": laps.median, "spread": laps.spread, "repeats": len(laps)}
-            cell[name] |= {rate: n / laps.median / 1e12 for rate, n in zip(RATES, work, strict=True)}
+        self.free()
+        nbytes = 2**28 if self.bench.args.quick else 2**32
+        self.xp.cuda.alloc(nbytes).memset(255, nbytes)  # back in the pool at once, and given out next
+        if graph:
+            launch, results, stream = self.captured(launch)
+        else:
+            results = launch()
+        for p, x in {id(p): (p, x) for p, x in zip(steps, results, strict=True)}.values():
+            check(p, x)
+        laps = Laps(x / len(steps) for x in self.clock(launch, stream))
+        cell[name] = {"seconds": laps.median, "spread": laps.spread, "repeats": len(laps)}
+        cell[name] |= {rate: n / laps.median / 1e12 for rate, n in zip(RATES, work, strict=True)}
 
     def captured(self, run):
         """run as a CUDA graph -> what launches it, its results after a launch, its stream."""
@@ -1314,33 +1284,29 @@ class Chip:
 
 
 class GpuProblem:
-    """V3.2's shapes: t queries at the end of s keys, or for each context of a batch; index keys in fp8."""
+    """V3.2's shapes: t queries at the end of s keys, for each context of a batch; index keys in fp8."""
 
-    def __init__(self, chip: Chip, s: int, t: int, top_k: int, *batch: int):
+    def __init__(self, chip: Chip, s: int, t: int, top_k: int, batch: int = 1):
         self.scores = self.indices = None  # type: Any
-        self.chip, self.s, self.t, self.batch, self.top_k, draw = chip, s, t, batch, top_k, chip.draw
+        self.chip, self.s, self.t, self.top_k, draw = chip, s, t, top_k, chip.draw
         heads, J, E = (V32[x] for x in "HJE")
-        self.q, self.k = draw(*batch, t, heads, WIDTH), draw(*batch, s, 1, WIDTH)
-        self.wide = draw(*batch, t, J, E), draw(*batch, s, E), draw(*batch, t, J, dtype=np.float32)
+        self.q, self.k = draw(batch, t, heads, WIDTH), draw(batch, s, 1, WIDTH)
+        self.wide = draw(batch, t, J, E), draw(batch, s, E), draw(batch, t, J, dtype=np.float32)
         codes, scales = dsa.quantize_fp8(self.wide[0])
-        streams = {"k": (1, WIDTH), "index_k": (E,)}
-        self.cache = dsa.KVCache(s, batch=batch[0] if batch else 1, storage="fp8", xp=chip.xp, **streams)
-        self.cache.append(k=self.k if batch else self.k[None], index_k=self.wide[1].reshape(-1, s, E))
+        self.cache = dsa.KVCache(s, batch=batch, storage="fp8", xp=chip.xp, k=(1, WIDTH), index_k=(E,))
+        self.cache.append(k=self.k, index_k=self.wide[1])
         keys = self.cache.stored("index_k")
-        self.index = codes, keys if batch else keys[0], self.wide[2] * scales[..., 0]
-        self.ends = chip.xp.arange(s - t + 1, s + 1)
-        n = math.prod((*batch, t))
-        pairs = n * s - math.prod(batch) * t * (t - 1) // 2
-        self.scoring = 2 * J * E * pairs, keys.size + 4 * pairs  # FLOP, bytes to move
-        self.scoring_wide = self.scoring[0], 2 * self.wide[1].size + 4 * pairs
-        self.selecting = 0, 4 * (pairs + n * top_k)
-        self.both = self.scoring[0], keys.size + 4 * n * top_k
+        self.index, self.ends = (codes, keys, self.wide[2] * scales[..., 0]), chip.xp.arange(s - t + 1, s + 1)
+        n, pairs = batch * t, batch * (t * s - t * (t - 1) // 2)
+        self.scoring = np.array([2 * J * E * pairs, keys.size + 4 * pairs])  # FLOP, bytes to move
+        self.scoring_wide = np.array([self.scoring[0], 2 * self.wide[1].size + 4 * pairs])
+        self.selecting = np.array([0, 4 * (pairs + n * top_k)])
+        self.both = np.array([self.scoring[0], keys.size + 4 * n * top_k])
 
-    def attending(self, *more, width: int = 2 * WIDTH) -> tuple[float, float]:
+    def attending(self, width: int = 2 * WIDTH):
         heads, keys = self.q.size // WIDTH, min(self.indices.size, self.k.size // WIDTH)
-        flops = heads * 2 * (WIDTH + LATENT) * self.indices.shape[-1]
-        moved = 2 * heads * (WIDTH + LATENT) + width * keys
-        return flops + sum(x[0] for x in more), moved + sum(x[1] for x in more)
+        each = heads * (WIDTH + LATENT)
+        return np.array([2 * each * self.indices.shape[-1], 2 * each + width * keys])
 
     def lightning(self):
         return dsa.lightning_select(*self.index, self.top_k)
@@ -1352,65 +1318,49 @@ class GpuProblem:
         return self.cache.attend(self.q, self.indices, d_v=LATENT)
 
     def chain(self, attend):
-        """Both stages; the indices on the way are those of select_topk, or the run has failed."""
-        mine, self.indices = self.indices, self.lightning()
-        try:
-            return *attend(self), self.indices
-        finally:
-            self.indices = mine
+        found = copy.copy(self)
+        found.indices = self.lightning()
+        return *attend(found), found.indices
 
-    def three(self):
-        """Three queries: the index that keeps an axis of one, and of the keys that each sees."""
-        n = len(self.q)
-        for i in sorted({0, n // 3, n - 1}):
-            if self.batch:
-                yield (i, slice(1)), (i, slice(self.s - self.t + 1))
-            else:
-                yield slice(i, i + 1), slice(self.s - n + i + 1)
-
-    def check(self, what: str, tol: float, got, want) -> None:
-        """Of three queries, in float64: each array of got beside that of want(one, seen)."""
-        for one, seen in self.three():
-            for mine, exactly in zip(got, want(one, seen), strict=True):
+    def check(self, tols: dict[str, float], got, want) -> None:
+        """Each array of got beside want's, in float64: of three queries, `one`, over the keys it sees."""
+        last = len(self.q) * self.t - 1
+        for b, i in (divmod(x, self.t) for x in sorted({0, last // 3, last})):
+            one, seen = (b, slice(i, i + 1)), (b, slice(self.s - self.t + i + 1))
+            for (what, tol), mine, exactly in zip(tols.items(), got, want(one, seen), strict=True):
                 mine = exact(mine[one])[..., : exactly.shape[-1]]
                 self.chip.bench.check(f"gpu {what}", mine, exactly, tol)
 
     def check_scores(self, x, index=None) -> None:
-        q, k, weights = index or self.index
-        # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
-        tol = 1e-3 if q.dtype == np.uint8 else 3e-4
-
         def want(one, seen):
             return [dsa.index_scores(exact(q[one]), exact(k[seen]), exact(weights[one]))]
 
-        self.check("index_scores", tol, [x], want)
+        q, k, weights = index or self.index
+        # Hopper's tensor cores add up products of e4m3 to about 14 bits; 3.1e-4 was seen.
+        self.check({"index_scores": 1e-3 if q.dtype == np.uint8 else 3e-4}, [x], want)
         self.all_rows("index_scores, -inf", self.chip.xp.isneginf(x).sum(-1), self.s - self.ends)
 
     def check_indices(self, x) -> None:
         def want(one, seen):
             return [dsa.select_topk(exact(self.scores[one])[:, : len(self.k[seen])], self.top_k)]
 
-        self.check("select_topk", 0, [x], want)
+        self.check({"select_topk": 0}, [x], want)
         self.all_rows("select_topk, ascending", (x[..., 1:] > x[..., :-1]) & (x[..., :-1] >= 0), True)
 
     def check_attention(self, x, stored=lambda k: k) -> None:
+        """Of out, lse and, of a chain, indices."""
+
         def want(one, seen):
             kept = exact(self.k[seen][rows := self.indices[one][0]])
             slots = np.arange(len(rows))[None]
             return dsa.sparse_attention(exact(self.q[one]), stored(kept), None, slots, d_v=LATENT)
 
-        self.check("attention", 1e-2, x[:1], lambda *at: want(*at)[:1])
-        self.check("attention, lse", 1e-3, x[1:2], lambda *at: want(*at)[1:])
+        self.check({"attention": 1e-2, "attention, lse": 1e-3}, x[:2], want)
+        for indices in x[2:]:
+            self.all_rows("lightning_select", indices, self.indices)
 
     def check_fp8(self, x) -> None:
         self.check_attention(x, lambda k: dsa.unpack_kv_fp8(dsa.pack_kv_fp8(k)).astype(np.float64))
-
-    def check_same(self, x) -> None:
-        self.all_rows("lightning_select", x, self.indices)
-
-    def check_chain(self, x, fp8: bool = False) -> None:
-        (self.check_fp8 if fp8 else self.check_attention)(x)
-        self.check_same(x[2])
 
     def all_rows(self, what: str, got, want) -> None:
         self.chip.bench.check(f"gpu {what}, all rows", int((got != want).sum()), 0, 0)
@@ -1420,21 +1370,20 @@ def gpu_prefill(chip: Chip, cell, s: int, t: int, top_k: int, more: bool) -> Non
     """Every stage for t queries at the end of s keys; with more also 64 heads and a quarter of top_k."""
     P, p, xp = GpuProblem, GpuProblem(chip, s, t, top_k), chip.xp
     stage = functools.partial(chip.stage, cell)
-    with chip.alone(f"selection, {s:,}"):
-        run, check = (lambda p: dsa.index_scores(*p.wide)), (lambda p, x: p.check_scores(x, p.wide))
-        stage("index_scores, bfloat16", [p], run, check, p.scoring_wide)
-        stage("index_scores", [p], lambda p: dsa.index_scores(*p.index), P.check_scores, p.scoring)
-        p.scores = dsa.index_scores(*p.index)
-        stage("select_topk", [p], lambda p: dsa.select_topk(p.scores, top_k), P.check_indices, p.selecting)
-        p.indices = dsa.select_topk(p.scores, top_k)
-        p.scores = None
-        stage("lightning_select", [p], P.lightning, P.check_same, p.both)
-        stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
-        stage("the whole chain", [p], lambda p: p.chain(P.attend), P.check_chain, p.attending(p.both))
+    run, check = (lambda p: dsa.index_scores(*p.wide)), (lambda p, x: p.check_scores(x, p.wide))
+    stage("index_scores, bfloat16", [p], run, check, p.scoring_wide)
+    stage("index_scores", [p], lambda p: dsa.index_scores(*p.index), P.check_scores, p.scoring)
+    p.scores = dsa.index_scores(*p.index)
+    stage("select_topk", [p], lambda p: dsa.select_topk(p.scores, top_k), P.check_indices, p.selecting)
+    p.indices = dsa.select_topk(p.scores, top_k)
+    p.scores = None
+    stage("lightning_select", [p], P.lightning, lambda p, x: p.all_rows("selected", x, p.indices), p.both)
+    stage("sparse_attention", [p], P.attend, P.check_attention, p.attending())
+    stage("the whole chain", [p], lambda p: p.chain(P.attend), P.check_attention, p.attending() + p.both)
     spread = (xp.arange(top_k) + chip.rng.random((t, top_k))) / top_k  # ascending, none twice
-    p.indices = (spread * p.ends[:, None]).astype(np.int32)
+    p.indices = (spread * p.ends[:, None]).astype(np.int32)[None]
     few, half = copy.copy(p), copy.copy(p)
-    few.indices, half.q = p.indices[:, ::4].copy(), xp.ascontiguousarray(p.q[:, ::2])
+    few.indices, half.q = p.indices[..., ::4].copy(), p.q[:, :, ::2].copy()
     cases = {"random keys": p, f"top_k {top_k // 4}": few, f"{V32['H'] // 2} heads": half}
     for what, x in list(cases.items())[: 3 if more else 1]:
         stage(f"sparse_attention, {what}", [x], P.attend, P.check_attention, x.attending())
@@ -1450,13 +1399,13 @@ def gpu_decode(chip: Chip, cell, batch: int, t: int, s: int, top_k: int) -> None
     for x in ring:
         x.scores = dsa.index_scores(*x.index)
         x.indices = dsa.select_topk(x.scores, top_k)
-    select = functools.partial(stage, "select_topk", run=lambda p: dsa.select_topk(p.scores, top_k))
-    select(check=P.check_indices, work=p.selecting)
+    run = lambda p: dsa.select_topk(p.scores, top_k)  # noqa: E731
+    stage("select_topk", run=run, check=P.check_indices, work=p.selecting)
     stage("sparse_attention", run=P.attend, check=P.check_attention, work=p.attending())
     packed = p.attending(width=p.cache.stored("k").shape[-1])
     stage("the same, fp8 cache", run=P.attend_fp8, check=P.check_fp8, work=packed)
-    chain, check = (packed[0] + p.both[0], packed[1] + p.both[1]), functools.partial(P.check_chain, fp8=True)
-    stage("chain of three, fp8", run=lambda p: p.chain(P.attend_fp8), check=check, work=chain)
+    run = functools.partial(P.chain, attend=P.attend_fp8)
+    stage("chain of three, fp8", run=run, check=P.check_fp8, work=packed + p.both)
 
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
@@ -1475,125 +1424,173 @@ def torch_dense(chip: Chip, cell, s: int) -> None:
         chip.stage(cell, DENSE, [None], run, check, (flops, 0))
 
 
-@part("on a GPU, through CuPy: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False,
-      takes="a few minutes")  # fmt: skip
+@part("on a GPU: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False, takes="a few minutes")
 def gpu(bench: Bench) -> None:
     chip, quick = Chip(bench), bench.args.quick
-    bench.results["provenance"]["gpu"] = chip.name
-    bench.say(f"[dim]{'gpu':10} {escape(chip.name)}[/]")
     lengths, t, top_k = ((2048, 4096), 256, 256) if quick else (PREFILL, 4096, V32["top_k"])
     contexts = [(1, 1, 2048), (8, 2, 2048)] if quick else DECODE
-    found: dict[str, Any] = {"ceilings": chip.ceilings(), "failed": chip.failed}
-    bench.results["gpu"] = found
-    found["prefill"] = [
-        chip.case(f"{s:,}", portable, gpu_prefill, s, t, top_k, s == lengths[1])
-        for s, portable in bench.steps([*zip(lengths, [False] * 4), (lengths[1], True)], "gpu: prefill")
-    ]
-    for s, cell in zip(lengths, found["prefill"]):
+    found: dict[str, Any] = {"ceilings": chip.ceilings(), "failed": chip.failed, "prefill": {}, "decode": {}}
+    bench.results["gpu"], prefill, decode = found, found["prefill"], found["decode"]
+    for s, portable in bench.steps([*zip(lengths, [False] * 4), (lengths[1], True)], "gpu: prefill"):
+        chip.case(prefill, f"{s:,}", portable, gpu_prefill, s, t, top_k, s == lengths[1])
+    for s, (at, cell) in zip(lengths, prefill.items()):
         if chip.torch and s <= 32768:  # as memory allows
-            with chip.alone(f"{DENSE}, {s:,}"):
-                torch_dense(chip, cell, s)
-        if dense := [c for c in found["prefill"] if c.get(DENSE)]:
+            chip.case(prefill, at, False, torch_dense, s)
+        if dense := [c for c in prefill.values() if c.get(DENSE)]:
             flops = 2 * V32["H"] * 320 * (t * s - t * (t - 1) // 2)
             cell["dense, these queries*"] = {"seconds": flops / dense[-1][DENSE]["TFLOP/s"] / 1e12}
-    found["decode"] = [
-        chip.case(f"{x[0]} x {x[2]:,}" + f", {x[1]} tokens" * (x[1] > 1), portable, gpu_decode, *x, top_k)
-        for x, portable in bench.steps([*((x, False) for x in contexts), (contexts[0], True)], "gpu: decode")
-    ]
+    for x, portable in bench.steps([*((x, False) for x in contexts), (contexts[0], True)], "gpu: decode"):
+        at = f"{x[0]} x {x[2]:,}" + f", {x[1]} tokens" * (x[1] > 1)
+        chip.case(decode, at, portable, gpu_decode, *x, top_k)
     report_gpu(bench, t, top_k, chip.name.split(",")[0])
     if chip.failed:
-        raise StageFailed(f"{len(chip.failed)} stages FAILED: {'; '.join(chip.failed)}")
+        raise StageFailed(f"{len(chip.failed)} cases FAILED: {'; '.join(chip.failed)}")
 
 
 def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     ceilings, prefill, decode = (bench.results["gpu"][x] for x in ("ceilings", "prefill", "decode"))
 
-    def row(first, cells):
-        """Of each cell time, rate, and share of the ceiling that is nearer."""
-        texts = []
-        for x in cells:
-            if not x:  # not measured here, or failed
-                texts.append("FAILED" if x is None else x)
-                continue
-            share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
-            texts.append(span(x["seconds"]) + (f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""))
-            texts[-1] += " ~" * (x.get("spread", 0) > NOISY)
-        return [first, *texts]
+    def text(x):
+        """Time, rate, and share of the ceiling that is nearer."""
+        if not x:  # not measured here, or failed
+            return "FAILED" if x is None else x
+        share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
+        rates = f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""
+        return span(x["seconds"]) + rates + " ~" * (x.get("spread", 0) > NOISY)
 
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())
-    note = (
-        f"Random data, medians of CUDA events, ~: spread over {NOISY:.0%}. % of this run's ceilings, {top}: "
-    )
-    note += "a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
-    names = [name for name in max(prefill, key=len) if name != "at"]
-    rows = [row(x, [cell.get(x, "") for cell in prefill]) for x in names]
+    note = f"Random data, medians of CUDA events, ~: spread over {NOISY:.0%}. % of this run's ceilings, {top}"
+    note += ": a bfloat16 product of 8192^3, which products in fp8 can pass, and a copy, read plus written."
+    names = max(prefill.values(), key=len)
+    rows = [[name, *(text(cell.get(name, "")) for cell in prefill.values())] for name in names]
     also = " Without more words: fp8 index, bfloat16 keys, 128 heads, selected keys."
-    also += " Dense: whole sequences, heads of 192 and 128; * at its rate." if DENSE in prefill[0] else ""
+    also += " Dense: whole sequences, heads of 192 and 128; * at its rate." if DENSE in names else ""
     title = f"{t:,} queries at the end of a context, V3.2's shapes, top_k {top_k}, on one {chip}"
-    bench.table("gpu", title, ["stage", *(cell["at"] for cell in prefill)], rows, note + also)
-    names = [name for name in max(decode, key=len) if name != "at"]
-    rows = [row(x["at"], [x.get(name, "") for name in names]) for x in decode]
+    bench.table("gpu", title, ["stage", *prefill], rows, note + also)
+    names = max(decode.values(), key=len)
+    rows = [[at, *(text(cell.get(name, "")) for name in names)] for at, cell in decode.items()]
     also = f" {STEPS} steps in a CUDA graph, over {STEPS} contexts or more (2 of the longest). fp8 index."
     bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
 
 
+@part("on a GPU, through CuPy: a cache in two tiers beside one", "gpu_tiers", default=False, takes="a minute")
+def gpu_tiers(bench: Bench) -> None:
+    """Decode steps with all keys on the GPU and with a tenth of them there: time, hits, the bus."""
+    quick, chip, rows = bench.args.quick, Chip(bench), list[list[str]]()
+    n, top_k, lengths = (8, 256, (4096,)) if quick else (32, V32["top_k"], (2**17, 2**20))
+    for s, drift in bench.steps([*itertools.product(lengths, (0.95, 0))], "gpu_tiers"):
+        p, wide, laps, counts = GpuProblem(chip, s, 1, top_k), 0, (Laps(), Laps()), []
+        fast, streams = p.cache.stored("k").nbytes // 10, {"k": p.k, "index_k": p.wide[1]}
+        tiers = dsa.HybridKVCache(s, fast_bytes=fast, storage="fp8", xp=chip.xp, **p.cache.streams)
+        tiers.append(**{name: x[:, : s - 3 * n] for name, x in streams.items()})
+        p.cache.truncate([s - 3 * n])
+        for i in range(s - 3 * n, s):
+            wide = drift * wide + (1 - drift**2) ** 0.5 * chip.draw(*p.wide[0].shape, dtype=np.float32)
+            (codes, scales), found = dsa.quantize_fp8(wide), []
+            for cache, lap in zip((p.cache, tiers), laps):
+                chip.xp.cuda.Device().synchronize()
+                start = time.perf_counter()
+                cache.append(**{name: x[:, i : i + 1] for name, x in streams.items()})
+                p.index = codes, cache.stored("index_k"), p.wide[2] * scales[..., 0]
+                p.indices = p.lightning()
+                found.append(cache.attend(p.q, p.indices, d_v=LATENT))
+                chip.xp.cuda.Device().synchronize()
+                lap.append(time.perf_counter() - start)
+            counts.append((tiers.hits, tiers.bytes_moved))
+            p.all_rows("HybridKVCache", *(out.view(np.uint16) for out, _ in found))
+        p.check_fp8(found[1])
+        hits, moved = np.subtract(counts[-1], counts[-1 - n]) / n  # what came before has filled the fast tier
+        times = (str(Laps(lap[-n:])) for lap in laps)
+        rows.append([f"{s:,}", f"{drift:.0%}", *times, f"{hits / top_k:.0%}", size(moved)])
+        tiers.close()
+    note = (
+        "Append, select, attend, launch by launch; medians by the clock, equal to the bit. A query's index "
+    )
+    note += f"heads are that share of the last one's, the rest random. top_k {top_k}. Bus: what misses read."
+    title = f"A decode step, all fp8 keys on one {chip.name.split(',')[0]}, and a tenth of them there"
+    columns = ["keys", "of the last query", "KVCache", "HybridKVCache", "hits", "over the bus, a step"]
+    bench.table("gpu_tiers", title, columns, rows, note)
+    bench.results["gpu_tiers"] = rows
+
+
 # ------------------------------------------------------------------------------------------------------------
-# 9. sharded: what MPI costs on this machine
+# 9. sharded: ranks that share the cores of this machine, or have a GPU of it each
 # ------------------------------------------------------------------------------------------------------------
 
-SHARDED = {"H": 16, "D": 576, "J": 16, "E": 64, "top_k": 2048}  # what is timed here
-SHARD_STAGES = {  # the function of dsa whose time a stage is
-    "attend": "sparse_attention", "exchange": "by_mpi", "agree, wait": "gathered", "merge": "merge_attention",
+SHARDED = {  # by library: heads, index heads, their width, dtype, its precision, storage, error allowed
+    "numpy": (16, 16, 64, "float32", "fp32", "float32", 1e-5),
+    "cupy": (128, 64, 128, "bfloat16", "fp8", "fp8", 2**-7),
+}
+SHARD_RUNS = {  # by library: keys, how many queries how often, ranks; and the same for --quick
+    "numpy": ((2**16, ((1, 7), (256, 3)), (1, 2, 4)), (2**13, ((1, 3), (32, 1)), (1, 2))),
+    "cupy": ((2**20, ((1, 15), (4096, 5)), (2,)), (2**16, ((1, 5), (64, 3)), (2,))),
+}
+SHARD_STAGES = {  # the functions of dsa, or of a cache, whose time a stage is
+    "decode": "read", "score, select": "index_scores select_topk lightning_select", "attend": "attend",
+    "exchange": "by_mpi by_nccl", "merge": "merge_attention", "agree, wait": "gathered",
 }  # fmt: skip
 
 
-def sharded_keys(first: int, last: int, block: int = 1024):
-    """Keys first..last of a sequence that every rank knows, without holding the others: latent, index_k."""
-    rows = []
-    for i in range(first // block, -(-last // block)):
-        rng = np.random.default_rng([7, i])
-        x = rng.standard_normal((block, SHARDED["D"] + SHARDED["E"]), np.float32)
-        rows.append(x[max(0, first - i * block) : last - i * block])
-    x = np.concatenate(rows)
-    return x[:, None, : SHARDED["D"]], x[:, SHARDED["D"] :]
-
-
-def sharded_rank(s: int, t: int, repeat: int) -> None:
-    """One rank of the timed run, started by mpiexec; rank 0 prints seconds by stage, and how far from one."""
+def sharded_rank(library: str, s: int, t: int, repeat: int) -> None:
+    """One rank, started by mpiexec; rank 0 prints what each way takes, whole and by stage, and the error."""
     from mpi4py import MPI
 
-    comm, n, rng = MPI.COMM_WORLD, SHARDED, np.random.default_rng(0)
-    cores = len(os.sched_getaffinity(0))
-    config = dsa.DSAConfig(top_k=n["top_k"])
-    q, index_q, weights = (
-        rng.standard_normal((t, *x), np.float32) for x in ((n["H"], n["D"]), (n["J"], n["E"]), (n["J"],))
-    )
-    k, index_k = sharded_keys(*(s * r // comm.size for r in (comm.rank, comm.rank + 1)))
-    if comm.rank == 0:  # alone is a fair time only where no other rank spins
-        whole, whole_index = sharded_keys(0, s)
-        args = (q, whole, None, index_q, whole_index, weights, config)
-        one = dsa.dsa_attention(*args, d_v=512)
-        laps = race({"": lambda: dsa.dsa_attention(*args, d_v=512)}, 1, least=repeat if comm.size == 1 else 1)
-    dsa.set_num_threads(max(1, cores // comm.size))
-    times = []
-    for _ in range(repeat + 1):
+    comm, xp, wait = MPI.COMM_WORLD, importlib.import_module(library), lambda: None
+    H, J, E, dtype, precision, storage, _ = SHARDED[library]
+    if library == "cupy":
+        importlib.import_module("ml_dtypes")  # gives NumPy a dtype of the name bfloat16
+        xp.cuda.Device(comm.rank).use()
+        wait = xp.cuda.Device().synchronize
+    rng, cores = xp.random.default_rng(0), len(os.sched_getaffinity(0))
+    shapes = (t, H, WIDTH), (t, J, E), (t, J), (s + t, 1, WIDTH), (s + t, E)
+    q, index_q, weights, k, index_k = (rng.standard_normal((1, *x), dtype=np.float32) for x in shapes)
+    new = q.astype(dtype), k[:, s:], None, index_q.astype(dtype), index_k[:, s:], weights
+    own, several = slice(*(s * r // comm.size for r in (comm.rank, comm.rank + 1))), f"{comm.size} ranks"
+    whole, mine = (dsa.KVCache(s + t, storage=storage, xp=xp, k=(1, WIDTH), index_k=(E,)) for _ in range(2))
+    for cache, part in (caches := ((whole, slice(0, s)), (mine, own))):
+        cache.append(k=k[:, part], index_k=index_k[:, part])
+    options = {"config": dsa.DSAConfig(indexer_precision=precision), "d_v": LATENT}
+    step = functools.partial(dsa.sharded_attention, *new, comm=comm, cache=mine, **options)
+    ways = {"alone": functools.partial(dsa.dsa_attention, *new, cache=whole, **options), several: step}
+    ways |= {"scatter": functools.partial(step, scatter=True), "by host": step} if library == "cupy" else {}
+    nccl, found, spent = dsa.KERNELS["ranks", "cupy"], {}, dict.fromkeys(SHARD_STAGES, 0.0)
+
+    def call(way):
+        dsa.set_num_threads(cores if way == "alone" else max(1, cores // comm.size))
+        dsa.KERNELS["ranks", "cupy"] = (lambda comm: None) if way == "by host" else nccl
         comm.Barrier()
-        with clocked(*SHARD_STAGES.values()) as inside:
-            start = time.perf_counter()
-            out = dsa.sharded_attention(q, k, None, index_q, index_k, weights, config, comm, d_v=512)
-            total = time.perf_counter() - start
-        times.append([total, *inside.values(), total - sum(inside.values())])
-    seconds = np.median(times[1:], axis=0)  # the first warms up
-    mean = np.array(comm.allgather(seconds)).mean(0)
+        if way != "alone" or comm.rank == 0:  # fair where no other rank spins on the same cores
+            found[way] = ways[way]()
+        wait()
+        for cache, part in caches:
+            cache.truncate([part.stop - part.start])
+
+    def clocked(run, stage, *args, **kwargs):
+        wait()
+        start = time.perf_counter()
+        result = run(*args, **kwargs)
+        wait()
+        spent[stage] += (time.perf_counter() - start) / 3
+        return result
+
+    calls, spans = {way: functools.partial(call, way) for way in ways}, {}
+    laps = race(calls, 0, repeat + 1, repeat + 1)  # of which the first warms up
+    for name, stage in ((name, stage) for stage, names in SHARD_STAGES.items() for name in names.split()):
+        for owner in (whole, mine) if hasattr(mine, name) else (dsa,):
+            run = getattr(owner, name)
+            setattr(owner, name, functools.update_wrapper(functools.partial(clocked, run, stage), run))
+    for way in ways:
+        spent |= dict.fromkeys(SHARD_STAGES, 0.0)
+        race({way: calls[way]}, 0, 3, 3)
+        spans[way] = laps[way][1:], [*spent.values()]
     if comm.rank == 0:
-        error = float(np.abs(out[0] - one[0]).max() / np.abs(one[0]).max())
-        same = bool((out[2] == one[2]).all())
+        one, out = (found[way][0].astype(np.float32) for way in ("alone", several))
+        same, error = (found[several][2] == found["alone"][2]).all(), abs(out - one).max() / abs(one).max()
         mpi = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
-        found = {"mpi": mpi, "alone": laps[""].median, "same": same, "error": error}
-        print(json.dumps(found | dict(zip(("total", *SHARD_STAGES, "score, select"), mean.tolist()))))
+        print(json.dumps({"same": bool(same), "error": float(error), "mpi": mpi, "spans": spans}))
 
 
-def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
+def on_ranks(ranks: int, *args: Any) -> dict[str, Any]:
     """sharded_rank(*args) under mpiexec."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     mpiexec = shutil.which("mpiexec", path=path)
@@ -1603,33 +1600,35 @@ def on_ranks(ranks: int, *args: int) -> dict[str, Any]:
     command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", "-c", code]
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     allow |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "MPIEXEC_TIMEOUT": "300"}
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=320)
-    done = run(command, cwd=HERE, env=os.environ | allow)
+    done = subprocess.run(command, cwd=HERE, env=os.environ | allow, capture_output=True, timeout=320)
     if done.returncode:
         raise StageFailed(f"mpiexec -n {ranks}: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@part("MPI: ranks of this machine", "sharded", default=False, takes="a minute or two")
+@part("MPI: ranks of this machine", "sharded", "gpu_sharded", default=False, takes="a minute or two")
 def sharded(bench: Bench) -> None:
-    quick, cells, alone = bench.args.quick, [], 0.0
-    s, runs = (8192, ((1, 3), (32, 1))) if quick else (65536, ((1, 7), (256, 3)))
-    for t, repeat in bench.steps(runs, "sharded"):
-        for ranks in (1, 2) if quick else (1, 2, 4):
-            cell = {"t": t, "ranks": ranks, **on_ranks(ranks, s, t, repeat)}
-            bench.check("sharded indices", float(cell["same"]), 1, 0)
-            bench.check("sharded out", 1 + cell["error"], 1, 1e-5)
-            alone = cell["alone"] if ranks == 1 else alone
-            cells.append(cell | {"alone": alone})
-    names = ["alone", "total", *SHARD_STAGES, "score, select"]
-    rows = [[f"{c['t']} x {s:,}", str(c["ranks"]), *(span(c[x]) for x in names)] for c in cells]
+    rows, cells, gpu = list[list[str]](), list[Any](), False
+    with contextlib.suppress(MissingPackage):
+        gpu = (chip := Chip(bench)).xp.cuda.runtime.getDeviceCount() > 1
+        bench.results["provenance"]["gpu"] = f"2 of {chip.name}"
+    title = f"One selection and attention over {'two GPUs' if gpu else 'ranks that share cores'}"
+    library, name = ("cupy", "gpu_sharded") if gpu else ("numpy", "sharded")
+    s, runs, sizes = SHARD_RUNS[library][bench.args.quick]
+    H, J, E, dtype, _, storage, error = SHARDED[library]
+    for (t, repeat), ranks in bench.steps([*itertools.product(runs, sizes)], "sharded"):
+        cells.append(cell := {"t": t, "ranks": ranks, **on_ranks(ranks, library, s, t, repeat)})
+        bench.check("sharded indices", float(cell["same"]), 1, 0)
+        bench.check("sharded out", 1 + cell["error"], 1, error)
+        for way, (laps, stages) in [*cell["spans"].items()][ranks != sizes[0] :]:  # "alone" once
+            whole = f"{span(Laps(laps).median)} ({1e3 * min(laps):.3g} to {1e3 * max(laps):.3g})"
+            rows.append([f"{t:,} x {s:,}", way, whole, *map(span, stages)])
     note = (
-        "16 heads, a tied latent of 576 and 512, index heads 16x64, top_k 2048, float32. Alone: no MPI, all "
-        "cores. Ranks share the cores and the memory: this shows what sharding costs, not what it gains. "
-        f"Mean over ranks. Indices equal, out within 1e-5. {cells[0]['mpi']}"
+        f"{H} heads, a latent of 576 and 512, index heads {J}x{E}, top_k 2048, {dtype}, cache in {storage}. "
+        "Whole: medians of calls in turn; stages: rank 0's, of three more with waits. Alone: no MPI. Indices "
+        f"equal, out within {max(c['error'] for c in cells):.0e}. {cells[0]['mpi']}"
     )
-    title = "One selection and attention over ranks of this machine"
-    bench.table("sharded", title, ["queries x keys", "ranks", *names], rows, note)
+    bench.table(name, title, ["queries x keys", "how", "whole (from, to)", *SHARD_STAGES], rows, note)
     bench.results["sharded"] = cells
 
 

@@ -667,7 +667,7 @@ class KVCache:
         shape_of = self._codec.shape if self._codec else lambda name, shape: shape
         self._stored = {name: shape_of(name, shape) for name, shape in self.streams.items()}
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
-        self._data: dict[str, Any] = {}  # the streams in memory, [B, capacity, *shape]
+        self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
         self._allocate(capacity)
 
     @property
@@ -705,7 +705,8 @@ class KVCache:
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         for b, start in enumerate(self._lengths.tolist()):
-            self._write(b, start, rows[b])
+            for name, x in rows[b].items():
+                self._data[name][b, start : start + len(x)] = x
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
@@ -728,7 +729,7 @@ class KVCache:
         self._check_open()
         if name not in self.streams:
             raise ValueError(f"name is {name!r}, expected one of {sorted(self.streams)}")
-        return self._stream(name)[:, : max(self._lengths.tolist())]
+        return self._data[name][:, : max(self._lengths.tolist())]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
@@ -779,9 +780,6 @@ class KVCache:
 
     # What a cache in two tiers does in another way:
 
-    def _in_memory(self):
-        return self._stored
-
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
@@ -792,18 +790,15 @@ class KVCache:
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
     def _allocate(self, capacity):
-        grown = {}
-        for name, shape in self._in_memory().items():
-            grown[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
-            grown[name][:, : self.capacity] = self._data.get(name, 0)
-        self._data, self.capacity = grown, capacity
+        self._data, self.capacity = self._in_memory(self._stored, capacity), capacity
 
-    def _write(self, b, start, tokens):
-        for name, x in tokens.items():
-            self._data[name][b, start : start + len(x)] = x
-
-    def _stream(self, name):
-        return self._data[name]
+    def _in_memory(self, streams, capacity):
+        """Streams with room for capacity tokens, the first of which are those of before."""
+        data = {}
+        for name, shape in streams.items():
+            data[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
+            data[name][:, : self.capacity] = self._data.get(name, 0)
+        return data
 
 
 # 7. Checks ------------------------------------------------------------------------------------------------
@@ -1561,21 +1556,20 @@ class Entries:
         return unpacked(x, *self.widths[name])
 
     def attend(self, cache, q, indices, **kwargs):
-        attend = KERNELS.get(("attend_to_entries", cache.xp.__name__), attend_to_rows)
-        names = cache.streams.keys() & {"k", "v"}
-        return attend(cache, q, indices, lambda b, s: {x: cache.stored(x)[b, s] for x in names}, **kwargs)
+        if kernel := KERNELS.get(("attend_to_entries", cache.xp.__name__)):
+            return kernel(cache, q, indices, **kwargs)
+        parts = []
+        for b, (used, own) in enumerate(map(among_used, indices)):  # no other key is decoded
+            names = cache.streams.keys() & {"k", "v"}
+            k_v = {name: self.decode(name, cache.stored(name)[b, used]) for name in names}
+            parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
+        return tuple(map(np.stack, zip(*parts)))
 
 
-def attend_to_rows(cache, q, indices, rows, **kwargs):
-    """sparse_attention, where rows(b, used) are entries of sequence b's used keys: none else is decoded."""
-    parts = []
-    for b, own in enumerate(on_host(indices)):
-        used = np.unique(own[own >= 0]).astype(np.int64)
-        decode = cache._codec.decode if cache._codec else lambda name, x: x
-        k_v = {name: decode(name, x) for name, x in rows(b, used).items()}
-        own = cache.xp.asarray(np.where(own < 0, -1, np.searchsorted(used, own)))
-        parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
-    return tuple(map(np.stack, zip(*parts)))
+def among_used(indices):
+    """The keys that indices name, ascending, and at which of these each slot is, or -1."""
+    used = np.unique(indices[indices >= 0]).astype(np.int64)
+    return used, np.where(indices < 0, -1, np.searchsorted(used, indices)).astype(np.int32)
 
 
 def on_host(x):
@@ -1619,8 +1613,10 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with open(path, "rb") as file:
-            return read_session(file, lambda _, **kwargs: KVCache(xp=xp, **kwargs))
+        with open(path, "rb") as file, session(file) as (_, meta, data):
+            cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
+            take_session(cache, data, cache.streams)
+            return cache
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1647,35 +1643,35 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
 
 def write_session(cache, file, names):
     """What describes a cache, and some of its streams, to a file that can seek: a zip, with checksums."""
-    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")}
-    meta |= {"order": sys.byteorder, "at": file.tell()}
+    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
     data = {f"stream_{name}": on_host(cache.stored(name)) for name in names}
     np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
 
 
-def read_session(file, make, **own):
-    """The cache that make gives for what write_session has put at the end of a file, filled from there.
-
-    make gets how many bytes stand before it. ValueError where that is nothing, or says anything but `own`.
+@contextlib.contextmanager
+def session(file):
+    """What write_session has put at the end of a file: how many bytes stand before it, what describes the
+    cache, and its arrays. ValueError where that is nothing, or whoever uses it finds something wrong.
     """
     try:
         data: Any = np.lib.npyio.NpzFile(file)
         meta = json.loads(data["meta"].item())
         meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
-        own |= {"order": sys.byteorder, "at": data.zip.filelist[0].header_offset}
-        for key, value in own.items():
-            expect(meta[key] == value, key, value, meta[key])
-        cache = make(own["at"], **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
-        for name, x in cache._data.items():
-            rows = x[:, : lengths.max()]
-            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
-        cache._set_lengths(lengths)
-        return cache
+        expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
+        yield data.zip.filelist[0].header_offset, meta, data
     except Exception as error:  # a zip that is cut or changed has many kinds
         if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
             raise
         raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
+
+
+def take_session(cache, data, names):
+    """Fill a cache's streams with a session's arrays."""
+    lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+    for name in names:
+        rows = cache._data[name][:, : lengths.max()]
+        rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+    cache._set_lengths(lengths)
 
 
 class HybridKVCache(KVCache):
@@ -1688,15 +1684,13 @@ class HybridKVCache(KVCache):
     needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
     hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
-    On a GPU the slow tier is pinned memory of the host, misses are read by the GPU over the bus, and fp8 goes
-    to float32 before it attends, so that there out agrees with a KVCache's to rounding.
+    On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
 
     # What attention reads of a token, its record, is row token * batch + b of _slow [rows, W]. At every line,
-    # _slot_of[row] = s means that _owner[s] is that row and that _fast[s] holds the same record, unless the
-    # row is beyond its sequence's length. So whatever interrupts, the worst is a miss.
-    PINNED = np.iinfo(np.int64).max
+    # the fast tier has a row if _owner[s] is it for s = _slot_of[row], and then _fast[s] is the same record,
+    # unless the row is beyond its sequence's length. So whatever interrupts, the worst is a miss.
 
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
@@ -1704,33 +1698,35 @@ class HybridKVCache(KVCache):
         self.path = None if path is None else os.path.abspath(path)
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
+        self._columns: dict[str, slice] = {}  # of a record, by streams
         super().__init__(capacity, **kwargs)
-        names = sorted(self._stored.keys() - self._in_memory().keys())  # a file has them in this order
+        self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
+        names = sorted(self._stored.keys() - self._index.keys())  # a file has them in this order
         expect("k" in names, "streams", sorted(self.streams), "k among them")
         ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
-        self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}  # of a record
+        self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}
         least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
         self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
-        self._stamp = np.full(slots, -1)  # when a slot was last used; PINNED in a local window, -1 if empty
-        self._owner = np.zeros(slots, np.int64)
-        self._slot_of = np.full(0, -1)  # the slot of each row, -1 if it has none
+        self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
+        self._slot_of = self._window = np.zeros(0, np.int64)  # where a row was last; rows of local windows
         self._slow: Any = None
-        self._slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
-        fits = path is None or self._slow_tier is mapped
-        expect(fits, "path", repr(path), "None where the slow tier is no file")
-        self._open()
+        self._open(capacity)
 
     @property
     def nbytes(self):
         """Bytes of memory held, without the slow tier."""
-        return super().nbytes + sum(x.nbytes for x in (self._fast, self._stamp, self._owner, self._slot_of))
+        more = self._fast, self._stamp, self._owner, self._slot_of, self._window
+        return super().nbytes - self._slow.nbytes + sum(x.nbytes for x in more)
 
     def append(self, **kwargs):
-        mine = os.getpid() == self._process
-        expect(mine, "the cache", f"that of process {self._process}, which forked", "one that was made here")
+        expect(os.getpid() == self._process, "the cache", "that of a process that forked", "one made here")
         super().append(**kwargs)
+
+    def stored(self, name):
+        x = super().stored(name)
+        return np.broadcast_to(x, x.shape)  # not to be written to, as by a forked child into the file
 
     def reorder(self, batch=None):
         raise TypeError("a HybridKVCache is not reordered, copied or pickled: save it, and use KVCache.load")
@@ -1739,34 +1735,32 @@ class HybridKVCache(KVCache):
 
     def close(self):
         if self.path and not self.closed and os.getpid() == self._process:
-            self._file.truncate(self._slow.nbytes)  # half a session, if this was ended before
-            self._file.seek(0, os.SEEK_END)
-            write_session(self, self._file, self._data)
+            self._file.seek(self._file.truncate(self._slow.nbytes))  # before half a session of an earlier try
+            write_session(self, self._file, self._index)
         super().close()
-        self._slow = None  # views that were read keep the mapping, and only they
-        self._fast = self._stamp = self._owner = self._slot_of = np.zeros((1, 0))
+        nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
+        self._slow = self._fast = self._stamp = self._owner = self._slot_of = self._window = nothing
         self._file.close()
 
-    def _open(self):
+    def _open(self, capacity):
         """The slow tier in a new file, or in that of a session, which then goes on."""
         again = self.path is not None and os.path.exists(self.path)
-        mode = "r+b" if again else "x+b"
-        self._file: Any = open(self.path, mode) if self.path else tempfile.TemporaryFile()  # noqa: SIM115
-
-        def enlarged(at, capacity, **_):
-            expect(self.capacity <= capacity, "capacity", self.capacity, f"at most the session's {capacity}")
-            least = capacity * self.batch * self._fast[0].nbytes  # which what save has written has not
-            expect(at >= least, "the slow tier", f"of {at} bytes", f"{least} or more")
-            self._allocate(capacity)
-            return self
-
+        mode = "r+b" if again else "x+b"  # without a path a file is made when one is asked for
+        self._file: Any = open(self.path, mode) if self.path else tempfile.SpooledTemporaryFile(1)  # noqa: SIM115
         try:
             if again:
-                own = {key: getattr(self, key) for key in ("batch", "storage", "qk_rope_head_dim", "streams")}
-                read_session(self._file, enlarged, **own)
+                with session(self._file) as (at, meta, data):
+                    for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+                        expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
+                    room = meta["capacity"]
+                    expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
+                    whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
+                    expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
+                    self._allocate(room)
+                    take_session(self, data, self._index)
                 self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
             else:
-                self._allocate(self.capacity)
+                self._allocate(capacity)
         except BaseException:
             self._file.close()
             if self.path and not again:
@@ -1774,83 +1768,82 @@ class HybridKVCache(KVCache):
             raise
 
     def _allocate(self, capacity):
-        if self.capacity:  # which is 0 before there are tiers
-            rows = max(capacity * self.batch, len(self._slot_of))  # more if growing has failed before
-            slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)), constant_values=-1)
-            slow = self._slow_tier(self, (rows, self._fast.shape[1]), self._slow)
-            self._slow, self._slot_of = slow, slot_of
-        if capacity > self.capacity:
-            super()._allocate(capacity)
+        if not self._columns:  # in KVCache's __init__, after which the tiers are made
+            return
+        rows = capacity * self.batch
+        slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+        slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
+        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
+        streams = self._split(slow.reshape(capacity, self.batch, -1)).items()
+        data = {name: x.swapaxes(0, 1) for name, x in streams} | self._in_memory(self._index, capacity)
+        self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
-    def _in_memory(self):
-        return {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
+    def _split(self, records):
+        """The streams in records [M, N, W], views [M, N, *shape]."""
+        shape = records.shape[:2]
+        return {x: records[..., own].reshape(*shape, *self._stored[x]) for x, own in self._columns.items()}
 
-    def _write(self, b, start, tokens):
-        rows = slice(start * self.batch + b, (start + len(tokens["k"])) * self.batch + b, self.batch)
-        super()._write(b, start, {name: tokens[name] for name in self._data})
-        for name, columns in self._columns.items():
-            part = self._slow[rows, columns]
-            part[...] = tokens[name].reshape(part.shape)
-
-    def _stream(self, name):
-        if name in self._data:
-            return self._data[name]
-        whole = self._slow[:, self._columns[name]].reshape(-1, self.batch, *self._stored[name]).swapaxes(0, 1)
-        if isinstance(whole, np.ndarray):
-            whole.flags.writeable = False  # a forked child must not write into the file
-        return whole
+    def _rows(self, starts, ends):
+        """The rows of the tokens starts[b]..ends[b] of each sequence b."""
+        return np.concatenate([np.arange(*span) * self.batch + b for b, span in enumerate(zip(starts, ends))])
 
     def _attend(self, q, indices, kwargs):
-        return attend_to_rows(self, q, indices, self._rows, **kwargs)
-
-    def _rows(self, b, used):
-        """The streams of the tokens used [N] by sequence b, from the fast tier if no other thread has it."""
-        rows = used * self.batch + b
-        if self._lock.locked():  # perhaps by a thread that a fork left behind
-            records, misses = self._slow[self.xp.asarray(rows)], len(rows)
+        """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
+        used, own = zip(*map(among_used, on_host(indices)))
+        lengths, at = np.array([[len(x)] for x in used]), self.xp.asarray
+        room = -(-max(1, lengths.max()) // 64) * 64  # few numbers, as plans of kernels go by strides
+        there = np.arange(room) < lengths
+        where, rows = np.zeros_like(there, int), np.concatenate(used) * self.batch + np.nonzero(there)[0]
+        if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
+            where[there] = missed = rows
+            records = self._slow[at(where)]  # [B, room, W]
         else:
             with self._lock:
                 self._clock += 1
-                records, misses = self._fetch(rows, self._clock)
-        self.hits += len(rows) - misses
+                self._stamp[self._slot_of[self._window]] = self._clock  # is never unused
+                where[there], missed = self._fetch(rows)
+                records = self._fast[at(where)]
+                if (late := where < 0).any():
+                    records[at(late)] = missed[: late.sum()]
+        misses, hits = len(missed), len(rows) - len(missed)
+        self.hits += hits
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
-        split = {name: self.xp.ascontiguousarray(records[:, own]) for name, own in self._columns.items()}
-        return {name: x.reshape(-1, *self._stored[name]) for name, x in split.items()}
+        near = KVCache.__new__(KVCache)
+        data = {name: self.xp.ascontiguousarray(x) for name, x in self._split(records).items()}
+        near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([room]))
+        return near._attend(q, at(np.stack(own)), kwargs)
 
-    def _fetch(self, rows, stamp):
-        """The records of rows [N] -> [N, W], and how many of them are not in the fast tier, the misses.
+    def _fetch(self, rows):
+        """The slots [N] of rows [N] in the fast tier, and the records of the misses, which were not there.
 
-        Those go to the slots unused for longest, of too many the last. All are then last used at `stamp`.
+        They go to the slots unused for longest, of too many the last; the others have no slot, -1.
         """
-        slots, at = self._slot_of[rows], self.xp.asarray
-        hit = slots >= 0
-        records = self.xp.empty((len(rows), self._fast.shape[1]), self.dtype)
-        records[at(hit)] = self._fast[at(slots[hit])]
-        records[at(~hit)] = missed = self._slow[at(rows[~hit])]
-        self._stamp[slots[hit]] = np.maximum(self._stamp[slots[hit]], stamp)  # a pinned one stays so
-        free = np.flatnonzero(self._stamp < self._clock)
-        free = free[np.argsort(self._stamp[free], kind="stable")[: len(missed)]]
-        new, old = rows[~hit][len(missed) - len(free) :], self._owner[free]
-        self._slot_of[old[self._slot_of[old] == free]] = -1
-        self._fast[at(free)] = missed[len(missed) - len(free) :]
-        self._owner[free] = new
-        self._stamp[free] = stamp
-        self._slot_of[new] = free
-        return records, len(missed)
+        slots = self._slot_of[rows]
+        slots[self._owner[slots] != rows] = -1
+        self._stamp[slots[slots >= 0]] = self._clock
+        if not len(misses := np.flatnonzero(slots < 0)):
+            return slots, misses
+        missed, most = self._slow[self.xp.asarray(rows[misses])], min(len(misses), len(self._stamp))
+        free = np.argpartition(self._stamp, most - 1)[:most]
+        free = free[self._stamp[free] < self._clock]
+        late = len(misses) - len(free)
+        new = rows[misses[late:]]
+        self._owner[free] = -1
+        self._fast[self.xp.asarray(free)] = missed[late:]
+        self._slot_of[new] = slots[misses[late:]] = free
+        self._owner[free], self._stamp[free] = new, self._clock
+        return slots, missed
 
     def _set_lengths(self, lengths):
-        """Forget what lies beyond the new lengths, and pin the new local windows in place of the old ones."""
-        token, b = np.divmod(self._owner, self.batch)
-        gone = token >= np.minimum(self._lengths, lengths)[b]  # also what an interrupted call left there
-        self._slot_of[self._owner[gone]] = self._stamp[gone] = -1
+        """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
+        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
+        slots = self._slot_of[rows]
+        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
+        self._owner[slots] = self._stamp[slots] = -1
         self._clock += 1
-        self._stamp[self._stamp == self.PINNED] = self._clock - 1
-        ends = enumerate(lengths.tolist())
-        windows = [np.arange(max(0, n - self.local_window), n) * self.batch + b for b, n in ends]
-        slots = self._slot_of[rows := np.concatenate(windows)]
-        self._stamp[slots[slots >= 0]] = self.PINNED
-        self._fetch(rows[slots < 0], self.PINNED)
+        self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
+        self._fetch(self._window)
         self._lengths = lengths
 
 
@@ -1865,9 +1858,8 @@ def mapped(cache, shape, before):
         while (missing := nbytes - file.tell()) > 0:
             file.write(bytes(min(missing, 2**20)))
         file.flush()
-    except OSError as error:
-        message = f"the slow tier cannot hold {nbytes} bytes: {error.strerror}"
-        raise OSError(error.errno, message, cache.path) from error
+    except OSError as e:
+        raise OSError(e.errno, f"the slow tier cannot hold {nbytes} bytes: {e.strerror}", cache.path) from e
     return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
 
 
@@ -2498,19 +2490,19 @@ def sparse_attention_backward(
     (T, H, D), G, rows = q.shape, k.shape[1], indices.astype(np.int64)
     r, dtype, values = H // G, accumulator(q, k, k if v is None else v), k[..., :d_v] if v is None else v
     keys, values = (gather(x, rows, dtype).swapaxes(1, 2) for x in (k, values))  # [T, G, K, D], [T, G, K, Dv]
-    q, out, dout, lse = (x.astype(dtype).reshape(T, G, r, -1) for x in (q, out, dout, lse))
+    q, out, dout = (x.astype(dtype).reshape(T, G, r, x.shape[2]) for x in (q, out, dout))
+    lse = lse.astype(dtype).reshape(T, G, r, 1)
     z = (np.full(H, -np.inf) if sink is None else sink).astype(dtype).reshape(G, r, 1)
     p = np.exp(scale * (q @ keys.swapaxes(2, 3)) - np.logaddexp(lse, z))  # [T, G, H/G, K]
     delta = (dout * out).sum(-1, keepdims=True)  # [T, G, H/G, 1]
     ds = scale * p * (dout @ values.swapaxes(2, 3) - delta)
     ds = np.where(rows[:, None, None] >= 0, ds, 0)  # of p, by_key drops what is absent
-    dq = (ds @ keys).reshape(T, H, D)
     parts = [ds.swapaxes(2, 3) @ q, p.swapaxes(2, 3) @ dout]  # of dk and dv, [T, G, K, D], [T, G, K, Dv]
     if v is None:
         parts[0][..., :d_v] += parts.pop()
     dk, *dv = by_key(rows, *(x.swapaxes(1, 2) for x in parts))
     dz = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z))).sum(0).ravel()
-    return dq, dk, dv[0] if dv else None, None if sink is None else -dz
+    return (ds @ keys).reshape(T, H, D), dk, dv[0] if dv else None, None if sink is None else -dz
 
 
 @stage(
@@ -2661,9 +2653,8 @@ def sharded_select(
     All ranks call with the same arguments, but for index_k_shard [..., S_r, E], keys that follow those of
     rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
-    A query moves at most 12 * R * top_k bytes between R ranks, in float64 16, with int64 8 more, never a key:
-    candidates and their scores to the rank that decides, and what that one selects to all, at once for all
-    queries; 2**31 bytes from one rank to another need MPI 4.
+    Between R ranks a query moves at most 12 * R * top_k bytes, in float64 16, with int64 8 more, never a key;
+    all queries go at once, of which 2**31 bytes from one rank to another need MPI 4.
 
         mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
@@ -2687,10 +2678,9 @@ def sharded_attention(
     All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
     config selects by equation (1). What one rank raises, all raise.
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
-    Each rank attends to its own members: beside what sharded_select sends, each sends H * (Dv + 1) numbers a
-    query, those of out in float16 beside a scale if q is bfloat16, to those that merge, and they send out and
-    lse to all. scatter=True: each keeps out [M, H, Dv] and lse [M, H] of its share of all N queries, on rank
-    r from N * r // R to N * (r + 1) // R.
+    Each rank attends to the members it holds, and sends H * (Dv + 1) numbers a query, those of out in float16
+    beside a scale if q is bfloat16, to those that merge; these send out and lse to all. scatter=True: each
+    keeps its share of all N queries, out [M, H, Dv] and lse [M, H], from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
     behind it may hold keys. If any rank raises, every cache is as it was.
@@ -2712,13 +2702,9 @@ def sharded_attention(
                 index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
             index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
         indices = select_over_shards(at, quota, windows, index_q, index_k, weights)
-
-        def part():  # over the members that are here; out gets q's dtype once it is merged
-            first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
-            own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
-            return attend(q, indices=own, **kwargs | {"sink": None, "out_dtype": accumulator(q, *kept)})
-
-        out, lse = merge_over_shards(at, part, sink, q.dtype, scatter)
+        kwargs |= {"sink": None, "out_dtype": accumulator(q, *kept)}  # of parts, which are yet to be merged
+        attend = functools.partial(attend, q, **kwargs)
+        out, lse = merge_over_shards(at, indices, attend, sink, native(q), scatter)
         undo.pop_all()
     return out, lse, indices
 
@@ -2727,10 +2713,10 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
     """The checks of sharded_attention -> layout, quota, windows, and new tokens of this rank."""
     with together(comm):
         check_type("config", config, DSAConfig)
-        by, alone = config.selector(), lengths is owner is None
-        expect(by == "lightning", "the selector of config", repr(by), "'lightning'")
-        expect(alone or cache is not None, "lengths or owner", "given", "None without a cache")
-        if cache is not None:
+        expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
+        if cache is None:
+            expect(lengths is owner is None, "lengths or owner", "given", "None without a cache")
+        else:
             check_type("cache", cache, KVCache)
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
@@ -2755,8 +2741,8 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     if quota is None:
         return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
-    place = at.first % KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
-    if place.any():  # key 0 goes to its place in a tile of all keys, as bits of scores depend on it
+    place = at.first % (KEY_TILE if xp is np else 1)  # of key 0 in a tile of all keys, as it decides on bits
+    if place.any():
         (S, E), shard = index_k.shape[-2:], index_k
         index_k = np.zeros((*shape[:-1], S + KEY_TILE, E), shard.dtype)
         for b, x in np.ndenumerate(place):
@@ -2770,9 +2756,8 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
         step = SHARD_BUFFER // max(1, index_k.shape[-2] * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
-            start, end = (w[..., t] for w in near)
-            index = index_q[..., t, :, :], index_k, weights[..., t, :]
-            scores = index_scores(*index, k_start=start, k_end=end)
+            lo, hi = (w[..., t] for w in near)
+            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], k_start=lo, k_end=hi)
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
@@ -2790,13 +2775,15 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     return decided(at, rows, offers, decide)[0].reshape(*shape, K)
 
 
-def merge_over_shards(at, attend, sink, dtype, scatter):
-    """merge_attention of every rank's attend() -> out [..., T, H, Dv], lse [..., T, H], and the sink."""
+def merge_over_shards(at, indices, attend, sink, dtype, scatter):
+    """merge_attention of each rank's attend(indices=...) to its members, and the sink -> out, lse."""
     queries, heads, width = [*at.n["..."], at.n["T"]], at.n["H"], at.n["Dv"]
     rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
+    first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
 
     def offers():
-        out, lse = attend()
+        own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
+        out, lse = attend(indices=own)
         out, lse = out.reshape(rows, width), lse.reshape(rows)
         if dtype.name != "bfloat16":
             return out, lse
@@ -2807,27 +2794,25 @@ def merge_over_shards(at, attend, sink, dtype, scatter):
     def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
         outs = outs if largest is None else outs * largest
         out, lse = merge_attention(outs[:, None], lses[:, None])  # [1, M, Dv], [1, M]
-        out = out if sink is None else apply_sink(out, lse, np.tile(sink, rows // heads)[own])
+        out = out if sink is None else apply_sink(out, lse, np.tile(sink, math.prod(queries))[own])
         return out[0].astype(dtype, copy=False), lse[0]
 
-    keep = max(1, heads) if scatter else 0
-    out, lse = decided(at, rows, offers, merge, keep)
-    queries = [len(lse) // keep] if keep else queries
+    out, lse = decided(at, rows, offers, merge, scatter * max(1, heads))
+    queries = [len(lse) // max(1, heads)] if scatter else queries
     return out.reshape(*queries, heads, width), lse.reshape(*queries, heads)
 
 
 def decided(at, N, offers, decide, keep=0):
     """decide(which, *offers [R, M, ...]) by every rank for its share of the rows -> [N, ...] on every rank.
 
-    offers() -> arrays [N, ...]. keep: shares are whole times so many rows, and each rank keeps [M, ...].
+    offers() -> arrays [N, ...]. keep: each rank keeps its [M, ...], whole times so many rows.
     """
     R, unit = at.comm.size, max(1, keep)
-    edges = (N // unit * np.arange(R + 1) // R * unit).tolist()
-    rows = [slice(*edges[r : r + 2]) for r in range(R)]
+    rows = [slice(N // unit * r // R * unit, N // unit * (r + 1) // R * unit) for r in range(R)]
     which = rows[at.comm.rank]
     with together(at.comm):
         own = [at.ship(x) for x in offers()]
-        parts = [np.empty_like(x, shape=(R, which.stop - which.start, *x.shape[1:])) for x in own]
+        parts = [np.empty_like(x, shape=(R, *x[which].shape)) for x in own]
     at.move(((r, x[rows[r]]) for r in range(R) for x in own), ((r, y[r]) for r in range(R) for y in parts))
     with together(at.comm):
         found = decide(which, *map(at.xp.asarray, parts))
@@ -2840,12 +2825,10 @@ def decided(at, N, offers, decide, keep=0):
 def by_mpi(comm, sent, filled):
     """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
     own = comm.Dup()  # apart from what the caller has under way
-    try:
-        both = (own.Irecv, filled), (own.Isend, sent)
-        for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
-            request.Wait()
-    finally:
-        own.Free()
+    both = ((call, *part) for call, parts in ((own.Irecv, filled), (own.Isend, sent)) for part in parts)
+    for request in [call(np.ascontiguousarray(x).view(np.uint8), rank) for call, rank, x in both if x.size]:
+        request.Wait()
+    own.Free()
 
 
 def gathered(comm, x):
@@ -2857,8 +2840,7 @@ def gathered(comm, x):
 @contextlib.contextmanager
 def together(comm):
     """What a block raises on any rank, raise on all, in the words of the first: none waits for another."""
-    fits = hasattr(comm, "Isend") and bool(comm)
-    expect(fits, "comm", repr(comm), "an mpi4py communicator, such as MPI.COMM_WORLD", TypeError)
+    expect(hasattr(comm, "Isend") and bool(comm), "comm", repr(comm), "a communicator of mpi4py", TypeError)
     error, kinds = None, (TypeError, ValueError, IndexError, MemoryError)
     try:
         yield
@@ -2873,20 +2855,19 @@ def together(comm):
 
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    dtypes = [x.dtype.name for x in arrays if x is not None]
-    same |= {**n, "S": None, "xp": n["xp"].__name__, "dtypes": dtypes}
+    same |= {**n, "S": 0, "xp": n["xp"].__name__, "dtypes": [x.dtype.name for x in arrays if x is not None]}
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in sorted(same) if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
         expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
     shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
-    total, most = shards.sum(0), functools.partial(np.max, initial=0)  # keys of each sequence [...]
-    by_host = (lambda x: np.ascontiguousarray(on_host(x))), functools.partial(by_mpi, comm)
-    ship, move = KERNELS.get(("ranks", same["xp"]), lambda comm: ())(comm) or by_host
-    first = shards[: comm.rank].sum(0)[..., None]
-    at = {"first": first, "end": first + shards[comm.rank][..., None], "num_keys": int(most(total))}
-    at |= {"comm": comm, "n": n, "xp": n["xp"], "ship": ship, "move": move, "longest": int(most(shards))}
-    return SimpleNamespace(**at, shards=shards, total=total)
+    first, total = shards[: comm.rank].sum(0)[..., None], shards.sum(0)  # keys of each sequence [...]
+    nccl = KERNELS.get(("ranks", same["xp"]), lambda comm: None)(comm)
+    ship, move = (n["xp"].ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
+    at = SimpleNamespace(comm=comm, n=n, xp=n["xp"], ship=ship, move=move, shards=shards, total=total)
+    at.first, at.end = first, first + shards[comm.rank][..., None]
+    at.longest, at.num_keys = (int(x.max(initial=0)) for x in (shards, total))
+    return at
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3297,7 +3278,7 @@ def gpu_attention(
     return run(q, k, v, n["S"], indices, k_start, k_end, sink)
 
 
-def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
+def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
     """sparse_attention over an fp8 cache, whose entries kernels read as they are stored if they are tied."""
     if "v" in cache.streams or cache.streams["k"][0] > 1:
         k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
@@ -3312,7 +3293,7 @@ def gpu_attend_to_entries(cache, q, indices, rows, d_v, scale, sink, out_dtype):
     n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
     scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
     rest = scale, sink, indices, None, None, out_dtype, rope
-    return gpu_attention(n, q, cache._stream("k"), None, d_v, *rest)
+    return gpu_attention(n, q, cache._data["k"], None, d_v, *rest)
 
 
 @plan
@@ -3423,7 +3404,7 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
             by_key((S * G,), (*arrays, *(x[b] for x in dk_dv)), sizes)
     dk, dv = (x.astype(q.dtype) for x in (sums[..., :D], sums[..., D:])) if at_once else dk_dv
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
-    return dq, dk, dv, None if sink is None else -from_z.reshape(-1, H).sum(0).astype(sink.dtype)
+    return dq, dk, dv, None if sink is None else -from_z.sum(tuple(range(from_z.ndim - 1))).astype(sink.dtype)
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
@@ -3588,6 +3569,7 @@ def gpu_predictive_select(n, index_q, index_k, weights, top_k, candidates, widen
 
 def gpu_slow_tier(cache, shape, before):
     """The slow tier as an array of CuPy's in pinned memory of the host, where kernels reach it."""
+    expect(cache.path is None, "path", repr(cache.path), "None, as the slow tier is no file")
     cuda, nbytes = cache.xp.cuda, math.prod(shape) * cache.dtype.itemsize
     memory = cuda.alloc_pinned_memory(nbytes)
     owner = lambda: memory  # noqa: E731
@@ -3699,44 +3681,32 @@ KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
 
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
 
+# Under which an MPI communicator keeps its NCCL.
+nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())
+
 
 def by_nccl(api, pair, sent, filled):
     """by_mpi for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
     stream = sys.modules["cupy"].cuda.get_current_stream().ptr
     api.groupStart()
-    try:
-        for move, parts in ((pair.send, sent), (pair.recv, filled)):
-            for rank, x in parts:
-                if x.size:
-                    move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
-    finally:
-        api.groupEnd()
+    for move, rank, x in [(pair.send, *part) for part in sent] + [(pair.recv, *part) for part in filled]:
+        if x.size:
+            move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
+    api.groupEnd()
 
 
-# Under which an MPI communicator keeps what nccl_ranks made for it, as long as it lives.
-nccl_key = functools.cache(lambda: importlib.import_module("mpi4py.MPI").Comm.Create_keyval())
-
-
+@functools.partial(KERNELS.setdefault, ("ranks", "cupy"))
 def nccl_ranks(comm):
-    """What makes arrays contiguous, and by_nccl between the GPUs of comm's ranks, made once. (): some rank
-    has no NCCL or no GPU of its own.
-    """
-    if comm.Get_attr(nccl_key()) is None:
+    """by_nccl between the GPUs of comm's ranks, made once; None unless all have NCCL and their own GPU."""
+    if (pair := comm.Get_attr(nccl_key())) is None:
         with together(comm):
             api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
-            host = importlib.import_module("mpi4py.MPI").Get_processor_name()
-            gpu = (host, cuda.runtime.deviceGetPCIBusId(cuda.Device().id)) if api.available else None
-            name = api.get_unique_id() if gpu is not None and comm.rank == 0 else None
-        gpus, names = zip(*comm.allgather((gpu, name)))
-        ranks: Any = ()
-        if None not in gpus and len(set(gpus)) == comm.size:
-            pair = api.NcclCommunicator(comm.size, names[0], comm.rank)
-            ranks = sys.modules["cupy"].ascontiguousarray, functools.partial(by_nccl, api, pair)
+            gpu = api.available and (os.uname().nodename, cuda.runtime.deviceGetPCIBusId(cuda.Device().id))
+            name = api.get_unique_id() if gpu and comm.rank == 0 else None
+        (gpus, names), pair = zip(*comm.allgather((gpu, name))), ()
+        if all(gpus) and len(set(gpus)) == comm.size:
+            pair = api, api.NcclCommunicator(comm.size, names[0], comm.rank)
         elif comm.rank == 0:
             print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
-        comm.Set_attr(nccl_key(), ranks)
-    return comm.Get_attr(nccl_key())
-
-
-KERNELS["ranks", "cupy"] = nccl_ranks
-KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place
+        comm.Set_attr(nccl_key(), pair)
+    return functools.partial(by_nccl, *pair) if pair else None
