@@ -698,15 +698,18 @@ class KVCache:
         if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
             room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
             raise ValueError(f"the cache is full, expected {room}")
-        rows = [
-            {name: self._encode(name, x[b, :length]) for name, x in tokens.items()}
-            for b, length in enumerate(new)
-        ]
+        rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
+        for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
+            self._check_range(name, x)
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
-        for b, start in enumerate(self._lengths.tolist()):
-            for name, x in rows[b].items():
-                self._data[name][b, start : start + len(x)] = x
+        starts = self._lengths.tolist()
+        for b, name, x in rows:
+            place = self._data[name][b, starts[b] : starts[b] + len(x)]
+            if self._codec:
+                self._codec.encode(name, x, place)
+            else:
+                place[...] = x
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
@@ -769,14 +772,13 @@ class KVCache:
     def _check_open(self):
         expect(not self.closed, "the cache", "closed", "an open one")
 
-    def _encode(self, name, x):
+    def _check_range(self, name, x):
         if self._codec:
-            return self._codec.encode(name, x)
-        with np.errstate(over="ignore"):
-            kept = x.astype(self.dtype, copy=False)
-        lost = isinstance(x, np.ndarray) and (np.isfinite(x) & ~np.isfinite(kept)).any()
-        expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
-        return kept
+            self._codec.check_range(name, x)
+        elif x.dtype != self.dtype:
+            with np.errstate(over="ignore"):
+                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
+            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
 
     # What a cache in two tiers does in another way:
 
@@ -1508,14 +1510,14 @@ def packed_bytes(width, rope):
 
 
 @by_library
-def packed(x, rope):
-    """x [..., D], the last `rope` values in bfloat16, the others in e4m3 -> uint8 [..., packed_bytes]."""
+def packed(x, rope, out=None):
+    """x [..., D], the last `rope` in bfloat16, the others in e4m3 -> uint8 [..., packed_bytes], or to out."""
     # With rope a scale is max(amax / 448, 1e-4) rounded up; without, for index keys, that of quantize_fp8.
     codes, scales = quantized(x[..., : x.shape[-1] - rope], FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
     tail = x[..., x.shape[-1] - rope :].astype(np.float32, order="C")
     bits = tail.view(np.uint32)
     bits = np.where(np.isnan(tail), 0x7FC0, (bits + (bits >> 16 & 1) + 0x7FFF) >> 16).astype("<u2")
-    return np.concatenate([codes, scales.astype("<f4").view(np.uint8), bits.view(np.uint8)], -1)
+    return np.concatenate([codes, scales.astype("<f4").view(np.uint8), bits.view(np.uint8)], -1, out=out)
 
 
 def unpacked(entries, width, rope):
@@ -1547,10 +1549,12 @@ class Entries:
         self.widths[name] = shape[-1], rope
         return (*shape[:-1], packed_bytes(shape[-1], rope))
 
-    def encode(self, name, x):
-        largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0)) if isinstance(x, np.ndarray) else 0
+    def check_range(self, name, x):
+        largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0))
         expect(largest < 248 * 2.0**120, name, largest, "what fp8 with a scale can hold")
-        return packed(x, self.widths[name][1])
+
+    def encode(self, name, x, out):
+        packed(x, self.widths[name][1], out)
 
     def decode(self, name, x):
         return unpacked(x, *self.widths[name])
@@ -3297,14 +3301,13 @@ def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
 
 
 @plan
-def packing_plan(chip, shape, dtype, block, scale, least, rope):
-    """What launches quantized, or, where rope is an int, packed: of x, to codes and scales."""
+def packing_plan(chip, shape, dtype, block, scale, least, rope, row=None):
+    """What launches quantized, or, with rope, packed to rows `row` bytes apart: of x, to codes and scales."""
     (*rows, width), entries = shape, rope is not None
     width, rows = width - (rope or 0), math.prod(rows)
     blocks = -(-width // block)
-    row = packed_bytes(shape[-1], rope) if entries else width  # bytes of codes
-    strides = shape[-1], row, row if entries else 4 * blocks
-    offsets = (width, row - 2 * rope) if entries else (0, 0)  # of scales and of what is rotated, in bytes
+    strides = (shape[-1], row, row) if entries else (width, width, 4 * blocks)
+    offsets = (width, width + 4 * blocks) if entries else (0, 0)  # of scales and of what is rotated, in bytes
     numbers = as_arguments(rows, width, rope or 0, *strides, *offsets, np.float32(least))
     types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": dtype, "ACC": F64 if dtype == F64 else F32}
     found, grid = kernel(chip, "quantize_fp8", 256, **types), (-(-rows * (blocks + bool(rope)) // 8),)
@@ -3320,12 +3323,16 @@ def gpu_quantized(x, block, scale, least):
     return codes, scales
 
 
-def gpu_packed(x, rope):
+def gpu_packed(x, rope, out=None):
     """packed, byte for byte."""
-    xp = sys.modules["cupy"]
-    x, out = xp.ascontiguousarray(x), xp.empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
-    packing_plan(chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, rope)(x, out, out)
-    return out
+    xp, width = sys.modules["cupy"], packed_bytes(x.shape[-1], rope)
+    x, own = xp.ascontiguousarray(x), xp.ndarray((*x.shape[:-1], width), np.uint8) if out is None else out
+    rows, least = own.reshape(-1, width), 448e-4 if rope else 1e-4
+    how = chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", least, rope, rows.strides[0]
+    packing_plan(*how)(x, rows, rows)
+    if rows.data.ptr != own.data.ptr:  # a copy, as they are not evenly apart
+        own[...] = rows.reshape(own.shape)
+    return own
 
 
 # Training: what section 13 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
