@@ -1875,10 +1875,6 @@ WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
 }  # fmt: skip
 OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights that multiply a layer's input
 NORMS = ("q_norm", "kv_norm", "indexer.k_norm", "indexer.k_norm.bias")  # those of what they make
-IN_CONFIG = {  # the name in config.json of those dims that have another one there
-    "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
-    "index_rope_interleaved": "indexer_rope_interleave",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1930,10 +1926,11 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
+        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}  # that differ from ours
+        names |= {"index_rope_interleaved": "indexer_rope_interleave"}
         try:
             config = read_config(config)
-            found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
-            found |= rope_dims(config)
+            found = {x.name: config.get(names.get(x.name, x.name)) for x in fields(cls)} | rope_dims(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
         found = {name: value for name, value in found.items() if value is not None} | dims
@@ -2168,22 +2165,20 @@ class DSALayer:
         """
         d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
-        S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
         up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
         out = self.xp.empty((B, T, H, d.v_head_dim), q.dtype)
-        if core == "auto":
+        if core == "auto" and self.xp is np and not isinstance(cache, HybridKVCache):
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
-            streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
-            expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
-            core = "expanded" if streamed and expanded else "absorbed"
-        if core == "absorbed":  # q . W c = qW . c
+            S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
+            fewer = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
+            core = "expanded" if fewer and 2.5 * K >= S else core
+        if core != "expanded":  # q . W c = qW . c
             latent_q = self.xp.empty((B, T, H, R + rope), q.dtype)
             by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
             rotate(q[..., nope:], turn, True, out=latent_q[..., R:])
-            how = {"indices": indices, "d_v": R, "scale": scale}
-            if cache is None:
-                how |= {"k": k.astype(q.dtype, copy=False), "v": None}
-            latents, _ = (sparse_attention if cache is None else cache.attend)(latent_q, **how)
+            attend = sparse_attention if cache is None else cache.attend
+            own = {"k": k.astype(q.dtype, copy=False), "v": None} if cache is None else {}
+            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale, **own)
             return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
         rotate(q[..., nope:], turn, interleaved=True)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
@@ -2308,9 +2303,7 @@ def named_weights(weights, d):
 # A tensor's name: its prefix, the layer's number in that, if there is one, and its name in a layer.
 NAME: Any = re.compile(r"((?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?)(.*?)(?:\.weight)?", re.DOTALL)
 SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
-BUFFER = re.compile(
-    r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
-)
+BUFFER = re.compile(r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(cos|sin)_cached)$|inv_freq$")
 E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32("nan"))  # the value of each code
 STORED: dict[str, Any] = {  # what a file holds: as NumPy reads it, and what makes floats of that
     "F64": ("<f8", np.asarray), "F32": ("<f4", np.asarray), "F16": ("<f2", np.asarray),
@@ -2922,6 +2915,7 @@ plan = functools.lru_cache(maxsize=4096)
 
 
 COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
+say_once = functools.cache(print)
 
 
 class Kernel:
@@ -2956,7 +2950,7 @@ class Kernel:
         """Until it is compiled, or anew if that failed; what takes over a second is said once."""
         compiling, self.compiling = self.compiling or COMPILERS.submit(self.compile), None
         if not wait([compiling], 1).done:
-            say_that_it_compiles()
+            say_once("dsa: compiling CUDA kernels, once; CuPy keeps them on disk", file=sys.stderr)
         compiling.result()
 
     def __call__(self, grid, arrays, numbers, shared=0):
@@ -2999,11 +2993,6 @@ def launch(name, block, grid, arrays, sizes, place=(), **constants):
     """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
     numbers = as_arguments(*place) + as_arguments(*sizes)
     kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers)
-
-
-@functools.cache
-def say_that_it_compiles():
-    print("dsa: compiling CUDA kernels, once; CuPy keeps them on disk", file=sys.stderr)
 
 
 def aligned(x, multiple=1):
@@ -3672,18 +3661,10 @@ def gpu_rotate(x, turn, interleaved, out=None):
     launch("rotate", 256, grid, (x, y, cos, sin), sizes, place, TYPE=x.dtype, ACC=cos.dtype)
 
 
-GPU = {
-    "index_scores": gpu_index_scores, "select_topk": gpu_select_topk,
-    "lightning_select": gpu_lightning_select, "predictive_select": gpu_predictive_select,
-    "dense_attention": gpu_attention, "sparse_attention": gpu_attention, "select_by": gpu_select_by,
-    "attend_to_entries": gpu_attend_to_entries, "quantized": gpu_quantized, "packed": gpu_packed,
-    "sparse_attention_backward": gpu_sparse_attention_backward, "loss_of_rows": gpu_loss_of_rows,
-    "attention_target": gpu_attention_target,
-    "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
-    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rotate": gpu_rotate,
-    "made_of_x": gpu_made_of_x, "as_kept": gpu_as_kept,
-}  # fmt: skip
-KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
+# gpu_x runs x where the arrays are CuPy's.
+gpu_dense_attention = gpu_sparse_attention = gpu_attention
+gpu_by_rows = gpu_projected
+KERNELS |= {(name[4:], "cupy"): run for name, run in [*globals().items()] if name.startswith("gpu_")}
 
 
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------

@@ -3616,7 +3616,7 @@ def test_a_missing_kernel_file_says_where_to_put_it(dsa, monkeypatch, tmp_path):
 
 def test_that_kernels_compile_is_said_once(dsa, capsys, monkeypatch):
     """They compile side by side; what takes over a second is said, the first time; an error is raised."""
-    dsa.say_that_it_compiles.cache_clear()
+    dsa.say_once.cache_clear()
     under_way = threading.Barrier(3)
 
     def compile_slowly(kernel):
