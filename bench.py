@@ -1637,21 +1637,22 @@ def sharded(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 LM = SimpleNamespace(
-    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=1024, cues=200, held=40,
-    dense=4000, warm=400, more=400, K=[2**i for i in range(6, 12)], least=2**16, text=2**28)  # fmt: skip
+    d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=512, cues=200, held=40,
+    dense=3600, warm=800, more=480, last=720, K=[2**i for i in range(6, 12)], text=2**28)  # fmt: skip
 TOY = SimpleNamespace(
-    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=32, cues=2, held=4,
-    dense=40, warm=29, more=8, K=[2, 8, 16], least=2**11, text=2**20)  # fmt: skip
+    d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
+    dense=40, warm=32, more=16, last=24, K=[2, 8, 16], text=2**20)  # fmt: skip
 LM_OPTIONS: dict[str, dict[str, Any]] = {
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 }
-FIRST, WARM = "DSA, trained at 6%", "DSA, warm-up alone"
-MORE, BEGUN, SCRATCH, WAYS = "dense, continued", "window, begun", "window, from scratch", ("dense", "DSA")
+WARM, FIRST, SECOND = "DSA, warm-up alone", "DSA, trained at 6%", "DSA, then at 1.6%"
+MORE, AGAIN = "dense, continued", "dense, continued twice"
+BEGUN, SCRATCH = "window, begun", "window, from scratch"
 UNTRAINED = {WARM: "lightning", "window": "window", "random and window": "random", "oracle's keys": "oracle"}
 MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
 FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
-RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.3, 0))
+RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.5, 0))
 
 
 def give(x):
@@ -1670,19 +1671,6 @@ class Ours(Function):  # type: ignore[misc, valid-type]
     @staticmethod
     def backward(ctx, slope):
         return None, *map(tensor, ctx.back(give(slope.contiguous())))
-
-
-def attention(indices, q, k, v):
-    out, lse = dsa.sparse_attention(q, k, v, indices)
-    back = functools.partial(dsa.sparse_attention_backward, q, k, v, indices, out, lse, deterministic=False)
-    return out, lambda dout: back(dout)[:3]
-
-
-def foresight(target, where, index_q, index_k, weights):
-    """The indexer's KL, a query."""
-    loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
-    each = 1 / weights[..., 0].size
-    return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
 
 
 def fused(run):
@@ -1726,13 +1714,13 @@ class Decoder:
     """Bytes to logits: multi-query attention with normed q and k; an indexer beside each layer."""
 
     def __init__(self, z, device: str, weights=None):
-        self.z, self.device, d, L, n, draw = z, device, z.d, z.layers, z.H * z.D, torch.Generator()
+        self.z, self.device, d, L, n = z, device, z.d, z.layers, z.H * z.D
         if weights is None:  # a layer begins as nothing, and is sharp enough to choose
-            shapes = {"index": (L, (z.J + 1) * z.D + z.J, d), "qkv": (L, n + 2 * z.D, d), "up": (L, 4 * d, d)}
-            weights = {x: torch.zeros(L, d, y) for x, y in (("out", n), ("down", 4 * d))}
+            torch.manual_seed(0)
+            shapes = {"embed": (256, d), "index": (L, (z.J + 1) * z.D + z.J, d), "qkv": (L, n + 2 * z.D, d)}
+            weights = {x: torch.randn(y) * d**-0.5 for x, y in (shapes | {"up": (L, 4 * d, d)}).items()}
+            weights |= {"out": torch.zeros(L, d, n), "down": torch.zeros(L, d, 4 * d)}
             weights |= {"head": torch.zeros(256, d), "gain": torch.full((L, z.H), 1.5)}
-            for seed, (name, shape) in enumerate((shapes | {"embed": (256, d)}).items()):
-                weights[name] = torch.randn(shape, generator=draw.manual_seed(seed)) * d**-0.5
         self.weights = {x: y.detach().to(device, copy=True) for x, y in weights.items()}
         angles = torch.arange(z.contexts[-1]).outer(1e5 ** -torch.linspace(0, 1, z.D // 4))[:, None]
         self.turn = torch.cat([angles.cos(), angles.sin()], -1).to(device)  # [positions, 1, D / 2]
@@ -1742,9 +1730,9 @@ class Decoder:
         (B, T), kind = ids.shape, torch.bfloat16 if self.device == "cuda" else torch.float32
         w = {name: self.weights[name].to(kind).unbind() for name in (*MATRICES, "gain", "index")}
         x = normed(torch.nn.functional.embedding(ids.flatten(), self.weights["embed"])).to(kind)
-        turn = self.turn[first : first + T].repeat(B, 1, 1)
+        turn, asks = self.turn[first : first + T].repeat(B, 1, 1), attend.by == "lightning" or attend.rows
         for i in range(self.z.layers):
-            found = before(x, turn, w["qkv"][i], w["gain"][i], w["index"][i] if attend.asks else None)
+            found = before(x, turn, w["qkv"][i], w["gain"][i], w["index"][i] if asks else None)
             q, k, v, *index = (y.view(B, T, *y.shape[1:]) for y in found)
             x = after(x, attend(i, q, k, v, index).reshape(B * T, -1), w["out"][i], w["up"][i], w["down"][i])
         return (normed(x) @ self.weights["head"].to(kind).T).view(B, T, 256).float()
@@ -1776,31 +1764,25 @@ def newest(q, k, v, width: int):
     return sdpa(q.reshape(-1, width, *q.shape[2:]), k, v, seen).reshape(q.shape)
 
 
+def as_one(kept, S: int):
+    """Of keys [B, T, K] in sequences of S: [B * T, K] in all of them, put end to end; this launches less."""
+    kept = tensor(kept)
+    begin = S * torch.arange(len(kept), dtype=torch.int32, device=kept.device)[:, None, None]
+    return give(torch.where(kept < 0, -1, kept + begin).flatten(0, 1))
+
+
+@dataclass
 class Attend:
     """A Decoder's attention: torch's, to all keys or a window, or ours to the top_k selected `by` something.
 
     top_k below 1 is a share. Indexers learn at `rows` queries a sequence: kl. A past is filled, then read.
     """
 
-    def __init__(self, by: str = "", top_k: float = 0, rows: int = 0, past: Any = None):
-        self.by, self.top_k, self.rows, self.asks = by, top_k, rows, by == "lightning" or rows > 0
-        self.kl, self.past, self.fixed = list[Any](), past, dict[tuple[int, int], Any]()
-
-    def select(self, layer, q, k, index):
-        """Of all sequences as if they were one, which launches less: [B * T, top_k]."""
-        (B, T), S = q.shape[:2], k.shape[1]
-        top_k = int(self.top_k if self.top_k >= 1 else self.top_k * S)
-        if self.by == "lightning":
-            kept = dsa.lightning_select(*map(give, index), top_k)
-        elif self.by == "oracle":
-            kept = dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
-        else:  # half of them the newest; as no score decides, they are the same in every sequence
-            if (at := (layer, T)) not in self.fixed:
-                one, half = (q[0, :, :1, :1], k[0, :, :, :1]), {"local_window": top_k // 2, "seed": layer}
-                self.fixed[at] = dsa.SELECTORS["random"](*map(give, one), top_k, **half)[None]
-            kept = self.fixed[at].repeat(B, 0)
-        kept, begin = tensor(kept), S * torch.arange(B, dtype=torch.int32, device=q.device)[:, None, None]
-        return torch.where(kept < 0, -1, kept + begin).flatten(0, 1)
+    by: str = ""
+    top_k: float = 0
+    rows: int = 0
+    past: dict[int, Any] | None = None
+    kl: list[Any] = field(default_factory=list)
 
     def __call__(self, layer, q, k, v, index):
         if self.past is not None:
@@ -1808,21 +1790,44 @@ class Attend:
             if first is not new:
                 k, v, *keys = (torch.cat(x, 1) for x in zip(first, new, strict=True))
                 index = [*index[:1], *keys, *index[2:]]
-        (B, T), kept = q.shape[:2], self.select(layer, q, k, index) if self.by not in ("", "window") else None
         if self.rows:
-            at, (index_q, index_k, weights) = torch.randperm(T, device=q.device)[: self.rows], index
-            some = [q[:, at], k, index_q[:, at], index_k, weights[:, at]]
-            where = {"k_end": (at + 1).repeat(B, 1)}
-            if kept is not None:
-                where = {"indices": kept.view(B, T, -1)[:, at].flatten(0, 1)}
-                some = [x.flatten(0, 1) for x in some]
-            where = {name: give(x) for name, x in where.items()}
-            target = dsa.attention_target(*map(give, some[:2]), **where)
-            self.kl.append(Ours.apply(functools.partial(foresight, target, where), *some[2:]).float())
-        if kept is None:
+            self.kl.append(self.learn(q, k, *index))
+        if self.by in ("", "window"):
             return newest(q, k, v, int(self.top_k)) if self.by else sdpa(q, k, v)
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return Ours.apply(functools.partial(attention, give(kept)), q, k, v)
+        kept = as_one(self.select(q, k, index), k.shape[1])
+
+        def run(q, k, v):
+            out, lse = dsa.sparse_attention(q, k, v, kept)
+            args = q, k, v, kept, out, lse
+            return out, lambda dout: dsa.sparse_attention_backward(*args, dout, deterministic=False)[:3]
+
+        return Ours.apply(run, *(x.flatten(0, 1) for x in (q, k, v)))
+
+    def select(self, q, k, index):
+        """The indexer's keys, those of most attention, or half the newest and half any, by random scores."""
+        top_k = int(self.top_k * k.shape[1] if self.top_k < 1 else self.top_k)
+        if self.by == "lightning":
+            return dsa.lightning_select(*map(give, index), top_k)
+        if self.by == "oracle":
+            return dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
+        scores, ends = torch.rand(*q.shape[:2], k.shape[1], device=q.device), torch.arange(q.shape[1]) + 1
+        return dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends.to(q.device)))
+
+    def learn(self, q, k, index_q, index_k, weights):
+        """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
+        at = torch.randperm(q.shape[1], device=q.device)[: self.rows]
+        some = [q[:, at], k, index_q[:, at], index_k, weights[:, at]]
+        where = {"k_end": give((at + 1).repeat(len(q), 1))}
+        if self.by:
+            kept = dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where)
+            where, some = {"indices": as_one(kept, k.shape[1])}, [x.flatten(0, 1) for x in some]
+        target, each = dsa.attention_target(*map(give, some[:2]), **where), 1 / some[4][..., 0].numel()
+
+        def run(index_q, index_k, weights):
+            loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
+            return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
+
+        return Ours.apply(run, *some[2:]).float()
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:
@@ -1832,9 +1837,9 @@ def check_gradients(bench: Bench, z, device: str) -> None:
     inputs = [torch.randn(2, n, *x, generator=by).to(device).requires_grad_() for x in shapes]
     (q, k, v, *index), attend = inputs, Attend("lightning", 1 / 16, n)
     ours = torch.autograd.grad(attend(0, q, k, v, index).square().sum() + 2 * n * attend.kl[0], inputs)
-    kept = attend.select(0, q, k, index).long().view(2, n, -1)
+    kept = tensor(attend.select(q, k, index)).long()  # [2, n, K]
     hidden = torch.ones(2, n, n + 1, device=device)  # with a column for what is absent
-    hidden = hidden.scatter(2, torch.where(kept < 0, n, kept % n), 0)[..., :n].bool()
+    hidden = hidden.scatter(2, torch.where(kept < 0, n, kept), 0)[..., :n].bool()
     scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
     logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
     p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
@@ -1859,19 +1864,19 @@ def orthogonal(x):
     return x.mT * tall**0.5 if tall > 1 else x
 
 
-def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates):
+def fit(bench: Bench, name: str, model: Decoder, text, attend, steps: int, rates):
     """Train all, or the indexers where rates FALL; matrices by Muon -> [step, bits a byte, KL]s, weights."""
-    z, device, curve, each = model.z, model.device, list[list[float]](), -(-steps // 50)
+    z, device, curve, each = model.z, model.device, list[list[float]](), 8 * -(-steps // 400)
     some = {x: y.requires_grad_() for x, y in model.weights.items() if rates is not FALL or x == "index"}
     moments = {x: torch.zeros_like(some[x]) for x in some if x in MATRICES}
     adam = torch.optim.AdamW([y for x, y in some.items() if x not in moments], betas=(0.9, 0.95))
     draw, sums = torch.Generator(device).manual_seed(steps), torch.zeros(2, device=device)
     torch.manual_seed(0)
     for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
-        n = z.contexts[np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else (0, 1, 0, 2)[i % 4]]
+        at = np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else (0, 1, 0, 2, 0, 1, 0, 0)[i % 8]
+        n, rate = z.contexts[at], float(np.interp(i / steps, *rates))
         at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
-        ids, rate = text[at + torch.arange(n + 1, device=device)].int(), float(np.interp(i / steps, *rates))
-        bits = model.bits(ids, attend).mean()
+        bits = model.bits(text[at + torch.arange(n + 1, device=device)].int(), attend).mean()
         kl = sum(attend.kl, torch.zeros_like(bits)) / z.layers
         attend.kl.clear()
         (bits + kl).backward()
@@ -1887,27 +1892,26 @@ def fit(bench: Bench, name: str, model: Decoder, attend, text, steps: int, rates
         if (i + 1) % each == 0:
             curve.append([i + 1, *sums.tolist()])
             sums.zero_()
-            if len(curve) % 10 == 0:
+            if len(curve) % 5 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
     return curve, model.weights
 
 
 def sources(folder: Path, z):
     """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words."""
-    packages, held, judged, rest = dict[str, list[Path]](), list[bytes](), set[int](), list[bytes]()
-    for path in sorted(folder.rglob("*.py")):
-        packages.setdefault(path.relative_to(folder).parts[0], []).append(path)
+    packages, held, judged, rest = dict[str, list[bytes]](), list[bytes](), set[int](), list[bytes]()
+    for path in filter(Path.is_file, sorted(folder.rglob("*.py"))):
+        packages.setdefault(path.relative_to(folder).parts[0], []).append(path.read_bytes())
 
     def lines(text):
         return {hash(line) for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
 
     for name in sorted(packages, key=lambda name: zlib.crc32(name.encode())):
-        files = [path.read_bytes() for path in packages[name] if path.is_file()]
-        if len(held) < z.held and z.least <= sum(map(len, files)) <= 32 * z.least:
-            held.append(b"\0".join(files))
+        if len(held) < z.held and 4 * z.contexts[-1] <= sum(map(len, packages[name])) <= 128 * z.contexts[-1]:
+            held.append(b"\0".join(packages[name]))
             judged |= lines(held[-1])
         elif sum(map(len, rest)) < z.text:
-            rest += files
+            rest += packages[name]
     # A file of whose longer lines most stand in what is held out, packages of middling size, may be a copy.
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
     if not (held and learned):
@@ -1921,7 +1925,7 @@ def sources(folder: Path, z):
 
 def with_secrets(z, windows):
     """Windows in which random names are assigned to at distances FAR, and at the end; where these end."""
-    rng, letters = np.random.default_rng(0), np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+    rng, letters = np.random.default_rng(0), list(b"abcdefghijklmnopqrstuvwxyz0123456789")
     ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
     body = ids.shape[1] - len(FAR) * len(line)
     ends = [body + (i + 1) * len(line) for i in range(len(FAR))]
@@ -1936,76 +1940,81 @@ def with_secrets(z, windows):
 def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
     """Of every method, length and K: bits a byte of the windows' last halves; by position; secrets found."""
     (_, middle, most), (some, ends), cells = z.contexts, with_secrets(z, windows), list[dict[str, Any]]()
-    asked = [(x, x, "", "", 0, n) for n in z.contexts for x in ("dense", MORE)]
-    presets = {n: [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] for n in z.contexts}
-    for (name, (whose, by, beside)), n in itertools.product(methods.items(), z.contexts):
-        sizes = z.K if by == "lightning" or name == "window" else [middle // 16]
-        sizes = dict.fromkeys([*sizes, *(presets[n] if name == FIRST else [])])
-        asked += [(name, whose, by, beside, k, n) for k in sizes if n == middle or beside == MORE]
-    for name, whose, by, beside, k, n in bench.steps(asked, "lm: judging"):
-        attend, many = Attend(by, k), max(1, z.batch // n)
-        parts = [models[whose].bits(x, attend).view(-1, n) for x in windows[:, -n - 1 :].int().split(many)]
-        bits = torch.cat(parts).cpu().numpy()
-        cells.append({"method": name, "beside": beside, "K": k, "n": n})
-        cells[-1]["bits"] = bits[:, n // 2 :].mean(1).tolist()
-        if n == most and k in (0, middle // 16, *presets[n]):
-            places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
-            right = [models[whose](x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in some.int().split(many)]
-            hits = torch.stack([torch.cat(right)[:, x - 11 : x - 3].all(1) for x in ends], 1).float().mean(0)
-            cells[-1] |= {"by position": [float(x.mean()) for x in places], "secrets": hits.tolist()}
+    asked = [(*x, n) for x in methods.items() for n in z.contexts if n == middle or x[1][2] != "dense"]
+    for name, (whose, by, beside), n in bench.steps(asked, "lm: judging"):
+        sizes = z.K if by == "lightning" or name == "window" else [middle // 16 if by else 0]
+        presets = {math.ceil(share * n): x for x, share in dsa.SELECTION_RATIOS.items() if name == FIRST}
+        for k in dict.fromkeys([*sizes, *presets]):
+            model, attend, many = models[whose], Attend(by, k), z.batch // n
+            parts = [model.bits(x, attend).view(-1, n) for x in windows[:, -n - 1 :].int().split(many)]
+            bits = torch.cat(parts).cpu().numpy()
+            cells.append({"method": name, "beside": beside, "K": k, "n": n, "preset": presets.get(k)})
+            cells[-1]["bits"] = bits[:, n // 2 :].mean(1).tolist()
+            if n == most and k in (0, middle // 16, *presets):
+                places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
+                cells[-1]["by position"] = [float(place.mean()) for place in places]
+                few = some[: z.cues // 5 if presets.get(k) else z.cues].int().split(many)
+                right = torch.cat([model(x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in few])
+                hits = (right[:, end - 11 : end - 3].all(1) for end in ends)
+                cells[-1]["secrets"] = [hit.float().mean().item() for hit in hits]
     return cells
 
 
 def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
     """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
     (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
-    some, long = windows[: z.batch // middle, :middle].int(), windows[: max(1, z.batch // n), :n].int()
+    some, long = windows[: z.batch // middle, :middle].int(), windows[: z.batch // n, :n].int()
+
+    def run(learns, attend, ids, first=0):
+        with torch.set_grad_enabled(learns):
+            loss = model(ids, attend, first).square().mean() + sum(attend.kl)
+        if learns:
+            loss.backward()
+        attend.kl.clear()
+        loss.item()  # waits for the GPU
+
+    def room(work):
+        if model.device == "cpu":
+            return 0
+        pool = sys.modules["cupy"].get_default_memory_pool()
+        pool.free_all_blocks()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() + pool.total_bytes()
+        work()
+        return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
+
     for what, ids, past in (("training", some, 0), ("prefill", long, 0), ("a token at", long[:, -1:], n - 1)):
-        learns, cell, runs = what == "training", {"what": f"{what} {past + ids.shape[1]:,}"}, dict[str, Any]()
-        for name, by in zip(WAYS, ("", "lightning")):
+        ways, learns = dict[str, Any](), what == "training"
+        for name, by in (("dense", ""), ("DSA", "lightning")):
             attend = Attend(by, middle // 16, z.rows * learns * bool(by), {} if past else None)
-
-            def run(ids=ids, first=past, learns=learns, attend=attend):
-                with torch.set_grad_enabled(learns):
-                    loss = model(ids, attend, first).square().mean() + sum(attend.kl)
-                if learns:
-                    loss.backward()
-                attend.kl.clear()
-                loss.item()  # waits for the GPU
-
-            if past:
-                run(long, 0)
-            run()  # compiles
-            if model.device == "cuda":
-                pool = sys.modules["cupy"].get_default_memory_pool()
-                pool.free_all_blocks()
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated() + pool.total_bytes()
-                run()
-                cell[f"{name}, bytes"] = torch.cuda.max_memory_allocated() + pool.total_bytes() - held
-            runs[name] = run
-        cells.append(cell | {x: [t / ids.numel() for t in laps] for x, laps in race(runs, 1).items()})
+            run(learns, attend, ids if learns else long)  # fills the past
+            ways[name] = functools.partial(run, learns, attend, ids, past)
+            ways[name]()  # compiles
+        memory = {name: room(work) for name, work in ways.items()}
+        laps = {name: Laps(t / ids.numel() for t in lap) for name, lap in race(ways).items()}
+        cells.append({"what": f"{what} {past + ids.shape[1]:,}", "laps": laps, "bytes": memory})
     return cells
 
 
 def stages(z) -> dict[str, Any]:
-    """What is trained: whose weights it begins with, how it attends, steps, rates."""
-    one, rows = z.contexts[1] // 16, z.rows // 2
+    """What is trained: whose weights it begins with, which dense read as much, attention, steps, rates."""
+    window, rows = Attend("window", z.contexts[1] // 16), z.rows
     return {
-        "dense": (None, Attend(), z.dense, RISE),
-        WARM: ("dense", Attend(rows=z.rows), z.warm, FALL),
-        FIRST: (WARM, Attend("lightning", 1 / 16, rows), z.more, LAST),
-        "DSA, trained at 1.6%": (WARM, Attend("lightning", 1 / 64, rows), z.more, LAST),
-        MORE: (WARM, Attend(), z.more, LAST),
-        "window, trained": (WARM, Attend("window", one), z.more, LAST),
-        "random and window, trained": (WARM, Attend("random", one), z.more, LAST),
-        BEGUN: (None, Attend("window", one), z.dense, RISE),
-        SCRATCH: (BEGUN, Attend("window", one), z.more, LAST),
+        "dense": (None, "", Attend(), z.dense, RISE),
+        BEGUN: (None, "dense", window, z.dense, RISE),
+        WARM: ("dense", "dense", Attend(rows=rows), z.warm, FALL),
+        FIRST: (WARM, MORE, Attend("lightning", 1 / 16, rows), z.more, LAST),
+        SECOND: (FIRST, AGAIN, Attend("lightning", 1 / 64, rows), z.last, LAST),
+        MORE: ("dense", "", Attend(), z.more, LAST),
+        AGAIN: (MORE, "", Attend(), z.last, LAST),
+        "window, trained": ("dense", MORE, window, z.more, LAST),
+        SCRATCH: (BEGUN, MORE, window, z.more, LAST),
+        "random and window, trained": ("dense", MORE, Attend("random", window.top_k), z.more, LAST),
     }
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="20 minutes on an H100", options=LM_OPTIONS)  # fmt: skip
+      "lm_presets", default=False, takes="14 minutes of an H100, and weeks", options=LM_OPTIONS)  # fmt: skip
 def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
@@ -2028,18 +2037,17 @@ def lm(bench: Bench) -> None:
     folder = bench.args.source or Path(sysconfig.get_path("purelib"))
     text, windows, note = once("text", lambda: sources(folder, z))
     check_gradients(bench, z, device)
-    models, curves, plan = dict[str, Decoder](), dict[str, Any](), stages(z)
-    for name, (start, attend, steps, rates) in plan.items():
+    models, curves, methods = dict[str, Decoder](), dict[str, Any](), dict[str, Any]()
+    for name, (start, beside, *how) in stages(z).items():
         model = models[name] = Decoder(z, device, start and models[start].weights)
-        learn = functools.partial(fit, bench, name, model, attend, text, steps, rates)
-        curves[name], model.weights = once(name, learn)
+        curves[name], model.weights = once(name, functools.partial(fit, bench, name, model, text, *how))
         (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
-        if not new[rates is FALL] < old[rates is FALL] * (1.5 if rates is LAST else 0.9):
+        if not new[name == WARM] < old[name == WARM] * (1.5 if how[-1] is LAST else 0.9):
             raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
-    found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
-    methods = {x: (x, how.by, MORE) for x, (_, how, _, rates) in plan.items() if rates is LAST and how.by}
+        methods[name] = name, how[0].by, beside
     methods |= {x: (WARM, by, "dense") for x, by in UNTRAINED.items()}
     methods["before warm-up"] = "dense", "lightning", "dense"
+    found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
     found["judged"] = once("judged", lambda: judge(bench, models, methods, z, windows))
     found["costs"] = once("costs", lambda: costs(models[FIRST], windows, z))
     report_lm(bench, z, found)
@@ -2055,78 +2063,71 @@ def over(bits, reference):
 def report_lm(bench: Bench, z, found) -> None:
     (_, middle, most), one = z.contexts, z.contexts[1] // 16
     cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    gaps = {at: over(c["bits"], cells[c["beside"], 0, at[2]]["bits"]) for at, c in cells.items() if at[1]}
+    beside = {at: cells[c["beside"], 0, c["n"]] for at, c in cells.items() if c["beside"]}
+    gaps = {at: over(cells[at]["bits"], dense["bits"]) for at, dense in beside.items()}
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
     rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, kept, n in gaps if kept == one]
-    level = [f"{np.mean(cells[x, 0, middle]['bits']):.4f} bits a byte at {middle:,}" for x in ("dense", MORE)]
+    level = ", ".join(f"{np.mean(cells[x, 0, middle]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}, bytes as tokens. Dense: {z.dense:,} steps of {z.batch:,} tokens, {level[0]}; warm-up "
-        f"{z.warm}, at {z.rows:,} queries a sequence; trained {z.more} more, as dense continued, {level[1]}: "
-        f"DSA with 1/16 and 1/64 of the keys, others with {one}. In brackets the middle 95 % over draws of "
-        "packages. One seed; from run to run differ cuBLAS's choices and atomics' sums."
+        f"{z.J}x{z.D}, bytes as tokens. Steps of {z.batch:,} tokens: dense {z.dense:,}; warm-up {z.warm}, at "
+        f"{z.rows:,} queries a sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others "
+        f"{z.more} with {one}. Each stands over the dense model that has read as much: {level} bits a byte "
+        f"at {middle:,}. In brackets the middle 95 % over draws of packages. One seed; from run to run "
+        "differ cuBLAS's choices and atomics' sums."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)], rows, note)
-    draw_lm(bench, z, found, gaps)
+    draw_lm(bench, z, found["curves"], gaps)
     far = {f"{m}, K = {k}" if k else m: c for (m, k, n), c in cells.items() if n == most and k in (0, one)}
-    places = [f"{a:,} to {b:,}" for a, b in itertools.pairwise([0, *(most >> i for i in range(5, -1, -1))])]
+    places = [f"from {most >> i if i < 6 else 0:,}" for i in range(6, 0, -1)]
     rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in far.items()]
-    bench.table("lm_position", "Bits a byte, by position", ["method", *places], rows)
+    bench.table("lm_position", f"Bits a byte in {most:,} tokens, by position", ["method", *places], rows)
     rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
     rows = []
     for c in found["costs"]:
-        laps, room = [Laps(c[x]) for x in WAYS], [size(c.get(f"{x}, bytes", 0)) for x in WAYS]
-        rows.append([c["what"], *map(str, laps), f"{laps[0].median / laps[1].median:.2f}x", *room])
+        (dense, ours), memory = c["laps"].values(), [size(n) if n else "" for n in c["bytes"].values()]
+        rows.append([c["what"], str(dense), str(ours), f"{dense.median / ours.median:.2f}x", *memory])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
-    bench.table("lm_cost", title, ["", *WAYS, "faster", "memory, dense", "DSA"], rows)
-    rows = []
-    for preset, ratio in dsa.SELECTION_RATIOS.items():
-        k, hits = math.ceil(ratio * middle), cells[FIRST, math.ceil(ratio * most), most]["secrets"]
-        rows.append([preset, f"{ratio:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{np.mean(hits):.0%}"])
-    note = f"{FIRST}. Secrets: at all distances; dense finds {np.mean(far[MORE]['secrets']):.0%}."
+    bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
+    rows, at = [], {(c["preset"], c["n"]): c for c in cells.values()}
+    for preset, share in dsa.SELECTION_RATIOS.items():
+        k, hits = at[preset, middle]["K"], np.mean(at[preset, most]["secrets"])
+        rows.append([preset, f"{share:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{hits:.0%}"])
+    dense = f"{np.mean(far[MORE]['secrets']):.0%}"
+    note = f"{FIRST}. Secrets: {z.cues // 5} at each distance; of {z.cues}, dense finds {dense}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
 
 
-def draw_lm(bench: Bench, z, found, gaps) -> None:
+def draw_lm(bench: Bench, z, curves, gaps) -> None:
     """Quality against K of all methods; loss against step."""
-    middle, one, curves = z.contexts[1], z.contexts[1] // 16, found["curves"]
-    methods = dict.fromkeys(name for name, *_ in gaps)
-    colours = {name: plt.get_cmap("tab20")(2 * i % 19) for i, name in enumerate(methods | curves)}
+    middle, one, names = z.contexts[1], z.contexts[1] // 16, dict.fromkeys(name for name, *_ in gaps)
+    look = {x: {"color": plt.get_cmap("tab20")(2 * i % 19), "label": x} for i, x in enumerate(names | curves)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for i, name in enumerate(methods):
+    for name in names:
         own = [k for k in z.K if (name, k, middle) in gaps]
-        y, low, high = np.maximum([gaps[name, k, middle] for k in own], 0.01).T
-        ax.errorbar(
-            np.multiply(own, 1 + 0.03 * i * (len(own) == 1)),
-            y,
-            [y - low, high - y],
-            color=colours[name],
-            label=name,
-        )
+        ax.plot(own, [gaps[name, k, middle][0] for k in own], **look[name])
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
-    ax.set(yscale="log", ylabel="bits a byte over dense attention's, %")
+    ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     good, bad = (gaps[x, one, middle][0] for x in (FIRST, SCRATCH))
     finding = (
-        f"A language model that learned to read sparsely, on Python it has not seen: with {one / middle:.0%} "
-        f"of the keys {good:.2f} % more bits a byte than with all, with a window of as many {bad:.0f} %"
+        "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
+        f"attention, {good:+.2f} % with {one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
     )
     bench.figure("lm", "lm.png", finding, fig)
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
-    for name, curve in curves.items():
-        step, bits, kl = np.array(curve).T
-        style = {"marker": "", "color": colours[name], "label": name}
-        if name in ("dense", BEGUN):
-            axes[0].plot(step, bits, **style)
-        elif name not in (WARM, SCRATCH):
-            axes[1].plot(step, 100 * bits / np.array(curves[MORE])[:, 1] - 100, **style)
+    for name, (_, beside, *_) in stages(z).items():
+        step, bits, kl = np.array(curves[name]).T
+        if same := beside in (MORE, AGAIN):  # the same text
+            bits = 100 * bits / np.array(curves[beside])[:, 1] - 100
+        axes[int(same)].plot(step, bits, marker="", **look[name])
         if kl.any():
-            axes[2].plot(step, kl, **style)
-    titles = "bits a byte", f"bits over {MORE}, on the same text, %", "KL of the indexers, nats"
+            axes[2].plot(step, kl, marker="", **look[name])
+    titles = "bits a byte", "bits over dense on the same text, %", "KL of the indexers, nats"
     for ax, title, scale in zip(axes, titles, ("log", "symlog", "log")):
         ax.set(title=title, yscale=scale, xlabel=f"steps of {z.batch:,} tokens")
         ax.legend()

@@ -2822,8 +2822,8 @@ def decided(at, N, offers, decide, keep=0):
 def by_mpi(comm, sent, filled):
     """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
     own = comm.Dup()  # apart from what the caller has under way
-    both = ((call, *part) for call, parts in ((own.Irecv, filled), (own.Isend, sent)) for part in parts)
-    for request in [call(np.ascontiguousarray(x).view(np.uint8), rank) for call, rank, x in both if x.size]:
+    both = (own.Irecv, filled), (own.Isend, sent)
+    for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
         request.Wait()
     own.Free()
 

@@ -3227,9 +3227,9 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
             found, expected = (impl.sparse_attention_backward(*x)[:3] for x in (args, in_float64(args)))
             for a, e in zip(found, expected, strict=True):
                 assert_gradients([a], [e], [a], TOLERANCE[a.dtype])
-    q, *kv = arrays[0][..., :0, :], *arrays[1:3]  # nor is it an error to have no heads
-    out, lse = impl.sparse_attention(q, *kv, indices)
-    assert not impl.sparse_attention_backward(q, *kv, indices, out, lse, out)[1].any()
+    q, (k, v) = arrays[0][..., :0, :], arrays[1:3]  # nor is it an error to have no heads
+    out, lse = impl.sparse_attention(q, k, v, indices)
+    assert not impl.sparse_attention_backward(q, k, v, indices, out, lse, out)[1].any()
 
 
 @slow
