@@ -775,10 +775,11 @@ class KVCache:
     def _check_range(self, name, x):
         if self._codec:
             self._codec.check_range(name, x)
-        elif x.dtype != self.dtype:
+        elif not np.can_cast(x.dtype, self.dtype):
             with np.errstate(over="ignore"):
-                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
-            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
+                largest = np.abs(x).max(where=np.isfinite(x), initial=0).astype(self.dtype)
+            what = f"beyond {self.dtype}'s largest number"
+            expect(np.isfinite(largest), name, what, "less, or another storage")
 
     # What a cache in two tiers does in another way:
 
@@ -2039,8 +2040,7 @@ class DSALayer:
         """numpy or cupy, whose arrays the weights are."""
         return library("weights", self.weights["wo"])
 
-    def __copy__(self):
-        return copy.deepcopy(self)
+    __copy__ = copy.deepcopy
 
     def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
