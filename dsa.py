@@ -2910,7 +2910,7 @@ def like(x):
 
 # A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
 # what it returns and launches kernels, of which all is worked out that does not change from call to call. It
-# is looked up. How many keys a cache holds, which grows by each token, is a part of select_topk's plan alone.
+# is looked up. How many keys a cache holds, which grows by each token, is no part of it if they are many.
 plan = functools.lru_cache(maxsize=4096)
 
 
@@ -3093,6 +3093,7 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start, k_end):
     return scores
 
 
+@plan
 def topk_kernel(chip, real, rows, num_keys, quota):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
     block, span = 512 if rows > 128 else 1024, num_keys + 3 * (num_keys % 4 > 0)  # a row may begin anywhere
@@ -3116,41 +3117,36 @@ def blocks_of_row(chip, rows, num_keys):
     return next(x for x in (most, 8, 4, 1) if rows * x <= 64 or x == 1)
 
 
-@plan
-def topk_plan(chip, real, batch, T, S, offset, *quota):
-    """The kernel of (2), and what launches it for scores, an array or a pointer. offset: S - T, or of all."""
+def ranked(chip, real, batch, T, S, offset, quota, scores, k_start, k_end, indices=None):
+    """(2) for scores, an array or a pointer, as indices. offset: S - T, or of all queries."""
     rows, shape = math.prod(batch) * T, (*batch, T, min(quota[0], S))
-    found, blocks, shared = topk_kernel(chip, real, rows, S, quota)
-    expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
+    found, blocks, shared = topk_kernel(chip, real, rows, min(S, 2**15), quota)  # one for all S from there on
+    indices = sys.modules["cupy"].ndarray(shape, np.int32) if indices is None else indices
     numbers = as_arguments(T, S, shape[-1], offset, quota[0], *(min(x, S) for x in quota[1:]))
-    grid = (rows * blocks,)
-
-    def run(scores, k_start, k_end, out=None):
-        indices = sys.modules["cupy"].empty(shape, np.int32) if out is None else out
-        found(grid, (scores, k_start, k_end, indices), numbers, shared)
-        return indices
-
-    return found, run
+    found((rows * blocks,), (scores, k_start, k_end, indices), numbers, shared)
+    return indices
 
 
 def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
     real, T, S, quota = accumulator(scores), n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
     scores = aligned(scores.astype(real, copy=False))
     offset = S if k_start is None and k_end is None else S - T  # S: up to the end
-    return topk_plan(chip(scores), real, n["..."], T, S, offset, *quota)[1](scores, k_start, k_end)
+    return ranked(chip(scores), real, n["..."], T, S, offset, quota, scores, k_start, k_end)
 
 
 def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
+    expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
     xp, batch, T, S, quota = n["xp"], n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
     (scored, real, score), rows = scores_of(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)[1]
         memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
+        topk_kernel(scored.chip, real, rows, min(S, 2**15), quota)  # is compiled beside that of the scores
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
-        return rank(scores, k_start, k_end)
+        return ranked(scored.chip, real, batch, T, S, S - T, quota, scores, k_start, k_end)
     indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
@@ -3159,10 +3155,10 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
             part, offset = slice(t, min(t + most, T)), S - T + t  # offset: S - T, were these all queries
             some = {**n, "...": (), "T": part.stop - t}
             index = index_q[b][part], index_k[b], weights[b][part]
-            windows = [w if w is None else w[b][part] for w in (k_start, k_end)]
-            scores_of(some, *index)[2](*index, *windows, offset, scores)
-            rank = topk_plan(scored.chip, real, (), some["T"], S, offset, *quota)[1]
-            rank(scores, *windows, indices[b][part])
+            start, end = (w if w is None else w[b][part] for w in (k_start, k_end))
+            scores_of(some, *index)[2](*index, start, end, offset, scores)
+            how = scored.chip, real, (), some["T"], S, offset, quota
+            ranked(*how, scores, start, end, indices[b][part])
     return indices
 
 
