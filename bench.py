@@ -1473,7 +1473,7 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
     bench.table("gpu_decode", f"A decode step, on one {chip}", ["batch x context", *names], rows, note + also)
 
 
-@part("on a GPU, through CuPy: a cache in two tiers beside one", "gpu_tiers", default=False, takes="a minute")
+@part("on a GPU, through CuPy: a cache in two tiers beside one", "gpu_tiers", default=False)
 def gpu_tiers(bench: Bench) -> None:
     """Decode steps with all keys on the GPU and with a tenth of them there: time, hits, the bus."""
     quick, chip, rows = bench.args.quick, Chip(bench), list[list[str]]()
@@ -1503,10 +1503,8 @@ def gpu_tiers(bench: Bench) -> None:
         times = (str(Laps(lap[-n:])) for lap in laps)
         rows.append([f"{s:,}", f"{drift:.0%}", *times, f"{hits / top_k:.0%}", size(moved)])
         tiers.close()
-    note = (
-        "Append, select, attend, launch by launch; medians by the clock, equal to the bit. A query's index "
-    )
-    note += f"heads are that share of the last one's, the rest random. top_k {top_k}. Bus: what misses read."
+    note = f"Append, select, attend, launch by launch, top_k {top_k}; medians, ~: spread over {NOISY:.0%}. "
+    note += "By the clock, same bits. Of a query's index heads that share is the last one's, the rest random."
     title = f"A decode step, all fp8 keys on one {chip.name.split(',')[0]}, and a tenth of them there"
     columns = ["keys", "of the last query", "KVCache", "HybridKVCache", "hits", "over the bus, a step"]
     bench.table("gpu_tiers", title, columns, rows, note)
