@@ -1998,8 +1998,7 @@ class DSALayer:
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
         if config is not None:
             check_type("config", config, DSAConfig)
-            own = config.strategy != "fixed" and config.global_selection == "lightning"
-            expect(own, "config", config, "one that selects by the lightning indexer")
+            expect(config.selector() == "lightning", "config", config, "one of the lightning indexer")
             if config.indexer_precision != "fp32":
                 dims["indexer_precision"] = config.indexer_precision
         self.dims = d = LayerDims(**dims)
@@ -2350,8 +2349,7 @@ def rope_dims(config):
         longest = config.get("max_position_embeddings")
         length = rope.get("original_max_position_embeddings") or longest
         factor = rope.get("factor") or (longest and longest / length)
-        known = factor and length
-        expect(known, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
+        expect(factor and length, "YaRN in config.json", rope, "factor, original_max_position_embeddings")
         mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
