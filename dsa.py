@@ -698,15 +698,18 @@ class KVCache:
         if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
             room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
             raise ValueError(f"the cache is full, expected {room}")
-        rows = [
-            {name: self._encode(name, x[b, :length]) for name, x in tokens.items()}
-            for b, length in enumerate(new)
-        ]
+        rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
+        for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
+            self._check_range(name, x)
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
-        for b, start in enumerate(self._lengths.tolist()):
-            for name, x in rows[b].items():
-                self._data[name][b, start : start + len(x)] = x
+        starts = self._lengths.tolist()
+        for b, name, x in rows:
+            place = self._data[name][b, starts[b] : starts[b] + len(x)]
+            if self._codec:
+                self._codec.encode(name, x, place)
+            else:
+                place[...] = x
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
@@ -769,14 +772,14 @@ class KVCache:
     def _check_open(self):
         expect(not self.closed, "the cache", "closed", "an open one")
 
-    def _encode(self, name, x):
+    def _check_range(self, name, x):
         if self._codec:
-            return self._codec.encode(name, x)
-        with np.errstate(over="ignore"):
-            kept = x.astype(self.dtype, copy=False)
-        lost = isinstance(x, np.ndarray) and (np.isfinite(x) & ~np.isfinite(kept)).any()
-        expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
-        return kept
+            self._codec.check_range(name, x)
+        elif not np.can_cast(x.dtype, self.dtype):
+            with np.errstate(over="ignore"):
+                largest = np.abs(x).max(where=np.isfinite(x), initial=0).astype(self.dtype)
+            what = f"beyond {self.dtype}'s largest number"
+            expect(np.isfinite(largest), name, what, "less, or another storage")
 
     # What a cache in two tiers does in another way:
 
@@ -1508,14 +1511,14 @@ def packed_bytes(width, rope):
 
 
 @by_library
-def packed(x, rope):
-    """x [..., D], the last `rope` values in bfloat16, the others in e4m3 -> uint8 [..., packed_bytes]."""
+def packed(x, rope, out=None):
+    """x [..., D], the last `rope` in bfloat16, the others in e4m3 -> uint8 [..., packed_bytes], or to out."""
     # With rope a scale is max(amax / 448, 1e-4) rounded up; without, for index keys, that of quantize_fp8.
     codes, scales = quantized(x[..., : x.shape[-1] - rope], FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4)
     tail = x[..., x.shape[-1] - rope :].astype(np.float32, order="C")
     bits = tail.view(np.uint32)
     bits = np.where(np.isnan(tail), 0x7FC0, (bits + (bits >> 16 & 1) + 0x7FFF) >> 16).astype("<u2")
-    return np.concatenate([codes, scales.astype("<f4").view(np.uint8), bits.view(np.uint8)], -1)
+    return np.concatenate([codes, scales.astype("<f4").view(np.uint8), bits.view(np.uint8)], -1, out=out)
 
 
 def unpacked(entries, width, rope):
@@ -1547,10 +1550,12 @@ class Entries:
         self.widths[name] = shape[-1], rope
         return (*shape[:-1], packed_bytes(shape[-1], rope))
 
-    def encode(self, name, x):
-        largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0)) if isinstance(x, np.ndarray) else 0
+    def check_range(self, name, x):
+        largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0))
         expect(largest < 248 * 2.0**120, name, largest, "what fp8 with a scale can hold")
-        return packed(x, self.widths[name][1])
+
+    def encode(self, name, x, out):
+        packed(x, self.widths[name][1], out)
 
     def decode(self, name, x):
         return unpacked(x, *self.widths[name])
@@ -1871,10 +1876,6 @@ WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
 }  # fmt: skip
 OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights that multiply a layer's input
 NORMS = ("q_norm", "kv_norm", "indexer.k_norm", "indexer.k_norm.bias")  # those of what they make
-IN_CONFIG = {  # the name in config.json of those dims that have another one there
-    "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
-    "index_rope_interleaved": "indexer_rope_interleave",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1926,10 +1927,11 @@ class LayerDims:
 
         dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
         """
+        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}  # that differ from ours
+        names |= {"index_rope_interleaved": "indexer_rope_interleave"}
         try:
             config = read_config(config)
-            found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
-            found |= rope_dims(config)
+            found = {x.name: config.get(names.get(x.name, x.name)) for x in fields(cls)} | rope_dims(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
         found = {name: value for name, value in found.items() if value is not None} | dims
@@ -1996,8 +1998,7 @@ class DSALayer:
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
         if config is not None:
             check_type("config", config, DSAConfig)
-            own = config.strategy != "fixed" and config.global_selection == "lightning"
-            expect(own, "config", config, "one that selects by the lightning indexer")
+            expect(config.selector() == "lightning", "config", config, "one of the lightning indexer")
             if config.indexer_precision != "fp32":
                 dims["indexer_precision"] = config.indexer_precision
         self.dims = d = LayerDims(**dims)
@@ -2038,8 +2039,7 @@ class DSALayer:
         """numpy or cupy, whose arrays the weights are."""
         return library("weights", self.weights["wo"])
 
-    def __copy__(self):
-        return copy.deepcopy(self)
+    __copy__ = copy.deepcopy
 
     def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
@@ -2164,22 +2164,20 @@ class DSALayer:
         """
         d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
-        S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
         up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
         out = self.xp.empty((B, T, H, d.v_head_dim), q.dtype)
-        if core == "auto":
+        if core == "auto" and self.xp is np and not isinstance(cache, HybridKVCache):
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
-            streamed = 2.5 * K >= S and self.xp is np and not isinstance(cache, HybridKVCache)
-            expanded = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
-            core = "expanded" if streamed and expanded else "absorbed"
-        if core == "absorbed":  # q . W c = qW . c
+            S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
+            fewer = S * R * each + T * S * (each + rope) < T * R * each + T * K * (2 * R + rope)
+            core = "expanded" if fewer and 2.5 * K >= S else core
+        if core != "expanded":  # q . W c = qW . c
             latent_q = self.xp.empty((B, T, H, R + rope), q.dtype)
             by_heads(q[..., :nope], up[:, :nope], latent_q[..., :R])
             rotate(q[..., nope:], turn, True, out=latent_q[..., R:])
-            how = {"indices": indices, "d_v": R, "scale": scale}
-            if cache is None:
-                how |= {"k": k.astype(q.dtype, copy=False), "v": None}
-            latents, _ = (sparse_attention if cache is None else cache.attend)(latent_q, **how)
+            attend = sparse_attention if cache is None else cache.attend
+            own = {"k": k.astype(q.dtype, copy=False), "v": None} if cache is None else {}
+            latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale, **own)
             return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
         rotate(q[..., nope:], turn, interleaved=True)
         # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
@@ -2304,9 +2302,7 @@ def named_weights(weights, d):
 # A tensor's name: its prefix, the layer's number in that, if there is one, and its name in a layer.
 NAME: Any = re.compile(r"((?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?)(.*?)(?:\.weight)?", re.DOTALL)
 SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
-BUFFER = re.compile(
-    r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(original_)?inv_freq|(cos|sin)_cached)$"
-)
+BUFFER = re.compile(r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(cos|sin)_cached)$|inv_freq$")
 E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32("nan"))  # the value of each code
 STORED: dict[str, Any] = {  # what a file holds: as NumPy reads it, and what makes floats of that
     "F64": ("<f8", np.asarray), "F32": ("<f4", np.asarray), "F16": ("<f2", np.asarray),
@@ -2353,8 +2349,7 @@ def rope_dims(config):
         longest = config.get("max_position_embeddings")
         length = rope.get("original_max_position_embeddings") or longest
         factor = rope.get("factor") or (longest and longest / length)
-        known = factor and length
-        expect(known, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
+        expect(factor and length, "YaRN in config.json", rope, "factor, original_max_position_embeddings")
         mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
@@ -2880,10 +2875,8 @@ TYPES = {
 ONE_ZERO = [np.array([1, 0], dtype) for dtype in "fd"]  # which cuBLAS reads from memory
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 CUDA_R = {"f": 0, "d": 1, "E": 14}  # cuBLAS's numbers of dtypes, float32, float64 and bfloat16
-SUMS = {  # how cuBLAS sums in a dtype: where it finds 1 and 0, CUBLAS_COMPUTE_32F or 64F, its own algorithm
-    x.dtype: (x.ctypes.data, x.ctypes.data + x.itemsize, (compute, -1))
-    for x, compute in zip(ONE_ZERO, (68, 70))
-}
+# How cuBLAS sums in a dtype: where it finds 1 and 0, CUBLAS_COMPUTE_32F or 64F, and its own algorithm.
+SUMS = {x.dtype: (x.ctypes.data, x[1:].ctypes.data, (how, -1)) for x, how in zip(ONE_ZERO, (68, 70))}
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
@@ -2915,11 +2908,12 @@ def like(x):
 
 # A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
 # what it returns and launches kernels, of which all is worked out that does not change from call to call. It
-# is looked up. How many keys a cache holds, which grows by each token, is a part of select_topk's plan alone.
+# is looked up. How many keys a cache holds, which grows by each token, is no part of it if they are many.
 plan = functools.lru_cache(maxsize=4096)
 
 
 COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
+say_once = functools.cache(print)
 
 
 class Kernel:
@@ -2954,7 +2948,7 @@ class Kernel:
         """Until it is compiled, or anew if that failed; what takes over a second is said once."""
         compiling, self.compiling = self.compiling or COMPILERS.submit(self.compile), None
         if not wait([compiling], 1).done:
-            say_that_it_compiles()
+            say_once("dsa: compiling CUDA kernels, once; CuPy keeps them on disk", file=sys.stderr)
         compiling.result()
 
     def __call__(self, grid, arrays, numbers, shared=0):
@@ -2997,11 +2991,6 @@ def launch(name, block, grid, arrays, sizes, place=(), **constants):
     """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
     numbers = as_arguments(*place) + as_arguments(*sizes)
     kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers)
-
-
-@functools.cache
-def say_that_it_compiles():
-    print("dsa: compiling CUDA kernels, once; CuPy keeps them on disk", file=sys.stderr)
 
 
 def aligned(x, multiple=1):
@@ -3126,6 +3115,7 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start, k_end):
     return scores
 
 
+@plan
 def topk_kernel(chip, real, rows, num_keys, quota):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
     block, span = 512 if rows > 128 else 1024, num_keys + 3 * (num_keys % 4 > 0)  # a row may begin anywhere
@@ -3149,41 +3139,36 @@ def blocks_of_row(chip, rows, num_keys):
     return next(x for x in (most, 8, 4, 1) if rows * x <= 64 or x == 1)
 
 
-@plan
-def topk_plan(chip, real, batch, T, S, offset, *quota):
-    """The kernel of (2), and what launches it for scores, an array or a pointer. offset: S - T, or of all."""
+def ranked(chip, real, batch, T, S, offset, quota, scores, k_start, k_end, indices=None):
+    """(2) for scores, an array or a pointer, as indices. offset: S - T, or of all queries."""
     rows, shape = math.prod(batch) * T, (*batch, T, min(quota[0], S))
-    found, blocks, shared = topk_kernel(chip, real, rows, S, quota)
-    expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
+    found, blocks, shared = topk_kernel(chip, real, rows, min(S, 2**15), quota)  # one for all S from there on
+    indices = sys.modules["cupy"].ndarray(shape, np.int32) if indices is None else indices
     numbers = as_arguments(T, S, shape[-1], offset, quota[0], *(min(x, S) for x in quota[1:]))
-    grid = (rows * blocks,)
-
-    def run(scores, k_start, k_end, out=None):
-        indices = sys.modules["cupy"].empty(shape, np.int32) if out is None else out
-        found(grid, (scores, k_start, k_end, indices), numbers, shared)
-        return indices
-
-    return found, run
+    found((rows * blocks,), (scores, k_start, k_end, indices), numbers, shared)
+    return indices
 
 
 def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
     real, T, S, quota = accumulator(scores), n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
     scores = aligned(scores.astype(real, copy=False))
     offset = S if k_start is None and k_end is None else S - T  # S: up to the end
-    return topk_plan(chip(scores), real, n["..."], T, S, offset, *quota)[1](scores, k_start, k_end)
+    return ranked(chip(scores), real, n["..."], T, S, offset, quota, scores, k_start, k_end)
 
 
 def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
+    expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
     xp, batch, T, S, quota = n["xp"], n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
     (scored, real, score), rows = scores_of(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        rank = topk_plan(scored.chip, real, batch, T, S, S - T, *quota)[1]
         memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
+        topk_kernel(scored.chip, real, rows, min(S, 2**15), quota)  # is compiled beside that of the scores
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
-        return rank(scores, k_start, k_end)
+        return ranked(scored.chip, real, batch, T, S, S - T, quota, scores, k_start, k_end)
     indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
@@ -3192,10 +3177,10 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
             part, offset = slice(t, min(t + most, T)), S - T + t  # offset: S - T, were these all queries
             some = {**n, "...": (), "T": part.stop - t}
             index = index_q[b][part], index_k[b], weights[b][part]
-            windows = [w if w is None else w[b][part] for w in (k_start, k_end)]
-            scores_of(some, *index)[2](*index, *windows, offset, scores)
-            rank = topk_plan(scored.chip, real, (), some["T"], S, offset, *quota)[1]
-            rank(scores, *windows, indices[b][part])
+            start, end = (w if w is None else w[b][part] for w in (k_start, k_end))
+            scores_of(some, *index)[2](*index, start, end, offset, scores)
+            how = scored.chip, real, (), some["T"], S, offset, quota
+            ranked(*how, scores, start, end, indices[b][part])
     return indices
 
 
@@ -3323,14 +3308,13 @@ def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
 
 
 @plan
-def packing_plan(chip, shape, dtype, block, scale, least, rope):
-    """What launches quantized, or, where rope is an int, packed: of x, to codes and scales."""
+def packing_plan(chip, shape, dtype, block, scale, least, rope, row=None):
+    """What launches quantized, or, with rope, packed to rows `row` bytes apart: of x, to codes and scales."""
     (*rows, width), entries = shape, rope is not None
     width, rows = width - (rope or 0), math.prod(rows)
     blocks = -(-width // block)
-    row = packed_bytes(shape[-1], rope) if entries else width  # bytes of codes
-    strides = shape[-1], row, row if entries else 4 * blocks
-    offsets = (width, row - 2 * rope) if entries else (0, 0)  # of scales and of what is rotated, in bytes
+    strides = (shape[-1], row, row) if entries else (width, width, 4 * blocks)
+    offsets = (width, width + 4 * blocks) if entries else (0, 0)  # of scales and of what is rotated, in bytes
     numbers = as_arguments(rows, width, rope or 0, *strides, *offsets, np.float32(least))
     types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": dtype, "ACC": F64 if dtype == F64 else F32}
     found, grid = kernel(chip, "quantize_fp8", 256, **types), (-(-rows * (blocks + bool(rope)) // 8),)
@@ -3346,12 +3330,16 @@ def gpu_quantized(x, block, scale, least):
     return codes, scales
 
 
-def gpu_packed(x, rope):
+def gpu_packed(x, rope, out=None):
     """packed, byte for byte."""
-    xp = sys.modules["cupy"]
-    x, out = xp.ascontiguousarray(x), xp.empty((*x.shape[:-1], packed_bytes(x.shape[-1], rope)), np.uint8)
-    packing_plan(chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, rope)(x, out, out)
-    return out
+    xp, width = sys.modules["cupy"], packed_bytes(x.shape[-1], rope)
+    x, own = xp.ascontiguousarray(x), xp.ndarray((*x.shape[:-1], width), np.uint8) if out is None else out
+    rows, least = own.reshape(-1, width), 448e-4 if rope else 1e-4
+    how = chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", least, rope, rows.strides[0]
+    packing_plan(*how)(x, rows, rows)
+    if rows.data.ptr != own.data.ptr:  # a copy, as they are not evenly apart
+        own[...] = rows.reshape(own.shape)
+    return own
 
 
 # Training: what section 13 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
@@ -3691,18 +3679,10 @@ def gpu_rotate(x, turn, interleaved, out=None):
     launch("rotate", 256, grid, (x, y, cos, sin), sizes, place, TYPE=x.dtype, ACC=cos.dtype)
 
 
-GPU = {
-    "index_scores": gpu_index_scores, "select_topk": gpu_select_topk,
-    "lightning_select": gpu_lightning_select, "predictive_select": gpu_predictive_select,
-    "dense_attention": gpu_attention, "sparse_attention": gpu_attention, "select_by": gpu_select_by,
-    "attend_to_entries": gpu_attend_to_entries, "quantized": gpu_quantized, "packed": gpu_packed,
-    "sparse_attention_backward": gpu_sparse_attention_backward, "loss_of_rows": gpu_loss_of_rows,
-    "attention_target": gpu_attention_target,
-    "slow_tier": gpu_slow_tier, "rounded_to_fp8": gpu_rounded_to_fp8, "by_rows": gpu_projected,
-    "projected": gpu_projected, "by_heads": gpu_by_heads, "turns": gpu_turns, "rotate": gpu_rotate,
-    "made_of_x": gpu_made_of_x, "as_kept": gpu_as_kept,
-}  # fmt: skip
-KERNELS |= {(name, "cupy"): run for name, run in GPU.items()}
+# gpu_x runs x where the arrays are CuPy's.
+gpu_dense_attention = gpu_sparse_attention = gpu_attention
+gpu_by_rows = gpu_projected
+KERNELS |= {(name[4:], "cupy"): run for name, run in [*globals().items()] if name.startswith("gpu_")}
 
 
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------

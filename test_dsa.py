@@ -3616,7 +3616,7 @@ def test_a_missing_kernel_file_says_where_to_put_it(dsa, monkeypatch, tmp_path):
 
 def test_that_kernels_compile_is_said_once(dsa, capsys, monkeypatch):
     """They compile side by side; what takes over a second is said, the first time; an error is raised."""
-    dsa.say_that_it_compiles.cache_clear()
+    dsa.say_once.cache_clear()
     under_way = threading.Barrier(3)
 
     def compile_slowly(kernel):
@@ -3748,6 +3748,8 @@ def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, storage, precision):
     w, x = layer_weights(), hidden
     dims = SMALL | {"indexer_precision": precision}
     layers = dsa.DSALayer(w, **dims), dsa.DSALayer(to(cupy, w), **dims)
+    if storage is None:
+        layers = copy.deepcopy(layers)
     caches = [layer.new_cache(2, 50, storage) if storage else None for layer in layers]
     chunks = [(slice(0, 50), [50, 31])] if storage is None else [
         (slice(0, 20), [20, 11]), (slice(20, 21), [1, 1]), (slice(21, 40), [19, 0]), (slice(40, 50), [10, 10])
@@ -3959,7 +3961,7 @@ def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
     forced keys; more keys than are marked at a time."""
     if blocks > 1 and (int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS):
         pytest.skip("needs clusters of blocks")
-    monkeypatch.setattr(dsa, "topk_plan", dsa.topk_plan.__wrapped__)
+    monkeypatch.setattr(dsa, "topk_kernel", dsa.topk_kernel.__wrapped__)
     monkeypatch.setattr(dsa, "blocks_of_row", lambda *_: blocks)
     x = np.random.default_rng(9).standard_normal((4, 30_003))
     start, end = np.array([0, 5, 29_000, 20_001]), np.array([30_003, 22_001, 30_000, 20_301])
