@@ -3208,7 +3208,7 @@ def attend_tile(chip, kind, shape, places, tied, rope):
         fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
         if tensor_cores and fits and heads >= 8 and (block == 16 or block // 2 < heads):
             if latent and chip.sm == 90 and align[0] == 16:
-                return "attend_wgmma", 64, 64, 3 * 128 * D + 9072, stored | sizes  # struct Plan of the kernel
+                return "attend_wgmma", 64, 64, 3 * 128 * D + 9216, stored | sizes  # struct Plan of the kernel
             tile = {"KEYS": keys, "VEC": align[0], "VVEC": align[1]}
             return "attend_mma", block, keys, shared, stored | sizes | tile
     most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * real.itemsize <= 40960)

@@ -69,6 +69,10 @@ __device__ void ldmatrix_x4_trans(unsigned (&d)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
 }
+__device__ void stmatrix_x4(unsigned row, const unsigned (&d)[4]) {  // sm_90
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(row), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
+}
 
 // An 8 x 8 matrix of 16 bits, a row of it in four lanes, becomes its transpose.
 __device__ unsigned movmatrix_trans(unsigned x) {
@@ -1916,23 +1920,26 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 // i % 2 scores tile i and publishes its weights; then both add their half of the values, one with the weights
 // in its registers, the other with those published, once it has begun to score tile i + 1. A part is free for
 // tile i + 2 when the last one to read it is done, so that copies hardly pause.
-// cost  of a tile: 2,176 cycles of products, 2,360 of shared memory, 3,100 of L2 (74 KB); measured 3,100
+// cost  of a tile: 2,176 cycles of products, 1,800 of L2 (74 KB; 2,700 where it lacks them); measured 2,950
 // macros  HEADS = 64, D, DV, TYPE, OUT, R8, ROPE
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_WGMMA
 constexpr int KEYS = 64, PANELS = D / 64, HALF = DV / 2, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 constexpr bool PACKED = R8 > 0;
+constexpr int MULTIPLYING = PACKED ? 192 : 208;  // registers of a thread that does; decoding needs 64
 static_assert(HEADS == 64, "rows of a wgmma");
 static_assert(DV == 512, "two warpgroups hold 64 x 512 sums, 128 a thread");
 static_assert(D % 64 == 0 && D <= 576, "Q and two tiles of keys fit in shared memory");
 static_assert(!PACKED || (R8 == DV && ROPE == D - DV), "both halves are codes, the third part is not");
 
 struct Plan {
-    char q[PANELS][PANEL], k[2][PANELS][PANEL], p[PANEL];
+    char q[PANELS][PANEL], k[2][PANELS][PANEL], p[HEADS][128];
     float max[HEADS], sum[2][HEADS];
+    int any[4];                                  // whether the tile that a warp published last has keys
+    u8 there[2][KEYS];                           // whether a slot of both tiles is one; with the third part
     u64 q_full, q_free, full[2][3], free[2][3];  // of Q, and of the parts of both tiles
 };
-static_assert(sizeof(Plan) == 3 * 128 * D + 9072, "dsa.py asks for it");
+static_assert(sizeof(Plan) == 3 * 128 * D + 9216, "dsa.py asks for it");
 
 __device__ bool is_key(int slot, i64 S) { return (unsigned)slot < (unsigned)S; }
 
@@ -2024,6 +2031,11 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         };
         if (half == 1) {
             acquire(2);
+            if (column == 0) {
+#pragma unroll
+                for (int r = 0; r < 4; r++) plan.there[buffer][r * 16 + row] = is_key(slots[r], n.S);
+                mbarrier_arrive(&plan.full[buffer][2]);
+            }
             copy(DV / 64, PANELS - DV / 64, PACKED ? HALF + R8 / 128 * 4 : HALF * 2);
             cp_async_mbarrier_arrive(&plan.full[buffer][2]);
         }
@@ -2071,14 +2083,15 @@ extern "C" __global__ void __launch_bounds__(512, 1)
     const int group = __shfl_sync(ALL, tid / 128, 0);  // so that the compiler knows it uniform
     if (tid == 0) {
         mbarrier_init(&plan.q_full, 128), mbarrier_init(&plan.q_free, 8);
-        for (int i = 0; i < 6; i++) mbarrier_init(&plan.full[0][i], 128), mbarrier_init(&plan.free[0][i], 4);
+        for (int i = 0; i < 6; i++)
+            mbarrier_init(&plan.full[0][i], i % 3 == 2 ? 144 : 128), mbarrier_init(&plan.free[0][i], 4);
     }
     __syncthreads();
     const int per_split = rows * ((H + HEADS - 1) / HEADS), all = per_split * splits;
     int jobs = 0;  // done so far
     Uses uses;
     if (group >= 2) {
-        setmaxnreg_dec<64>();
+        setmaxnreg_dec<256 - MULTIPLYING>();
         for (int x = blockIdx.x; x < all; x += gridDim.x, jobs++) {
             const Job job(n, indices, k_start, k_end, x % per_split, x / per_split);
             copy_job(plan, job, q, k, n, group - 2, jobs, uses);
@@ -2087,14 +2100,15 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         return;
     }
 
-    setmaxnreg_inc<192>();
-    const float c = float(scale * 1.4426950408889634);
+    setmaxnreg_inc<MULTIPLYING>();
+    const float c = fabs(scale) < 1e-37 ? 1e-37f : float(scale * 1.4426950408889634);  // 0 inf is NaN
     const int row = tid % 128 / 32 * 16 + lane / 4;  // of the heads; this thread's other one is row + 8
     const int other = 1 - group;                     // the warpgroup, and the buffer of its tiles
     const u64 q_at = wgmma_matrix(cvta_shared(plan.q)), k_at = wgmma_matrix(cvta_shared(plan.k[group])),
               p_at = wgmma_matrix(cvta_shared(plan.p)),
               v_at = wgmma_matrix(cvta_shared(plan.k[group][group * HALF / 64]), PANEL),
               other_v_at = wgmma_matrix(cvta_shared(plan.k[other][group * HALF / 64]), PANEL);
+    const unsigned p_to = cvta_shared(plan.p[row - lane / 4 + lane % 16]) + swizzled(lane, lane / 16);
     const auto release = [&](int buffer, int part) {
         if (lane == 0) mbarrier_arrive(&plan.free[buffer][part]);  // only products read it, of whole warps
     };
@@ -2125,113 +2139,101 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                     wgmma_m64n128k16(o[side], weights(step), values + at, TYPE());
                 }
         };
-        const auto take = [&](int parity, bool any) {  // the tile of the other warpgroup
-            if (any) {
-                bar_sync(2 + other, 256);
-                rescale({plan.max[row], plan.max[row + 8]});
-            }
-            mbarrier_wait(&plan.full[other][group], parity);
-            if (any) {
-                fence_proxy_async();
+        const auto take = [&](int tile) {  // of the other warpgroup
+            mbarrier_wait(&plan.full[other][group], uses.before(tile) & 1);
+            fence_proxy_async();
+            bar_sync(2 + other, 256);
+            rescale({plan.max[row], plan.max[row + 8]});
+            if (__any_sync(ALL, plan.any[row / 16]))
                 start_adding([&](int step) { return p_at + 2 * step; }, other_v_at);
-            }
             wgmma_commit_group();
         };
-        int now[2], next[2];  // slots `lane` and 32 + lane of this tile and of the next one
-        const auto look_up = [&](int tile) {
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                now[r] = next[r], next[r] = job.slot(job.lo + tile * KEYS + r * 32 + lane);
-        };
-        look_up(0), look_up(1);
-        bool any = false;  // keys in this tile
         mbarrier_wait(&plan.q_full, jobs & 1);
-        for (int tile = 0; tile < tiles; tile++) {
-            const bool had_any = any;
-            const unsigned there[2] = {__ballot_sync(ALL, is_key(now[0], S)),
-                                       __ballot_sync(ALL, is_key(now[1], S))};
-            any = there[0] | there[1];
-            look_up(tile + 2);
-            if (tile % 2 != group) {  // taken while the next tile is scored, unless there is none
-                if (tile == tiles - 1) {
-                    take(uses.before(tile) & 1, any);
-                    wgmma_wait_group<0>();
-                    release(other, group);
-                }
-                continue;
-            }
+        int tile = group;
+        for (; tile < tiles; tile += 2) {
             // 1. s = q . k, part by part as they come; between them o of the tile before
             float s[32];
             const auto score = [&](int part, int panels, bool first) {
                 mbarrier_wait(&plan.full[group][part], uses.before(tile) & 1);
                 fence_proxy_async();
                 wgmma_fence();
+                const u64 skip = part * (HALF / 64 * PANEL / 16), q_part = q_at + skip, k_part = k_at + skip;
 #pragma unroll
                 for (int panel = 0; panel < panels; panel++)
 #pragma unroll
                     for (int step = 0; step < 4; step++) {
-                        const int at = part * (HALF / 64 * PANEL / 16) + panel * (PANEL / 16) + step * 2;
-                        wgmma_m64n64k16(s, q_at + at, k_at + at, !first || panel > 0 || step > 0, TYPE());
+                        const int at = panel * (PANEL / 16) + step * 2;
+                        wgmma_m64n64k16(s, q_part + at, k_part + at, !first || panel > 0 || step > 0, TYPE());
                     }
                 wgmma_commit_group();
             };
-            if constexpr (D > DV) score(2, PANELS - DV / 64, true);
+            score(2, PANELS - DV / 64, true);
             score(group, HALF / 64, D == DV);
-            if (tile > 0) take(uses.before(tile - 1) & 1, had_any);
+            if (tile > 0) take(tile - 1);
             score(other, HALF / 64, false);
-            if (tile > 0) {
-                wgmma_wait_group<1>();
-                release(other, group);
-            }
+            const uchar2 mine = ((const uchar2*)plan.there[group])[lane];  // of slots 2 lane and 2 lane + 1
+            const unsigned there[2] = {__ballot_sync(ALL, mine.x), __ballot_sync(ALL, mine.y)};
+            const bool any = there[0] | there[1];
+            if (tile > 0) wgmma_wait_group<1>(), release(other, group);
             wgmma_wait_group<0>();
             release(group, 2);
-            bar_sync(4 + group, 128);  // nobody here reads the last p any more
-            // 2. the new maxima, in base 2
-#pragma unroll
-            for (int i = 0; i < 32; i++) s[i] *= c;
             if ((there[0] & there[1]) != ALL)
 #pragma unroll
                 for (int i = 0; i < 32; i++)
-                    if (!(there[i / 16] >> (i / 4 % 4 * 8 + lane % 4 * 2 + i % 2) & 1)) s[i] = -CUDART_INF_F;
-            float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
-#pragma unroll
-            for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                top[half] = max_of_quad(top[half]);
-                if (top[half] <= m[half] + 8) top[half] = m[half];  // p up to 2^8 spares rescaling o
-            }
-            // 3. p = exp2(s - max), for this warpgroup in registers, for the other in shared memory
+                    if (!(there[i % 2] >> (i / 4 * 4 + lane % 4) & 1)) s[i] = copysignf(CUDART_INF_F, -c);
+            // 2. p = exp2(c s - m), of the maximum so far: p up to 2^8 spares rescaling o. Else once more
             unsigned p[4][4];
-            float sum[2] = {};
+            float sum[2], most;
+            const auto weigh = [&] {
+                sum[0] = sum[1] = most = 0;
 #pragma unroll
-            for (int i = 0; i < 32; i += 2) {
-                const int half = i / 2 % 2;
-                const float safe = top[half] == -CUDART_INF_F ? 0 : top[half];
-                const float p0 = exp2f(s[i] - safe), p1 = exp2f(s[i + 1] - safe);
-                sum[half] += p0 + p1;
-                p[i / 8][i / 2 % 4] = cvt_rn_x2(p0, p1, TYPE());
-            }
-            rescale(top);
+                for (int i = 0; i < 32; i += 2) {
+                    const int half = i / 2 % 2;
+                    const float safe = m[half] == -CUDART_INF_F ? 0 : m[half];
+                    const float p0 = exp2f(fmaf(s[i], c, -safe)), p1 = exp2f(fmaf(s[i + 1], c, -safe));
+                    sum[half] += p0 + p1;
+                    most = fmaxf(most, fmaxf(p0, p1));
+                    p[i / 8][i / 2 % 4] = cvt_rn_x2(p0, p1, TYPE());
+                }
+            };
+            const auto raise = [&] {  // m, to the largest score where that is above by more than 8
+                float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
+#pragma unroll
+                for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i] * c);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    top[half] = max_of_quad(top[half]);
+                    if (top[half] <= m[half] + 8) top[half] = m[half];
+                }
+                rescale(top);
+            };
+            if constexpr (PACKED) raise();  // first, as doing p twice takes registers that decoding needs
+            weigh();
+            if (!PACKED && __any_sync(ALL, most > 256 || min(m[0], m[1]) == -CUDART_INF_F)) raise(), weigh();
             total[0] += sum[0], total[1] += sum[1];
-            if (any) {  // else as where rows of indices end in -1
-#pragma unroll
-                for (int i = 0; i < 32; i += 2)
-                    *(unsigned*)(plan.p + (row + i / 2 % 2 * 8) * 128 + swizzled(row, i / 4) + lane % 4 * 4) =
-                        p[i / 8][i / 2 % 4];
-                if (lane % 4 == 0) plan.max[row] = top[0], plan.max[row + 8] = top[1];
-                fence_proxy_async();
-                bar_arrive(2 + group, 256);
-                // 4. o += p v
+            // 3. o += p v, and p for the other. A warp overwrites rows of p that only its own products read
+            const auto add = [&] {
                 start_adding([&](int step) -> const unsigned(&)[4] { return p[step]; }, v_at);
                 wgmma_commit_group();
-                wgmma_wait_group<0>();
+            };
+            if (any) {  // else as where rows of indices end in -1
+#pragma unroll
+                for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p[step]);
+                if constexpr (!PACKED) add();
             }
+            if (lane % 4 == 0) plan.max[row] = m[0], plan.max[row + 8] = m[1];
+            if (lane == 0) plan.any[row / 16] = any;
+            fence_proxy_async();
+            bar_arrive(2 + group, 256);
+            if (PACKED && any) add();
+            wgmma_wait_group<0>();
             release(group, group);
         }
+        // The last tile may be the other's
+        if (tile == tiles && tiles > 0) take(tile - 1), wgmma_wait_group<0>(), release(other, group);
         uses.add(tiles);
         if (lane == 0) mbarrier_arrive(&plan.q_free);
-        // 5. Each row's sum of both warpgroups; then the division, the sink and the cast
+        // 4. Each row's sum of both warpgroups; then the division, the sink and the cast
         bar_sync(1, 256);
 #pragma unroll
         for (int half = 0; half < 2; half++) {

@@ -1157,10 +1157,12 @@ def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wron
 
 
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("D, H, K", [(576, 128, 200), (576, 33, 64), (512, 100, 129), (576, 64, 1)])
-def test_latent_attention_at_the_widths_of_v32(impl, D, H, K, dtype):
+@pytest.mark.parametrize(
+    "D, H, K, scale", [(576, 128, 200, None), (576, 33, 64, -0.1), (512, 100, 129, 0), (576, 64, 1, None)]
+)
+def test_latent_attention_at_the_widths_of_v32(impl, D, H, K, scale, dtype):
     """Keys of 576 or 512 numbers, the first 512 of them values, in more jobs than a GPU has SMs: -1 anywhere,
-    rows of nothing, tiles of nothing, a key of NaN that nobody selects, large logits, sinks."""
+    rows of nothing, tiles of nothing, a key of NaN that nobody selects, large logits, any scale, sinks."""
     rng, S, batch, T = np.random.default_rng(D + H + K), 300, (2,), -(-160 // -(-H // 64))
     q, k, sink = normal(rng, *batch, T, H, D), normal(rng, *batch, S, 1, D), normal(rng, H) * 3
     q[:, ::5] *= 20
@@ -1170,8 +1172,8 @@ def test_latent_attention_at_the_widths_of_v32(impl, D, H, K, dtype):
     indices = np.where(rng.random(indices.shape) < rng.choice([0, 0.1, 0.99], (*batch, T, 1)), -1, indices)
     indices[:, ::7, K // 3 :], indices[:, 3] = -1, -1
     rows = sorted({0, 1, 3, 5, 7, T // 2, T - 1})
-    out, lse = impl.sparse_attention(q, k, None, indices, d_v=512, sink=sink)
-    expected = sparse_by_hand(q[:, rows], k, None, indices[:, rows], d_v=512, sink=sink)
+    out, lse = impl.sparse_attention(q, k, None, indices, d_v=512, scale=scale, sink=sink)
+    expected = sparse_by_hand(q[:, rows], k, None, indices[:, rows], d_v=512, scale=scale, sink=sink)
     assert_attention((out[:, rows], lse[:, rows]), expected, dtype)
 
 
