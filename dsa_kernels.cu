@@ -1129,9 +1129,6 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
     const int begin = of_share(start), from = of_share(head), to = of_share(tail), keys = of_share(end);
     const int run0 = (from + WIDTH - 1) / WIDTH, run1 = max(run0, to / WIDTH);
     const Vec* run = (const Vec*)row;
-    __syncthreads();
-    if constexpr (BLOCKS > 1) barrier_cluster_wait();  // all have begun. It empties L1: in front of the loads
-
     Rank own[HELD + 1];  // of a row that fits in registers: run r of this thread is run r * BLOCK + tid
     const auto key_of = [&](int x) { return (x / WIDTH * BLOCK + tid) * WIDTH + x % WIDTH; };
 #pragma unroll
@@ -1144,6 +1141,8 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
                 vec.x[v] = from <= s + v && s + v < to ? row[s + v] : -(REAL)CUDART_INF;
         for (int v = 0; v < WIDTH; v++) own[x + v] = rank_of(vec.x[v]);
     }
+    __syncthreads();
+    if constexpr (BLOCKS > 1) barrier_cluster_wait();  // all have begun. It empties L1: in front of the loads
     int held = HELD ? 0 : -1;  // candidates in shared memory, -1: the share itself
     const auto ranked = [&](auto take) {
 #pragma unroll
@@ -1153,7 +1152,6 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
             for (int x = from + tid; x < to; x += BLOCK) take(rank_of(row[x]), x);
         for (int i = tid; i < held; i += BLOCK) {
             const Ranks ranks = sh.ranks[i];
-#pragma unroll
             for (int v = 0; v < WIDTH; v++) take(ranks.x[v], sh.run[i] * WIDTH + v);
         }
     };
@@ -1194,10 +1192,8 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
                 Vec vec[LOADS];
                 bool reach[LOADS];
                 int many = 0;
-#pragma unroll
                 for (int u = 0; u < LOADS; u++)
                     if (r + u * BLOCK < run1) vec[u] = run[r + u * BLOCK];
-#pragma unroll
                 for (int u = 0; u < LOADS; u++) {
                     REAL top = vec[u].x[0];
                     for (int v = 1; v < WIDTH; v++) top = fmax(top, vec[u].x[v]);
@@ -1205,7 +1201,6 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
                     many += reach[u];
                 }
                 int place = many ? atomicAdd(&sh.count, many) : 0;
-#pragma unroll
                 for (int u = 0; u < LOADS; u++)
                     if (reach[u]) hold(place++, r + u * BLOCK, vec[u]);
             }
@@ -1231,16 +1226,16 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
     }
 
     // 5. Mark what is kept, SPAN keys at a time, and write it in order
+    const auto best = [&](Rank r, int x) { return r > at || (r == at && ~(unsigned)(first + x) >= last); };
     const auto each_kept = [&](int x0, int x1, auto put) {
         const auto forced = [&](int from, int to) {
 #pragma unroll 1
             for (int x = max(from, x0) + tid; x < min(to, x1); x += BLOCK)
                 if (rank_of(row[x])) put(x);
         };
-        if (!HELD) forced(begin, from), forced(to, keys);
+        forced(begin, from), forced(to, keys);
         ranked([&](Rank rank, int x) {
-            const bool best = rank > at || (rank == at && ~(unsigned)(first + x) >= last);
-            if (best && x0 <= x && x < x1) put(x);
+            if (best(rank, x) && x0 <= x && x < x1) put(x);
         });
     };
     int placed = 0, all = 0, in_share = 0, x0 = 0, total;
@@ -1249,7 +1244,14 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
         sum_before(sh, in_share, 1, in_share);
     }
     do {
-        each_kept(x0, x0 + SPAN, [&](int x) { atomicOr(&sh.bins[(x - x0) / 32], 1u << x % 32); });
+        for (int x = 0; x < HELD; x += WIDTH) {  // two lanes' runs are a byte
+            unsigned bits = 0;
+            for (int v = 0; v < WIDTH; v++) bits |= (unsigned)best(own[x + v], key_of(x + v)) << v;
+            bits |= __shfl_xor_sync(ALL, bits, 1) << WIDTH;
+            if (tid % 2 == 0) ((u8*)sh.bins)[key_of(x) / 8] = bits;
+        }
+        if (!HELD)
+            each_kept(x0, x0 + SPAN, [&](int x) { atomicOr(&sh.bins[(x - x0) / 32], 1u << x % 32); });
         __syncthreads();
         const int many = HELD ? 1 : ((min(keys - x0, SPAN) + MARKED - 1) / MARKED + BLOCK - 1) / BLOCK;
         Mark* const marks = (Mark*)sh.bins + tid * many;
