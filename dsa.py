@@ -122,15 +122,21 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     dtype = accumulator(index_q, index_k, weights)
     index_q, weights = (x.astype(dtype, order="C") for x in (index_q, weights))
     scores, zero = np.full((T, S), -np.inf, dtype), np.zeros(KEY_TILE, dtype)
+    heads, some = max(x for x in range(1, 9) if J % x == 0), KEY_TILE // 4  # by keys, of a product
 
     def score(first):
-        # The order in which BLAS adds up a product may depend on the call's shape and on the place in it. So
-        # all are alike, one query by KEY_TILE keys, and a score has the same bits in any block or chunk.
+        # The order in which BLAS adds up a product may depend on its shape and on the place in it; OpenBLAS's
+        # for AVX2 is one up to 8 heads by 320 keys. So all products are alike, of `heads` by `some` keys, and
+        # a score has the same bits in any block or chunk.
         keys, r = np.empty((E, KEY_TILE), dtype), np.empty((T, J, KEY_TILE), dtype)
+        q_parts = index_q.reshape(T, J // heads, 1, heads, E)
+        k_parts = keys.reshape(E, 4, some).swapaxes(0, 1)  # [4, E, some]
+        r_parts = r.reshape(T, J // heads, heads, 4, some).swapaxes(2, 3)  # [T, J / heads, 4, heads, some]
         for s in range(first, min(first + 8 * KEY_TILE, hi), KEY_TILE):
             tile = index_k[s : s + KEY_TILE]  # [N, E]
             keys[:, : len(tile)], keys[:, len(tile) :] = tile.T, 0
-            np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, KEY_TILE]; a scalar 0 is slow
+            np.matmul(q_parts, k_parts, out=r_parts)
+            np.maximum(r, zero, out=r)  # [T, J, KEY_TILE]; a scalar 0 is slow
             scores[:, s : s + KEY_TILE] = (weights[:, None] @ r)[:, 0, : len(tile)]  # [T, N]             (1)
 
     for _ in spread(score, range(lo - lo % KEY_TILE, hi, 8 * KEY_TILE)):
@@ -431,7 +437,7 @@ def hidden(scores, start, end):
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {"fp32": lambda x: x, "fp16": lambda x: x.astype(np.float16)}  # of the indexer
+PRECISIONS: dict[str, Any] = {"fp32": lambda x: x, "fp16": lambda x: narrowed("index_q or index_k", x, "f2")}
 REFINERS: dict[str, Any] = {}  # what selects among candidates
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(
@@ -472,13 +478,14 @@ class DSAConfig:
                 allowed = get_args(kind) or tuple(PRECISIONS)
                 expect(value in allowed, field, repr(value), f"one of {allowed}")
             elif kind is int or (value is not None and field != "sparse_ratio"):
-                integer(field, value, least, ValueError)
+                object.__setattr__(self, field, integer(field, value, least, ValueError))
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
         if ratio is None:
             quota(self.top_k, window, self.num_sink_tokens)
         else:
             fits = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool) and 0 < ratio <= 1
             expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
+            object.__setattr__(self, "sparse_ratio", float(ratio))
         expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
         expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
 
@@ -502,11 +509,13 @@ class DSAConfig:
             top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
         return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
 
-    def quota_at(self, layer, n_layers, num_keys):
+    def quota_at(self, layer, n_layers, num_keys, candidates=None):
         """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
         top_k, few = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
+        if few is None:
+            few = top_k if candidates is None else 0
         forced = {"local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
-        return {"top_k": top_k, **forced}, num_keys <= (top_k if few is None else few)
+        return {"top_k": top_k, **forced}, num_keys <= few
 
     def selector(self):
         """The name in SELECTORS."""
@@ -550,7 +559,7 @@ def dsa_attention(
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
         windows = windows_of(n, k_start, k_end)
         indices = choose(arrays, windows, lengths)
-        if lengths is None and config.quota_at(layer, n_layers, n["S"])[1]:  # dense: nothing to gather
+        if lengths is None and config.quota_at(layer, n_layers, n["S"], candidates)[1]:  # dense
             return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
@@ -612,7 +621,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     q, k = arrays["q"], arrays["k"]
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
-    quota, dense = config.quota_at(*layer, num_keys)
+    quota, dense = config.quota_at(*layer, num_keys, arrays.get("candidates"))
     if dense:  # every visible key
         n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": library("q", q)}
         return every_key(filled(n, windows), min(max(1, num_keys), n["S"]))
@@ -776,10 +785,7 @@ class KVCache:
         if self._codec:
             self._codec.check_range(name, x)
         elif not np.can_cast(x.dtype, self.dtype):
-            with np.errstate(over="ignore"):
-                largest = np.abs(x).max(where=np.isfinite(x), initial=0).astype(self.dtype)
-            what = f"beyond {self.dtype}'s largest number"
-            expect(np.isfinite(largest), name, what, "less, or another storage")
+            narrowed(name, x, self.dtype)
 
     # What a cache in two tiers does in another way:
 
@@ -885,6 +891,15 @@ def native(x):
     return x.dtype.newbyteorder("=")
 
 
+def narrowed(name, x, dtype):
+    """x in dtype; ValueError where that makes an infinity of a number."""
+    with np.errstate(all="ignore"):
+        kept = x.astype(dtype, copy=False)
+    lost = isinstance(x, np.ndarray) and (np.isfinite(x) & ~np.isfinite(kept)).any()
+    expect(not lost, name, f"beyond {np.dtype(dtype)}'s largest number", "less, or a wider type")
+    return kept
+
+
 def check_integers(name, x, xp=np):
     library(name, x, xp)
     if x.dtype.kind not in "iu":
@@ -970,7 +985,7 @@ def check_options(n, given):
     if (scale := given.get("scale", 1.0)) is None:
         given["scale"] = max(1, n["D"]) ** -0.5
     elif "scale" in given:
-        scale = scale.item() if isinstance(scale, np.ndarray) and scale.ndim == 0 else scale
+        scale = scale.item() if isinstance(scale, (np.ndarray, np.generic)) and scale.ndim == 0 else scale
         number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
         fits = number and abs(scale) <= sys.float_info.max
         expect(fits, "scale", repr(scale), "a finite number")
@@ -1054,9 +1069,12 @@ def share_blas(me, hold):
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.get_num_threads() for lib in blas_libraries()]
         last = not hold and {me} == BLAS_USERS
         for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
+            release = getattr(lib, "clear_controlling_thread", lambda force: None)
+            release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
             lib.set_num_threads(1 if hold else before)
-        if last and [lib.get_num_threads() for lib in blas_libraries()] == BLAS_BEFORE:
-            BLAS_BEFORE.clear()  # else, as some BLAS hears the main thread only, the next call gives it back
+            release(force=True)
+        if last:
+            BLAS_BEFORE.clear()
         if not hold:
             BLAS_USERS.discard(me)
 
@@ -1105,10 +1123,11 @@ def in_blocks(block, arrays, results, n, given, most):
                     where, part = part if "S" in axes else (..., part)
                     (x[b] if axes[0] == "..." else x)[where] += part
 
-    on_one_blas_thread(put_together)
-    words = (word for _, word in results.values())
-    whole = [None if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
-    return tuple(whole) if len(whole) > 1 else whole[0]
+        words = (word for _, word in results.values())
+        return [None if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+
+    found = on_one_blas_thread(put_together)
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def blocks(n, most=64):

@@ -1079,7 +1079,7 @@ dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | **batch(k=ones((2, 6, 2, 5)), v=ones((2, 6, 2, 3)), index_k=ones((2, 6, 4))), lengths=ones(2, int) => q T
 | **lists(), lengths=np.array([3, 3]) => lengths None
 KVCache: capacity=0 => capacity 0 | batch=0 => batch 0 | storage="int3" => storage int3
-| streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0
+| streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0 | xp="numpy" => xp numpy
 set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
 quantize_fp8: scale="e5m2" => scale e5m2 | block=0 => block 0 | x=[1.0] => TypeError x list
 | x=zeros(3, np.uint8) => TypeError x uint8
@@ -1177,10 +1177,19 @@ def test_latent_attention_at_the_widths_of_v32(impl, D, H, K, scale, dtype):
     assert_attention((out[:, rows], lse[:, rows]), expected, dtype)
 
 
+@pytest.mark.parametrize("J", [8, 12, 64])
+def test_keys_that_are_alike_tie_wherever_they_stand(impl, J):
+    """No product depends on a key's place in a tile, as one by OpenBLAS for AVX2 would."""
+    rng = np.random.default_rng(J)
+    index_q, index_k, weights = (normal(rng, *x).astype(F32) for x in ((9, J, 64), (1, 64), (9, J)))
+    found = impl.lightning_select(index_q, np.tile(index_k, (1100, 1)), weights, 4, k_end=np.full(9, 1100))
+    np.testing.assert_array_equal(found, np.tile(np.arange(4), (9, 1)))
+
+
 def index_rows(seed, T, S, dtype, batch=()):
     """Random floats with every key about four times, half of them one ulp off: any other rounding shows."""
     rng = np.random.default_rng(seed)
-    J, E = int(rng.integers(1, 6)), int(rng.choice([3, 16, 33, 64, 128]))
+    J, E = int(rng.choice([1, 2, 3, 5, 8, 12])), int(rng.choice([3, 16, 33, 64, 128]))
     keys = normal(rng, *batch, S // 4 + 1, E)[..., rng.integers(0, S // 4 + 1, S), :].astype(dtype)
     if dtype in (F32, F64):
         nudged = (rng.random(S) < 0.5)[:, None] & (np.arange(E) == rng.integers(0, E, S)[:, None])
@@ -1573,6 +1582,10 @@ def test_config_defaults_and_immutability(dsa):
     assert dsa.SELECTION_RATIOS == {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
     with pytest.raises(FrozenInstanceError):
         config.top_k = 5
+    forced: Any = {"local_window": np.uint8(200), "num_sink_tokens": np.uint8(100)}  # 44 in uint8
+    ratio = dsa.DSAConfig(sparse_ratio=np.float16(0.125), strategy="hybrid", **forced)
+    assert [ratio.top_k_at(num_keys=n) for n in (1000, 10**6)] == [300, 125000]
+    refused("num_keys is None", ratio.top_k_at)
 
 
 @given(top_k=st.integers(1, 5000), n=st.integers(2, 80), S=st.integers(1, 10**6), window=st.integers(0, 50))
@@ -1629,8 +1642,9 @@ def test_dsa_attention_selects_then_attends(dsa, p, z):
         np.testing.assert_array_equal(indices, select(dsa, p))
         assert_attention((out, lse), sparse(dsa, p, indices, sink=z), p.q.dtype)
     candidates = np.zeros((*p.batch, p.T, 1), np.int32)
-    few = attend(dsa, p, sparsely, candidates=candidates, **p.windows)[2]
-    assert_same(few, dsa.predictive_select(*p.index, p.top_k, candidates, **p.forced, **p.windows))
+    few = dsa.predictive_select(*p.index, p.top_k, candidates, **p.forced, **p.windows)
+    for each in (config, sparsely):  # of few keys too
+        assert_same(attend(dsa, p, each, candidates=candidates, **p.windows)[2], few)
     out, lse, everything = attend(dsa, p, replace(config, fallback_dense_threshold=p.S), sink=z, **p.windows)
     densely = dsa.dense_attention(p.q, *p.kv, **p.latent, scale=p.scale, sink=z, **p.windows)
     assert_attention((out, lse), densely, p.q.dtype)
@@ -1651,6 +1665,10 @@ def test_dsa_attention_uses_the_selector_that_its_config_names(dsa, name):
         forced = {"num_sink_tokens": 2, "local_window": fields.get("local_window", 0)}
         indices = attend(dsa, p, dsa.DSAConfig(**choice | fields | forced), **OPTIONS[name], **call)[2]
         np.testing.assert_array_equal(indices, by_selector(dsa, p, name, top_k=9, **forced))
+    with new_cache(dsa, "KVCache", p, 90, storage="fp8", qk_rope_head_dim=1) as cache:  # reads what it needs
+        found = attend(dsa, p, dsa.DSAConfig(top_k=9, **choice), cache=cache, **OPTIONS[name])[2]
+        stored = replace(p, k=cache.read("k"), index_k=cache.read("index_k"))
+        np.testing.assert_array_equal(found, by_selector(dsa, stored, name, top_k=9))
 
 
 # 11. KVCache and HybridKVCache ------------------------------------------------------------------------------
@@ -1716,6 +1734,7 @@ def test_sequences_of_a_batch_are_as_if_alone(
     if not by_length:
         packed = [None if x is None else np.concatenate(x) for x in lists]
         k_start, k_end = dsa.packed_window(lengths)
+        assert dsa.padded_window(0 * lengths, 0)[1].shape == (len(lengths), 0)
         joined = dsa.dsa_attention(*packed, config, **p.latent, k_start=k_start, k_end=k_end)
         joined = (*joined[:2], np.where(joined[2] < 0, -1, joined[2] - k_start[:, None]))
         found.append([np.split(x, np.cumsum(lengths)[:-1]) for x in joined])
@@ -2007,13 +2026,14 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
             refused("", lines, dsa, call, at, error=Stop)
             assert count() == before, at
             assert_same(call(), expected)
-        for _ in range(20):  # some BLAS hears the main thread only, which then gives back at its next call
-            other = threading.Thread(target=lambda: [call() for _ in range(3)])
+        for _ in range(20):  # on any thread, whoever of them was the first
+            held: list[Any] = []
+            work = lambda held=held: held.append(dsa.on_one_blas_thread(count))  # noqa: E731
+            other = threading.Thread(target=work)
             other.start()
             call(), call()
             other.join()
-            call()
-            assert count() == before
+            assert set(held[0]) == {1} and count() == before
 
 
 @CACHES
@@ -2141,6 +2161,20 @@ def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
         for actual, expected in zip(call(*swapped), call(*args), strict=True):
             np.testing.assert_array_equal(actual, expected)
             assert expected is None or actual.dtype == expected.dtype, call
+
+
+def test_no_call_minds_the_callers_error_state(dsa, tmp_path):
+    """Nor warns; of arrays in a file, too; and what float16 cannot hold is refused, not infinite."""
+    p, config = tokens(0, (2,), 40, F16), dsa.DSAConfig(top_k=5, indexer_precision="fp16")
+    mapped = np.memmap(tmp_path / "q", F16, "w+", shape=p.q.shape)
+    mapped[:] = p.q * F16.type(1e-3)
+    index = [x.astype(F32) * F32.type(1e-6) for x in p.index]
+    with np.errstate(all="raise"):
+        out, lse, indices = dsa.dsa_attention(mapped, *p.kv, *index, config, scale=F32.type(0.5))
+        dsa.sparse_attention_backward(mapped, *p.kv, indices, out, lse, out)
+        dsa.dense_attention(p.q, *p.kv, k_end=np.zeros(40, int))
+    large = replace(p, index_k=p.index_k.astype(F32) * F32.type(1e6))
+    refused("index_q or index_k is beyond", attend, dsa, large, config)
 
 
 def test_a_storage_loses_no_number(dsa):
