@@ -713,12 +713,13 @@ class KVCache:
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         starts = self._lengths.tolist()
-        for b, name, x in rows:
-            place = self._data[name][b, starts[b] : starts[b] + len(x)]
-            if self._codec:
-                self._codec.encode(name, x, place)
-            else:
-                place[...] = x
+        with np.errstate(all="ignore"):
+            for b, name, x in rows:
+                place = self._data[name][b, starts[b] : starts[b] + len(x)]
+                if self._codec:
+                    self._codec.encode(name, x, place)
+                else:
+                    place[...] = x
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
