@@ -1167,11 +1167,13 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     (array([0. , 1.5]), 1.5, 1)
     """
     n = dims(index_q=(index_q, "T J E"), index_k=(index_k, "S E"), weights=(weights, "T J")) | {"...": ()}
-    expect(integer("t", t, 0) < n["T"], "t", t, f"a query below T = {n['T']}")
+    t, s = integer("t", t, 0), integer("s", s, 0)
+    expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
     start, end = (w[t : t + 1] for w in filled(n, windows_of(n, k_start, k_end)))
-    seen = start <= integer("s", s, 0) < end
+    seen = start <= s < end
     expect(seen, "s", s, f"a key in the window [{start[0]}, {end[0]}) of query {t}")
     x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
+    expect(not np.isnan(x).any(), f"a score in the window of query {(t,)}", "NaN", "a number")
     heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
     parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))  # [J, 1]
     return parts[:, 0], float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
@@ -1203,15 +1205,16 @@ def predictive_select(
 REFINERS["predictive"], predictive_select.options = predictive_select, ("widen", "block")
 
 
-def near(candidates, widen, block, num_keys, start, end, local_window, num_sink_tokens):
+def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens):
     """Which keys each query looks at: those near candidates [T, C] and those that are always kept, [T, S]."""
-    block, widen, xp = integer("block", block, 1), integer("widen", widen, 0), library("k_start", start)
-    T, s, start, end = len(start), xp.arange(num_keys), start[:, None], end[:, None]
-    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-num_keys // block), "xp": xp})
-    first = candidates.astype(np.int64)[..., None]
+    block, widen = min(integer("block", block, 1), max(1, S)), min(integer("widen", widen, 0), S)
+    local_window, num_sink_tokens = min(local_window, S), min(num_sink_tokens, S)
+    T, xp, start, end = len(start), library("k_start", start), start[:, None], end[:, None]
+    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-S // block), "xp": xp})
+    s, first = xp.arange(S), candidates.astype(np.int64)[..., None]
     keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
-    keys = np.where((first >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
-    seen = xp.zeros((T, num_keys + 1), bool)
+    keys = np.where((first >= 0) & (keys >= 0) & (keys < S), keys, S)
+    seen = xp.zeros((T, S + 1), bool)
     seen[xp.arange(T)[:, None, None], keys] = True
     seen = seen[:, :-1] | (s >= end - local_window) | (s < start + num_sink_tokens)
     return seen & (s >= start) & (s < end)
@@ -1263,7 +1266,7 @@ def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
 
     The first and the last visible block are always in, since they may be visible only in part.
     """
-    (index_q, x, weights), block = index, integer("block", block, 1)
+    (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
     dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
     size = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
     pooled = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
@@ -1349,7 +1352,7 @@ def pattern(name, what, place):
     """Register a static pattern: the top_k keys s of the largest place(s, start, end, top_k)."""
 
     def choose(n, q, k, index, rest):
-        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, rest["top_k"]), **rest)
+        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
 
     choose.__name__, choose.__qualname__, choose.__doc__ = name, name, what
     selector(choose)
@@ -1443,9 +1446,9 @@ def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
     >>> quantize_fp8(np.array([448.0, -1.0, 1.0625, 1.1875, 0.0]))           # 1.0625 and 1.1875 are ties
     (array([126, 184,  56,  58,   0], dtype=uint8), array([1.], dtype=float32))
     """
-    dims(x=(x, "... N"))
+    n = dims(x=(x, "... N"))
     expect(scale in ("ue8m0", "float"), "scale", repr(scale), "'ue8m0' or 'float'")
-    return quantized(x, integer("block", block, 1), scale, 1e-4)
+    return quantized(x, min(integer("block", block, 1), max(FP8_BLOCK, n["N"])), scale, 1e-4)
 
 
 @by_library
@@ -1471,7 +1474,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     [224.0, -0.5]
     """
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
-    shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
+    block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
+    shape = (*n["..."], -(-n["N"] // block))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
     with np.errstate(over="ignore"):  # of what was near float32's largest number
@@ -1602,7 +1606,10 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        part = Path(f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.part")
+        own, path = getattr(self, "path", None), os.fsdecode(path)
+        apart = own is None or os.path.realpath(own) != os.path.realpath(path)
+        expect(apart, "path", repr(path), "another than the cache's own, where its tokens are")
+        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
                 write_session(self, file, self.streams)
@@ -1695,7 +1702,7 @@ class HybridKVCache(KVCache):
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
-        self.path = None if path is None else os.path.abspath(path)
+        self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
         self._columns: dict[str, slice] = {}  # of a record, by streams
@@ -2523,11 +2530,11 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     if indices is None:
         (lo, hi), target = span(k_start, k_end), np.zeros((T, S), dtype)
         target[:, lo:hi] = mass(q, k[lo:hi], np.arange(lo, hi), k_start[:, None], k_end[:, None], scale)
-        return target / H
+        return target / max(1, H)
     rows = visible(indices, k_start, k_end)  # [T, K]
     keys = gather(k, rows, dtype).transpose(0, 2, 3, 1)  # [T, G, D, K]
     x = scale * (q.astype(dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
-    return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / H
+    return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / max(1, H)
 
 
 def indexer_loss(
@@ -2537,7 +2544,8 @@ def indexer_loss(
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
     target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
-    that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
+    that sees no key, adds nothing; NaN, or less than 0, makes the loss NaN. With rows p that sum to 1,
+    dI = softmax(I) - p.
     -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
     dtype like what they belong to. deterministic: as in sparse_attention_backward.
 
@@ -2586,7 +2594,7 @@ def kl(p, scores, sees):
     """KL(p || softmax(scores)) of each row [M] over the keys it sees, and its slope along scores [M, N]."""
     scores, p = np.where(sees, scores, -np.inf), np.where(sees, p, 0).astype(scores.dtype)
     soft, lse = softmax(scores)
-    losses = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
+    losses = np.where(p != 0, p * (np.log(p) - scores + lse), 0).sum(1)
     return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
 
 
