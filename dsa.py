@@ -2672,7 +2672,7 @@ def sharded_select(
         floats = {name: DSA_AXES[name] for name in index}
         n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
         check_options(dict(n), quota | {"k_start": k_start, "k_end": k_end})
-    at = layout(comm, n, n["S"], index.values(), **quota)
+    at = layout(comm, n, n["S"], index.values(), **quota, k_start=k_start, k_end=k_end)
     return select_over_shards(at, quota, (k_start, k_end), *index.values())
 
 
@@ -2726,12 +2726,14 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
             expect(lengths is owner is None, "lengths or owner", "given", "None without a cache")
         else:
             check_type("cache", cache, KVCache)
+        expect(isinstance(scatter, (bool, np.bool_)), "scatter", repr(scatter), "True or False", TypeError)
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
-    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, "scale": kwargs["scale"]}
+    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, **kwargs}
+    same |= dict(zip(("k_start", "k_end"), windows))
     same |= {"owner": owner, "scatter": scatter, "lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     expect(not at.shards[owner + 1 :, new > 0].any(), "owner", owner, "a rank behind which none holds keys")
@@ -2747,25 +2749,26 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     xp, shape = at.xp, (*at.n["..."], at.n["T"])
     windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
-        return xp.asarray(every_key(windows, at.num_keys))
+        with together(at.comm):
+            return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
     place = at.first % (KEY_TILE if xp is np else 1)  # of key 0 in a tile of all keys, as it decides on bits
-    if place.any():
-        (S, E), shard = index_k.shape[-2:], index_k
-        index_k = np.zeros((*shape[:-1], S + KEY_TILE, E), shard.dtype)
-        for b, x in np.ndenumerate(place):
-            index_k[b[:-1]][x : x + S] = shard[b[:-1]]
     base = at.first - place
     near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
 
     def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
         x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
         keys = xp.zeros(x.shape, np.int32 if at.num_keys <= 2**31 else np.int64)
-        step = SHARD_BUFFER // max(1, index_k.shape[-2] * math.prod(shape[:-1]))
+        (S, E), shard = index_k.shape[-2:], index_k
+        if place.any():
+            shard = np.zeros((*shape[:-1], S + KEY_TILE, E), index_k.dtype)
+            for b, first in np.ndenumerate(place):
+                shard[b[:-1]][first : first + S] = index_k[b[:-1]]
+        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
             lo, hi = (w[..., t] for w in near)
-            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], k_start=lo, k_end=hi)
+            scores = index_scores(index_q[..., t, :, :], shard, weights[..., t, :], k_start=lo, k_end=hi)
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
@@ -2864,6 +2867,9 @@ def together(comm):
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     same |= {**n, "S": 0, "xp": n["xp"].__name__, "dtypes": [x.dtype.name for x in arrays if x is not None]}
+    for name, x in same.items():
+        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
+            same[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if n["xp"] is np else "given"
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in sorted(same) if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
@@ -2874,7 +2880,8 @@ def layout(comm, n, shard, arrays, **same):
     ship, move = (n["xp"].ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
     at = SimpleNamespace(comm=comm, n=n, xp=n["xp"], ship=ship, move=move, shards=shards, total=total)
     at.first, at.end = first, first + shards[comm.rank][..., None]
-    at.longest, at.num_keys = (int(x.max(initial=0)) for x in (shards, total))
+    each = shards if shards.size else gathered(comm, np.array(n["S"]))  # an empty batch has a K, too
+    at.longest, at.num_keys = int(each.max()), int(each.sum(0).max())
     return at
 
 

@@ -116,6 +116,7 @@ from collections import Counter
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -3563,6 +3564,25 @@ def ranks_errors(dsa, comm):
     for i, x, name in apart if comm.size > 1 else []:
         wrong = [x if mine and i == j else y for j, y in enumerate(args)]
         raises(ValueError, f"{name}, {alike}", select, *wrong)
+    end, sink = np.full(p.T, 9), np.zeros(4)
+    attend, end, sink = functools.partial(attention, *shards, config()), np.full(p.T, 9), np.zeros(4)
+    for call, name, x, other in (
+        (functools.partial(select, *args), "k_start", end, None), (attend, "k_end", end, None),
+        (functools.partial(select, *args), "k_end", end, end + 1), (attend, "sink", None, sink),
+        (attend, "sink", sink, sink + 1),
+    ) if comm.size > 1 else ():  # fmt: skip
+        raises(ValueError, f"{name}, {alike}", call, **{name: x if mine else other})
+    for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if comm.size > 1 else ():
+        full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
+        with mock.patch.object(where, name, **full):
+            raises(MemoryError, f"rank {last}: full", attention, *shards, config(top_k))
+    for scatter in ("yes", 2):
+        message = f"rank 0: scatter is {scatter!r}, expected True or False"
+        raises(TypeError, message, attend, scatter=scatter)
+    none, whole = ([x[:0] for x in each] for each in (shards, (p.q, p.k, p.values, *p.index)))
+    assert_same(select(*none[3:], p.top_k, comm), dsa.lightning_select(*whole[3:], p.top_k))
+    for each in (config(3), config(10**6)):
+        assert_same(attention(*none, each, comm), dsa.dsa_attention(*whole, each))
     message = "rank 0: .*'window', expected 'lightning'"
     raises(ValueError, message, attention, *shards, config(strategy="fixed"))
     message = "rank 0: lengths or owner is given, expected None without"
