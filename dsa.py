@@ -1185,11 +1185,13 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     (array([0. , 1.5]), 1.5, 1)
     """
     n = dims(index_q=(index_q, "T J E"), index_k=(index_k, "S E"), weights=(weights, "T J")) | {"...": ()}
-    expect(integer("t", t, 0) < n["T"], "t", t, f"a query below T = {n['T']}")
+    t, s = integer("t", t, 0), integer("s", s, 0)
+    expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
     start, end = (w[t : t + 1] for w in filled(n, windows_of(n, k_start, k_end)))
-    seen = start <= integer("s", s, 0) < end
+    seen = start <= s < end
     expect(seen, "s", s, f"a key in the window [{start[0]}, {end[0]}) of query {t}")
     x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
+    expect(not np.isnan(x).any(), f"a score in the window of query {(t,)}", "NaN", "a number")
     heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
     parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))  # [J, 1]
     return parts[:, 0], float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
@@ -1221,15 +1223,16 @@ def predictive_select(
 REFINERS["predictive"], predictive_select.options = predictive_select, ("widen", "block")
 
 
-def near(candidates, widen, block, num_keys, start, end, local_window, num_sink_tokens):
+def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens):
     """Which keys each query looks at: those near candidates [T, C] and those that are always kept, [T, S]."""
-    block, widen, xp = integer("block", block, 1), integer("widen", widen, 0), library("k_start", start)
-    T, s, start, end = len(start), xp.arange(num_keys), start[:, None], end[:, None]
-    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-num_keys // block), "xp": xp})
-    first = candidates.astype(np.int64)[..., None]
+    block, widen = min(integer("block", block, 1), max(1, S)), min(integer("widen", widen, 0), S)
+    local_window, num_sink_tokens = min(local_window, S), min(num_sink_tokens, S)
+    T, xp, start, end = len(start), library("k_start", start), start[:, None], end[:, None]
+    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-S // block), "xp": xp})
+    s, first = xp.arange(S), candidates.astype(np.int64)[..., None]
     keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
-    keys = np.where((first >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
-    seen = xp.zeros((T, num_keys + 1), bool)
+    keys = np.where((first >= 0) & (keys >= 0) & (keys < S), keys, S)
+    seen = xp.zeros((T, S + 1), bool)
     seen[xp.arange(T)[:, None, None], keys] = True
     seen = seen[:, :-1] | (s >= end - local_window) | (s < start + num_sink_tokens)
     return seen & (s >= start) & (s < end)
@@ -1281,7 +1284,7 @@ def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
 
     The first and the last visible block are always in, since they may be visible only in part.
     """
-    (index_q, x, weights), block = index, integer("block", block, 1)
+    (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
     dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
     size = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
     pooled = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
@@ -1367,7 +1370,7 @@ def pattern(name, what, place):
     """Register a static pattern: the top_k keys s of the largest place(s, start, end, top_k)."""
 
     def choose(n, q, k, index, rest):
-        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, rest["top_k"]), **rest)
+        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
 
     choose.__name__, choose.__qualname__, choose.__doc__ = name, name, what
     selector(choose)
@@ -1461,9 +1464,9 @@ def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
     >>> quantize_fp8(np.array([448.0, -1.0, 1.0625, 1.1875, 0.0]))           # 1.0625 and 1.1875 are ties
     (array([126, 184,  56,  58,   0], dtype=uint8), array([1.], dtype=float32))
     """
-    dims(x=(x, "... N"))
+    n = dims(x=(x, "... N"))
     expect(scale in ("ue8m0", "float"), "scale", repr(scale), "'ue8m0' or 'float'")
-    return quantized(x, integer("block", block, 1), scale, 1e-4)
+    return quantized(x, min(integer("block", block, 1), max(FP8_BLOCK, n["N"])), scale, 1e-4)
 
 
 @by_library
@@ -1489,7 +1492,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     [224.0, -0.5]
     """
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
-    shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
+    block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
+    shape = (*n["..."], -(-n["N"] // block))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
     with np.errstate(over="ignore"):  # of what was near float32's largest number
@@ -1620,7 +1624,10 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        part = Path(f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.part")
+        own, path = getattr(self, "path", None), os.fsdecode(path)
+        apart = own is None or os.path.realpath(own) != os.path.realpath(path)
+        expect(apart, "path", repr(path), "another than the cache's own, where its tokens are")
+        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
                 write_session(self, file, self.streams)
@@ -1713,7 +1720,7 @@ class HybridKVCache(KVCache):
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
-        self.path = None if path is None else os.path.abspath(path)
+        self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
         self._columns: dict[str, slice] = {}  # of a record, by streams
@@ -2541,11 +2548,11 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     if indices is None:
         (lo, hi), target = span(k_start, k_end), np.zeros((T, S), dtype)
         target[:, lo:hi] = mass(q, k[lo:hi], np.arange(lo, hi), k_start[:, None], k_end[:, None], scale)
-        return target / H
+        return target / max(1, H)
     rows = visible(indices, k_start, k_end)  # [T, K]
     keys = gather(k, rows, dtype).transpose(0, 2, 3, 1)  # [T, G, D, K]
     x = scale * (q.astype(dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
-    return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / H
+    return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / max(1, H)
 
 
 def indexer_loss(
@@ -2555,7 +2562,8 @@ def indexer_loss(
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
     target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
-    that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
+    that sees no key, adds nothing; NaN, or less than 0, makes the loss NaN. With rows p that sum to 1,
+    dI = softmax(I) - p.
     -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
     dtype like what they belong to. deterministic: as in sparse_attention_backward.
 
@@ -2604,7 +2612,7 @@ def kl(p, scores, sees):
     """KL(p || softmax(scores)) of each row [M] over the keys it sees, and its slope along scores [M, N]."""
     scores, p = np.where(sees, scores, -np.inf), np.where(sees, p, 0).astype(scores.dtype)
     soft, lse = softmax(scores)
-    losses = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
+    losses = np.where(p != 0, p * (np.log(p) - scores + lse), 0).sum(1)
     return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
 
 
@@ -2682,7 +2690,7 @@ def sharded_select(
         floats = {name: DSA_AXES[name] for name in index}
         n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
         check_options(dict(n), quota | {"k_start": k_start, "k_end": k_end})
-    at = layout(comm, n, n["S"], index.values(), **quota)
+    at = layout(comm, n, n["S"], index.values(), **quota, k_start=k_start, k_end=k_end)
     return select_over_shards(at, quota, (k_start, k_end), *index.values())
 
 
@@ -2736,12 +2744,14 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
             expect(lengths is owner is None, "lengths or owner", "given", "None without a cache")
         else:
             check_type("cache", cache, KVCache)
+        expect(isinstance(scatter, (bool, np.bool_)), "scatter", repr(scatter), "True or False", TypeError)
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
-    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, "scale": kwargs["scale"]}
+    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, **kwargs}
+    same |= dict(zip(("k_start", "k_end"), windows))
     same |= {"owner": owner, "scatter": scatter, "lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     expect(not at.shards[owner + 1 :, new > 0].any(), "owner", owner, "a rank behind which none holds keys")
@@ -2757,25 +2767,26 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     xp, shape = at.xp, (*at.n["..."], at.n["T"])
     windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
-        return xp.asarray(every_key(windows, at.num_keys))
+        with together(at.comm):
+            return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
     place = at.first % (KEY_TILE if xp is np else 1)  # of key 0 in a tile of all keys, as it decides on bits
-    if place.any():
-        (S, E), shard = index_k.shape[-2:], index_k
-        index_k = np.zeros((*shape[:-1], S + KEY_TILE, E), shard.dtype)
-        for b, x in np.ndenumerate(place):
-            index_k[b[:-1]][x : x + S] = shard[b[:-1]]
     base = at.first - place
     near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
 
     def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
         x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
         keys = xp.zeros(x.shape, np.int32 if at.num_keys <= 2**31 else np.int64)
-        step = SHARD_BUFFER // max(1, index_k.shape[-2] * math.prod(shape[:-1]))
+        (S, E), shard = index_k.shape[-2:], index_k
+        if place.any():
+            shard = np.zeros((*shape[:-1], S + KEY_TILE, E), index_k.dtype)
+            for b, first in np.ndenumerate(place):
+                shard[b[:-1]][first : first + S] = index_k[b[:-1]]
+        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
             lo, hi = (w[..., t] for w in near)
-            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], k_start=lo, k_end=hi)
+            scores = index_scores(index_q[..., t, :, :], shard, weights[..., t, :], k_start=lo, k_end=hi)
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
@@ -2874,6 +2885,9 @@ def together(comm):
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     same |= {**n, "S": 0, "xp": n["xp"].__name__, "dtypes": [x.dtype.name for x in arrays if x is not None]}
+    for name, x in same.items():
+        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
+            same[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if n["xp"] is np else "given"
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in sorted(same) if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
@@ -2884,7 +2898,8 @@ def layout(comm, n, shard, arrays, **same):
     ship, move = (n["xp"].ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
     at = SimpleNamespace(comm=comm, n=n, xp=n["xp"], ship=ship, move=move, shards=shards, total=total)
     at.first, at.end = first, first + shards[comm.rank][..., None]
-    at.longest, at.num_keys = (int(x.max(initial=0)) for x in (shards, total))
+    each = shards if shards.size else gathered(comm, np.array(n["S"]))  # an empty batch has a K, too
+    at.longest, at.num_keys = int(each.max()), int(each.sum(0).max())
     return at
 
 

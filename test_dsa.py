@@ -116,6 +116,7 @@ from collections import Counter
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -1055,7 +1056,7 @@ sparse_attention_backward: dout=ones((3, 4, 17)) => dout 17 3 | lse=ones((17, 4)
 LOSSES: target=ones((3, 17)) => target 17 6 | indices=zeros((3, 2), int) => indices 2 target 6
 learned_loss: mlp=(*ONES["mlp"][:3], ones(17)) => w_out 17 7 | q=alien => TypeError cupy
 attention_target: scale=NAN => scale nan | scale=10**400 => scale | q=alien => TypeError cupy
-explain: t=0, s=4 => s 4
+explain: t=0, s=4 => s 4 | weights=np.full((3, 2), NAN) => NaN 2
 pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
 | sequences=[] => sequences empty | sequences=[ones(())] => sequences
 packed_window: lengths=np.array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError lengths float64
@@ -1480,7 +1481,8 @@ def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
 
 @each_selector
 def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
-    """No query, no key or no batch is an empty table; NaN has no place in an order, nor a misspelt option."""
+    """No query, no key or no batch is an empty table, and what is asked for beyond all keys is all of them;
+    NaN has no place in an order, nor a misspelt option."""
     assert sorted(dsa.SELECTORS) == sorted(SELECTOR_NAMES)  # a contract: bench.py and DSAConfig go by them
     for batch, T, S in (((2,), 0, 9), ((2,), 3, 0), ((0,), 3, 9)):
         p = tokens(0, batch, 9)
@@ -1488,10 +1490,28 @@ def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
         few = replace(p, q=q, index_q=index[0], weights=index[1], k=p.k[:, :S], index_k=p.index_k[:, :S])
         indices = by_selector(dsa, few, name, top_k=4)
         assert indices.shape == (*batch, T, min(4, S)) and (indices == -1).all()
+    p = tokens(0, (), 9)
+    for forced in ({}, {"local_window": 2**64}, {"num_sink_tokens": 2**63, "local_window": 2**63}):
+        assert_same(by_selector(dsa, p, name, top_k=2**64, **forced), by_selector(dsa, p, name, top_k=9))
     p = overwritten(tokens(0, (), 300), [200], NAN)
     if name not in STATIC:
         refused("NaN", by_selector, dsa, p, name, top_k=4)
     refused("blocksize", by_selector, dsa, p, name, blocksize=3, error=TypeError)
+
+
+def test_an_option_beyond_the_arrays_costs_no_more_than_these(dsa):
+    """Nothing is allocated by a number that a caller gives, nor counted in a narrow integer that it is."""
+    p, last, far, first = tokens(0, (), 256), np.uint8(255), 10**12, np.zeros((256, 1), int)
+    assert dsa.explain(*p.index, last, last)[1:] == dsa.explain(*p.index, 255, 255)[1:]
+    for options in ({"widen": far}, {"block": far}):
+        found = dsa.predictive_select(*p.index, 9, first, **options)
+        assert_same(found, dsa.lightning_select(*p.index, 9))
+    found = dsa.predictive_select(*p.index, 2**64, first, num_sink_tokens=2**63, local_window=2**63)
+    assert_same(found, dsa.lightning_select(*p.index, 256))
+    assert_same(by_selector(dsa, p, "hierarchical", block=far), by_selector(dsa, p, "lightning"))
+    codes = dsa.quantize_fp8(p.q[:, 0].T, block=far)
+    assert_same(codes, dsa.quantize_fp8(p.q[:, 0].T, block=256))
+    assert_same(dsa.dequantize_fp8(*codes, block=far), dsa.dequantize_fp8(*codes, block=256))
 
 
 def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
@@ -2088,7 +2108,7 @@ def test_a_file_that_save_did_not_write_is_refused(dsa, tmp_path):
     p, path, bad = tokens(0, (2,), 6), tmp_path / "right", tmp_path / "wrong"
     cache = new_cache(dsa, "KVCache", p, 9)
     cache.append(**streams_of(p))
-    cache.save(path)
+    cache.save(os.fsencode(path))
     whole, arrays = path.read_bytes(), dict(np.load(path))
     wrong = [b"", b"PK", *(whole[:n] for n in range(1, len(whole), 37))]
     wrong += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(0, len(whole), 3)]
@@ -2113,11 +2133,13 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
         with again(local_window=1, grow=True) as cache:
             cache.append(**streams_of(p, np.s_[:, start:end]))
             assert cache.lengths.tolist() == [end] * 2
-    with new_cache(dsa, "HybridKVCache", p, 1, path=path) as cache:
+    with new_cache(dsa, "HybridKVCache", p, 1, path=os.fsencode(path)) as cache:
         for name, x in streams_of(p).items():
             np.testing.assert_array_equal(cache.read(name), x)
         found = cache.attend(p.q[:, :1], indices)
         assert_attention(found, dsa.sparse_attention(p.q[:, :1], *p.kv, indices), F64)
+        for own in (path, os.fsencode(path), tmp_path / ".." / tmp_path.name / "slow"):
+            refused("^path is .* than the cache's own", cache.save, own)
     for kwargs in ({"storage": "float32"}, {"qk_rope_head_dim": 3}):
         refused(next(iter(kwargs)), again, **kwargs)
     refused("capacity is 99", new_cache, dsa, "HybridKVCache", p, 99, path=path)
@@ -3264,6 +3286,19 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
     q, (k, v) = arrays[0][..., :0, :], arrays[1:3]  # nor is it an error to have no heads
     out, lse = impl.sparse_attention(q, k, v, indices)
     assert not impl.sparse_attention_backward(q, k, v, indices, out, lse, out)[1].any()
+    for some in ({}, {"indices": indices}):
+        assert not impl.attention_target(q, k, **some).any()
+
+
+@pytest.mark.parametrize("wrong", [NAN, -0.25])
+def test_what_is_no_probability_has_no_loss(impl, wrong):
+    """A target that is seen and is NaN or negative makes the loss NaN, dense or sparse."""
+    (q, k, _, _, *index), indices, mlp, _ = things_to_learn(0, 4, 6, 3, F64)
+    for some in ({}, {"indices": np.maximum(indices, 0)}):
+        target = impl.attention_target(q, k, **some)
+        target[-1, 0] = wrong
+        assert np.isnan(impl.indexer_loss(*index, target, **some)[0])
+        assert np.isnan(impl.learned_loss(q, k, mlp, target, **some)[0])
 
 
 @slow
@@ -3563,6 +3598,25 @@ def ranks_errors(dsa, comm):
     for i, x, name in apart if comm.size > 1 else []:
         wrong = [x if mine and i == j else y for j, y in enumerate(args)]
         raises(ValueError, f"{name}, {alike}", select, *wrong)
+    end, sink = np.full(p.T, 9), np.zeros(4)
+    attend, end, sink = functools.partial(attention, *shards, config()), np.full(p.T, 9), np.zeros(4)
+    for call, name, x, other in (
+        (functools.partial(select, *args), "k_start", end, None), (attend, "k_end", end, None),
+        (functools.partial(select, *args), "k_end", end, end + 1), (attend, "sink", None, sink),
+        (attend, "sink", sink, sink + 1),
+    ) if comm.size > 1 else ():  # fmt: skip
+        raises(ValueError, f"{name}, {alike}", call, **{name: x if mine else other})
+    for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if comm.size > 1 else ():
+        full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
+        with mock.patch.object(where, name, **full):
+            raises(MemoryError, f"rank {last}: full", attention, *shards, config(top_k))
+    for scatter in ("yes", 2):
+        message = f"rank 0: scatter is {scatter!r}, expected True or False"
+        raises(TypeError, message, attend, scatter=scatter)
+    none, whole = ([x[:0] for x in each] for each in (shards, (p.q, p.k, p.values, *p.index)))
+    assert_same(select(*none[3:], p.top_k, comm), dsa.lightning_select(*whole[3:], p.top_k))
+    for each in (config(3), config(10**6)):
+        assert_same(attention(*none, each, comm), dsa.dsa_attention(*whole, each))
     message = "rank 0: .*'window', expected 'lightning'"
     raises(ValueError, message, attention, *shards, config(strategy="fixed"))
     message = "rank 0: lengths or owner is given, expected None without"
