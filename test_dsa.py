@@ -2857,6 +2857,9 @@ def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attenti
     sparse = replaced("dsa.DSAConfig(sparse_ratio=0.03, strategy='hybrid', local_window=4)")
     for same in (model, dense):
         assert same.generate(**on, **how).cpu().equal(tokens)
+    for n, more in ((3, {"prefill_chunk_size": 6}), (1, {"prompt_lookup_num_tokens": 3})):
+        own = {k: x[:n] for k, x in on.items()} | how | more
+        assert copy.deepcopy(model).generate(**own).cpu().equal(tokens[:n])
     assert not torch.allclose(logits(sparse, **on)[real], expected, atol=1e-2)
     assert sparse.generate(**on, **how).shape == tokens.shape
 
