@@ -2374,6 +2374,7 @@ def with_rope(config, given):
     if kind == "default" or own["factor"] == 1:
         return config | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
     length = integer(original, config.get(original), 1)
+    real("max_position_embeddings", 1 if longest is None else longest)
     real("rope_factor", factor := config.get("factor", longest and longest / length), 1)
     mscale, all_dim, on_rope = map(config.get, ("mscale", "mscale_all_dim", "attention_factor"))
     if on_rope is None:

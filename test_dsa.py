@@ -2685,6 +2685,8 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     *(({"rope_parameters": YARN_5 | {"factor": factor, "original_max_position_embeddings": length},
         "max_position_embeddings": None}, "original_max_position_embeddings is")
       for factor in (40, None) for length in (None, 0, -64)),
+    *(({"rope_parameters": YARN_5 | {"factor": None}, "max_position_embeddings": longest},
+       "max_position_embeddings is") for longest in (-1, 10**400, "1")),
     *(({name: value}, name) for name, value in (
         ("rope_interleave", False), ("partial_rotary_factor", 0.5), ("n_heads", 4), ("rope_factor", 40.0),
         ("indexer_types", 5), ("index_skip_topk_offset", "1"), ("index_skip_topk_offset", 1.5))),
