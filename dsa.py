@@ -1898,7 +1898,8 @@ OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights th
 NORMS = ("q_norm", "kv_norm", "indexer.k_norm", "indexer.k_norm.bias")  # those of what they make
 IN_CONFIG = {  # the name in config.json of those dims that have another one there
     "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
-    "index_rope_interleaved": "indexer_rope_interleave",
+    "index_rope_interleaved": "indexer_rope_interleave", "rope_factor": "factor", "mscale": "mscale_all_dim",
+    "original_seq_len": "original_max_position_embeddings", "rope_attention_factor": "attention_factor",
 }  # fmt: skip
 
 
@@ -1928,17 +1929,15 @@ class LayerDims:
 
     def __post_init__(self):
         rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
-        for field in fields(self):
-            name, value, kind = field.name, getattr(self, field.name), type(field.default)
-            if kind is int:
-                integer(name, value, 1)
-            elif kind is float:
-                number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-                fits = number and math.isfinite(value) and (value > 0 or name == "mscale")
-                expect(fits, name, repr(value), "a positive, finite number")
+        for name, value in vars(self).items():
+            kind = type(getattr(LayerDims, name))  # its default's
+            if kind in (int, float):
+                least = -1e99 if name == "mscale" else 1e-99
+                real(name, integer(name, value, 1) if kind is int else value, least)
             else:
                 allowed = (False, True) if kind is bool else tuple(PRECISIONS)
                 expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
+            object.__setattr__(self, name, kind(value))  # a scalar of NumPy's would widen what it multiplies
         expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
         expect(theta > 1, "rope_theta", theta, "above 1")
@@ -1949,13 +1948,15 @@ class LayerDims:
     def from_config(cls, config, **dims):
         """The dims in a checkpoint's config.json: its path, its folder's, or what it holds, a dict.
 
-        dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
+        dims: these win, also in what follows from them. ValueError for RoPE, or a layout, that is not known.
         """
         try:
             config = read_config(config)
+            foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
+            expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
+            config = with_rope(config, dims)
             found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
-            found |= rope_dims(config)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
         found = {name: value for name, value in found.items() if value is not None} | dims
         if "index_rope_interleaved" not in found:  # transformers drops it on saving
@@ -2023,8 +2024,10 @@ class DSALayer:
             check_type("config", config, DSAConfig)
             own = config.strategy != "fixed" and config.global_selection == "lightning"
             expect(own, "config", config, "one that selects by the lightning indexer")
-            if config.indexer_precision != "fp32":
-                dims["indexer_precision"] = config.indexer_precision
+            if (own := config.indexer_precision) != "fp32":
+                given = dims.get("indexer_precision", own)
+                expect(given in ("fp32", own), "indexer_precision", given, f"{own}, as in config")
+                dims["indexer_precision"] = own
         self.dims = d = LayerDims(**dims)
         self.weights = named_weights(weights, d)
         self.dim, self.kv_lora_rank = len(self.weights["wo"]), len(self.weights["kv_norm"])
@@ -2050,12 +2053,12 @@ class DSALayer:
         """
         path, known = Path(path).expanduser(), {}
         weights = read_layer(path, integer("layer", layer, 0))
-        if (file := (path if path.is_dir() else path.parent) / "config.json").exists():
+        if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
-        n_layers = n_layers or known.get("num_hidden_layers")
+        n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
     @property
@@ -2075,6 +2078,7 @@ class DSALayer:
         kind = HybridKVCache if tiers else KVCache
         return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
 
+    @np.errstate(all="ignore")  # as in a stage
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
         """x [B, T, dim], normed -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
 
@@ -2252,11 +2256,12 @@ def made_of_x(x, w, turn, d):
 @by_library
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
 def by_rows(x, weight):
-    """x @ weight.T, in NumPy with the same bits for a token in any batch, block or chunk.
+    """x @ weight.T, in NumPy with the same bits for a token in any batch, block, chunk or order in memory.
 
     As in index_scores, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
     cuBLAS chooses by the number of rows, so that on a GPU scores that all but tie may rank in another order.
     """
+    x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
     y, part = np.empty((len(x), 1, len(weight)), x.dtype), max(1, KEY_TILE**2 // max(1, weight.shape[1]))
     for i in range(0, len(weight), part):
         np.matmul(x[:, None], weight[i : i + part].T, out=y[:, :, i : i + part])  # [T, 1, part]
@@ -2350,11 +2355,16 @@ REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds
 
 
 def read_json(path, text=None):
+    def once(pairs):
+        twice = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
+        expect(not twice, twice, "in it twice", "each once")
+        return dict(pairs)
+
     try:
-        found = json.loads(path.read_bytes() if text is None else text)
-    except (ValueError, RecursionError):
-        found = None
-    expect(isinstance(found, dict), path, "without a readable object in JSON", "it (a Git LFS pointer?)")
+        found = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        found = error
+    expect(isinstance(found, dict), path, f"without a JSON object: {found!s:.99}", "it (a Git LFS pointer?)")
     return found
 
 
@@ -2366,38 +2376,50 @@ def read_config(config):
     return config | (config.get("text_config") or {})
 
 
-def rope_dims(config):
-    """The dims of RoPE that a config.json says, in the form of transformers 5 or of before."""
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+def real(name, value, least=1e-99):
+    """Raise unless value is a number of which, up to 1e99, nothing overflows that is made of the dims."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    size = float(value) if number and not isinstance(value, int) else value
+    expect(number and least <= size <= 1e99, name, repr(value), f"a number from {least} to 1e99")
+
+
+def with_rope(config, given):
+    """A config.json, with RoPE's numbers, or those given and what follows, by their names in IN_CONFIG."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     known = kind in ("default", "yarn") and not any(isinstance(value, dict) for value in rope.values())
-    known = known and rope.get("truncate", True) and rope.get("partial_rotary_factor", 1) == 1
     expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
-    found = {"rope_theta": rope.get("rope_theta", config.get("rope_theta")), "rope_factor": 1.0}
-    if kind == "yarn":
-        longest = config.get("max_position_embeddings")
-        length = rope.get("original_max_position_embeddings") or longest
-        factor = rope.get("factor") or (longest and longest / length)
-        known = factor and length
-        expect(known, "YaRN in config.json", rope, "a factor and original_max_position_embeddings")
-        mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
+    for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
+        value = (config | rope).get(name, 1)
+        expect(value == 1, f"{name} in config.json", value, "true, or 1")
+    original, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
+    own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
+    parts = ({original: longest}, rope, own)  # as in transformers the last one wins
+    config = config | {name: x for part in parts for name, x in part.items() if x is not None}
+    if kind == "default" or own["factor"] == 1:
+        return config | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
+    length = integer(original, config.get(original), 1)
+    real("max_position_embeddings", 1 if longest is None else longest)
+    real("rope_factor", factor := config.get("factor", longest and longest / length), 1)
+    mscale, all_dim, on_rope = map(config.get, ("mscale", "mscale_all_dim", "attention_factor"))
+    if on_rope is None:
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
-        found |= {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
-        found |= {"rope_factor": factor, "original_seq_len": length, "mscale": all_dim or 0.0}
-        found["rope_attention_factor"] = on_rope if given is None else given
-    return found
+    return config | {"factor": factor, "mscale_all_dim": all_dim or 0.0, "attention_factor": on_rope}
 
 
 def shares_indexer(config, layer):
     """Whether a layer takes its selection from the last that has an indexer, by a config.json."""
-    kinds = config.get("indexer_types") or config.get("index_topk_pattern") or ()
-    expect(set(kinds) <= {*"FS", "full", "shared"}, "indexer_types in config.json", kinds, "full or shared")
+    kinds = config.get("indexer_types") or config.get("index_topk_pattern") or []
+    known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
+    expect(known, "indexer_types in config.json", kinds, "full or shared")
     freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
+    layers = integer("num_hidden_layers", config.get("num_hidden_layers") or layer + 1, 1)
+    offset = config.get("index_skip_topk_offset")
+    offset = integer("index_skip_topk_offset", 2 if offset is None else offset, 0)
     if kinds:
         return layer < len(kinds) and kinds[layer] in ("shared", "S")
-    offset = config.get("index_skip_topk_offset")
-    return max(layer - (2 if offset is None else offset) + 1, 0) % freq > 0
+    return layer < layers and max(layer - offset + 1, 0) % freq > 0
 
 
 def of_layer(name, layer):
@@ -2408,7 +2430,8 @@ def of_layer(name, layer):
 
 def read_layer(path, layer):
     """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
-    index = path / "model.safetensors.index.json"
+    index, adapters = path / "model.safetensors.index.json", [*path.glob("adapter_*")]
+    expect(not adapters, "path", f"with {[*map(str, adapters)]}", "weights that are merged")
     files = [index] if index.exists() else sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if files and files[0].suffix == ".json":
         listed = read_json(files[0]).get("weight_map")
@@ -2420,7 +2443,10 @@ def read_layer(path, layer):
             expect(name not in found, name, f"in {file} and another file", "in one (is it split for ranks?)")
             found[name] = tensor
     prefixes = {x[1] for x in map(NAME.fullmatch, found) if x[3] in ("kv_norm", "kv_a_layernorm")}
-    found = {name: x for name, x in found.items() if not prefixes or NAME.fullmatch(name)[1] in prefixes}
+    for name in [name for name in found if prefixes and NAME.fullmatch(name)[1] not in prefixes]:
+        ours = re.search(r"indexer|lora_|_[ab](_|\b)", NAME.fullmatch(name)[3])  # not of a vision tower
+        expect(not ours, name, "beside the weights", f"it behind {' or '.join(prefixes)}")
+        del found[name]
     expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
     return dequantized(found)
 

@@ -1091,6 +1091,7 @@ LayerDims: qk_rope_head_dim=7 => qk_rope_head_dim 7 | qk_rope_head_dim=130 => qk
 | hadamard=True, index_head_dim=96 => index_head_dim 96 | n_heads=0 => n_heads 0 | norm_eps=True => norm_eps
 | rope_factor=0.5 => rope_factor 0.5 | rope_theta=1.0 => rope_theta 1.0 | rope_theta=INF => rope_theta inf
 | norm_eps=-1.0 => norm_eps | norm_eps=0 => norm_eps 0 | mscale="a" => mscale | beta_fast=NAN => beta_fast nan
+| norm_eps=10**400 => norm_eps | original_seq_len=10**400 => original_seq_len | beta_slow=5e-324 => beta_slow
 | beta_fast=0.5 => beta_fast 0.5 | index_rope_interleaved="False" => index_rope_interleaved False
 | indexer_precision="int4" => indexer_precision int4 | hadamard=1 => hadamard 1
 """  # functions: what to change => the error, if it is no ValueError, and what its message must hold
@@ -2422,7 +2423,8 @@ def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths
 
 
 def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
-    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone."""
+    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone. Nor
+    on how arrays lie in memory, which a copy changes."""
     rng = np.random.default_rng(0)
     for shape in ((96, 1536), (128, 700)):
         x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
@@ -2430,6 +2432,9 @@ def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
         assert_close(whole, x.astype(F64) @ weight.T.astype(F64), 1e-3)
         for rows in (slice(0, 1), slice(3, 20), slice(36, 37)):
             assert_same(dsa.by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
+        for lying in (np.asfortranarray, lambda z: z[..., ::-1].copy()[..., ::-1]):
+            assert_same(dsa.by_rows(lying(x), weight), whole)
+            assert_same(dsa.by_rows(x, lying(weight)), whole)
 
 
 @pytest.mark.parametrize("storage, error", [("float32", 1e-6), ("bfloat16", 1e-2), ("fp8", 0.1)])
@@ -2490,6 +2495,7 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
             ("config.*fixed", lambda: new(config=config(strategy="fixed"))),
             ("config.*lsh", lambda: new(config=config(global_selection="lsh"))),
             ("layer is 3", lambda: new(config=config(progressive_sparsity=True), layer=3)),
+            ("fp8.*fp16", lambda: new(config=config(indexer_precision="fp16"), indexer_precision="fp8")),
         ],
         IndexError: [("indices", lambda: layer(x, cache, indices=slots(12)))],
         TypeError: [
@@ -2508,12 +2514,15 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     growing = layer.new_cache(2, 4, grow=True)
     refused("indices", layer, hidden[:, :9], growing, indices=np.full((2, 9, 1), 8))
     assert growing.capacity == 4
-    layer(np.where([[[True]], [[False]]], x, nan[:, :2]), cache, lengths=rows)  # NaN in padding is not seen
+    with np.errstate(all="raise"):  # what is in padding is not seen
+        layer(np.where([[[True]], [[False]]], x, INF), cache, lengths=rows)
     assert cache.lengths.tolist() == [12, 10]
     y, indices = layer(hidden[:, :0])
     assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
     dsa.LayerDims(n_heads=1, qk_rope_head_dim=128, rope_factor=1)  # the least, and the most, that may be
-    v32 = dsa.LayerDims().shapes()
+    v32, plain = dsa.LayerDims().shapes(), vars(dsa.LayerDims())
+    own = {name: np.array(value)[()] for name, value in plain.items() if type(value) in (int, float)}
+    assert [*map(type, vars(dsa.LayerDims(**own)).values())] == [*map(type, plain.values())]  # not NumPy's
     assert (v32["wq_b"], v32["wkv_a"]) == ((24576, 1536), (576, 7168))
 
 
@@ -2571,6 +2580,8 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
             assert not np.array_equal(read(layer=33)(hidden)[0], expected[0])
             for layer, error in ((4, ValueError), ("3", TypeError)):
                 refused("layer", read, layer=layer, error=error)
+    (tmp_path / "config.json").symlink_to(tmp_path / "gone")
+    refused("config.json", read, layer=3, error=FileNotFoundError)
 
 
 def with_yarn(**more):
@@ -2595,6 +2606,8 @@ CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes
     (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
+    (with_yarn(original_max_position_embeddings=9) | {"original_max_position_embeddings": 64}, PLAIN_FACTOR),
+    (with_yarn() | {"rope_scaling": {"type": "default"}, "rope_theta": 8e6}, NO_YARN | {"theta": 8e6}),
     *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
        {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
       for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20))),
@@ -2625,11 +2638,23 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
     assert dsa.LayerDims.from_config(config | {"model_type": "llama"}, **given).index_topk == 5
 
 
+@pytest.mark.parametrize("said, given, factors", [
+    ({}, {"rope_factor": 7.0}, (7.0, 0.1 * math.log(7) + 1)), ({}, {"rope_factor": 1.0}, (1.0, 1.0)),
+    ({"attention_factor": 1.7}, {"rope_factor": 7.0}, (7.0, 1.7)),
+    ({"attention_factor": 1.7}, {"rope_factor": 1.0}, (1.0, 1.0)),
+    ({"factor": None}, {"original_seq_len": 256}, (10.0, 0.1 * math.log(10) + 1)),
+], ids=str)  # fmt: skip
+def test_what_follows_from_a_dim_follows_from_the_one_given(dsa, said, given, factors):
+    dims = dsa.LayerDims.from_config(with_yarn(**said), **given)
+    assert (dims.rope_factor, dims.rope_attention_factor) == factors
+
+
 @pytest.mark.parametrize("types, shares", [
     ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssff"),  # one less than layers
     ({"index_topk_pattern": "FFSSF"}, "ffssff"), ({}, "ffffff"),
     ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssfs"), ({"index_topk_freq": 2}, "ffsfsf"),
     ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssfs"),
+    ({"index_topk_freq": 2, "num_hidden_layers": 4}, "ffsfff"),
 ], ids=str)  # fmt: skip
 def test_layers_that_share_an_indexer_have_none(dsa, hidden, tmp_path, types, shares):
     """config.json says which, also where the file has indexer weights for them; the last selection serves."""
@@ -2712,8 +2737,15 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     ({"rope_parameters": {"indexed_attention": YARN_5}}, "indexed_attention"),
     ({"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
     ({"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
-      "max_position_embeddings": None}, "YaRN"),
+    *(({"rope_parameters": YARN_5 | {"factor": factor}}, "factor is") for factor in (-4, 0, 10**400, "4")),
+    *(({"rope_parameters": YARN_5 | {"factor": factor, "original_max_position_embeddings": length},
+        "max_position_embeddings": None}, "original_max_position_embeddings is")
+      for factor in (40, None) for length in (None, 0, -64)),
+    *(({"rope_parameters": YARN_5 | {"factor": None}, "max_position_embeddings": longest},
+       "max_position_embeddings is") for longest in (-1, 10**400, "1")),
+    *(({name: value}, name) for name, value in (
+        ("rope_interleave", False), ("partial_rotary_factor", 0.5), ("n_heads", 4), ("rope_factor", 40.0),
+        ("indexer_types", 5), ("index_skip_topk_offset", "1"), ("index_skip_topk_offset", 1.5))),
     ({"model_type": "llama"}, "llama"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
     ({"num_attention_heads": 4.0}, "n_heads"), ({"num_attention_heads": 8}, "q_b_proj"),
     ({"indexer_types": ["bogus"]}, "bogus"), ({"index_topk_freq": -1}, "index_topk_freq"),
@@ -2738,6 +2770,9 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     (renamed("q_a_proj.weight", "q_proj.weight"), "q_proj.* full rank"),
     (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"), (lambda tensors: {}, "^path is"),
     (lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}, "draft"),
+    (renamed("self_attn.indexer", "indexer"), r"3\.indexer"), (("adapter_config.json", "{}"), "adapter"),
+    *((lambda tensors, own=own: tensors | {f"base.{own}.lora_A.weight": np.ones(1)}, "lora_A")
+      for own in (Q_B, Q_B.replace("q_b", "o"))),
     *(((MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is") for at in (  # of 24 x 64 numbers
         (b"[0, 12288]", b"[12288, 0]"), (b"[0, 12288]", b"[8, 12288]"), (b"[0, 12288]", b"[8, 12296]"),
         (b"[0, 12288]", b'["0", "8"]'), (b": [0, 12288]", b":[0,12288.0]"), (b"[0, 12288]", b"[0, 8, 9] "),
@@ -2753,6 +2788,8 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     ((MODEL, lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9)), f"{MODEL} is without"),
     (("model-2.safetensors", lambda raw: raw), "another file"),
     *((("config.json", text), "config.json is without") for text in ("{", "[1]")),
+    (("config.json", '{"index_topk": 6, "index_topk": 5}'), "index_topk.*twice"),
+    ((MODEL, lambda raw: raw.replace(b'{"format": "pt"}', b'{"f":"", "f":""}')), f"{MODEL} is .*twice"),
     ((INDEX, "version https://git-lfs"), f"{INDEX} is without"),
     ((INDEX, "{}"), f"weight_map in .*{INDEX}"),
     ((INDEX, json.dumps({"weight_map": {Q_B: "gone"}})), "gone"),
@@ -2808,6 +2845,8 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         write_checkpoint(tmp_path, checkpoint_names(w, f"layers.{layer}.attn."), known)
         loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config, n_layers=own_n)
         assert_same(loaded(x, lengths=lengths), (y, indices))
+    if config.progressive_sparsity:
+        refused("n_layers is 0", dsa.DSALayer.from_safetensors, tmp_path, layer, config=config, n_layers=0)
 
 
 def test_a_copy_of_a_layer_is_independent(dsa, hidden):
@@ -2882,7 +2921,8 @@ def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, n
     "name, attention", [*itertools.product(MODELS, ["sdpa"]), ("v32", "eager"), ("glm 5.2", "eager")]
 )
 def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attention):
-    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens; a config in a line."""
+    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens, also in a copy, where
+    generate takes some back or a chunk is all padding; a config in a line."""
     block, original = readme(r"import[^`]*torch\.nn\.Module")[1], tiny_model(name)
     torch = sys.modules["torch"]
     original.set_attn_implementation(attention)
@@ -2913,6 +2953,9 @@ def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attenti
     sparse = replaced("dsa.DSAConfig(sparse_ratio=0.03, strategy='hybrid', local_window=4)")
     for same in (model, dense):
         assert same.generate(**on, **how).cpu().equal(tokens)
+    for n, more in ((3, {"prefill_chunk_size": 6}), (1, {"prompt_lookup_num_tokens": 3})):
+        own = {k: x[:n] for k, x in on.items()} | how | more
+        assert copy.deepcopy(model).generate(**own).cpu().equal(tokens[:n])
     assert not torch.allclose(logits(sparse, **on)[real], expected, atol=1e-2)
     assert sparse.generate(**on, **how).shape == tokens.shape
 
