@@ -18,7 +18,7 @@ Every answer is checked against brute force before it is timed; a wrong one ends
 import os
 from pathlib import Path
 
-# NumPy's OpenBLAS takes an AVX2 kernel on AMD's CPUs with AVX-512; this doubles every float32 product there.
+# Some OpenBLAS takes an AVX2 kernel on CPUs with AVX-512; this doubles every float32 product there.
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 CORETYPE_BY_USER = "OPENBLAS_CORETYPE" in os.environ
 if not CORETYPE_BY_USER and " avx512f " in CPUINFO:

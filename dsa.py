@@ -1190,11 +1190,13 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     (array([0. , 1.5]), 1.5, 1)
     """
     n = dims(index_q=(index_q, "T J E"), index_k=(index_k, "S E"), weights=(weights, "T J")) | {"...": ()}
-    expect(integer("t", t, 0) < n["T"], "t", t, f"a query below T = {n['T']}")
+    t, s = integer("t", t, 0), integer("s", s, 0)
+    expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
     start, end = (w[t : t + 1] for w in filled(n, windows_of(n, k_start, k_end)))
-    seen = start <= integer("s", s, 0) < end
+    seen = start <= s < end
     expect(seen, "s", s, f"a key in the window [{start[0]}, {end[0]}) of query {t}")
     x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
+    expect(not np.isnan(x).any(), f"a score in the window of query {(t,)}", "NaN", "a number")
     heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
     parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))  # [J, 1]
     return parts[:, 0], float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
@@ -1226,15 +1228,16 @@ def predictive_select(
 REFINERS["predictive"], predictive_select.options = predictive_select, ("widen", "block")
 
 
-def near(candidates, widen, block, num_keys, start, end, local_window, num_sink_tokens):
+def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens):
     """Which keys each query looks at: those near candidates [T, C] and those that are always kept, [T, S]."""
-    block, widen, xp = integer("block", block, 1), integer("widen", widen, 0), library("k_start", start)
-    T, s, start, end = len(start), xp.arange(num_keys), start[:, None], end[:, None]
-    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-num_keys // block), "xp": xp})
-    first = candidates.astype(np.int64)[..., None]
+    block, widen = min(integer("block", block, 1), max(1, S)), min(integer("widen", widen, 0), S)
+    local_window, num_sink_tokens = min(local_window, S), min(num_sink_tokens, S)
+    T, xp, start, end = len(start), library("k_start", start), start[:, None], end[:, None]
+    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-S // block), "xp": xp})
+    s, first = xp.arange(S), candidates.astype(np.int64)[..., None]
     keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
-    keys = np.where((first >= 0) & (keys >= 0) & (keys < num_keys), keys, num_keys)
-    seen = xp.zeros((T, num_keys + 1), bool)
+    keys = np.where((first >= 0) & (keys >= 0) & (keys < S), keys, S)
+    seen = xp.zeros((T, S + 1), bool)
     seen[xp.arange(T)[:, None, None], keys] = True
     seen = seen[:, :-1] | (s >= end - local_window) | (s < start + num_sink_tokens)
     return seen & (s >= start) & (s < end)
@@ -1286,7 +1289,7 @@ def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
 
     The first and the last visible block are always in, since they may be visible only in part.
     """
-    (index_q, x, weights), block = index, integer("block", block, 1)
+    (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
     dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
     size = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
     pooled = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
@@ -1372,7 +1375,7 @@ def pattern(name, what, place):
     """Register a static pattern: the top_k keys s of the largest place(s, start, end, top_k)."""
 
     def choose(n, q, k, index, rest):
-        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, rest["top_k"]), **rest)
+        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
 
     choose.__name__, choose.__qualname__, choose.__doc__ = name, name, what
     selector(choose)
@@ -1466,9 +1469,9 @@ def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
     >>> quantize_fp8(np.array([448.0, -1.0, 1.0625, 1.1875, 0.0]))           # 1.0625 and 1.1875 are ties
     (array([126, 184,  56,  58,   0], dtype=uint8), array([1.], dtype=float32))
     """
-    dims(x=(x, "... N"))
+    n = dims(x=(x, "... N"))
     expect(scale in ("ue8m0", "float"), "scale", repr(scale), "'ue8m0' or 'float'")
-    return quantized(x, integer("block", block, 1), scale, 1e-4)
+    return quantized(x, min(integer("block", block, 1), max(FP8_BLOCK, n["N"])), scale, 1e-4)
 
 
 @by_library
@@ -1494,7 +1497,8 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     [224.0, -0.5]
     """
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
-    shape = (*n["..."], -(-n["N"] // integer("block", block, 1)))
+    block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
+    shape = (*n["..."], -(-n["N"] // block))
     expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
     scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
     with np.errstate(over="ignore"):  # of what was near float32's largest number
@@ -1627,7 +1631,10 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        part = Path(f"{os.fspath(path)}.{os.getpid()}.{threading.get_ident()}.part")
+        own, path = getattr(self, "path", None), os.fsdecode(path)
+        apart = own is None or os.path.realpath(own) != os.path.realpath(path)
+        expect(apart, "path", repr(path), "another than the cache's own, where its tokens are")
+        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
                 write_session(self, file, self.streams)
@@ -1720,7 +1727,7 @@ class HybridKVCache(KVCache):
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
-        self.path = None if path is None else os.path.abspath(path)
+        self.path = None if path is None else os.path.abspath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
         self._columns: dict[str, slice] = {}  # of a record, by streams
@@ -1896,6 +1903,11 @@ WEIGHTS = {  # the name in the checkpoint: in DeepSeek's code, and in a layer
 }  # fmt: skip
 OF_X = ("wq_a", "wkv_a", "indexer.wk", "indexer.weights_proj")  # the weights that multiply a layer's input
 NORMS = ("q_norm", "kv_norm", "indexer.k_norm", "indexer.k_norm.bias")  # those of what they make
+IN_CONFIG = {  # the name in config.json of those dims that have another one there
+    "n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps",
+    "index_rope_interleaved": "indexer_rope_interleave", "rope_factor": "factor", "mscale": "mscale_all_dim",
+    "original_seq_len": "original_max_position_embeddings", "rope_attention_factor": "attention_factor",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -1924,17 +1936,15 @@ class LayerDims:
 
     def __post_init__(self):
         rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
-        for field in fields(self):
-            name, value, kind = field.name, getattr(self, field.name), type(field.default)
-            if kind is int:
-                integer(name, value, 1)
-            elif kind is float:
-                number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-                fits = number and math.isfinite(value) and (value > 0 or name == "mscale")
-                expect(fits, name, repr(value), "a positive, finite number")
+        for name, value in vars(self).items():
+            kind = type(getattr(LayerDims, name))  # its default's
+            if kind in (int, float):
+                least = -1e99 if name == "mscale" else 1e-99
+                real(name, integer(name, value, 1) if kind is int else value, least)
             else:
                 allowed = (False, True) if kind is bool else tuple(PRECISIONS)
                 expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
+            object.__setattr__(self, name, kind(value))  # a scalar of NumPy's would widen what it multiplies
         expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
         expect(theta > 1, "rope_theta", theta, "above 1")
@@ -1945,14 +1955,15 @@ class LayerDims:
     def from_config(cls, config, **dims):
         """The dims in a checkpoint's config.json: its path, its folder's, or what it holds, a dict.
 
-        dims: these win over the file's. ValueError for RoPE, or an indexer's layout, that is not known.
+        dims: these win, also in what follows from them. ValueError for RoPE, or a layout, that is not known.
         """
-        names = {"n_heads": "num_attention_heads", "norm_eps": "rms_norm_eps"}  # that differ from ours
-        names |= {"index_rope_interleaved": "indexer_rope_interleave"}
         try:
             config = read_config(config)
-            found = {x.name: config.get(names.get(x.name, x.name)) for x in fields(cls)} | rope_dims(config)
-        except (AttributeError, KeyError, TypeError) as error:
+            foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
+            expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
+            config = with_rope(config, dims)
+            found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
         found = {name: value for name, value in found.items() if value is not None} | dims
         if "index_rope_interleaved" not in found:  # transformers drops it on saving
@@ -2018,9 +2029,12 @@ class DSALayer:
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
         if config is not None:
             check_type("config", config, DSAConfig)
-            expect(config.selector() == "lightning", "config", config, "one of the lightning indexer")
-            if config.indexer_precision != "fp32":
-                dims["indexer_precision"] = config.indexer_precision
+            own = config.strategy != "fixed" and config.global_selection == "lightning"
+            expect(own, "config", config, "one that selects by the lightning indexer")
+            if (own := config.indexer_precision) != "fp32":
+                given = dims.get("indexer_precision", own)
+                expect(given in ("fp32", own), "indexer_precision", given, f"{own}, as in config")
+                dims["indexer_precision"] = own
         self.dims = d = LayerDims(**dims)
         self.weights = named_weights(weights, d)
         self.dim, self.kv_lora_rank = len(self.weights["wo"]), len(self.weights["kv_norm"])
@@ -2046,12 +2060,12 @@ class DSALayer:
         """
         path, known = Path(path).expanduser(), {}
         weights = read_layer(path, integer("layer", layer, 0))
-        if (file := (path if path.is_dir() else path.parent) / "config.json").exists():
+        if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
-        n_layers = n_layers or known.get("num_hidden_layers")
+        n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
     @property
@@ -2070,6 +2084,7 @@ class DSALayer:
         kind = HybridKVCache if tiers else KVCache
         return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
 
+    @np.errstate(all="ignore")  # as in a stage
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
         """x [B, T, dim], normed -> y [B, T, dim] in x's dtype, and the selection, indices [B, T, K].
 
@@ -2245,11 +2260,12 @@ def made_of_x(x, w, turn, d):
 @by_library
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
 def by_rows(x, weight):
-    """x @ weight.T, in NumPy with the same bits for a token in any batch, block or chunk.
+    """x @ weight.T, in NumPy with the same bits for a token in any batch, block, chunk or order in memory.
 
     As in index_scores, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
     cuBLAS chooses by the number of rows, so that on a GPU scores that all but tie may rank in another order.
     """
+    x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
     y, part = np.empty((len(x), 1, len(weight)), x.dtype), max(1, KEY_TILE**2 // max(1, weight.shape[1]))
     for i in range(0, len(weight), part):
         np.matmul(x[:, None], weight[i : i + part].T, out=y[:, :, i : i + part])  # [T, 1, part]
@@ -2341,11 +2357,16 @@ REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds
 
 
 def read_json(path, text=None):
+    def once(pairs):
+        twice = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
+        expect(not twice, twice, "in it twice", "each once")
+        return dict(pairs)
+
     try:
-        found = json.loads(path.read_bytes() if text is None else text)
-    except (ValueError, RecursionError):
-        found = None
-    expect(isinstance(found, dict), path, "without a readable object in JSON", "it (a Git LFS pointer?)")
+        found = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        found = error
+    expect(isinstance(found, dict), path, f"without a JSON object: {found!s:.99}", "it (a Git LFS pointer?)")
     return found
 
 
@@ -2357,37 +2378,50 @@ def read_config(config):
     return config | (config.get("text_config") or {})
 
 
-def rope_dims(config):
-    """The dims of RoPE that a config.json says, in the form of transformers 5 or of before."""
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+def real(name, value, least=1e-99):
+    """Raise unless value is a number of which, up to 1e99, nothing overflows that is made of the dims."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    size = float(value) if number and not isinstance(value, int) else value
+    expect(number and least <= size <= 1e99, name, repr(value), f"a number from {least} to 1e99")
+
+
+def with_rope(config, given):
+    """A config.json, with RoPE's numbers, or those given and what follows, by their names in IN_CONFIG."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     known = kind in ("default", "yarn") and not any(isinstance(value, dict) for value in rope.values())
-    known = known and rope.get("truncate", True) and rope.get("partial_rotary_factor", 1) == 1
     expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
-    found = {"rope_theta": rope.get("rope_theta", config.get("rope_theta")), "rope_factor": 1.0}
-    if kind == "yarn":
-        longest = config.get("max_position_embeddings")
-        length = rope.get("original_max_position_embeddings") or longest
-        factor = rope.get("factor") or (longest and longest / length)
-        expect(factor and length, "YaRN in config.json", rope, "factor, original_max_position_embeddings")
-        mscale, all_dim, given = map(rope.get, ("mscale", "mscale_all_dim", "attention_factor"))
+    for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
+        value = (config | rope).get(name, 1)
+        expect(value == 1, f"{name} in config.json", value, "true, or 1")
+    original, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
+    own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
+    parts = ({original: longest}, rope, own)  # as in transformers the last one wins
+    config = config | {name: x for part in parts for name, x in part.items() if x is not None}
+    if kind == "default" or own["factor"] == 1:
+        return config | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
+    length = integer(original, config.get(original), 1)
+    real("max_position_embeddings", 1 if longest is None else longest)
+    real("rope_factor", factor := config.get("factor", longest and longest / length), 1)
+    mscale, all_dim, on_rope = map(config.get, ("mscale", "mscale_all_dim", "attention_factor"))
+    if on_rope is None:
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
-        found |= {name: rope.get(name) for name in ("beta_fast", "beta_slow")}
-        found |= {"rope_factor": factor, "original_seq_len": length, "mscale": all_dim or 0.0}
-        found["rope_attention_factor"] = on_rope if given is None else given
-    return found
+    return config | {"factor": factor, "mscale_all_dim": all_dim or 0.0, "attention_factor": on_rope}
 
 
 def shares_indexer(config, layer):
     """Whether a layer takes its selection from the last that has an indexer, by a config.json."""
-    kinds = config.get("indexer_types") or config.get("index_topk_pattern") or ()
-    expect(set(kinds) <= {*"FS", "full", "shared"}, "indexer_types in config.json", kinds, "full or shared")
+    kinds = config.get("indexer_types") or config.get("index_topk_pattern") or []
+    known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
+    expect(known, "indexer_types in config.json", kinds, "full or shared")
     freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
+    layers = integer("num_hidden_layers", config.get("num_hidden_layers") or layer + 1, 1)
+    offset = config.get("index_skip_topk_offset")
+    offset = integer("index_skip_topk_offset", 2 if offset is None else offset, 0)
     if kinds:
         return layer < len(kinds) and kinds[layer] in ("shared", "S")
-    offset = config.get("index_skip_topk_offset")
-    return max(layer - (2 if offset is None else offset) + 1, 0) % freq > 0
+    return layer < layers and max(layer - offset + 1, 0) % freq > 0
 
 
 def of_layer(name, layer):
@@ -2398,7 +2432,8 @@ def of_layer(name, layer):
 
 def read_layer(path, layer):
     """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
-    index = path / "model.safetensors.index.json"
+    index, adapters = path / "model.safetensors.index.json", [*path.glob("adapter_*")]
+    expect(not adapters, "path", f"with {[*map(str, adapters)]}", "weights that are merged")
     files = [index] if index.exists() else sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if files and files[0].suffix == ".json":
         listed = read_json(files[0]).get("weight_map")
@@ -2410,7 +2445,10 @@ def read_layer(path, layer):
             expect(name not in found, name, f"in {file} and another file", "in one (is it split for ranks?)")
             found[name] = tensor
     prefixes = {x[1] for x in map(NAME.fullmatch, found) if x[3] in ("kv_norm", "kv_a_layernorm")}
-    found = {name: x for name, x in found.items() if not prefixes or NAME.fullmatch(name)[1] in prefixes}
+    for name in [name for name in found if prefixes and NAME.fullmatch(name)[1] not in prefixes]:
+        ours = re.search(r"indexer|lora_|_[ab](_|\b)", NAME.fullmatch(name)[3])  # not of a vision tower
+        expect(not ours, name, "beside the weights", f"it behind {' or '.join(prefixes)}")
+        del found[name]
     expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
     return dequantized(found)
 
@@ -2538,11 +2576,11 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     if indices is None:
         (lo, hi), target = span(k_start, k_end), np.zeros((T, S), dtype)
         target[:, lo:hi] = mass(q, k[lo:hi], np.arange(lo, hi), k_start[:, None], k_end[:, None], scale)
-        return target / H
+        return target / max(1, H)
     rows = visible(indices, k_start, k_end)  # [T, K]
     keys = gather(k, rows, dtype).transpose(0, 2, 3, 1)  # [T, G, D, K]
     x = scale * (q.astype(dtype).reshape(T, G, H // G, D) @ keys)  # [T, G, H/G, K]
-    return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / H
+    return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / max(1, H)
 
 
 def indexer_loss(
@@ -2552,7 +2590,8 @@ def indexer_loss(
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
     target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
-    that sees no key, adds nothing. With rows p that sum to 1, dI = softmax(I) - p.
+    that sees no key, adds nothing; NaN, or less than 0, makes the loss NaN. With rows p that sum to 1,
+    dI = softmax(I) - p.
     -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
     dtype like what they belong to. deterministic: as in sparse_attention_backward.
 
@@ -2601,7 +2640,7 @@ def kl(p, scores, sees):
     """KL(p || softmax(scores)) of each row [M] over the keys it sees, and its slope along scores [M, N]."""
     scores, p = np.where(sees, scores, -np.inf), np.where(sees, p, 0).astype(scores.dtype)
     soft, lse = softmax(scores)
-    losses = np.where(p > 0, p * (np.log(p) - scores + lse), 0).sum(1)
+    losses = np.where(p != 0, p * (np.log(p) - scores + lse), 0).sum(1)
     return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
 
 
@@ -2679,7 +2718,7 @@ def sharded_select(
         floats = {name: DSA_AXES[name] for name in index}
         n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
         check_options(dict(n), quota | {"k_start": k_start, "k_end": k_end})
-    at = layout(comm, n, n["S"], index.values(), **quota)
+    at = layout(comm, n, n["S"], index.values(), **quota, k_start=k_start, k_end=k_end)
     return select_over_shards(at, quota, (k_start, k_end), *index.values())
 
 
@@ -2733,12 +2772,14 @@ def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, own
             expect(lengths is owner is None, "lengths or owner", "given", "None without a cache")
         else:
             check_type("cache", cache, KVCache)
+        expect(isinstance(scatter, (bool, np.bool_)), "scatter", repr(scatter), "True or False", TypeError)
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
         n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
         windows_of(n, *windows)  # their shapes; they count the keys of all ranks
         new = np.full(n["..."], n["T"]) if new is None else new
-    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, "scale": kwargs["scale"]}
+    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, **kwargs}
+    same |= dict(zip(("k_start", "k_end"), windows))
     same |= {"owner": owner, "scatter": scatter, "lengths": new.tolist(), "cache": cache and cache.storage}
     at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
     expect(not at.shards[owner + 1 :, new > 0].any(), "owner", owner, "a rank behind which none holds keys")
@@ -2754,25 +2795,26 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
     xp, shape = at.xp, (*at.n["..."], at.n["T"])
     windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
-        return xp.asarray(every_key(windows, at.num_keys))
+        with together(at.comm):
+            return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
     place = at.first % (KEY_TILE if xp is np else 1)  # of key 0 in a tile of all keys, as it decides on bits
-    if place.any():
-        (S, E), shard = index_k.shape[-2:], index_k
-        index_k = np.zeros((*shape[:-1], S + KEY_TILE, E), shard.dtype)
-        for b, x in np.ndenumerate(place):
-            index_k[b[:-1]][x : x + S] = shard[b[:-1]]
     base = at.first - place
     near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
 
     def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
         x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
         keys = xp.zeros(x.shape, np.int32 if at.num_keys <= 2**31 else np.int64)
-        step = SHARD_BUFFER // max(1, index_k.shape[-2] * math.prod(shape[:-1]))
+        (S, E), shard = index_k.shape[-2:], index_k
+        if place.any():
+            shard = np.zeros((*shape[:-1], S + KEY_TILE, E), index_k.dtype)
+            for b, first in np.ndenumerate(place):
+                shard[b[:-1]][first : first + S] = index_k[b[:-1]]
+        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(shape[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
             lo, hi = (w[..., t] for w in near)
-            scores = index_scores(index_q[..., t, :, :], index_k, weights[..., t, :], k_start=lo, k_end=hi)
+            scores = index_scores(index_q[..., t, :, :], shard, weights[..., t, :], k_start=lo, k_end=hi)
             try:
                 kept = select_topk(scores, **quota)[..., :W]
             except ValueError as error:
@@ -2871,6 +2913,9 @@ def together(comm):
 def layout(comm, n, shard, arrays, **same):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     same |= {**n, "S": 0, "xp": n["xp"].__name__, "dtypes": [x.dtype.name for x in arrays if x is not None]}
+    for name, x in same.items():
+        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
+            same[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if n["xp"] is np else "given"
     sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
     for name in sorted(same) if (sums != sums[0]).any() else ():
         values = comm.allgather(same[name])
@@ -2881,7 +2926,8 @@ def layout(comm, n, shard, arrays, **same):
     ship, move = (n["xp"].ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
     at = SimpleNamespace(comm=comm, n=n, xp=n["xp"], ship=ship, move=move, shards=shards, total=total)
     at.first, at.end = first, first + shards[comm.rank][..., None]
-    at.longest, at.num_keys = (int(x.max(initial=0)) for x in (shards, total))
+    each = shards if shards.size else gathered(comm, np.array(n["S"]))  # an empty batch has a K, too
+    at.longest, at.num_keys = int(each.max()), int(each.sum(0).max())
     return at
 
 

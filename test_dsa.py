@@ -116,6 +116,7 @@ from collections import Counter
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -1055,7 +1056,7 @@ sparse_attention_backward: dout=ones((3, 4, 17)) => dout 17 3 | lse=ones((17, 4)
 LOSSES: target=ones((3, 17)) => target 17 6 | indices=zeros((3, 2), int) => indices 2 target 6
 learned_loss: mlp=(*ONES["mlp"][:3], ones(17)) => w_out 17 7 | q=alien => TypeError cupy
 attention_target: scale=NAN => scale nan | scale=10**400 => scale | q=alien => TypeError cupy
-explain: t=0, s=4 => s 4
+explain: t=0, s=4 => s 4 | weights=np.full((3, 2), NAN) => NaN 2
 pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
 | sequences=[] => sequences empty | sequences=[ones(())] => sequences
 packed_window: lengths=np.array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError lengths float64
@@ -1090,6 +1091,7 @@ LayerDims: qk_rope_head_dim=7 => qk_rope_head_dim 7 | qk_rope_head_dim=130 => qk
 | hadamard=True, index_head_dim=96 => index_head_dim 96 | n_heads=0 => n_heads 0 | norm_eps=True => norm_eps
 | rope_factor=0.5 => rope_factor 0.5 | rope_theta=1.0 => rope_theta 1.0 | rope_theta=INF => rope_theta inf
 | norm_eps=-1.0 => norm_eps | norm_eps=0 => norm_eps 0 | mscale="a" => mscale | beta_fast=NAN => beta_fast nan
+| norm_eps=10**400 => norm_eps | original_seq_len=10**400 => original_seq_len | beta_slow=5e-324 => beta_slow
 | beta_fast=0.5 => beta_fast 0.5 | index_rope_interleaved="False" => index_rope_interleaved False
 | indexer_precision="int4" => indexer_precision int4 | hadamard=1 => hadamard 1
 """  # functions: what to change => the error, if it is no ValueError, and what its message must hold
@@ -1482,7 +1484,8 @@ def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
 
 @each_selector
 def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
-    """No query, no key or no batch is an empty table; NaN has no place in an order, nor a misspelt option."""
+    """No query, no key or no batch is an empty table, and what is asked for beyond all keys is all of them;
+    NaN has no place in an order, nor a misspelt option."""
     assert sorted(dsa.SELECTORS) == sorted(SELECTOR_NAMES)  # a contract: bench.py and DSAConfig go by them
     for batch, T, S in (((2,), 0, 9), ((2,), 3, 0), ((0,), 3, 9)):
         p = tokens(0, batch, 9)
@@ -1490,10 +1493,28 @@ def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
         few = replace(p, q=q, index_q=index[0], weights=index[1], k=p.k[:, :S], index_k=p.index_k[:, :S])
         indices = by_selector(dsa, few, name, top_k=4)
         assert indices.shape == (*batch, T, min(4, S)) and (indices == -1).all()
+    p = tokens(0, (), 9)
+    for forced in ({}, {"local_window": 2**64}, {"num_sink_tokens": 2**63, "local_window": 2**63}):
+        assert_same(by_selector(dsa, p, name, top_k=2**64, **forced), by_selector(dsa, p, name, top_k=9))
     p = overwritten(tokens(0, (), 300), [200], NAN)
     if name not in STATIC:
         refused("NaN", by_selector, dsa, p, name, top_k=4)
     refused("blocksize", by_selector, dsa, p, name, blocksize=3, error=TypeError)
+
+
+def test_an_option_beyond_the_arrays_costs_no_more_than_these(dsa):
+    """Nothing is allocated by a number that a caller gives, nor counted in a narrow integer that it is."""
+    p, last, far, first = tokens(0, (), 256), np.uint8(255), 10**12, np.zeros((256, 1), int)
+    assert dsa.explain(*p.index, last, last)[1:] == dsa.explain(*p.index, 255, 255)[1:]
+    for options in ({"widen": far}, {"block": far}):
+        found = dsa.predictive_select(*p.index, 9, first, **options)
+        assert_same(found, dsa.lightning_select(*p.index, 9))
+    found = dsa.predictive_select(*p.index, 2**64, first, num_sink_tokens=2**63, local_window=2**63)
+    assert_same(found, dsa.lightning_select(*p.index, 256))
+    assert_same(by_selector(dsa, p, "hierarchical", block=far), by_selector(dsa, p, "lightning"))
+    codes = dsa.quantize_fp8(p.q[:, 0].T, block=far)
+    assert_same(codes, dsa.quantize_fp8(p.q[:, 0].T, block=256))
+    assert_same(dsa.dequantize_fp8(*codes, block=far), dsa.dequantize_fp8(*codes, block=256))
 
 
 def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
@@ -2090,7 +2111,7 @@ def test_a_file_that_save_did_not_write_is_refused(dsa, tmp_path):
     p, path, bad = tokens(0, (2,), 6), tmp_path / "right", tmp_path / "wrong"
     cache = new_cache(dsa, "KVCache", p, 9)
     cache.append(**streams_of(p))
-    cache.save(path)
+    cache.save(os.fsencode(path))
     whole, arrays = path.read_bytes(), dict(np.load(path))
     wrong = [b"", b"PK", *(whole[:n] for n in range(1, len(whole), 37))]
     wrong += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(0, len(whole), 3)]
@@ -2115,11 +2136,13 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
         with again(local_window=1, grow=True) as cache:
             cache.append(**streams_of(p, np.s_[:, start:end]))
             assert cache.lengths.tolist() == [end] * 2
-    with new_cache(dsa, "HybridKVCache", p, 1, path=path) as cache:
+    with new_cache(dsa, "HybridKVCache", p, 1, path=os.fsencode(path)) as cache:
         for name, x in streams_of(p).items():
             np.testing.assert_array_equal(cache.read(name), x)
         found = cache.attend(p.q[:, :1], indices)
         assert_attention(found, dsa.sparse_attention(p.q[:, :1], *p.kv, indices), F64)
+        for own in (path, os.fsencode(path), tmp_path / ".." / tmp_path.name / "slow"):
+            refused("^path is .* than the cache's own", cache.save, own)
     for kwargs in ({"storage": "float32"}, {"qk_rope_head_dim": 3}):
         refused(next(iter(kwargs)), again, **kwargs)
     refused("capacity is 99", new_cache, dsa, "HybridKVCache", p, 99, path=path)
@@ -2402,7 +2425,8 @@ def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths
 
 
 def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
-    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone."""
+    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone. Nor
+    on how arrays lie in memory, which a copy changes."""
     rng = np.random.default_rng(0)
     for shape in ((96, 1536), (128, 700)):
         x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
@@ -2410,6 +2434,9 @@ def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
         assert_close(whole, x.astype(F64) @ weight.T.astype(F64), 1e-3)
         for rows in (slice(0, 1), slice(3, 20), slice(36, 37)):
             assert_same(dsa.by_rows(x[1:, rows].copy(), weight), whole[1:, rows])
+        for lying in (np.asfortranarray, lambda z: z[..., ::-1].copy()[..., ::-1]):
+            assert_same(dsa.by_rows(lying(x), weight), whole)
+            assert_same(dsa.by_rows(x, lying(weight)), whole)
 
 
 @pytest.mark.parametrize("storage, error", [("float32", 1e-6), ("bfloat16", 1e-2), ("fp8", 0.1)])
@@ -2470,6 +2497,7 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
             ("config.*fixed", lambda: new(config=config(strategy="fixed"))),
             ("config.*lsh", lambda: new(config=config(global_selection="lsh"))),
             ("layer is 3", lambda: new(config=config(progressive_sparsity=True), layer=3)),
+            ("fp8.*fp16", lambda: new(config=config(indexer_precision="fp16"), indexer_precision="fp8")),
         ],
         IndexError: [("indices", lambda: layer(x, cache, indices=slots(12)))],
         TypeError: [
@@ -2488,12 +2516,15 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     growing = layer.new_cache(2, 4, grow=True)
     refused("indices", layer, hidden[:, :9], growing, indices=np.full((2, 9, 1), 8))
     assert growing.capacity == 4
-    layer(np.where([[[True]], [[False]]], x, nan[:, :2]), cache, lengths=rows)  # NaN in padding is not seen
+    with np.errstate(all="raise"):  # what is in padding is not seen
+        layer(np.where([[[True]], [[False]]], x, INF), cache, lengths=rows)
     assert cache.lengths.tolist() == [12, 10]
     y, indices = layer(hidden[:, :0])
     assert y.shape == (2, 0, DIM) and indices.shape == (2, 0, 0)
     dsa.LayerDims(n_heads=1, qk_rope_head_dim=128, rope_factor=1)  # the least, and the most, that may be
-    v32 = dsa.LayerDims().shapes()
+    v32, plain = dsa.LayerDims().shapes(), vars(dsa.LayerDims())
+    own = {name: np.array(value)[()] for name, value in plain.items() if type(value) in (int, float)}
+    assert [*map(type, vars(dsa.LayerDims(**own)).values())] == [*map(type, plain.values())]  # not NumPy's
     assert (v32["wq_b"], v32["wkv_a"]) == ((24576, 1536), (576, 7168))
 
 
@@ -2551,6 +2582,8 @@ def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
             assert not np.array_equal(read(layer=33)(hidden)[0], expected[0])
             for layer, error in ((4, ValueError), ("3", TypeError)):
                 refused("layer", read, layer=layer, error=error)
+    (tmp_path / "config.json").symlink_to(tmp_path / "gone")
+    refused("config.json", read, layer=3, error=FileNotFoundError)
 
 
 def with_yarn(**more):
@@ -2575,6 +2608,8 @@ CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes
     (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
+    (with_yarn(original_max_position_embeddings=9) | {"original_max_position_embeddings": 64}, PLAIN_FACTOR),
+    (with_yarn() | {"rope_scaling": {"type": "default"}, "rope_theta": 8e6}, NO_YARN | {"theta": 8e6}),
     *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
        {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
       for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20))),
@@ -2605,11 +2640,23 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
     assert dsa.LayerDims.from_config(config | {"model_type": "llama"}, **given).index_topk == 5
 
 
+@pytest.mark.parametrize("said, given, factors", [
+    ({}, {"rope_factor": 7.0}, (7.0, 0.1 * math.log(7) + 1)), ({}, {"rope_factor": 1.0}, (1.0, 1.0)),
+    ({"attention_factor": 1.7}, {"rope_factor": 7.0}, (7.0, 1.7)),
+    ({"attention_factor": 1.7}, {"rope_factor": 1.0}, (1.0, 1.0)),
+    ({"factor": None}, {"original_seq_len": 256}, (10.0, 0.1 * math.log(10) + 1)),
+], ids=str)  # fmt: skip
+def test_what_follows_from_a_dim_follows_from_the_one_given(dsa, said, given, factors):
+    dims = dsa.LayerDims.from_config(with_yarn(**said), **given)
+    assert (dims.rope_factor, dims.rope_attention_factor) == factors
+
+
 @pytest.mark.parametrize("types, shares", [
     ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssff"),  # one less than layers
     ({"index_topk_pattern": "FFSSF"}, "ffssff"), ({}, "ffffff"),
     ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssfs"), ({"index_topk_freq": 2}, "ffsfsf"),
     ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssfs"),
+    ({"index_topk_freq": 2, "num_hidden_layers": 4}, "ffsfff"),
 ], ids=str)  # fmt: skip
 def test_layers_that_share_an_indexer_have_none(dsa, hidden, tmp_path, types, shares):
     """config.json says which, also where the file has indexer weights for them; the last selection serves."""
@@ -2692,8 +2739,15 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     ({"rope_parameters": {"indexed_attention": YARN_5}}, "indexed_attention"),
     ({"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
     ({"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"rope_scaling": YARN | {"type": "yarn", "original_max_position_embeddings": None},
-      "max_position_embeddings": None}, "YaRN"),
+    *(({"rope_parameters": YARN_5 | {"factor": factor}}, "factor is") for factor in (-4, 0, 10**400, "4")),
+    *(({"rope_parameters": YARN_5 | {"factor": factor, "original_max_position_embeddings": length},
+        "max_position_embeddings": None}, "original_max_position_embeddings is")
+      for factor in (40, None) for length in (None, 0, -64)),
+    *(({"rope_parameters": YARN_5 | {"factor": None}, "max_position_embeddings": longest},
+       "max_position_embeddings is") for longest in (-1, 10**400, "1")),
+    *(({name: value}, name) for name, value in (
+        ("rope_interleave", False), ("partial_rotary_factor", 0.5), ("n_heads", 4), ("rope_factor", 40.0),
+        ("indexer_types", 5), ("index_skip_topk_offset", "1"), ("index_skip_topk_offset", 1.5))),
     ({"model_type": "llama"}, "llama"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
     ({"num_attention_heads": 4.0}, "n_heads"), ({"num_attention_heads": 8}, "q_b_proj"),
     ({"indexer_types": ["bogus"]}, "bogus"), ({"index_topk_freq": -1}, "index_topk_freq"),
@@ -2718,6 +2772,9 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     (renamed("q_a_proj.weight", "q_proj.weight"), "q_proj.* full rank"),
     (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"), (lambda tensors: {}, "^path is"),
     (lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}, "draft"),
+    (renamed("self_attn.indexer", "indexer"), r"3\.indexer"), (("adapter_config.json", "{}"), "adapter"),
+    *((lambda tensors, own=own: tensors | {f"base.{own}.lora_A.weight": np.ones(1)}, "lora_A")
+      for own in (Q_B, Q_B.replace("q_b", "o"))),
     *(((MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is") for at in (  # of 24 x 64 numbers
         (b"[0, 12288]", b"[12288, 0]"), (b"[0, 12288]", b"[8, 12288]"), (b"[0, 12288]", b"[8, 12296]"),
         (b"[0, 12288]", b'["0", "8"]'), (b": [0, 12288]", b":[0,12288.0]"), (b"[0, 12288]", b"[0, 8, 9] "),
@@ -2733,6 +2790,8 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     ((MODEL, lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9)), f"{MODEL} is without"),
     (("model-2.safetensors", lambda raw: raw), "another file"),
     *((("config.json", text), "config.json is without") for text in ("{", "[1]")),
+    (("config.json", '{"index_topk": 6, "index_topk": 5}'), "index_topk.*twice"),
+    ((MODEL, lambda raw: raw.replace(b'{"format": "pt"}', b'{"f":"", "f":""}')), f"{MODEL} is .*twice"),
     ((INDEX, "version https://git-lfs"), f"{INDEX} is without"),
     ((INDEX, "{}"), f"weight_map in .*{INDEX}"),
     ((INDEX, json.dumps({"weight_map": {Q_B: "gone"}})), "gone"),
@@ -2788,6 +2847,8 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         write_checkpoint(tmp_path, checkpoint_names(w, f"layers.{layer}.attn."), known)
         loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config, n_layers=own_n)
         assert_same(loaded(x, lengths=lengths), (y, indices))
+    if config.progressive_sparsity:
+        refused("n_layers is 0", dsa.DSALayer.from_safetensors, tmp_path, layer, config=config, n_layers=0)
 
 
 def test_a_copy_of_a_layer_is_independent(dsa, hidden):
@@ -2862,7 +2923,8 @@ def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, n
     "name, attention", [*itertools.product(MODELS, ["sdpa"]), ("v32", "eager"), ("glm 5.2", "eager")]
 )
 def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attention):
-    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens; a config in a line."""
+    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens, also in a copy, where
+    generate takes some back or a chunk is all padding; a config in a line."""
     block, original = readme(r"import[^`]*torch\.nn\.Module")[1], tiny_model(name)
     torch = sys.modules["torch"]
     original.set_attn_implementation(attention)
@@ -2893,6 +2955,9 @@ def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attenti
     sparse = replaced("dsa.DSAConfig(sparse_ratio=0.03, strategy='hybrid', local_window=4)")
     for same in (model, dense):
         assert same.generate(**on, **how).cpu().equal(tokens)
+    for n, more in ((3, {"prefill_chunk_size": 6}), (1, {"prompt_lookup_num_tokens": 3})):
+        own = {k: x[:n] for k, x in on.items()} | how | more
+        assert copy.deepcopy(model).generate(**own).cpu().equal(tokens[:n])
     assert not torch.allclose(logits(sparse, **on)[real], expected, atol=1e-2)
     assert sparse.generate(**on, **how).shape == tokens.shape
 
@@ -3266,6 +3331,19 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
     q, (k, v) = arrays[0][..., :0, :], arrays[1:3]  # nor is it an error to have no heads
     out, lse = impl.sparse_attention(q, k, v, indices)
     assert not impl.sparse_attention_backward(q, k, v, indices, out, lse, out)[1].any()
+    for some in ({}, {"indices": indices}):
+        assert not impl.attention_target(q, k, **some).any()
+
+
+@pytest.mark.parametrize("wrong", [NAN, -0.25])
+def test_what_is_no_probability_has_no_loss(impl, wrong):
+    """A target that is seen and is NaN or negative makes the loss NaN, dense or sparse."""
+    (q, k, _, _, *index), indices, mlp, _ = things_to_learn(0, 4, 6, 3, F64)
+    for some in ({}, {"indices": np.maximum(indices, 0)}):
+        target = impl.attention_target(q, k, **some)
+        target[-1, 0] = wrong
+        assert np.isnan(impl.indexer_loss(*index, target, **some)[0])
+        assert np.isnan(impl.learned_loss(q, k, mlp, target, **some)[0])
 
 
 @slow
@@ -3565,6 +3643,25 @@ def ranks_errors(dsa, comm):
     for i, x, name in apart if comm.size > 1 else []:
         wrong = [x if mine and i == j else y for j, y in enumerate(args)]
         raises(ValueError, f"{name}, {alike}", select, *wrong)
+    end, sink = np.full(p.T, 9), np.zeros(4)
+    attend, end, sink = functools.partial(attention, *shards, config()), np.full(p.T, 9), np.zeros(4)
+    for call, name, x, other in (
+        (functools.partial(select, *args), "k_start", end, None), (attend, "k_end", end, None),
+        (functools.partial(select, *args), "k_end", end, end + 1), (attend, "sink", None, sink),
+        (attend, "sink", sink, sink + 1),
+    ) if comm.size > 1 else ():  # fmt: skip
+        raises(ValueError, f"{name}, {alike}", call, **{name: x if mine else other})
+    for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if comm.size > 1 else ():
+        full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
+        with mock.patch.object(where, name, **full):
+            raises(MemoryError, f"rank {last}: full", attention, *shards, config(top_k))
+    for scatter in ("yes", 2):
+        message = f"rank 0: scatter is {scatter!r}, expected True or False"
+        raises(TypeError, message, attend, scatter=scatter)
+    none, whole = ([x[:0] for x in each] for each in (shards, (p.q, p.k, p.values, *p.index)))
+    assert_same(select(*none[3:], p.top_k, comm), dsa.lightning_select(*whole[3:], p.top_k))
+    for each in (config(3), config(10**6)):
+        assert_same(attention(*none, each, comm), dsa.dsa_attention(*whole, each))
     message = "rank 0: .*'window', expected 'lightning'"
     raises(ValueError, message, attention, *shards, config(strategy="fixed"))
     message = "rank 0: lengths or owner is given, expected None without"
