@@ -1186,6 +1186,19 @@ def test_keys_that_are_alike_tie_wherever_they_stand(impl, J):
     np.testing.assert_array_equal(found, np.tile(np.arange(4), (9, 1)))
 
 
+@pytest.mark.parametrize("name", ["approximate", "lsh", "learned", "hierarchical"])
+def test_for_a_selector_too_keys_that_are_alike_tie(dsa, name):
+    """And a query alone chooses as one among others."""
+    rng, shapes = np.random.default_rng(0), ((64, 1, 32), (1, 1, 32), (64, 8, 64), (1, 64))
+    q, k, index_q, index_k = (normal(rng, *x).astype(F32) for x in shapes)
+    k, index_k = (np.repeat(x, 101, 0) for x in (k, index_k))
+    index = {"index_k": index_k, "weights": normal(rng, 64, 8).astype(F32), "k_end": np.full(64, 101)}
+    found = dsa.SELECTORS[name](q, k, 8, index_q=index_q, **index)
+    np.testing.assert_array_equal(found, np.tile(np.arange(8), (64, 1)))
+    q, index_q, index["weights"], index["k_end"] = q[:1], index_q[:1], index["weights"][:1], np.full(1, 101)
+    assert_same(dsa.SELECTORS[name](q, k, 8, index_q=index_q, **index), found[:1])
+
+
 def index_rows(seed, T, S, dtype, batch=()):
     """Random floats with every key about four times, half of them one ulp off: any other rounding shows."""
     rng = np.random.default_rng(seed)
