@@ -1014,9 +1014,11 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
-BLAS_BEFORE: list[int] = []  # the threads that each BLAS had before the first of them
-BLAS_LOCK = threading.Lock()  # for both. Up to Python 3.13 no signal comes between a lock and its `with`
+# For all copies of this file in a process: the calls under way that want BLAS on one thread, the threads that
+# each BLAS had before the first of them, and a lock. Up to Python 3.13 no signal comes between a lock and its
+# `with`.
+SHARED: Any = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = SHARED
 
 
 def set_num_threads(n):
@@ -1065,6 +1067,8 @@ def on_one_blas_thread(work):
 
 
 def share_blas(me, hold):
+    if BLAS_LOCK._is_owned():  # a handler of signals has come in the middle of the lines below
+        return
     with BLAS_LOCK:
         if hold:
             BLAS_USERS.add(me)
@@ -1085,7 +1089,7 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
     os.register_at_fork(
         before=BLAS_LOCK.acquire,
         after_in_parent=BLAS_LOCK.release,
-        after_in_child=lambda: [done() for done in (BLAS_USERS.clear, BLAS_LOCK.release)],
+        after_in_child=lambda users=BLAS_USERS, lock=BLAS_LOCK: [users.clear(), lock.release()],
     )
 
 

@@ -2066,6 +2066,24 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
             call(), call()
             other.join()
             assert set(held[0]) == {1} and count() == before
+        with mock.patch.dict(sys.modules):
+            del sys.modules[dsa.__name__]
+            another = importlib.import_module(dsa.__name__)  # a copy, which knows nothing of the first
+        begun, ended = threading.Event(), threading.Event()
+
+        def hold():
+            begun.set()
+            ended.wait(9)
+
+        def start():
+            other.start()
+            begun.wait(9)
+
+        other = threading.Thread(target=another.on_one_blas_thread, args=(hold,))
+        dsa.on_one_blas_thread(start)  # ends before the other copy's call
+        ended.set()
+        other.join()
+        assert count() == before
 
 
 @CACHES
