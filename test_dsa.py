@@ -79,6 +79,9 @@ sparse_attention, dense_attention
   out has q's dtype, lse is float32, float64 if any input is; indices are int32 or int64
   random floats: sums are kept in the dtype of lse
   thousands of keys, all alike: the sum of their exponentials does not stop at 256 or 2048
+  hundreds of keys and of queries, random floats: what tiles of any size give is put together
+index_scores, select_topk
+  hundreds of keys and of queries
 merge_attention
   lses far beyond the range of exp
   out has the dtype of outs, lse that of lses; sums are kept in the latter
@@ -506,6 +509,7 @@ LOGITS = {"sinks": "standard_normal({0})"}
 INFINITE = {"sinks": "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"}
 STRIDED = {"strided": True, "batches": ((), (2,))} | LOGITS
 FEW: dict[str, Any] = {"examples": 12}
+MANY: dict[str, Any] = FEW | {"keys": (600, 1100), "queries": (130, 300), "heads": (1, 2), "windows": True}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
 HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
 ALIKE = {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
@@ -525,8 +529,9 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     {"numbers": "rows"} | FEW,
     MIXED | {"forced": True, "keys": (1, 70)},  # lightning_select
     FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)},
-    {"numbers": "normal", "keys": (2000, 3000), "queries": (40, 60)} | FEW,
+    {"numbers": "normal", "keys": (2000, 3000), "queries": (130, 300)} | FEW,
     HUGE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY, ALIKE,  # attention
+    MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
     {"spread": 60, "sets": (1, 3)}, FLOATS | {"hidden": 0.2},  # merge_attention
     LOGITS | {"spread": 60}, LOGITS | FLOATS,  # apply_sink
 ], strict=True))  # fmt: skip
@@ -1307,7 +1312,7 @@ index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
 w, each) => np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
 (x.astype(F64) for x => (x.astype(F32) for x | (x.astype(index_q.dtype) for x
-scores, -INF) => scores, 0)
+scores, -INF) => scores, 0) | scores[..., np.arange(scores.shape[-1]) % 512], -INF)
 k_end = S - T + 1 + => k_end = 1 + | k_end = S +
 np.zeros(T, np.int64) if k_start is None else k_start => np.zeros(T, np.int64)
 np.clip(k_end, 0, S) => np.clip(np.int32(k_end), 0, S)
@@ -1347,6 +1352,7 @@ if len(keys := keys_of(at)): => if [keys := keys_of(at)]:
 dense_attention
 np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
 np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at] - 1), | np.arange(hi[at]),
+np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at]) % 512,
 np.clip(k_start, 0, S), => k_start,
 merge_attention
 np.where(lse > -INF, lse, 0) => lse
