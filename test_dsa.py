@@ -74,6 +74,7 @@ lightning_select
   any dtype, several in one call too: small integers are exact in all, and select the same
   random floats: nothing left out beats what is kept by more than a rounding
   thousands of keys, random floats, of which a part is kept
+  equal keys of random floats are ties, wherever they stand
 sparse_attention, dense_attention
   logits far beyond the range of exp
   out has q's dtype, lse is float32, float64 if any input is; indices are int32 or int64
@@ -232,7 +233,7 @@ def named(dtype):
 SCOPE = {"np": np, "ml_dtypes": ml_dtypes}
 NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
     "small": "integers(-2, 3, {0})", "normal": "standard_normal({0})", "distinct": "random({0}).argsort(-1)",
-    "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})",
+    "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})", "equal": "standard_normal({0})",
     "special": "choice([-np.inf, -3e38, -1e-44, -0.0, 0.0, 1e-44, 3e38, np.inf], {0})",
     "close": "choice(1 + np.arange(-9, 9) * 2.0**-50, {0})",
 }  # fmt: skip
@@ -306,6 +307,7 @@ def expressions(
         call["seen"] = f"np.isin(np.arange({S}), {shown})"
     if "index_q" in names:
         call |= {"index_q": array(T, J, E), "index_k": array(S, E, keep="[:, None]"), "weights": array(T, J)}
+        call |= {"index_k": f"np.repeat({array(1, E)}, {S}, -2)"} if numbers == "equal" else {}
     if "q" in names:
         call |= {"q": array(T, H, D), "k": array(S, G, D, keep="[:, None, None]")}
         call |= {"v": "None", "d_v": str(Dv)} if tied else {"v": array(S, G, Dv, keep="[:, None, None]")}
@@ -530,6 +532,7 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     MIXED | {"forced": True, "keys": (1, 70)},  # lightning_select
     FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)},
     {"numbers": "normal", "keys": (2000, 3000), "queries": (130, 300)} | FEW,
+    {"numbers": "equal", "keys": (299, 299), "heads": (2,), "widths": (31, 65, 129)},
     HUGE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY, ALIKE,  # attention
     MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
     {"spread": 60, "sets": (1, 3)}, FLOATS | {"hidden": 0.2},  # merge_attention
@@ -1335,6 +1338,7 @@ return select_by_hand(scores, top_k, => return select_by_hand(scores, top_k + 1,
 return select_by_hand(scores, top_k, **forced) => return select_by_hand(scores, top_k)
 return select_by_hand(scores, => return select_by_hand(scores.astype(np.float16),
 return select_by_hand(scores, => return select_by_hand(np.nan_to_num(scores),
+return select_by_hand(scores, => scores.T[::4] = scores.T[::4].astype(F32); return select_by_hand(scores,
 weights, k_start=k_start, k_end=k_end) => weights, k_end=k_end)
 sparse_attention
 D**-0.5 if scale is None else scale => 1.0 if scale is None else scale | D**-0.5
