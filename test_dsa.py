@@ -2092,6 +2092,22 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
             assert cache.hits + cache.misses == 10 * sum(len(np.unique(x)) for both in asked for x in both)
 
 
+def test_a_reader_never_waits_for_the_fast_tier(dsa):
+    """While another thread has it, perhaps for ever, all that is read is a miss, to the same bits."""
+    p, found, indices = tokens(0, (2,), 9), [], np.array([[[0, 5]], [[3, 8]]])
+    with new_cache(dsa, "HybridKVCache", p, 9, fast_tokens=9) as cache:
+        cache.append(**streams_of(p))
+        expected = [cache.attend(p.q[:, :1], indices) for _ in range(2)][1]
+        hits, misses = cache.hits, cache.misses
+        reader = threading.Thread(target=lambda: found.append(cache.attend(p.q[:, :1], indices)))
+        with cache._lock:
+            reader.start()
+            reader.join(20)
+            assert found, "it waits"
+        assert_same(found[0], expected)
+        assert (cache.hits, cache.misses) == (hits, misses + 4) and hits >= 4
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_changes_nothing(dsa, tmp_path):
     """It reads what there was, may not append, and neither its close nor its end takes the file away."""
@@ -2103,6 +2119,7 @@ def test_a_forked_child_changes_nothing(dsa, tmp_path):
             end = 1
             try:
                 np.testing.assert_array_equal(cache.read("k"), p.k[:, :4])
+                refused("read-only", cache.read("k").fill, 0)
                 refused("fork", cache.append, **streams_of(p))
                 cache.close()
                 end = 0
@@ -2167,6 +2184,26 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
     with again() as cache, pytest.raises(ValueError, match="slow"):  # as it is open, or its process ended
         again()
     assert path.stat().st_size == len(whole)
+
+
+def test_what_cannot_be_closed_stays_open(dsa, tmp_path, monkeypatch):
+    """An error on the way, as of a full disk, leaves a cache that reads as before and can be closed again."""
+    p, path = tokens(0, (2,), 6), tmp_path / "slow"
+
+    def half(file, **_):
+        file.write(b"half")
+        raise OSError("full")
+
+    again = functools.partial(new_cache, dsa, "HybridKVCache", p, 6, path=path)
+    with again() as cache:
+        cache.append(**streams_of(p))
+        for _ in range(2):
+            with monkeypatch.context() as m:
+                m.setattr(np, "savez", half)
+                refused("full", cache.close, error=OSError)
+            np.testing.assert_array_equal(cache.read("k"), p.k)
+    with again() as cache:
+        np.testing.assert_array_equal(cache.read("k"), p.k)
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
