@@ -74,11 +74,15 @@ lightning_select
   any dtype, several in one call too: small integers are exact in all, and select the same
   random floats: nothing left out beats what is kept by more than a rounding
   thousands of keys, random floats, of which a part is kept
+  equal keys of random floats are ties, wherever they stand
 sparse_attention, dense_attention
   logits far beyond the range of exp
   out has q's dtype, lse is float32, float64 if any input is; indices are int32 or int64
   random floats: sums are kept in the dtype of lse
   thousands of keys, all alike: the sum of their exponentials does not stop at 256 or 2048
+  hundreds of keys and of queries, random floats: what tiles of any size give is put together
+index_scores, select_topk
+  hundreds of keys and of queries
 merge_attention
   lses far beyond the range of exp
   out has the dtype of outs, lse that of lses; sums are kept in the latter
@@ -229,7 +233,7 @@ def named(dtype):
 SCOPE = {"np": np, "ml_dtypes": ml_dtypes}
 NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
     "small": "integers(-2, 3, {0})", "normal": "standard_normal({0})", "distinct": "random({0}).argsort(-1)",
-    "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})",
+    "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})", "equal": "standard_normal({0})",
     "special": "choice([-np.inf, -3e38, -1e-44, -0.0, 0.0, 1e-44, 3e38, np.inf], {0})",
     "close": "choice(1 + np.arange(-9, 9) * 2.0**-50, {0})",
 }  # fmt: skip
@@ -303,6 +307,7 @@ def expressions(
         call["seen"] = f"np.isin(np.arange({S}), {shown})"
     if "index_q" in names:
         call |= {"index_q": array(T, J, E), "index_k": array(S, E, keep="[:, None]"), "weights": array(T, J)}
+        call |= {"index_k": f"np.repeat({array(1, E)}, {S}, -2)"} if numbers == "equal" else {}
     if "q" in names:
         call |= {"q": array(T, H, D), "k": array(S, G, D, keep="[:, None, None]")}
         call |= {"v": "None", "d_v": str(Dv)} if tied else {"v": array(S, G, Dv, keep="[:, None, None]")}
@@ -506,6 +511,7 @@ LOGITS = {"sinks": "standard_normal({0})"}
 INFINITE = {"sinks": "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"}
 STRIDED = {"strided": True, "batches": ((), (2,))} | LOGITS
 FEW: dict[str, Any] = {"examples": 12}
+MANY: dict[str, Any] = FEW | {"keys": (600, 1100), "queries": (130, 300), "heads": (1, 2), "windows": True}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
 HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
 ALIKE = {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
@@ -525,8 +531,10 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     {"numbers": "rows"} | FEW,
     MIXED | {"forced": True, "keys": (1, 70)},  # lightning_select
     FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)},
-    {"numbers": "normal", "keys": (2000, 3000), "queries": (40, 60)} | FEW,
+    {"numbers": "normal", "keys": (2000, 3000), "queries": (130, 300)} | FEW,
+    {"numbers": "equal", "keys": (299, 299), "heads": (2,), "widths": (31, 65, 129)},
     HUGE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY, ALIKE,  # attention
+    MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
     {"spread": 60, "sets": (1, 3)}, FLOATS | {"hidden": 0.2},  # merge_attention
     LOGITS | {"spread": 60}, LOGITS | FLOATS,  # apply_sink
 ], strict=True))  # fmt: skip
@@ -1320,7 +1328,7 @@ index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
 w, each) => np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
 (x.astype(F64) for x => (x.astype(F32) for x | (x.astype(index_q.dtype) for x
-scores, -INF) => scores, 0)
+scores, -INF) => scores, 0) | scores[..., np.arange(scores.shape[-1]) % 512], -INF)
 k_end = S - T + 1 + => k_end = 1 + | k_end = S +
 np.zeros(T, np.int64) if k_start is None else k_start => np.zeros(T, np.int64)
 np.clip(k_end, 0, S) => np.clip(np.int32(k_end), 0, S)
@@ -1343,6 +1351,7 @@ return select_by_hand(scores, top_k, => return select_by_hand(scores, top_k + 1,
 return select_by_hand(scores, top_k, **forced) => return select_by_hand(scores, top_k)
 return select_by_hand(scores, => return select_by_hand(scores.astype(np.float16),
 return select_by_hand(scores, => return select_by_hand(np.nan_to_num(scores),
+return select_by_hand(scores, => scores.T[::4] = scores.T[::4].astype(F32); return select_by_hand(scores,
 weights, k_start=k_start, k_end=k_end) => weights, k_end=k_end)
 sparse_attention
 D**-0.5 if scale is None else scale => 1.0 if scale is None else scale | D**-0.5
@@ -1360,6 +1369,7 @@ if len(keys := keys_of(at)): => if [keys := keys_of(at)]:
 dense_attention
 np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
 np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at] - 1), | np.arange(hi[at]),
+np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at]) % 512,
 np.clip(k_start, 0, S), => k_start,
 merge_attention
 np.where(lse > -INF, lse, 0) => lse
@@ -2113,6 +2123,22 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
             assert cache.hits + cache.misses == 10 * sum(len(np.unique(x)) for both in asked for x in both)
 
 
+def test_a_reader_never_waits_for_the_fast_tier(dsa):
+    """While another thread has it, perhaps for ever, all that is read is a miss, to the same bits."""
+    p, found, indices = tokens(0, (2,), 9), [], np.array([[[0, 5]], [[3, 8]]])
+    with new_cache(dsa, "HybridKVCache", p, 9, fast_tokens=9) as cache:
+        cache.append(**streams_of(p))
+        expected = [cache.attend(p.q[:, :1], indices) for _ in range(2)][1]
+        hits, misses = cache.hits, cache.misses
+        reader = threading.Thread(target=lambda: found.append(cache.attend(p.q[:, :1], indices)))
+        with cache._lock:
+            reader.start()
+            reader.join(20)
+            assert found, "it waits"
+        assert_same(found[0], expected)
+        assert (cache.hits, cache.misses) == (hits, misses + 4) and hits >= 4
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_changes_nothing(dsa, tmp_path):
     """It reads what there was, may not append, and neither its close nor its end takes the file away."""
@@ -2124,6 +2150,7 @@ def test_a_forked_child_changes_nothing(dsa, tmp_path):
             end = 1
             try:
                 np.testing.assert_array_equal(cache.read("k"), p.k[:, :4])
+                refused("read-only", cache.read("k").fill, 0)
                 refused("fork", cache.append, **streams_of(p))
                 cache.close()
                 end = 0
@@ -2188,6 +2215,26 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
     with again() as cache, pytest.raises(ValueError, match="slow"):  # as it is open, or its process ended
         again()
     assert path.stat().st_size == len(whole)
+
+
+def test_what_cannot_be_closed_stays_open(dsa, tmp_path, monkeypatch):
+    """An error on the way, as of a full disk, leaves a cache that reads as before and can be closed again."""
+    p, path = tokens(0, (2,), 6), tmp_path / "slow"
+
+    def half(file, **_):
+        file.write(b"half")
+        raise OSError("full")
+
+    again = functools.partial(new_cache, dsa, "HybridKVCache", p, 6, path=path)
+    with again() as cache:
+        cache.append(**streams_of(p))
+        for _ in range(2):
+            with monkeypatch.context() as m:
+                m.setattr(np, "savez", half)
+                refused("full", cache.close, error=OSError)
+            np.testing.assert_array_equal(cache.read("k"), p.k)
+    with again() as cache:
+        np.testing.assert_array_equal(cache.read("k"), p.k)
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
