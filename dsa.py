@@ -1735,8 +1735,9 @@ class HybridKVCache(KVCache):
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
     step, stay in memory besides. path: the file to make, which stays; close adds to it what else the session
     needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
-    hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
-    fast tier, and the others miss. A forked process can read the cache, but not append to it.
+    hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it reads, of
+    all sequences, two or three times while it works. Of threads that attend at once, one has the fast tier,
+    and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
@@ -2084,6 +2085,9 @@ class DSALayer:
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
+        block = known.get("quantization_config") or {}
+        block = block.get("weight_block_size") if isinstance(block, dict) else block
+        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
@@ -2097,14 +2101,17 @@ class DSALayer:
     def __copy__(self):
         return copy.deepcopy(self)
 
-    def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
+    def new_cache(
+        self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
+    ):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
+        plain = (fast_bytes, local_window, path) == (None, 0, None)
+        tiers = {} if plain else {"fast_bytes": fast_bytes, "local_window": local_window, "path": path}
         own = {"qk_rope_head_dim": self.dims.qk_rope_head_dim, "xp": self.xp, **self.streams, **tiers}
-        kind = HybridKVCache if tiers else KVCache
-        return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
+        return (KVCache if plain else HybridKVCache)(capacity, batch=batch, storage=storage, grow=grow, **own)
 
     @np.errstate(all="ignore")  # as in a stage
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
@@ -2419,7 +2426,7 @@ def with_rope(config, given):
     expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
     for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
         value = (config | rope).get(name, 1)
-        expect(value == 1, f"{name} in config.json", value, "true, or 1")
+        expect(value in (None, 1), f"{name} in config.json", value, "true, or 1")
     original, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
     own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
     parts = ({original: longest}, rope, own)  # as in transformers the last one wins

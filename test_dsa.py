@@ -2524,6 +2524,7 @@ def test_a_cache_of_less_precision_costs_as_much_as_its_rounding(dsa, hidden, st
     cache = layer.new_cache(2, 50, storage)
     y, exact = layer(hidden, cache)[0], layer(hidden)[0]
     assert 0 < np.abs(y - exact).max() < error * np.abs(exact).max()
+    assert type(layer.new_cache(2, 50, fast_bytes=None, local_window=0, path=None)) is dsa.KVCache
     with layer.new_cache(2, 50, storage, fast_bytes=10**3) as hybrid:
         layer(hidden[:, :49], hybrid, core="absorbed"), cache.truncate(np.array([49, 49]))
         results = [layer(hidden[:, 49:], c, core="absorbed") for c in (hybrid, cache)]
@@ -2584,7 +2585,8 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
             ("weights is a list, expected a dict", lambda: dsa.DSALayer([np.ones(3)])),
             ("wq_a is a builtins.list", lambda: dsa.DSALayer({"wq_a": [1.0]})),
             *(("fast_byte", lambda kwargs=kwargs: layer.new_cache(1, 8, **kwargs))
-              for kwargs in ({"fast_byte": 100}, {"local_window": 4}, {"path": "here"})),
+              for kwargs in ({"fast_byte": 100}, {"fast_byte": (1,), "fast_bytes": 10**4},
+                             {"local_window": 4}, {"path": "here"})),
             ("config is a dict", lambda: new(config={"top_k": 3})),
         ],
     }  # fmt: skip
@@ -2695,6 +2697,7 @@ CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
     (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
+    (V32_CONFIG | dict.fromkeys(("rope_interleave", "partial_rotary_factor", "truncate")), NO_YARN),
     (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
     ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
 ]  # fmt: skip
@@ -2826,6 +2829,7 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     *(({name: value}, name) for name, value in (
         ("rope_interleave", False), ("partial_rotary_factor", 0.5), ("n_heads", 4), ("rope_factor", 40.0),
         ("indexer_types", 5), ("index_skip_topk_offset", "1"), ("index_skip_topk_offset", 1.5))),
+    *(({"quantization_config": x}, "weight_block_size") for x in ({"weight_block_size": [64, 64]}, "fp8")),
     ({"model_type": "llama"}, "llama"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
     ({"num_attention_heads": 4.0}, "n_heads"), ({"num_attention_heads": 8}, "q_b_proj"),
     ({"indexer_types": ["bogus"]}, "bogus"), ({"index_topk_freq": -1}, "index_topk_freq"),
