@@ -1455,7 +1455,7 @@ def report_gpu(bench: Bench, t: int, top_k: int, chip: str) -> None:
         if not x:  # not measured here, or failed
             return "FAILED" if x is None else x
         share, rate = max((x.get(rate, 0) / ceilings[rate], rate) for rate in RATES)
-        rates = f", {x[rate]:.3g} {rate}, {share:.0%}" if share else ""
+        rates = f", {float(f'{x[rate]:.3g}'):,g} {rate}, {share:.0%}" if share else ""
         return span(x["seconds"]) + rates + " ~" * (x.get("spread", 0) > NOISY)
 
     top = " and ".join(f"{x:.3g} {rate}" for rate, x in ceilings.items())

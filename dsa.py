@@ -120,24 +120,26 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     """
     (T, J, E), S, (lo, hi) = index_q.shape, len(index_k), span(k_start, k_end)
     dtype = accumulator(index_q, index_k, weights)
-    index_q, weights = (x.astype(dtype, order="C") for x in (index_q, weights))
-    scores, zero = np.full((T, S), -np.inf, dtype), np.zeros(KEY_TILE, dtype)
-    heads, some = max(x for x in range(1, 9) if J % x == 0), KEY_TILE // 4  # by keys, of a product
+    scores, weights = np.full((T, S), -np.inf, dtype), weights.astype(dtype, "C")
+    zero = np.zeros(KEY_TILE, dtype)  # as a scalar it is slow
+    heads, some = min(8, J), KEY_TILE // 4  # by keys, of a product; the last heads may be zeros
+    groups = -(-J // max(1, heads))
+    q_parts = np.zeros((T, groups, 1, heads, E), dtype)
+    q_parts.reshape(T, groups * heads, E)[:, :J] = index_q
 
     def score(first):
         # The order in which BLAS adds up a product may depend on its shape and on the place in it; OpenBLAS's
         # for AVX2 is one up to 8 heads by 320 keys. So all products are alike, of `heads` by `some` keys, and
         # a score has the same bits in any block or chunk.
-        keys, r = np.empty((E, KEY_TILE), dtype), np.empty((T, J, KEY_TILE), dtype)
-        q_parts = index_q.reshape(T, J // heads, 1, heads, E)
+        keys, r = np.empty((E, KEY_TILE), dtype), np.empty((T, groups * heads, KEY_TILE), dtype)
         k_parts = keys.reshape(E, 4, some).swapaxes(0, 1)  # [4, E, some]
-        r_parts = r.reshape(T, J // heads, heads, 4, some).swapaxes(2, 3)  # [T, J / heads, 4, heads, some]
+        r_parts = r.reshape(T, groups, heads, 4, some).swapaxes(2, 3)  # [T, groups, 4, heads, some]
         for s in range(first, min(first + 8 * KEY_TILE, hi), KEY_TILE):
             tile = index_k[s : s + KEY_TILE]  # [N, E]
             keys[:, : len(tile)], keys[:, len(tile) :] = tile.T, 0
             np.matmul(q_parts, k_parts, out=r_parts)
-            np.maximum(r, zero, out=r)  # [T, J, KEY_TILE]; a scalar 0 is slow
-            scores[:, s : s + KEY_TILE] = (weights[:, None] @ r)[:, 0, : len(tile)]  # [T, N]             (1)
+            np.maximum(r, zero, out=r)
+            scores[:, s : s + KEY_TILE] = (weights[:, None] @ r[:, :J])[:, 0, : len(tile)]  # [T, N]      (1)
 
     for _ in spread(score, range(lo - lo % KEY_TILE, hi, 8 * KEY_TILE)):
         pass
@@ -437,7 +439,7 @@ def hidden(scores, start, end):
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {"fp32": lambda x: x, "fp16": lambda x: narrowed("index_q or index_k", x, "f2")}
+PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer
 REFINERS: dict[str, Any] = {}  # what selects among candidates
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(
@@ -786,7 +788,9 @@ class KVCache:
         if self._codec:
             self._codec.check_range(name, x)
         elif not np.can_cast(x.dtype, self.dtype):
-            narrowed(name, x, self.dtype)
+            with np.errstate(all="ignore"):
+                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
+            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
 
     # What a cache in two tiers does in another way:
 
@@ -892,13 +896,13 @@ def native(x):
     return x.dtype.newbyteorder("=")
 
 
-def narrowed(name, x, dtype):
-    """x in dtype; ValueError where that makes an infinity of a number."""
+def rounded_to_fp16(x):
+    """As float16; what is beyond its largest number becomes that, as in fp8."""
     with np.errstate(all="ignore"):
-        kept = x.astype(dtype, copy=False)
-    lost = isinstance(x, np.ndarray) and (np.isfinite(x) & ~np.isfinite(kept)).any()
-    expect(not lost, name, f"beyond {np.dtype(dtype)}'s largest number", "less, or a wider type")
-    return kept
+        return np.clip(x.astype(np.float32), -65504, 65504).astype(np.float16)
+
+
+PRECISIONS["fp16"] = rounded_to_fp16
 
 
 def check_integers(name, x, xp=np):
@@ -1013,9 +1017,11 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
-BLAS_BEFORE: list[int] = []  # the threads that each BLAS had before the first of them
-BLAS_LOCK = threading.Lock()  # for both. Up to Python 3.13 no signal comes between a lock and its `with`
+# For all copies of this file in a process: the calls under way that want BLAS on one thread, the threads that
+# each BLAS had before the first of them, and a lock. Up to Python 3.13 no signal comes between a lock and its
+# `with`.
+SHARED: Any = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = SHARED
 
 
 def set_num_threads(n):
@@ -1064,6 +1070,8 @@ def on_one_blas_thread(work):
 
 
 def share_blas(me, hold):
+    if BLAS_LOCK._is_owned():  # a handler of signals has come in the middle of the lines below
+        return
     with BLAS_LOCK:
         if hold:
             BLAS_USERS.add(me)
@@ -1084,7 +1092,7 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
     os.register_at_fork(
         before=BLAS_LOCK.acquire,
         after_in_parent=BLAS_LOCK.release,
-        after_in_child=lambda: [done() for done in (BLAS_USERS.clear, BLAS_LOCK.release)],
+        after_in_child=lambda users=BLAS_USERS, lock=BLAS_LOCK: [users.clear(), lock.release()],
     )
 
 
@@ -1146,12 +1154,19 @@ def spread(work, jobs):
         yield from map(work, jobs)
         return
     pool: Any = ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore"))
+
+    def begun(job):
+        try:
+            return pool.submit(work, job).result
+        except RuntimeError:  # no thread can be had, as when Python ends
+            return functools.partial(work, job)
+
     try:  # so few are under way that results which wait to be taken fill little memory
         jobs = iter(jobs)
-        under_way = collections.deque(pool.submit(work, job) for job in itertools.islice(jobs, 2 * threads))
+        under_way = collections.deque(map(begun, itertools.islice(jobs, 2 * threads)))
         while under_way:  # an error in a thread is raised here
-            yield under_way.popleft().result()
-            under_way.extend(pool.submit(work, job) for job in itertools.islice(jobs, 1))
+            yield under_way.popleft()()
+            under_way.extend(map(begun, itertools.islice(jobs, 1)))
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -1310,6 +1325,13 @@ def features(q, k):
     return q.reshape(*batch, T, G * D), k.astype(q.dtype).reshape(*batch, S, G * D)
 
 
+def logits(q, k):
+    """q [T, F] . k [N, F] -> [T, N] by (1), as x = relu(x) - relu(-x): with the same bits at any place."""
+    xp, (T, N) = library("q", q), (len(q), len(k))
+    signs = np.broadcast_to(xp.asarray([1, -1], q.dtype), (T, 2))
+    return index_scores(np.stack([q, -q], 1), k, signs, k_end=xp.full(T, N))
+
+
 def drawn(xp, seed, *shapes, dtype=np.float64):
     rng = np.random.default_rng(integer("seed", seed, 0))
     return [xp.asarray(rng.standard_normal(shape, dtype)) for shape in shapes]
@@ -1321,8 +1343,9 @@ def approximate(n, q, k, index, rest, *, dim=64, seed=0, projection=None):
     if projection is None:
         (projection,) = drawn(n["xp"], seed, (n["D"], integer("dim", dim, 1)))
     dims(k=(k, "... S G D"), projection=(projection, "D R"))
-    both = (x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k))
-    return select_by(*both, lambda q, k, *_: np.tensordot(q, k, ((1, 2), (1, 2))), **rest)
+    both = [x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k)]
+    both = [x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1]) for x in both]  # [..., 1, G * R]
+    return select_by(*both, lambda q, k, *_: logits(q[:, 0], k[:, 0]), **rest)
 
 
 @selector
@@ -1332,10 +1355,12 @@ def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
     (planes,) = drawn(n["xp"], seed, (n["G"] * n["D"], bits), dtype=np.float32)
 
     def with_signs(x):
-        return np.concatenate([x, np.where(x @ planes >= 0, 1, -1).astype(x.dtype)], -1)[..., None, :]
+        side = by_rows(x, np.ascontiguousarray(planes.T).astype(x.dtype))
+        return np.concatenate([x, np.where(side >= 0, 1, -1).astype(x.dtype)], -1)[..., None, :]
 
     def score(q, k, s, start, end):
-        x, agree = (q[:, 0, own] @ k[:, 0, own].T for own in (slice(-bits), slice(-bits, None)))  # [T, N]
+        parts = slice(-bits), slice(-bits, None)
+        x, agree = (logits(q[:, 0, own], k[:, 0, own]) for own in parts)  # [T, N]
         best = select_topk(np.where((s >= start) & (s < end), agree, -np.inf), many)
         found = np.where(np.isnan(x), x, np.finfo(x.dtype).min)  # behind every candidate, but NaN is an error
         row = n["xp"].arange(len(x))[:, None]
@@ -1363,11 +1388,12 @@ def as_indexer(q, k, mlp):
     fits = isinstance(mlp, (tuple, list)) and len(mlp) == len(shapes)
     expect(fits, "mlp", repr(mlp), "(w_q [F, G*D], w_k [F, G*D], b [F], w_out [F])", TypeError)
     n = dims(q=(q, "... T GD"), **{name: (x, axes) for x, (name, axes) in zip(mlp, shapes.items())})
-    w_q, w_k, b, w_out = (x.astype(q.dtype) for x in mlp)
-    hidden_q = q @ w_q.T + b  # [..., T, F]
+    w_q, w_k, b, w_out = (x.astype(q.dtype, order="C") for x in mlp)
+    hidden_q = by_rows(q, w_q) + b  # [..., T, F]
     unit = np.broadcast_to(n["xp"].eye(n["F"], dtype=q.dtype), (*hidden_q.shape, n["F"]))
     index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]: unit f, then hidden f
-    index_k = np.concatenate([k @ w_k.T, np.ones_like(k, shape=(*k.shape[:-1], 1))], -1)  # [..., S, F + 1]
+    ones = np.ones_like(k, shape=(*k.shape[:-1], 1))
+    index_k = np.concatenate([by_rows(k, w_k), ones], -1)  # [..., S, F + 1]
     return index_q, index_k, np.broadcast_to(w_out, hidden_q.shape)
 
 
@@ -1418,7 +1444,7 @@ def random(n, q, k, index, rest, *, seed=0):
 
 @selector
 def oracle(n, q, k, index, rest, *, scale=None):
-    """The keys of largest attention mass over all heads: as much as one set for all heads can capture."""
+    """The keys of largest attention mass, to rounding, over all heads: the most that one set can capture."""
     check_options(n, given := {"scale": scale})
     return select_by(q, k, functools.partial(mass, **given), **rest)
 
@@ -1714,8 +1740,9 @@ class HybridKVCache(KVCache):
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
     step, stay in memory besides. path: the file to make, which stays; close adds to it what else the session
     needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
-    hits and misses count tokens, bytes_moved is what misses read. Of threads that attend at once, one has the
-    fast tier, and the others miss. A forked process can read the cache, but not append to it.
+    hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it reads, of
+    all sequences, two or three times while it works. Of threads that attend at once, one has the fast tier,
+    and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
@@ -2063,6 +2090,9 @@ class DSALayer:
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
+        block = known.get("quantization_config") or {}
+        block = block.get("weight_block_size") if isinstance(block, dict) else block
+        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
@@ -2075,14 +2105,17 @@ class DSALayer:
 
     __copy__ = copy.deepcopy
 
-    def new_cache(self, batch, capacity, storage="float32", grow=False, **tiers):
+    def new_cache(
+        self, batch, capacity, storage="float32", grow=False, *, fast_bytes=None, local_window=0, path=None
+    ):
         """An empty cache for this layer alone, of what tokens leave: latent and k_pe, and the index key.
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
+        plain = (fast_bytes, local_window, path) == (None, 0, None)
+        tiers = {} if plain else {"fast_bytes": fast_bytes, "local_window": local_window, "path": path}
         own = {"qk_rope_head_dim": self.dims.qk_rope_head_dim, "xp": self.xp, **self.streams, **tiers}
-        kind = HybridKVCache if tiers else KVCache
-        return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
+        return (KVCache if plain else HybridKVCache)(capacity, batch=batch, storage=storage, grow=grow, **own)
 
     @np.errstate(all="ignore")  # as in a stage
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
@@ -2393,7 +2426,7 @@ def with_rope(config, given):
     expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
     for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
         value = (config | rope).get(name, 1)
-        expect(value == 1, f"{name} in config.json", value, "true, or 1")
+        expect(value in (None, 1), f"{name} in config.json", value, "true, or 1")
     original, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
     own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
     parts = ({original: longest}, rope, own)  # as in transformers the last one wins

@@ -74,11 +74,15 @@ lightning_select
   any dtype, several in one call too: small integers are exact in all, and select the same
   random floats: nothing left out beats what is kept by more than a rounding
   thousands of keys, random floats, of which a part is kept
+  equal keys of random floats are ties, wherever they stand
 sparse_attention, dense_attention
   logits far beyond the range of exp
   out has q's dtype, lse is float32, float64 if any input is; indices are int32 or int64
   random floats: sums are kept in the dtype of lse
   thousands of keys, all alike: the sum of their exponentials does not stop at 256 or 2048
+  hundreds of keys and of queries, random floats: what tiles of any size give is put together
+index_scores, select_topk
+  hundreds of keys and of queries
 merge_attention
   lses far beyond the range of exp
   out has the dtype of outs, lse that of lses; sums are kept in the latter
@@ -229,7 +233,7 @@ def named(dtype):
 SCOPE = {"np": np, "ml_dtypes": ml_dtypes}
 NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
     "small": "integers(-2, 3, {0})", "normal": "standard_normal({0})", "distinct": "random({0}).argsort(-1)",
-    "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})",
+    "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})", "equal": "standard_normal({0})",
     "special": "choice([-np.inf, -3e38, -1e-44, -0.0, 0.0, 1e-44, 3e38, np.inf], {0})",
     "close": "choice(1 + np.arange(-9, 9) * 2.0**-50, {0})",
 }  # fmt: skip
@@ -303,6 +307,7 @@ def expressions(
         call["seen"] = f"np.isin(np.arange({S}), {shown})"
     if "index_q" in names:
         call |= {"index_q": array(T, J, E), "index_k": array(S, E, keep="[:, None]"), "weights": array(T, J)}
+        call |= {"index_k": f"np.repeat({array(1, E)}, {S}, -2)"} if numbers == "equal" else {}
     if "q" in names:
         call |= {"q": array(T, H, D), "k": array(S, G, D, keep="[:, None, None]")}
         call |= {"v": "None", "d_v": str(Dv)} if tied else {"v": array(S, G, Dv, keep="[:, None, None]")}
@@ -506,6 +511,7 @@ LOGITS = {"sinks": "standard_normal({0})"}
 INFINITE = {"sinks": "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"}
 STRIDED = {"strided": True, "batches": ((), (2,))} | LOGITS
 FEW: dict[str, Any] = {"examples": 12}
+MANY: dict[str, Any] = FEW | {"keys": (600, 1100), "queries": (130, 300), "heads": (1, 2), "windows": True}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
 HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
 ALIKE = {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
@@ -525,8 +531,10 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     {"numbers": "rows"} | FEW,
     MIXED | {"forced": True, "keys": (1, 70)},  # lightning_select
     FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)},
-    {"numbers": "normal", "keys": (2000, 3000), "queries": (40, 60)} | FEW,
+    {"numbers": "normal", "keys": (2000, 3000), "queries": (130, 300)} | FEW,
+    {"numbers": "equal", "keys": (299, 299), "heads": (2,), "widths": (31, 65, 129)},
     HUGE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY, ALIKE,  # attention
+    MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
     {"spread": 60, "sets": (1, 3)}, FLOATS | {"hidden": 0.2},  # merge_attention
     LOGITS | {"spread": 60}, LOGITS | FLOATS,  # apply_sink
 ], strict=True))  # fmt: skip
@@ -1188,6 +1196,19 @@ def test_keys_that_are_alike_tie_wherever_they_stand(impl, J):
     np.testing.assert_array_equal(found, np.tile(np.arange(4), (9, 1)))
 
 
+@pytest.mark.parametrize("name", ["approximate", "lsh", "learned", "hierarchical"])
+def test_for_a_selector_too_keys_that_are_alike_tie(dsa, name):
+    """And a query alone chooses as one among others."""
+    rng, shapes = np.random.default_rng(0), ((64, 1, 32), (1, 1, 32), (64, 8, 64), (1, 64))
+    q, k, index_q, index_k = (normal(rng, *x).astype(F32) for x in shapes)
+    k, index_k = (np.repeat(x, 101, 0) for x in (k, index_k))
+    index = {"index_k": index_k, "weights": normal(rng, 64, 8).astype(F32), "k_end": np.full(64, 101)}
+    found = dsa.SELECTORS[name](q, k, 8, index_q=index_q, **index)
+    np.testing.assert_array_equal(found, np.tile(np.arange(8), (64, 1)))
+    q, index_q, index["weights"], index["k_end"] = q[:1], index_q[:1], index["weights"][:1], np.full(1, 101)
+    assert_same(dsa.SELECTORS[name](q, k, 8, index_q=index_q, **index), found[:1])
+
+
 def index_rows(seed, T, S, dtype, batch=()):
     """Random floats with every key about four times, half of them one ulp off: any other rounding shows."""
     rng = np.random.default_rng(seed)
@@ -1309,7 +1330,7 @@ index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
 w, each) => np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
 (x.astype(F64) for x => (x.astype(F32) for x | (x.astype(index_q.dtype) for x
-scores, -INF) => scores, 0)
+scores, -INF) => scores, 0) | scores[..., np.arange(scores.shape[-1]) % 512], -INF)
 k_end = S - T + 1 + => k_end = 1 + | k_end = S +
 np.zeros(T, np.int64) if k_start is None else k_start => np.zeros(T, np.int64)
 np.clip(k_end, 0, S) => np.clip(np.int32(k_end), 0, S)
@@ -1332,6 +1353,7 @@ return select_by_hand(scores, top_k, => return select_by_hand(scores, top_k + 1,
 return select_by_hand(scores, top_k, **forced) => return select_by_hand(scores, top_k)
 return select_by_hand(scores, => return select_by_hand(scores.astype(np.float16),
 return select_by_hand(scores, => return select_by_hand(np.nan_to_num(scores),
+return select_by_hand(scores, => scores.T[::4] = scores.T[::4].astype(F32); return select_by_hand(scores,
 weights, k_start=k_start, k_end=k_end) => weights, k_end=k_end)
 sparse_attention
 D**-0.5 if scale is None else scale => 1.0 if scale is None else scale | D**-0.5
@@ -1349,6 +1371,7 @@ if len(keys := keys_of(at)): => if [keys := keys_of(at)]:
 dense_attention
 np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
 np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at] - 1), | np.arange(hi[at]),
+np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at]) % 512,
 np.clip(k_start, 0, S), => k_start,
 merge_attention
 np.where(lse > -INF, lse, 0) => lse
@@ -2055,6 +2078,24 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
             call(), call()
             other.join()
             assert set(held[0]) == {1} and count() == before
+        with mock.patch.dict(sys.modules):
+            del sys.modules[dsa.__name__]
+            another = importlib.import_module(dsa.__name__)  # a copy, which knows nothing of the first
+        begun, ended = threading.Event(), threading.Event()
+
+        def hold():
+            begun.set()
+            ended.wait(9)
+
+        def start():
+            other.start()
+            begun.wait(9)
+
+        other = threading.Thread(target=another.on_one_blas_thread, args=(hold,))
+        dsa.on_one_blas_thread(start)  # ends before the other copy's call
+        ended.set()
+        other.join()
+        assert count() == before
 
 
 @CACHES
@@ -2084,6 +2125,22 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
             assert cache.hits + cache.misses == 10 * sum(len(np.unique(x)) for both in asked for x in both)
 
 
+def test_a_reader_never_waits_for_the_fast_tier(dsa):
+    """While another thread has it, perhaps for ever, all that is read is a miss, to the same bits."""
+    p, found, indices = tokens(0, (2,), 9), [], np.array([[[0, 5]], [[3, 8]]])
+    with new_cache(dsa, "HybridKVCache", p, 9, fast_tokens=9) as cache:
+        cache.append(**streams_of(p))
+        expected = [cache.attend(p.q[:, :1], indices) for _ in range(2)][1]
+        hits, misses = cache.hits, cache.misses
+        reader = threading.Thread(target=lambda: found.append(cache.attend(p.q[:, :1], indices)))
+        with cache._lock:
+            reader.start()
+            reader.join(20)
+            assert found, "it waits"
+        assert_same(found[0], expected)
+        assert (cache.hits, cache.misses) == (hits, misses + 4) and hits >= 4
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_changes_nothing(dsa, tmp_path):
     """It reads what there was, may not append, and neither its close nor its end takes the file away."""
@@ -2095,6 +2152,7 @@ def test_a_forked_child_changes_nothing(dsa, tmp_path):
             end = 1
             try:
                 np.testing.assert_array_equal(cache.read("k"), p.k[:, :4])
+                refused("read-only", cache.read("k").fill, 0)
                 refused("fork", cache.append, **streams_of(p))
                 cache.close()
                 end = 0
@@ -2161,6 +2219,26 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
     assert path.stat().st_size == len(whole)
 
 
+def test_what_cannot_be_closed_stays_open(dsa, tmp_path, monkeypatch):
+    """An error on the way, as of a full disk, leaves a cache that reads as before and can be closed again."""
+    p, path = tokens(0, (2,), 6), tmp_path / "slow"
+
+    def half(file, **_):
+        file.write(b"half")
+        raise OSError("full")
+
+    again = functools.partial(new_cache, dsa, "HybridKVCache", p, 6, path=path)
+    with again() as cache:
+        cache.append(**streams_of(p))
+        for _ in range(2):
+            with monkeypatch.context() as m:
+                m.setattr(np, "savez", half)
+                refused("full", cache.close, error=OSError)
+            np.testing.assert_array_equal(cache.read("k"), p.k)
+    with again() as cache:
+        np.testing.assert_array_equal(cache.read("k"), p.k)
+
+
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
 def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
     """Of floats and of integers, in each stage, in fp8 and through a cache."""
@@ -2187,7 +2265,7 @@ def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
 
 
 def test_no_call_minds_the_callers_error_state(dsa, tmp_path):
-    """Nor warns; of arrays in a file, too; and what float16 cannot hold is refused, not infinite."""
+    """Nor warns; of arrays in a file, too; and what float16 cannot hold becomes its largest number."""
     p, config = tokens(0, (2,), 40, F16), dsa.DSAConfig(top_k=5, indexer_precision="fp16")
     mapped = np.memmap(tmp_path / "q", F16, "w+", shape=p.q.shape)
     mapped[:] = p.q * F16.type(1e-3)
@@ -2196,8 +2274,10 @@ def test_no_call_minds_the_callers_error_state(dsa, tmp_path):
         out, lse, indices = dsa.dsa_attention(mapped, *p.kv, *index, config, scale=F32.type(0.5))
         dsa.sparse_attention_backward(mapped, *p.kv, indices, out, lse, out)
         dsa.dense_attention(p.q, *p.kv, k_end=np.zeros(40, int))
-    large = replace(p, index_k=p.index_k.astype(F32) * F32.type(1e6))
-    refused("index_q or index_k is beyond", attend, dsa, large, config)
+        large = replace(p, index_k=np.where(np.arange(40)[:, None] > 29, 1e6, p.index_k.astype(F32)))
+        found = attend(dsa, large, config, k_end=np.full((2, 40), 30))[2]  # no query sees what is large
+        assert_same(found, attend(dsa, p, config, k_end=np.full((2, 40), 30))[2])
+        assert (attend(dsa, replace(p, index_k=large.index_k * F32.type(1e30)), config)[2][:, -1] >= 0).all()
 
 
 def test_a_storage_loses_no_number(dsa):
@@ -2446,6 +2526,7 @@ def test_a_cache_of_less_precision_costs_as_much_as_its_rounding(dsa, hidden, st
     cache = layer.new_cache(2, 50, storage)
     y, exact = layer(hidden, cache)[0], layer(hidden)[0]
     assert 0 < np.abs(y - exact).max() < error * np.abs(exact).max()
+    assert type(layer.new_cache(2, 50, fast_bytes=None, local_window=0, path=None)) is dsa.KVCache
     with layer.new_cache(2, 50, storage, fast_bytes=10**3) as hybrid:
         layer(hidden[:, :49], hybrid, core="absorbed"), cache.truncate(np.array([49, 49]))
         results = [layer(hidden[:, 49:], c, core="absorbed") for c in (hybrid, cache)]
@@ -2506,7 +2587,8 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
             ("weights is a list, expected a dict", lambda: dsa.DSALayer([np.ones(3)])),
             ("wq_a is a builtins.list", lambda: dsa.DSALayer({"wq_a": [1.0]})),
             *(("fast_byte", lambda kwargs=kwargs: layer.new_cache(1, 8, **kwargs))
-              for kwargs in ({"fast_byte": 100}, {"local_window": 4}, {"path": "here"})),
+              for kwargs in ({"fast_byte": 100}, {"fast_byte": (1,), "fast_bytes": 10**4},
+                             {"local_window": 4}, {"path": "here"})),
             ("config is a dict", lambda: new(config={"top_k": 3})),
         ],
     }  # fmt: skip
@@ -2617,6 +2699,7 @@ CONFIGS: list[Any] = [  # what config.json says, and what layer_by_hand computes
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
     (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
+    (V32_CONFIG | dict.fromkeys(("rope_interleave", "partial_rotary_factor", "truncate")), NO_YARN),
     (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
     ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
 ]  # fmt: skip
@@ -2748,6 +2831,7 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     *(({name: value}, name) for name, value in (
         ("rope_interleave", False), ("partial_rotary_factor", 0.5), ("n_heads", 4), ("rope_factor", 40.0),
         ("indexer_types", 5), ("index_skip_topk_offset", "1"), ("index_skip_topk_offset", 1.5))),
+    *(({"quantization_config": x}, "weight_block_size") for x in ({"weight_block_size": [64, 64]}, "fp8")),
     ({"model_type": "llama"}, "llama"), ({"rms_norm_eps": "1e-6"}, "norm_eps"),
     ({"num_attention_heads": 4.0}, "n_heads"), ({"num_attention_heads": 8}, "q_b_proj"),
     ({"indexer_types": ["bogus"]}, "bogus"), ({"index_topk_freq": -1}, "index_topk_freq"),
