@@ -42,7 +42,7 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -1177,6 +1177,7 @@ import json
 import tempfile
 import weakref
 import zlib
+from concurrent.futures import wait
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
