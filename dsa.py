@@ -42,7 +42,7 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -485,7 +485,7 @@ class DSAConfig:
         if ratio is None:
             quota(self.top_k, window, self.num_sink_tokens)
         else:
-            fits = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool) and 0 < ratio <= 1
+            fits = is_number(ratio) and 0 < ratio <= 1
             expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
             object.__setattr__(self, "sparse_ratio", float(ratio))
         expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
@@ -911,6 +911,10 @@ def check_integers(name, x, xp=np):
         raise TypeError(f"{name} is of dtype {x.dtype}, expected integers")
 
 
+def is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def integer(name, value, least, error=TypeError):
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
@@ -991,8 +995,7 @@ def check_options(n, given):
         given["scale"] = max(1, n["D"]) ** -0.5
     elif "scale" in given:
         scale = scale.item() if isinstance(scale, (np.ndarray, np.generic)) and scale.ndim == 0 else scale
-        number = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
-        fits = number and abs(scale) <= sys.float_info.max
+        fits = is_number(scale) and abs(scale) <= sys.float_info.max
         expect(fits, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
@@ -1020,8 +1023,7 @@ THREADS: list[int | None] = [None]  # what set_num_threads set
 # For all copies of this file in a process: the calls under way that want BLAS on one thread, the threads that
 # each BLAS had before the first of them, and a lock. Up to Python 3.13 no signal comes between a lock and its
 # `with`.
-SHARED: Any = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
-BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = SHARED
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
 
 
 def set_num_threads(n):
@@ -1180,6 +1182,7 @@ import json
 import tempfile
 import weakref
 import zlib
+from concurrent.futures import wait
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -1613,9 +1616,8 @@ class Entries:
     def attend(self, cache, q, indices, **kwargs):
         if kernel := KERNELS.get(("attend_to_entries", cache.xp.__name__)):
             return kernel(cache, q, indices, **kwargs)
-        parts = []
+        names, parts = cache.streams.keys() & {"k", "v"}, []
         for b, (used, own) in enumerate(map(among_used, indices)):  # no other key is decoded
-            names = cache.streams.keys() & {"k", "v"}
             k_v = {name: self.decode(name, cache.stored(name)[b, used]) for name in names}
             parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
         return tuple(map(np.stack, zip(*parts)))
@@ -1864,8 +1866,8 @@ class HybridKVCache(KVCache):
                 records = self._fast[at(where)]
                 if (late := where < 0).any():
                     records[at(late)] = missed[: late.sum()]
-        misses, hits = len(missed), len(rows) - len(missed)
-        self.hits += hits
+        misses = len(missed)
+        self.hits += len(rows) - misses
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
         near = KVCache.__new__(KVCache)
@@ -1873,13 +1875,17 @@ class HybridKVCache(KVCache):
         near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([room]))
         return near._attend(q, at(np.stack(own)), kwargs)
 
+    def _find(self, rows):
+        """The slots [N] of rows [N] in the fast tier, or -1."""
+        slots = self._slot_of[rows]
+        return np.where(self._owner[slots] == rows, slots, -1)
+
     def _fetch(self, rows):
         """The slots [N] of rows [N] in the fast tier, and the records of the misses, which were not there.
 
         They go to the slots unused for longest, of too many the last; the others have no slot, -1.
         """
-        slots = self._slot_of[rows]
-        slots[self._owner[slots] != rows] = -1
+        slots = self._find(rows)
         self._stamp[slots[slots >= 0]] = self._clock
         if not len(misses := np.flatnonzero(slots < 0)):
             return slots, misses
@@ -1897,8 +1903,7 @@ class HybridKVCache(KVCache):
     def _set_lengths(self, lengths):
         """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
         rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = self._slot_of[rows]
-        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
+        slots = (found := self._find(rows))[found >= 0]  # also of what an interrupted call left there
         self._owner[slots] = self._stamp[slots] = -1
         self._clock += 1
         self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
@@ -2413,7 +2418,7 @@ def read_config(config):
 
 def real(name, value, least=1e-99):
     """Raise unless value is a number of which, up to 1e99, nothing overflows that is made of the dims."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = is_number(value)
     size = float(value) if number and not isinstance(value, int) else value
     expect(number and least <= size <= 1e99, name, repr(value), f"a number from {least} to 1e99")
 
@@ -2831,7 +2836,8 @@ def select_over_shards(at, quota, windows, index_q, index_k, weights):
         with together(at.comm):
             return xp.asarray(every_key(windows, at.num_keys))
     rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
-    place = at.first % (KEY_TILE if xp is np else 1)  # of key 0 in a tile of all keys, as it decides on bits
+    tile = KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
+    place = at.first % tile  # of key 0 in a tile of all keys, as it decides on bits
     base = at.first - place
     near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
 
@@ -3782,6 +3788,7 @@ def gpu_rotate(x, turn, interleaved, out=None):
 gpu_dense_attention = gpu_sparse_attention = gpu_attention
 gpu_by_rows = gpu_projected
 KERNELS |= {(name[4:], "cupy"): run for name, run in [*globals().items()] if name.startswith("gpu_")}
+KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place
 
 
 # 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
