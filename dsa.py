@@ -3359,35 +3359,47 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
             rest = lse, dout, scale, sink, by_mma, at_once
             return gradients_by_rows(n, q, k, v, indices, out, *rest)
     like, acc, N = (q, k, v, sink), accumulator(q, k, k if tied else v), indices.shape[-1]
-    dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
+    dkv = xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
     dz = xp.zeros_like(z)
     kind, (q, k, out, dout, *v) = factors(acc, q, k, out, dout, *(() if tied else (v,)))
-    lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
-    bytes_each = 2 * H * D * kind.itemsize + N * ((G * dkv.shape[-1] + 2 * H) * both_bytes + 32)
+    latent = tied and G == 1 and kind != acc and chip(q).sm == 90 and D in (512, 576) and Dv == 512
+    wide, dq = -(-r // 32) * 32 if latent else r, xp.empty(q.shape, kind if latent else acc)
+    lse, width, more = xp.ascontiguousarray(lse, acc), dkv.shape[-1], 0 if latent else 1  # more: keys, s, dp
+    sizes = acc.itemsize + more * kind.itemsize, kind.itemsize + more * acc.itemsize
+    bytes_each = 2 * H * D * kind.itemsize + N * (G * width * sizes[0] + 2 * G * wide * sizes[1] + 32)
     for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
-        M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
-        values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
+        M, from_z = len(rows), xp.empty((len(rows), H), acc)
+        slots = xp.empty((M * G, N, width), acc)
         q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
-        s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
-        pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)  # pairs: dS and P
-        arrays = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z
-        sizes = N, H, G, Dv, np.float64(scale)
-        launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
-        product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        if tied:  # of each head q and dout
+            both = xp.zeros((M * G, wide, 2, D), kind)
+            both[:, :r, 0], both[:, :r, 1, :Dv] = q_t, dout_t
+        if latent:
+            by_key = xp.empty((M, N, 2 * wide), kind) if r > 32 else None  # of each head dS and P
+            arrays = both, k[b], rows, out[b][t], lse[b][t], z, dq[b][t], by_key, slots, from_z
+            run = kernel(chip(q), "attend_backward_wgmma", 384, D=D, DV=Dv)
+            shared = 384 * D + 8704 + D // 4  # struct Plan of the kernel
+            run((M * -(-H // 64),), arrays, as_arguments(S, H, N, np.float64(scale)), shared)
+        else:
+            keys = gathered_slots(k[b], rows)  # [M * G, N, D]
+            values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
+            s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
+            pairs = xp.empty((M * G, r, 2, N), kind)  # dS and P
+            arrays = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z
+            sizes = N, H, Dv, np.float64(scale)
+            launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
+            product(pairs[:, :, 0], keys, dq[b][t].reshape(M * G, r, D))
+            by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
         dz -= from_z.sum(0)
-        by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
-        if tied:  # one product: [dS, P]^T [q, dout]
-            both = xp.zeros((M * G, 2, r, D), kind)
-            both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
-            slots = product(by_key, both.reshape(M * G, 2 * r, D))
-        else:  # [dS^T q, P^T dout]
-            slots = xp.empty((M * G, N, D + Dv), acc)
-            product(by_key[..., :r], q_t, slots[..., :D])
-            product(by_key[..., r:], dout_t, slots[..., D:])
+        if tied and by_key is not None:  # one product: [dS, P]^T [q, dout]
+            product(by_key, both.reshape(M * G, 2 * wide, D), slots)
+        elif not tied:  # [dS^T q, P^T dout]
+            product(by_key[..., ::2], q_t, slots[..., :D])
+            product(by_key[..., 1::2], dout_t, slots[..., D:])
         add_by_key(rows, slots, dkv[b], deterministic)
     grads = dq, dkv[..., :D], None if tied else dkv[..., D:], None if sink is None else dz
-    return tuple(None if d is None else d.astype(x.dtype) for d, x in zip(grads, like))
+    return tuple(None if d is None else d.astype(x.dtype, copy=False) for d, x in zip(grads, like))
 
 
 def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, at_once):

@@ -2435,6 +2435,12 @@ extern "C" __global__ void __launch_bounds__(256)
 // Training, section 13 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
 // ---------------------------------------------------------------------------------------------------------
+#if defined(ATTEND_BACKWARD) || defined(ATTEND_BACKWARD_WGMMA)
+template <class A> __device__ A logaddexp(A a, A b) {
+    const A inf = A(CUDART_INF_F), top = a < b ? b : a;  // NaN stays NaN
+    return fabs(top) == inf ? top : top + log1p(exp(-fabs(a - b)));
+}
+#endif
 #if defined(ATTEND_BACKWARD) || defined(INDEXER_BACKWARD)
 __device__ ACC sum_of_block(ACC x) {  // of 256 threads, always in the same order
     __shared__ ACC parts[8];
@@ -2471,7 +2477,7 @@ gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 
 //     P = exp(scale s - logaddexp(lse, sink));   dS = scale P (dp - delta),   delta = dout . out
 // in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, negative where absent; out and dout
 //       [M, H, DV] of TYPE, lse [M, H] of ACC; sink [H] of ACC, -inf for none
-// out   pairs [M, G, 2, H / G, K] of TYPE: dS, then P, 0 where absent
+// out   pairs [M, H, 2, K] of TYPE: dS, then P, 0 where absent
 //       from_sink [M, H] of ACC: exp(sink - logaddexp(lse, sink)) delta
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
@@ -2480,24 +2486,249 @@ gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 
 extern "C" __global__ void __launch_bounds__(256)
 attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int* __restrict__ rows,
                 const TYPE* out, const ACC* lse, const TYPE* dout, const ACC* sink, TYPE* __restrict__ pairs,
-                ACC* from_sink, i64 K, i64 H, i64 G, i64 DV, double scale) {
-    const i64 at = blockIdx.x, m = at / H, h = at % H, r = H / G;
-    const ACC inf = ACC(CUDART_INF_F), log_sum = lse[at], z = sink[h];
+                ACC* from_sink, i64 K, i64 H, i64 DV, double scale) {
+    const i64 at = blockIdx.x, m = at / H, h = at % H;
+    const ACC log_sum = lse[at], z = sink[h], whole = logaddexp(log_sum, z);
     ACC delta = 0;
     for (i64 d = threadIdx.x; d < DV; d += 256)
         delta += ACC(widen(dout[at * DV + d])) * ACC(widen(out[at * DV + d]));
     delta = sum_of_block(delta);
-    const ACC top = log_sum < z ? z : log_sum;  // NaN stays NaN
-    const ACC whole = fabs(top) == inf ? top : top + log1p(exp(-fabs(log_sum - z)));
-    if (threadIdx.x == 0) from_sink[at] = log_sum == -inf ? 0 : delta / (1 + exp(log_sum - z));
-    TYPE* to = pairs + (at / r * 2 * r + h % r) * K;
+    if (threadIdx.x == 0) from_sink[at] = log_sum == -ACC(CUDART_INF_F) ? 0 : delta / (1 + exp(log_sum - z));
+    TYPE* to = pairs + at * 2 * K;
 #pragma unroll 4
     for (i64 i = threadIdx.x; i < K; i += 256) {
         const bool there = rows[m * K + i] >= 0;
         const ACC p = there ? exp(ACC(scale) * s[at * K + i] - whole) : 0;
         to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - delta) : 0);
-        to[r * K + i] = Rounded<TYPE>::of(p);
+        to[K + i] = Rounded<TYPE>::of(p);
     }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_backward_wgmma                       attend_backward and its products of the latent shapes on Hopper
+//     [s, dp] = k [q, dout]^T;  P and dS as above;  dq = sum dS k
+// in    both [M, WIDE, 2, D] bf16: q and dout of each head, 0 beyond DV and H; WIDE: H up to a multiple of 32
+//       k [S, D] bf16, whose first DV values are v; rows, out, lse and sink as above, in bf16 and f32
+// out   dq [M, H, D] bf16; from_sink as above; for add_by_key
+//       up to 32 heads: slots [M, K, D] f32 = [dS, P] both, what each slot brings to its key
+//       else what is multiplied for it: pairs [M, K, WIDE, 2] bf16, dS and P of each head
+// grid  M * ceil(H / 64)  block 384: warpgroups 0 and 1 have 32 heads each, or 1 multiplies slots; 2 copies
+// smem  struct Plan: 225 KB at D = 576
+// A tile of 64 keys comes in panels of 64 values. Each is read twice, for s and dp, then for dq, and is free
+// for the next tile. Keys are the rows of s and of dp, and what dq^T is summed over: no warpgroup needs what
+// another has found.
+// cost  of a tile: 3,456 cycles of products, 4,600 of shared memory, 3,000 of L2
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_BACKWARD_WGMMA
+constexpr int PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
+static_assert(D % 64 == 0 && D <= 576, "the heads of two warpgroups and a tile of keys fit in shared memory");
+static_assert(DV % 256 == 0, "a warp reads 256 values of a row at a time");
+struct Plan {
+    char both[PANELS][2][PANEL], k[PANELS][PANEL], ds[PANEL];  // ds: of 64 heads, or dS and P of 32
+    float2 norm[64];                                           // logaddexp(lse, sink) in base 2, and delta
+    u64 full[PANELS], free[PANELS];
+};
+static_assert(sizeof(Plan) == 384 * D + 8704 + D / 4, "dsa.py asks for it");
+
+// d [64, 32] += a^T b of a [16, 64] and b [16, 32], contiguous along the 64 and the 32
+__device__ void wgmma_m64n32k16(float (&d)[16], u64 a, u64 b) {
+    asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16"
+                 " {" TEN() "%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 1, 1; }"
+                 : F8(0), F8(8) : "l"(a), "l"(b));
+}
+// d [64, 64] += or = a b of a [64, 16] and b [16, 64], contiguous along the 16 and the 64
+__device__ void wgmma_m64n64k16(float (&d)[32], u64 a, u64 b, bool add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
+                 " {" TEN() TEN(1) TEN(2) "%30, %31}, %32, %33, p, 1, 1, 0, 1; }"
+                 : F32(0) : "l"(a), "l"(b), "r"((int)add));
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+attend_backward_wgmma(const bf16* both, const bf16* k, const int* rows, const bf16* out, const float* lse,
+                      const float* sink, bf16* dq, bf16* pairs, float* slots, float* from_sink, i64 S, i64 H,
+                      i64 K, double scale) {
+    extern __shared__ __align__(1024) char shared[];
+    Plan& plan = *(Plan*)shared;
+    const int tid = threadIdx.x, warp = tid % 128 / 32, lane = tid % 32;
+    const int group = __shfl_sync(ALL, tid / 128, 0);  // so that the compiler knows it uniform
+    const int parts = (H + 31) / 32, blocks = (parts + 1) / 2, tiles = (K + 63) / 64;  // a part: 32 heads
+    const int part = blockIdx.x % blocks * 2 + group, groups = min(2, parts - (part - group));
+    const i64 m = blockIdx.x / blocks;
+    both += (m * parts + part - group) * 64 * D, rows += m * K;
+    if (tid == 0)
+        for (int i = 0; i < PANELS; i++)
+            mbarrier_init(&plan.full[i], 128), mbarrier_init(&plan.free[i], 4 * groups);
+    __syncthreads();
+
+    const auto key_at = [&](int slot) {
+        const int key = slot < K ? rows[slot] : -1;
+        return (unsigned)key < (unsigned)S ? key : -1;
+    };
+    if (group == 2) {
+        setmaxnreg_dec<40>();
+        // A thread copies 16 bytes of a panel for rows row, row + 16, ..
+        const int row = tid % 128 / 8, column = tid % 8, at = row * 128 + swizzled(row, column);
+        int keys[4], next[4];
+        const auto look_up = [&](int tile) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) keys[r] = next[r], next[r] = key_at(tile * 64 + r * 16 + row);
+        };
+        look_up(0);
+        for (int tile = 0; tile < tiles; tile++) {
+            look_up(tile + 1);
+            for (int panel = 0; panel < PANELS; panel++) {
+                const int d = panel * 64 + column * 8;
+                if (tile) mbarrier_wait(&plan.free[panel], tile - 1 & 1);
+                else
+                    for (int r = 0; r < 4 * groups; r++) {  // q of 32 heads, dout of 32; a lane's 8 in a row
+                        const int head = r / 4 * 32 + row % 8 / 2 * 8 + r % 2 * 4 + row / 8 * 2 + row % 2;
+                        cp_async<16>(cvta_shared(plan.both[panel]) + r * 2048 + at,
+                                     both + (head * 2 + r / 2 % 2) * D + d, true);
+                    }
+#pragma unroll
+                for (int r = 0; r < 4; r++)
+                    cp_async<16>(cvta_shared(plan.k[panel]) + r * 2048 + at, k + max(keys[r], 0) * (i64)D + d,
+                                 keys[r] >= 0);
+                cp_async_mbarrier_arrive(&plan.full[panel]);
+            }
+        }
+        return;
+    }
+
+    const u64 both_at = wgmma_matrix(cvta_shared(plan.both[0][group])),
+              k_at = wgmma_matrix(cvta_shared(plan.k)), ds_at = wgmma_matrix(cvta_shared(plan.ds) + group * 64);
+    const int row = warp * 16 + lane / 4;  // of the tile's keys; this thread's other one is row + 8
+    setmaxnreg_inc<232>();
+    if (group >= groups) {
+        for (int tile = 0; tile < tiles && parts == 1; tile++) {
+            bar_sync(3, 256);  // dS and P are there
+            fence_proxy_async();
+            for (int panel = 0; panel < PANELS; panel++) {
+                float d[32];
+                wgmma_fence();
+#pragma unroll
+                for (int step = 0; step < 4; step++)
+                    wgmma_m64n64k16(d, ds_at - 4 + step * 2, both_at - PANEL / 16 + panel * (PANEL / 8) + step * 128,
+                                    step > 0);
+                wgmma_commit_group();
+                wgmma_wait_group(d);
+                if (panel == PANELS - 1 && tile < tiles - 1) bar_arrive(4, 256);
+#pragma unroll
+                for (int i = 0; i < 32; i += 2) {
+                    const int slot = tile * 64 + row + i / 2 % 2 * 8;
+                    float* const to = slots + (m * K + slot) * D + panel * 64 + i / 4 * 8 + lane % 4 * 2;
+                    if (slot < K) __stcs((float2*)to, make_float2(d[i], d[i + 1]));
+                }
+            }
+        }
+        return;
+    }
+    const float log2e = 1.4426950408889634f, c = float(scale), inf = CUDART_INF_F;
+    float delta = 0;  // of head lane of this warp's 8
+#pragma unroll
+    for (int h = 0; h < 8; h++) {
+        const int of = warp * 8 + h;
+        const bf16* const dout = both + ((group * 32 + of) * 2 + 1) * D;
+        const bf16* const from = out + (m * H + min(part * 32 + of, (int)H - 1)) * DV;
+        float sum = 0;
+#pragma unroll
+        for (int d = lane * 8; d < DV; d += 256) {
+            union { uint4 all; bf16 x[8]; } a, b;
+            a.all = *(const uint4*)(dout + d), b.all = *(const uint4*)(from + d);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum += widen(a.x[i]) * widen(b.x[i]);
+        }
+        sum = sum_of_warp(sum);
+        if (lane == h) delta = sum;
+    }
+    if (lane < 8) {
+        const int head = part * 32 + warp * 8 + lane;
+        float2 norm = {inf, 0};
+        if (head < H) {
+            const float log_sum = lse[m * H + head], z = sink[head];
+            norm = make_float2(logaddexp(log_sum, z) * log2e, delta);
+            from_sink[m * H + head] = log_sum == -inf ? 0 : delta / (1 + exp(log_sum - z));
+        }
+        plan.norm[group * 32 + warp * 8 + lane] = norm;
+    }
+    bar_sync(1 + group, 128);
+    float2 norm[8];  // of this thread's heads
+#pragma unroll
+    for (int h = 0; h < 8; h++) norm[h] = plan.norm[group * 32 + lane % 4 * 8 + h];
+    const auto release = [&](int panel) {
+        if (lane == 0) mbarrier_arrive(&plan.free[panel]);  // only products read it, of whole warps
+    };
+    float sum[PANELS][16] = {};  // dq^T
+    for (int tile = 0; tile < tiles; tile++) {
+        const int own[2] = {tile * 64 + row, tile * 64 + row + 8};
+        const bool there[2] = {key_at(own[0]) >= 0, key_at(own[1]) >= 0};
+        // 1. s and dp side by side, panel by panel as they come
+        float s[32];
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            mbarrier_wait(&plan.full[panel], tile & 1);
+            fence_proxy_async();
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+                wgmma_m64n64k16(s, k_at + panel * (PANEL / 16) + step * 2,
+                                both_at + panel * (PANEL / 8) + step * 2, panel + step > 0, bf16());
+            wgmma_commit_group();
+        }
+        wgmma_wait_group(s);
+        // 2. dS and P; all have read the last dS, or the last panel had not come
+        if (parts == 1 && tile > 0) bar_sync(4, 256);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            unsigned ds[4], p[4];  // of two heads each
+#pragma unroll
+            for (int y = 0; y < 4; y++) {
+                float both[2][2];
+#pragma unroll
+                for (int b = 0; b < 2; b++) {
+                    const float* const x = &s[4 * y + 2 * e + b];
+                    both[1][b] = there[e] ? exp2f(x[0] * c * log2e - norm[2 * y + b].x) : 0;
+                    both[0][b] = there[e] ? c * both[1][b] * (x[16] - norm[2 * y + b].y) : 0;
+                }
+                ds[y] = cvt_rn_x2(both[0][0], both[0][1], bf16()), p[y] = cvt_rn_x2(both[1][0], both[1][1], bf16());
+                char* const to = plan.ds + (row + e * 8) * 128 + lane % 4 * 4;
+                *(unsigned*)(to + swizzled(row, group * 4 + y)) = ds[y];
+                if (parts == 1) *(unsigned*)(to + swizzled(row, 4 + y)) = p[y];
+            }
+            uint4* const to = (uint4*)(pairs + ((m * K + own[e]) * parts + part) * 64) + lane % 4 * 2;
+            if (parts > 1 && own[e] < K)
+#pragma unroll
+                for (int y = 0; y < 4; y += 2)
+                    to[y / 2] = make_uint4(__byte_perm(ds[y], p[y], 0x5410), __byte_perm(ds[y], p[y], 0x7632),
+                                           __byte_perm(ds[y + 1], p[y + 1], 0x5410),
+                                           __byte_perm(ds[y + 1], p[y + 1], 0x7632));
+        }
+        fence_proxy_async();
+        bar_sync(1 + group, 128);
+        if (parts == 1) bar_arrive(3, 256);
+        // 3. dq^T += k^T dS
+        wgmma_fence();
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+#pragma unroll
+            for (int step = 0; step < 4; step++)
+                wgmma_m64n32k16(sum[panel], k_at + (panel * PANEL + step * 2048) / 16, ds_at + step * 128);
+            wgmma_commit_group();
+            if (panel > 0) wgmma_wait_group<1>(), release(panel - 1);
+        }
+        wgmma_wait_group<0>();
+        release(PANELS - 1);
+    }
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++)
+#pragma unroll
+        for (int i = 0; i < 16; i += 2) {
+            const unsigned x = movmatrix_trans(cvt_rn_x2(sum[panel][i], sum[panel][i + 1], bf16()));
+            const int head = part * 32 + lane / 8 * 8 + i / 4 * 2 + lane / 4 % 2;
+            const int d = panel * 64 + warp * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
+            if (head < H) *(unsigned*)(dq + (m * H + head) * D + d) = x;
+        }
 }
 #endif
 
