@@ -3369,10 +3369,10 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
 
 def norms_of(out, lse, dout, z):
     """logaddexp(lse, z) and dout . out of each head [..., H], side by side, and the gradient of z [H]."""
-    lse, delta = lse.astype(z.dtype, copy=False), np.multiply(dout, out, dtype=z.dtype).sum(-1)
+    cupy, lse = sys.modules["cupy"], lse.astype(z.dtype, copy=False)
+    delta = cupy.multiply(dout, out, dtype=z.dtype).sum(-1)
     from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
-    norms = sys.modules["cupy"].stack([np.logaddexp(lse, z), delta], -1)
-    return norms, -from_z.sum(tuple(range(lse.ndim - 1)))
+    return cupy.stack([np.logaddexp(lse, z), delta], -1), -from_z.sum(tuple(range(lse.ndim - 1)))
 
 
 def gradients_of_slots(n, q, k, v, indices, out, lse, dout, z, scale):
