@@ -3452,56 +3452,96 @@ def gpu_packed(x, rope, out=None):
 
 
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
-    xp, (S, H, G, D), Dv, tied = n["xp"], (n[axis] for axis in "SHGD"), out.shape[-1], v is None
-    r = H // G
-    alike = not tied and q.dtype == k.dtype == v.dtype == dout.dtype and q.itemsize == 2
-    if alike and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128:
-        by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
-        at_once = by_mma and not deterministic and r > 4  # of fewer heads atomics take longer
-        if at_once or r <= (4, 16)[by_mma]:
-            rest = lse, dout, scale, sink, by_mma, at_once
-            return gradients_by_rows(n, q, k, v, indices, out, *rest)
-    like, acc, N = (q, k, v, sink), accumulator(q, k, k if tied else v), indices.shape[-1]
-    dq, dkv = xp.zeros(q.shape, acc), xp.zeros((*k.shape[:-1], D if tied else D + Dv), acc)  # [dk | dv]
+    xp, (H, G, D), Dv, tied = n["xp"], (n[axis] for axis in "HGD"), out.shape[-1], v is None
+    r, inputs = H // G, (q, k, k if tied else v)
+    acc, alike = accumulator(*inputs), {x.dtype for x in inputs} == {dout.dtype}
     z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
-    dz = xp.zeros_like(z)
-    kind, (q, k, out, dout, *v) = factors(acc, q, k, out, dout, *(() if tied else (v,)))
-    lse, both_bytes = xp.ascontiguousarray(lse, acc), kind.itemsize + acc.itemsize
-    bytes_each = 2 * H * D * kind.itemsize + N * ((G * dkv.shape[-1] + 2 * H) * both_bytes + 32)
+    rest = indices, out, lse, dout, z, scale
+    by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
+    at_once = by_mma and not deterministic and r > 4  # of fewer heads atomics take longer
+    narrow = not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128
+    latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
+    if alike and narrow and (at_once or r <= (4, 16)[by_mma]):
+        grads = gradients_by_rows(n, q, k, v, *rest, by_mma, at_once)
+    elif alike and latent and by_mma and chip(q).sm == 90:
+        grads = gradients_of_latents(n, q, k, *rest)
+    else:
+        grads = gradients_of_slots(n, q, k, v, *rest)
+    return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in zip(grads, (q, k, v, sink)))
+
+
+def norms_of(out, lse, dout, z):
+    """logaddexp(lse, z) and dout . out of each head [..., H], side by side, and the gradient of z [H]."""
+    cupy, lse = sys.modules["cupy"], lse.astype(z.dtype, copy=False)
+    delta = cupy.multiply(dout, out, dtype=z.dtype).sum(-1)
+    from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
+    return cupy.stack([np.logaddexp(lse, z), delta], -1), -from_z.sum(tuple(range(lse.ndim - 1)))
+
+
+def gradients_of_slots(n, q, k, v, indices, out, lse, dout, z, scale):
+    """dq, dk, dv and dz of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
+    xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], out.shape[-1]
+    r, tied, acc, dz = H // G, v is None, z.dtype, xp.zeros_like(z)
+    width, dq = D if tied else D + Dv, xp.empty(q.shape, acc)
+    dkv = xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
+    kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
+    both_bytes = kind.itemsize + acc.itemsize
+    bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * both_bytes + 32)
     for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
         M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
         values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
         q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
         s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
-        pairs, from_z = xp.empty((M * G, 2, r, N), kind), xp.empty((M, H), acc)  # pairs: dS and P
-        arrays = s, dp, rows, out[b][t], lse[b][t], dout[b][t], z, pairs, from_z
-        sizes = N, H, G, Dv, np.float64(scale)
+        pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
+        norms, from_z = norms_of(out[b][t], lse[b][t], dout[b][t], z)
+        arrays, sizes = (s, dp, rows, norms, pairs), (N, H, G, np.float64(scale))
         launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
         product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
-        dz -= from_z.sum(0)
+        dz += from_z
         by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
         if tied:  # one product: [dS, P]^T [q, dout]
             both = xp.zeros((M * G, 2, r, D), kind)
             both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
             slots = product(by_key, both.reshape(M * G, 2 * r, D))
         else:  # [dS^T q, P^T dout]
-            slots = xp.empty((M * G, N, D + Dv), acc)
+            slots = xp.empty((M * G, N, width), acc)
             product(by_key[..., :r], q_t, slots[..., :D])
             product(by_key[..., r:], dout_t, slots[..., D:])
-        add_by_key(rows, slots, dkv[b], deterministic)
-    grads = dq, dkv[..., :D], None if tied else dkv[..., D:], None if sink is None else dz
-    return tuple(None if d is None else d.astype(x.dtype) for d, x in zip(grads, like))
+        add_by_key(rows, slots, dkv[b])
+    return dq, dkv[..., :D], dkv[..., D:], dz
 
 
-def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, at_once):
-    """gpu_sparse_attention_backward of narrow heads: dq over each query's keys, then dk and dv over each
-    key's queries, whose rows are read again, in their order; or all at once, by atomics. No slot is stored.
+def gradients_of_latents(n, q, k, indices, out, lse, dout, z, scale):
+    """The same for latents in bfloat16 on Hopper, where one kernel does all but the product of a slot,
+    [dS, P]^T [q, dout]. Heads come in parts of 32, or all in one.
+    """
+    xp, (S, H, D), N = n["xp"], (n[axis] for axis in "SHD"), indices.shape[-1]
+    parts, heads, dz = -(-H // 32), min(H, 32), xp.zeros_like(z)
+    q, k, dout = map(aligned, (q, k, dout))
+    dq, dk = xp.empty(q.shape, q.dtype), xp.zeros(k.shape, z.dtype)
+    run, shared = kernel(chip(q), "attend_backward_wgmma", 384, D=D), 384 * D + 8192 + D // 4  # struct Plan
+    bytes_each = 128 * parts * D + N * (4 * D + 128 * parts + 32)
+    for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
+        M, (norms, from_z) = len(rows), norms_of(out[b][t], lse[b][t], dout[b][t], z)
+        both = xp.empty((M, parts, 2, 32, D), q.dtype)
+        both[..., heads:, :], both[:, :, 1, :, dout.shape[-1] :] = 0, 0
+        for i, x in enumerate((q[b][t], dout[b][t])):  # 16 bytes at a time
+            wide = x.view(np.complex128).reshape(M, parts, heads, -1)
+            both.view(np.complex128)[:, :, i, :heads, : wide.shape[-1]] = wide
+        pairs = xp.empty((M, N, parts * 64), q.dtype)  # dS and P
+        arrays, numbers = (both, k[b], norms, rows, dq[b][t], pairs), (S, H, N, np.float64(scale))
+        run((M * -(-parts // 2),), arrays, as_arguments(*numbers), shared)
+        dz += from_z
+        add_by_key(rows, product(pairs, both.reshape(M, parts * 64, D)), dk[b])
+    return dq, dk, None, dz
+
+
+def gradients_by_rows(n, q, k, v, indices, out, lse, dout, z, scale, by_mma, at_once):
+    """The same for narrow heads: dq over each query's keys, then dk and dv over each key's queries, whose
+    rows are read again, in their order; or all at once, by atomics. No slot is stored.
     """
     xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
-    q, k, v, dout = map(aligned, (q, k, v, dout))
-    delta, lse = (dout.astype(np.float32) * out.astype(np.float32)).sum(-1), lse.astype(np.float32)
-    z = xp.full(H, -np.inf, np.float32) if sink is None else sink.astype(np.float32)
-    norms = xp.stack([np.logaddexp(lse, z) * math.log2(math.e), delta], -1, dtype=np.float32)
+    (norms, dz), (q, k, v, dout) = norms_of(out, lse, dout, z), map(aligned, (q, k, v, dout))
     widths, sizes = {"D": D, "DV": v.shape[-1]}, as_arguments(S, H, G, K, np.float64(scale))
     by_rows = functools.partial(kernel, chip(q), "attend_backward_rows", 128, TYPE=q.dtype, **widths)
     by_key: Any = None if at_once else by_rows(BY_KEY=1)
@@ -3521,13 +3561,11 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, scale, sink, by_mma, 
             queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
             arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first
             by_key((S * G,), (*arrays, *(x[b] for x in dk_dv)), sizes)
-    dk, dv = (x.astype(q.dtype) for x in (sums[..., :D], sums[..., D:])) if at_once else dk_dv
-    from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
-    return dq, dk, dv, None if sink is None else -from_z.sum(tuple(range(from_z.ndim - 1))).astype(sink.dtype)
+    return dq, *((sums[..., :D], sums[..., D:]) if at_once else dk_dv), dz
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
-    """attention_target, by kernels attention_lse and attention_target."""
+    """attention_target, by kernels attention_lse and sum_of_heads."""
     xp, (S, H, G, D), r = n["xp"], (n[axis] for axis in "SHGD"), n["H"] // n["G"]
     acc, N = accumulator(q, k), S if indices is None else indices.shape[-1]
     target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
@@ -3543,7 +3581,7 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
         sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
         launch("attention_lse", 256, (-(-M * H // 8),), (s, sees, lse), (M, *sizes), ACC=acc)
         arrays = s, sees, lse, target[b][t]
-        launch("attention_target", 256, (M * -(-N // 256),), arrays, sizes, ACC=acc)
+        launch("sum_of_heads", 256, (M * -(-N // 256),), arrays, sizes, ACC=acc, TARGET=1)
     return target
 
 
@@ -3565,7 +3603,8 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
         keys = gathered_slots(keys, rows)  # [1 or M, N, E]
         r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
         scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        launch("weigh_heads", 256, (M * -(-N // 256),), (r, w, scores), (N, J), ACC=acc)
+        sizes = N, J, J, J * N, 0, np.float64(1)
+        launch("sum_of_heads", 256, (M * -(-N // 256),), (r, None, w, scores), sizes, ACC=acc, TARGET=0)
         losses[b][t], d_scores = kl(target[b][t], scores, sees)
         arrays = r, d_scores, w, d_r, d_w[b][t]
         launch("indexer_backward", 256, (M * J,), arrays, (N, J), TYPE=kind, ACC=acc)
@@ -3574,7 +3613,7 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
         if dense:
             d_k[b] += slots[0]
         else:
-            add_by_key(rows, slots, d_k[b][:, None], deterministic)
+            add_by_key(rows, slots, d_k[b][:, None])
     return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
@@ -3645,12 +3684,10 @@ def product_plan(a, b, out):
     return (b_t, a_t, n, m, k, one), b_is, (*a_is, zero), (*out_is, N, *how)
 
 
-def add_by_key(rows, slots, sums, deterministic):
+def add_by_key(rows, slots, sums):
     """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N], -1 for none."""
     xp, (M, N), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
-    if slots.size and not deterministic:
-        launch("add_by_atomics", 256, (-(-N // 8), M * G), (slots, rows, sums), (N, G, width), ACC=acc)
-    elif slots.size:
+    if slots.size:
         place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
         arrays, columns = (slots, *slots_by_key(rows, place, S), sums), -(-width // 128)
         launch("add_by_key", 128, (S * G,), arrays, (N, G, width), ACC=acc, COLUMNS=columns)

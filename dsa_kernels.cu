@@ -2471,47 +2471,184 @@ gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// attend_backward                                                  sparse_attention_backward, a slot at a time
-//     P = exp(scale s - logaddexp(lse, sink));   dS = scale P (dp - delta),   delta = dout . out
-// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, negative where absent; out and dout
-//       [M, H, DV] of TYPE, lse [M, H] of ACC; sink [H] of ACC, -inf for none
-// out   pairs [M, G, 2, H / G, K] of TYPE: dS, then P, 0 where absent
-//       from_sink [M, H] of ACC: exp(sink - logaddexp(lse, sink)) delta
+// attend_backward                                                 sparse_attention_backward, a slot at a time
+//     p = exp(scale s - norms[.., 0]);   ds = scale p (dp - norms[.., 1])
+// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, negative where absent
+//       norms [M, H, 2] of ACC: logaddexp(lse, sink), and dout . out
+// out   pairs [M, G, 2, H / G, K] of TYPE: ds, then p, 0 where absent
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD
 extern "C" __global__ void __launch_bounds__(256)
 attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int* __restrict__ rows,
-                const TYPE* out, const ACC* lse, const TYPE* dout, const ACC* sink, TYPE* __restrict__ pairs,
-                ACC* from_sink, i64 K, i64 H, i64 G, i64 DV, double scale) {
-    const i64 at = blockIdx.x, m = at / H, h = at % H, r = H / G;
-    const ACC inf = ACC(CUDART_INF_F), log_sum = lse[at], z = sink[h];
-    ACC delta = 0;
-    for (i64 d = threadIdx.x; d < DV; d += 256)
-        delta += ACC(widen(dout[at * DV + d])) * ACC(widen(out[at * DV + d]));
-    delta = sum_of_block(delta);
-    const ACC top = log_sum < z ? z : log_sum;  // NaN stays NaN
-    const ACC whole = fabs(top) == inf ? top : top + log1p(exp(-fabs(log_sum - z)));
-    if (threadIdx.x == 0) from_sink[at] = log_sum == -inf ? 0 : delta / (1 + exp(log_sum - z));
-    TYPE* to = pairs + (at / r * 2 * r + h % r) * K;
+                const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G, double scale) {
+    const i64 at = blockIdx.x, m = at / H, r = H / G;
+    norms += 2 * at;
+    TYPE* to = pairs + (at / r * 2 * r + at % r) * K;
 #pragma unroll 4
     for (i64 i = threadIdx.x; i < K; i += 256) {
         const bool there = rows[m * K + i] >= 0;
-        const ACC p = there ? exp(ACC(scale) * s[at * K + i] - whole) : 0;
-        to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - delta) : 0);
+        const ACC p = there ? exp(ACC(scale) * s[at * K + i] - norms[0]) : 0;
+        to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
         to[r * K + i] = Rounded<TYPE>::of(p);
     }
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
+// in    both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV values and H heads
+//       k [S, D] bf16, whose first DV values are v; norms and rows as above, in f32
+// out   dq [M, H, D] bf16; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
+// grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
+// smem  struct Plan: 224 KB at D = 576
+// A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
+// by one for the next tile. Products have keys for rows, or sum over them: no part needs another.
+// cost  of a tile: 3,456 cycles of products, 4,600 of shared memory, 3,000 of L2 (74 KB)
+// ---------------------------------------------------------------------------------------------------------
+#ifdef ATTEND_BACKWARD_WGMMA
+constexpr int PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
+static_assert(D % 64 == 0 && D <= 576, "two parts and a tile of keys fit in shared memory");
+struct Plan {
+    char both[PANELS][2][PANEL], k[PANELS][PANEL], ds[PANEL];  // ds: of two parts
+    u64 full[PANELS], free[PANELS];
+};
+static_assert(sizeof(Plan) == 384 * D + 8192 + D / 4, "dsa.py asks for it");
+
+// d [64, 32] += a^T b of a [16, 64] and b [16, 32], contiguous along the 64 and the 32
+__device__ void wgmma_m64n32k16(float (&d)[16], u64 a, u64 b) {
+    asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16"
+                 " {" TEN() "%10,%11,%12,%13,%14,%15}, %16, %17, p, 1, 1, 1, 1; }"
+                 : F8(0), F8(8) : "l"(a), "l"(b));
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows, bf16* dq,
+                      bf16* pairs, i64 S, i64 H, i64 K, double scale) {
+    extern __shared__ __align__(1024) char shared[];
+    Plan& plan = *(Plan*)shared;
+    const int tid = threadIdx.x, warp = tid % 128 / 32, lane = tid % 32;
+    const int group = __shfl_sync(ALL, tid / 128, 0);  // so that the compiler knows it uniform
+    const int parts = (H + 31) / 32, blocks = (parts + 1) / 2, tiles = (K + 63) / 64;
+    const int part = blockIdx.x % blocks * 2, groups = min(2, parts - part);
+    const i64 m = blockIdx.x / blocks;
+    rows += m * K, pairs += m * K * parts * 64;
+    const auto key_at = [&](int slot) { return slot < K ? rows[slot] : -1; };
+    if (tid == 0)
+        for (int i = 0; i < PANELS; i++)
+            mbarrier_init(&plan.full[i], 128), mbarrier_init(&plan.free[i], 4 * groups);
+    __syncthreads();
+
+    if (group == 2) {  // a thread copies 16 bytes of a panel for rows row, row + 16, ..
+        setmaxnreg_dec<40>();
+        const int row = tid % 128 / 8, column = tid % 8, at = row * 128 + swizzled(row, column);
+        both += (m * parts + part) * 64 * D + column * 8, k += column * 8;
+        for (int tile = 0; tile < tiles; tile++) {
+            int keys[4];
+            for (int r = 0; r < 4; r++) keys[r] = key_at(tile * 64 + r * 16 + row);
+            for (int panel = 0; panel < PANELS; panel++) {
+                if (tile) mbarrier_wait(&plan.free[panel], tile - 1 & 1);
+                for (int r = 0; r < 4 * groups && tile == 0; r++) {  // so that a lane has 8 heads in a row
+                    const int head = row % 8 / 2 * 8 + r % 2 * 4 + row / 8 * 2 + row % 2;
+                    cp_async<16>(cvta_shared(plan.both[panel]) + r * 2048 + at,
+                                 both + (r / 2 * 32 + head) * D + panel * 64, true);
+                }
+                for (int r = 0; r < 4; r++) {
+                    const bool there = (unsigned)keys[r] < (unsigned)S;
+                    cp_async<16>(cvta_shared(plan.k[panel]) + r * 2048 + at,
+                                 k + (there ? (i64)keys[r] : 0) * D + panel * 64, there);
+                }
+                cp_async_mbarrier_arrive(&plan.full[panel]);
+            }
+        }
+        return;
+    }
+    if (group >= groups) return;
+    setmaxnreg_inc<232>();
+    const float c = float(scale);
+    const int row = warp * 16 + lane / 4;   // of the tile's keys; this thread's other one is row + 8
+    const int first = (part + group) * 32;  // of the part's heads; this thread's are 8 from lane % 4 * 8 on
+    const unsigned own = cvta_shared(plan.both[0][group]), own_ds = cvta_shared(plan.ds) + group * 64;
+    const u64 both_at = wgmma_matrix(own), ds_at = wgmma_matrix(own_ds), k_at = wgmma_matrix(cvta_shared(plan.k));
+    const auto release = [&](int panel) {
+        if (lane == 0) mbarrier_arrive(&plan.free[panel]);  // only products read it, of whole warps
+    };
+    float2 norm[8];
+    for (int i = 0; i < 8; i++) {
+        const int head = first + lane % 4 * 8 + i;
+        norm[i] = head < H ? norms[m * H + head] : make_float2(CUDART_INF_F, 0);
+    }
+    float sum[PANELS][16] = {};  // dq^T
+    for (int tile = 0; tile < tiles; tile++) {
+        const int slots[2] = {tile * 64 + row, tile * 64 + row + 8};
+        const int keys[2] = {key_at(slots[0]), key_at(slots[1])};
+        // 1. s, and in s[16] .. dp, of the same keys and heads, panel by panel as they come
+        float s[32];
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            mbarrier_wait(&plan.full[panel], tile & 1);
+            fence_proxy_async();
+            wgmma_fence();
+            for (int step = 0; step < 4; step++)
+                wgmma_m64n64k16(s, k_at + (panel * PANEL + step * 32) / 16,
+                                both_at + (2 * panel * PANEL + step * 32) / 16, panel + step > 0, bf16());
+            wgmma_commit_group();
+        }
+        wgmma_wait_group(s);
+        // 2. p and ds; nobody reads the last ds any more, as the last panel was free
+        unsigned p[2][4], ds[2][4];  // of two heads each
+#pragma unroll
+        for (int i = 0; i < 16; i += 2) {
+            const int e = i / 2 % 2, h = i / 4;
+            float x[2], y[2];
+            for (int j = 0; j < 2; j++) {
+                const bool there = (unsigned)keys[e] < (unsigned)S;
+                x[j] = there ? __expf(c * s[i + j] - norm[2 * h + j].x) : 0;
+                y[j] = there ? c * x[j] * (s[16 + i + j] - norm[2 * h + j].y) : 0;
+            }
+            p[e][h] = cvt_rn_x2(x[0], x[1], bf16()), ds[e][h] = cvt_rn_x2(y[0], y[1], bf16());
+            const int at = (row + e * 8) * 128 + swizzled(row, group * 4 + h) + lane % 4 * 4;
+            *(unsigned*)(plan.ds + at) = ds[e][h];
+        }
+        fence_proxy_async();
+        bar_sync(1 + group, 128);
+        // 3. dq^T += k^T ds; p and ds go out meanwhile
+        wgmma_fence();
+#pragma unroll
+        for (int panel = 0; panel < PANELS; panel++) {
+            for (int step = 0; step < 4; step++)
+                wgmma_m64n32k16(sum[panel], k_at + (panel * PANEL + step * 2048) / 16, ds_at + step * 128);
+            wgmma_commit_group();
+            for (int e = 0; e < 2 && panel == 1; e++) {
+                uint4* const to = (uint4*)(pairs + (slots[e] * (i64)parts + part + group) * 64) + lane % 4;
+                if (slots[e] >= K) continue;
+                to[0] = make_uint4(ds[e][0], ds[e][1], ds[e][2], ds[e][3]);
+                to[4] = make_uint4(p[e][0], p[e][1], p[e][2], p[e][3]);
+            }
+            if (panel > 0) wgmma_wait_group<1>(), release(panel - 1);
+        }
+        wgmma_wait_group<0>();
+        release(PANELS - 1);
+    }
+#pragma unroll
+    for (int i = 0; i < PANELS * 16; i += 2) {  // transposed, 8 x 8 values at a time
+        const float* const x = &sum[i / 16][i % 16];
+        const int head = first + lane / 8 * 8 + i % 16 / 4 * 2 + lane / 4 % 2;
+        const int d = i / 16 * 64 + warp * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
+        const unsigned two = movmatrix_trans(cvt_rn_x2(x[0], x[1], bf16()));
+        if (head < H) *(unsigned*)(dq + (m * H + head) * D + d) = two;
+    }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // attend_backward_rows                       sparse_attention_backward of small heads: a row against its others
-//     p = exp2(scale a.a' log2(e) - norm.x),  ds = scale p (b.b' - norm.y);   d_a = sum ds a',  d_b = sum p b'
+//     p and ds as above, of s = a.a' and dp = b.b';   d_a = sum ds a',  d_b = sum p b'
 // in    BY_KEY 0: a, b are rows of q and dout, the others k and v at list [T, K] i32, absent outside [0, S)
 //       BY_KEY 1: a, b are rows of k and v, the others those heads of q and dout that share them, of queries
 //       list[first[key]] .. list[first[key + 1] - 1], in their order
-//       norms [T, H]: logaddexp(lse, sink) in base 2, and dout . out; D, DV multiples of 8, at most 128
+//       norms [T, H, 2] as above; D, DV multiples of 8, at most 128
 // out   d_a, and BY_KEY d_b, of TYPE, every element written; runs agree bit for bit, as no sum is by atomics
 // grid  rows of a  block 128: a warp takes 32 / LANES others at a time, a lane 8 values of each
 // cost  2 * (D + DV) bytes a pair out of L2
@@ -2538,7 +2675,7 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
     const i64 own = blockIdx.x;
     list += BY_KEY ? first[row] : row * K;
     const int count = BY_KEY ? (int)(first[row + 1] - first[row]) * r : (int)K;
-    const float log2e = 1.4426950408889634f, c = float(scale);
+    const float c = float(scale);
     float x[8], y[8], sum_a[8] = {}, sum_b[8] = {};
     widened(x, a + own * D + at, at < D), widened(y, b + own * DV + at, at < DV);
     const float2 own_norm = BY_KEY ? make_float2(0, 0) : norms[own];
@@ -2555,7 +2692,7 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
         for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
 #pragma unroll
         for (int d = LANES / 2; d; d /= 2) s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
-        const float weight = there ? exp2f(s * c * log2e - norm.x) : 0;
+        const float weight = there ? __expf(c * s - norm.x) : 0;
         const float ds = there ? c * weight * (dp - norm.y) : 0;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
@@ -2650,7 +2787,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
     const int part = blockIdx.x % parts, group = blockIdx.x / parts % G, heads = min(8, r - part * 8);
     const i64 t = blockIdx.x / (parts * G), first = t * H + group * r + part * 8;
     Tiles& tiles = ((Tiles*)shared)[warp];
-    const float log2e = 1.4426950408889634f, c = float(scale);
+    const float c = float(scale);
     unsigned q_b[STEPS][2], dout_b[VSTEPS][2];
     load_heads<D>(q_b, q + first * D, heads), load_heads<DV>(dout_b, dout + first * DV, heads);
     float2 norm[2];  // of this lane's two heads
@@ -2698,7 +2835,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
             const int own = __shfl_sync(ALL, key, lane / 4 + e * 8);
             float p[2], ds[2];
             for (int h = 0; h < 2; h++) {
-                p[h] = own < 0 ? 0 : exp2f(s[2 * e + h] * c * log2e - norm[h].x);
+                p[h] = own < 0 ? 0 : __expf(c * s[2 * e + h] - norm[h].x);
                 ds[h] = own < 0 ? 0 : c * p[h] * (dp[2 * e + h] - norm[h].y);
             }
             p_a[e] = cvt_rn_x2(p[0], p[1], bf16()), ds_a[e] = cvt_rn_x2(ds[0], ds[1], bf16());
@@ -2776,43 +2913,27 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// attention_target                                     the mean over heads of exp(scale s - lse), where seen
-// in    as attention_lse, and its lse
-// out   target [M, N] of ACC, every element written: 0 where not seen
+// sum_of_heads                       of each key: attention_target, or scores of eq. (1), from their products
+//     TARGET 1: the mean over heads of exp(scale x - w), 0 where not seen;   TARGET 0: the sum of w relu(x)
+// in    x = q . k as attention_lse has it, and of each head w [M, H]: its lse, or a weight; sees, with TARGET
+// out   out [M, N] of ACC, every element written
 // grid  M * ceil(N / 256)  block 256: a thread a key
 // ---------------------------------------------------------------------------------------------------------
-#ifdef ATTENTION_TARGET
+#ifdef SUM_OF_HEADS
 extern "C" __global__ void __launch_bounds__(256)
-attention_target(const ACC* s, const bool* sees, const ACC* lse, ACC* target, i64 N, i64 H, i64 R,
-                 i64 s_query, i64 s_group, double scale) {
+sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R, i64 s_query,
+             i64 s_group, double scale) {
     const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
     if (n >= N) return;
-    s += m * s_query + n;
-    lse += m * H;
+    x += m * s_query + n, w += m * H;
     ACC sum = 0;
     for (i64 g = 0; g < H / R; g++)
 #pragma unroll 8
-        for (int i = 0; i < R; i++) sum += exp(ACC(scale) * s[g * s_group + i * N] - lse[g * R + i]);
-    target[m * N + n] = sees[m * N + n] ? sum / H : 0;
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-// weigh_heads                                                                    eq. (1), from its products
-//     scores[m,n] = sum_j weights[m,j] * relu(r[m,j,n])
-// in    r [M, J, N], weights [M, J] of ACC
-// out   scores [M, N] of ACC, every element written
-// grid  M * ceil(N / 256)  block 256: a thread a key
-// ---------------------------------------------------------------------------------------------------------
-#ifdef WEIGH_HEADS
-extern "C" __global__ void __launch_bounds__(256)
-weigh_heads(const ACC* r, const ACC* weights, ACC* scores, i64 N, i64 J) {
-    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
-    if (n >= N) return;
-    ACC sum = 0;
-#pragma unroll 8
-    for (i64 j = 0; j < J; j++) sum += weights[m * J + j] * relu(r[(m * J + j) * N + n]);
-    scores[m * N + n] = sum;
+        for (int i = 0; i < R; i++) {
+            const ACC z = x[g * s_group + i * N], of_head = w[g * R + i];
+            sum += TARGET ? exp(ACC(scale) * z - of_head) : of_head * relu(z);
+        }
+    out[m * N + n] = !TARGET ? sum : sees[m * N + n] ? sum / H : 0;
 }
 #endif
 
@@ -2827,6 +2948,7 @@ weigh_heads(const ACC* r, const ACC* weights, ACC* scores, i64 N, i64 J) {
 extern "C" __global__ void __launch_bounds__(256)
 indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
                  TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
+    __shared__ ACC parts[8];
     const i64 at = blockIdx.x, m = at / J;
     const ACC weight = weights[at];
     ACC sum = 0;
@@ -2837,7 +2959,10 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
         sum += on ? d * x : 0;
         d_r[at * N + n] = Rounded<TYPE>::of(on ? d * weight : 0);
     }
-    sum = sum_of_block(sum);
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+    __syncthreads();
+    for (int w = 1; w < 8; w++) sum += parts[w];
     if (threadIdx.x == 0) d_w[at] = sum;
 }
 #endif
@@ -2848,9 +2973,6 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
 //       in the order of the queries; first [S + 1] i64: where each key's begin
 // out   sums [S, G, width] of ACC grow by it, one row after the other, so that runs agree bit for bit
 // grid  S * G  block 128
-// add_by_atomics                                                                       the same, in any order
-// in    rows [M, K] i32 in place of order and first, negative where absent
-// grid  (ceil(K / 8), M * G)  block 256: a warp a slot
 // ---------------------------------------------------------------------------------------------------------
 #ifdef ADD_BY_KEY
 constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
@@ -2887,16 +3009,5 @@ add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i
         const int d = threadIdx.x + 128 * j;
         if (d < width) sums[d] = sum[j];
     }
-}
-#endif
-
-#ifdef ADD_BY_ATOMICS
-extern "C" __global__ void __launch_bounds__(256)
-add_by_atomics(const ACC* x, const int* rows, ACC* sums, i64 K, i64 G, i64 width) {
-    const i64 slot = blockIdx.x * 8 + threadIdx.x / 32, at = blockIdx.y * K + slot;
-    if (slot >= K) return;
-    const i64 g = blockIdx.y % (unsigned)G, key = rows[blockIdx.y / (unsigned)G * K + slot];
-    for (i64 d = threadIdx.x % 32; d < width && key >= 0; d += 32)
-        atomicAdd(&sums[(key * G + g) * width + d], x[at * width + d]);
 }
 #endif

@@ -4054,7 +4054,8 @@ def test_offsets_beyond_32_bits(dsa, cupy):
 @pytest.mark.parametrize("dtype", [BFLOAT16, F16, F32], ids=str)
 @pytest.mark.parametrize("T, K, H, G, D, Dv", [
     (45, 150, 128, 1, 576, None), (45, 150, 128, 1, 576, 64), (50, 30, 3, 3, 64, 64), (50, 30, 4, 1, 40, 24),
-    (50, 30, 8, 2, 128, 64), (50, 150, 24, 2, 64, 128), (50, 150, 16, 1, 40, 24),
+    (50, 30, 8, 2, 128, 64), (50, 150, 24, 2, 64, 128), (50, 150, 16, 1, 40, 24), (20, 200, 8, 1, 576, None),
+    (20, 64, 96, 1, 512, None), (20, 70, 40, 1, 576, None),
 ])  # fmt: skip
 def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
     """Near NumPy's float64, in one chunk of queries and in many, by atomics too; without, the same bits. A
@@ -4297,11 +4298,11 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
       for ACC, x, loads in ((FLOAT, FLOAT, 8), (FLOAT, BF16, 32), (DOUBLE, DOUBLE, 16))),
     *((name, {"TYPE": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
       for name in ("attend_backward", "indexer_backward") for x in (FLOAT, DOUBLE, BF16)),
-    *((name, {"ACC": x}) for x in (FLOAT, DOUBLE)
-      for name in ("attention_lse", "attention_target", "weigh_heads")),
+    *(("attend_backward_wgmma", {"D": D}) for D in (512, 576)),
+    *(kernel for x in (FLOAT, DOUBLE) for kernel in (
+        ("attention_lse", {"ACC": x}), *(("sum_of_heads", {"ACC": x, "TARGET": y}) for y in (0, 1)))),
     *(("gather", {"UNIT": x}) for x in ("short", "int", "int2", "int4")),
     *(("add_by_key", {"ACC": x, "COLUMNS": columns}) for x in (FLOAT, DOUBLE) for columns in (1, 5, 9)),
-    *(("add_by_atomics", {"ACC": x}) for x in (FLOAT, DOUBLE)),
     *(("quantize_fp8", {"BLOCK": 128, "UE8M0": 1, "XT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
       for x in (FLOAT, DOUBLE, HALF, BF16)),
     *(("made_of_x", {"ACC": x, "OUT": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
