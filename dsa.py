@@ -1358,7 +1358,7 @@ def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
     (planes,) = drawn(n["xp"], seed, (n["G"] * n["D"], bits), dtype=np.float32)
 
     def with_signs(x):
-        side = by_rows(x, np.ascontiguousarray(planes.T).astype(x.dtype))
+        side = by_rows(x, planes.T.astype(x.dtype, "C"))
         return np.concatenate([x, np.where(side >= 0, 1, -1).astype(x.dtype)], -1)[..., None, :]
 
     def score(q, k, s, start, end):
@@ -3523,8 +3523,7 @@ def gradients_of_latents(n, q, k, indices, out, lse, dout, z, scale):
     bytes_each = 128 * parts * D + N * (4 * D + 128 * parts + 32)
     for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
         M, (norms, from_z) = len(rows), norms_of(out[b][t], lse[b][t], dout[b][t], z)
-        both = xp.empty((M, parts, 2, 32, D), q.dtype)
-        both[..., heads:, :], both[:, :, 1, :, dout.shape[-1] :] = 0, 0
+        both = xp.zeros((M, parts, 2, 32, D), q.dtype)
         for i, x in enumerate((q[b][t], dout[b][t])):  # 16 bytes at a time
             wide = x.view(np.complex128).reshape(M, parts, heads, -1)
             both.view(np.complex128)[:, :, i, :heads, : wide.shape[-1]] = wide
