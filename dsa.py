@@ -3223,14 +3223,14 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start, k_end):
 @plan
 def topk_kernel(chip, real, rows, num_keys, quota):
     """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
-    block, span = 512 if rows > 128 else 1024, num_keys + 3 * (num_keys % 4 > 0)  # a row may begin anywhere
-    simple = real == np.float32 and not any(quota[1:]) and span <= 2**14
-    held = next(x for x in (8, 16, 32) if span <= x * block) if simple else 0  # keys in a thread's registers
+    block, simple = 512 if rows > 128 else 1024, real == np.float32 and not any(quota[1:])
+    # How many keys stay in a thread's registers
+    held = next((x for x in (8, 16, 32) if simple and num_keys <= min(x * block, 2**14)), 0)
     blocks = 1 if held else blocks_of_row(chip, rows, num_keys)
     block = 512 if blocks > 1 else block
     # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
     runs = [1] if held else [8192] * (quota[0] > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
-    shared = {x: 8500 + 20 * x + 40000 * (blocks > 1) for x in runs}  # struct Shared of the kernel
+    shared = {x: 8500 + 20 * x + 2 * held * block + 40000 * (blocks > 1) for x in runs}  # struct Shared
     most = next(x for x in runs if shared[x] <= chip.shared)
     sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}
     return kernel(chip, "select_topk", block, REAL=real, **sizes), blocks, shared[most]

@@ -893,18 +893,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 //       have; runs in which a key has it, one at least, are held in shared memory, in any order: 15
 //       instructions a run. Where their keys are too few, or they are too many for a block, the row itself
 //       takes their place: it is exact either way. Some two rounds count them; then what is kept is marked,
-//       a bit a key, and written in order. A row that fits HELD registers of each thread is kept there instead:
-//       in float32, without forced keys.
+//       a bit a key, and written in order. A row that fits HELD registers of each thread is kept there instead,
+//       in float32, without forced keys: 60 instructions a key.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef SELECT_TOPK
 constexpr int WARPS = BLOCK / 32, WIDTH = 16 / sizeof(REAL);
 constexpr int RESIDENT = BLOCKS > 1 || BLOCK == 1024 ? 1 : HELD && HELD <= 16 ? 3 : 2;  // on a multiprocessor
 constexpr int EVERY = 16, PIECE = 8 / WIDTH;  // of each EVERY pieces of PIECE runs, one is sampled
 constexpr int LOADS = BLOCK == 1024 || sizeof(REAL) == 8 ? 4 : 8;  // runs that a thread reads at a time
+constexpr int SPAN = 1 << 16;  // keys with a mark at a time: 32 * BINS
 template <int BYTES> struct Bits { using type = unsigned; };
 template <> struct Bits<8> { using type = unsigned long long; };
-template <> struct Bits<2> { using type = unsigned short; };
-template <> struct Bits<1> { using type = u8; };
 using Rank = Bits<sizeof(REAL)>::type;  // grows with the score, equal for equal scores; 0: not visible
 struct alignas(16) Vec { REAL x[WIDTH]; };
 struct alignas(16) Ranks { Rank x[WIDTH]; };
@@ -913,9 +912,6 @@ constexpr int DIGIT = 11, BINS = 1 << DIGIT, OWN = BINS / BLOCK;  // OWN: bins t
 constexpr int COARSE = 8 * sizeof(Rank) - DIGIT;             // the first shift for ranks of any scores
 constexpr int FINE = (sizeof(Rank) == 8 ? 53 : 24) - DIGIT;  // that for those of two octaves above a score
 struct alignas(4 * OWN) Counts { int x[OWN]; };
-
-using Mark = Bits<HELD ? HELD / 8 : 4>::type;  // a bit for each key that a thread writes, side by side
-constexpr int MARKED = 8 * sizeof(Mark), SPAN = HELD ? HELD * BLOCK : 32 * BINS;  // keys with one at a time
 
 #if BLOCKS > 1
 constexpr int SLICE = BINS / BLOCKS;
@@ -960,31 +956,28 @@ struct Exchange {
 #endif
 
 struct Shared : Exchange {
-    alignas(16) int bins[BINS];  // from the largest down, or marks; zeros while nobody counts
+    alignas(16) int bins[BINS + 1];  // and one for what does not count; or marks; zeros while nobody counts
     int sums[2][32];
     int place, bin, above, equal, count;
     Ranks ranks[CAPACITY];
     int run[CAPACITY];  // of which these are the ranks
+    unsigned short list[HELD * BLOCK + 1];  // the kept keys of a row that fits in registers
 };
-static_assert(sizeof(Shared) <= sizeof(Exchange) + 8500 + CAPACITY * 20, "dsa.py asks for as much");
+static_assert(sizeof(Shared) <= sizeof(Exchange) + 8500 + CAPACITY * 20 + 2 * HELD * BLOCK, "as in dsa.py");
+
+constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1);
+constexpr Rank LOWEST = ((Rank)1 << (sizeof(REAL) == 8 ? 52 : 23)) + 1;  // of a finite score
 
 __device__ Rank rank_of(REAL x) {
-    if (!(x > -(REAL)CUDART_INF)) return 0;
-    Rank bits;
-    if constexpr (sizeof(REAL) == 8) bits = __double_as_longlong(x);
-    else bits = __float_as_uint(x);
-    constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1);
-    if (bits == SIGN) bits = 0;  // -0.0 is +0.0. Not by x + 0, which may flush denormals
-    return bits & SIGN ? ~bits : bits | SIGN;
+    const Rank bits = (Rank&)x;  // const would convert it
+    return !(x > -(REAL)CUDART_INF) ? 0 : bits & SIGN ? 0 - bits : bits | SIGN;  // the same for -0.0 and +0.0
 }
 
 // A score that all of this rank and above reach; with -ftz=true, others may.
 __device__ REAL score_of(Rank rank) {
-    constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1), LEAST = (Rank)1 << (sizeof(REAL) == 8 ? 52 : 23);
-    rank = max(rank, LEAST);  // of the least finite score
-    rank = rank & SIGN ? rank ^ SIGN : ~rank;
-    if constexpr (sizeof(REAL) == 8) return __longlong_as_double(rank);
-    else return __uint_as_float(rank);
+    rank = max(rank, LOWEST);
+    rank = rank & SIGN ? rank ^ SIGN : 0 - rank;
+    return (REAL&)rank;
 }
 
 // Sum of x over the threads before this one, and over all of them. One barrier; calls alternate `turn`.
@@ -1019,11 +1012,11 @@ __device__ int nth_visible(Shared& sh, const REAL* row, int begin, int end, int 
     return place;
 }
 
-// What all threads have counted in the OWN bins of this one, which become zeros
+// What all threads have counted in the OWN bins of this one, which become zeros; the first has the last bins
 #if BLOCKS <= 1
 __device__ Counts add_up(Shared& sh) {
     __syncthreads();
-    Counts& own = ((Counts*)sh.bins)[threadIdx.x];
+    Counts& own = ((Counts*)sh.bins)[BLOCK - 1 - threadIdx.x];
     const Counts counts = own;
     own = {};
     return counts;
@@ -1036,8 +1029,8 @@ __device__ Counts add_up(Shared& sh) {
     __syncthreads();
     const int now = sh.round % 2, parity = sh.round / 2 % 2;
     if (x == 0) {
-        mbarrier_arrive_expect_tx(&sh.gathered[now], sizeof(sh.bins));
-        mbarrier_arrive_expect_tx(&sh.spread[now], sizeof(sh.bins));
+        mbarrier_arrive_expect_tx(&sh.gathered[now], sizeof(sh.all[0]));
+        mbarrier_arrive_expect_tx(&sh.spread[now], sizeof(sh.all[0]));
     }
     int4& own = *(int4*)(sh.bins + x * 4);
     st_async(mapa(&sh.slices[now][part][at], block), own, mapa(&sh.gathered[now], block));
@@ -1053,7 +1046,7 @@ __device__ Counts add_up(Shared& sh) {
     st_async(mapa(&sh.all[now][part * SLICE + at], block), *(const int4*)(sh.slice + at),
              mapa(&sh.spread[now], block));
     mbarrier_wait(&sh.spread[now], parity);
-    return ((const Counts*)sh.all[now])[x];
+    return ((const Counts*)sh.all[now])[BLOCK - 1 - x];
 }
 #endif
 
@@ -1070,16 +1063,17 @@ __device__ Cut<Word> nth_largest(Shared& sh, int need, Word lo, int shift, Each 
     while (true) {
         each([&](Word w) {
             const Word x = w - lo;
-            if (x < width) atomicAdd(&sh.bins[BINS - 1 - (int)min(x >> shift, (Word)(BINS - 1))], 1);
+            const Word bin = HELD ? x >> shift : min(x >> shift, (Word)(BINS - 1));
+            atomicAdd(&sh.bins[x < width ? (int)bin : BINS], 1);  // in a branch, it takes longer
         });
         const Counts counts = add_up(sh);
         int mine = 0, total;
         for (int x = 0; x < OWN; x++) mine += counts.x[x];
         int above = sum_before(sh, mine, 0, total);
         if (above < need && need <= above + mine)
-            for (int x = 0; x < OWN; x++) {
+            for (int x = OWN - 1; x >= 0; x--) {
                 if (above < need && need <= above + counts.x[x]) {
-                    sh.bin = BINS - 1 - (threadIdx.x * OWN + x);
+                    sh.bin = (BLOCK - 1 - threadIdx.x) * OWN + x;
                     sh.above = above, sh.equal = counts.x[x];
                 }
                 above += counts.x[x];
@@ -1111,8 +1105,8 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
     int* out = indices + of * K;
     const Window window = window_of(k_start, k_end, batch, of - batch * T, T, S, offset);
     const int start = window.start, end = max(window.start, window.end);
-    for (int x = tid; x < BINS; x += BLOCK) sh.bins[x] = 0;
-    if (tid == 0) sh.count = 0;
+    ((Counts*)sh.bins)[tid] = {};
+    if (tid == 0) sh.count = 2;  // what stands beside whole runs
     sh.begin();
 
     // Forced keys are those below `head` and from `tail` on; the middle is ranked for what top_k leaves.
@@ -1122,31 +1116,24 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
 
     // 1. The block's share of the keys, counted from `first`, where 16 bytes begin: begin is its first to be
     //    visible, from .. to are ranked, at `keys` it ends. Of the ranked ones, whole runs of 16 bytes.
-    int first = start - (int)((size_t)(row + start) / sizeof(REAL) % WIDTH);
+    int first = HELD ? start : start - (int)((size_t)(row + start) / sizeof(REAL) % WIDTH);
     const int share = (end - first + 32 * BLOCKS - 1) / (32 * BLOCKS) * 32;
     first += share * part, row += first;
     const auto of_share = [&](int s) { return min(max(s - first, 0), share); };
     const int begin = of_share(start), from = of_share(head), to = of_share(tail), keys = of_share(end);
     const int run0 = (from + WIDTH - 1) / WIDTH, run1 = max(run0, to / WIDTH);
     const Vec* run = (const Vec*)row;
-    Rank own[HELD + 1];  // of a row that fits in registers: run r of this thread is run r * BLOCK + tid
-    const auto key_of = [&](int x) { return (x / WIDTH * BLOCK + tid) * WIDTH + x % WIDTH; };
+    Rank own[HELD + 1];  // of a row that fits in registers: a warp has HELD times 32 keys side by side
+    const auto each_own = [&](auto take) {
 #pragma unroll
-    for (int x = 0; x < HELD; x += WIDTH) {
-        const int s = key_of(x);
-        Vec vec;
-        if (from <= s && s + WIDTH <= to) vec = run[s / WIDTH];
-        else
-            for (int v = 0; v < WIDTH; v++)
-                vec.x[v] = from <= s + v && s + v < to ? row[s + v] : -(REAL)CUDART_INF;
-        for (int v = 0; v < WIDTH; v++) own[x + v] = rank_of(vec.x[v]);
-    }
+        for (int x = 0; x < HELD; x++) take(own[x], tid / 32 * 32 * HELD + 32 * x + tid % 32);
+    };
+    each_own([&](Rank& rank, int x) { rank = rank_of(x < to ? row[x] : -(REAL)CUDART_INF); });
     __syncthreads();
     if constexpr (BLOCKS > 1) barrier_cluster_wait();  // all have begun. It empties L1: in front of the loads
-    int held = HELD ? 0 : -1;  // candidates in shared memory, -1: the share itself
+    int held = -1;  // candidates in shared memory, -1: the share itself
     const auto ranked = [&](auto take) {
-#pragma unroll
-        for (int x = 0; x < HELD; x++) take(own[x], key_of(x));
+        if (HELD) return each_own(take);
         if (held < 0)
 #pragma unroll 1
             for (int x = from + tid; x < to; x += BLOCK) take(rank_of(row[x]), x);
@@ -1181,12 +1168,11 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
                 if (place < CAPACITY) sh.run[place] = r, (Vec&)sh.ranks[place] = vec;
             };
             if (tid < 2) {
-                const int r = (tid ? to : from) / WIDTH, x0 = tid ? max(from, run1 * WIDTH) : from;
-                const int x1 = tid ? to : min(to, run0 * WIDTH);
+                const int r = tid ? run1 : run0 - 1;
                 Vec vec;
-                for (int x = r * WIDTH, v = 0; v < WIDTH; v++, x++)
-                    vec.x[v] = x0 <= x && x < x1 ? row[x] : -(REAL)CUDART_INF;
-                if (x0 < x1) hold(atomicAdd(&sh.count, 1), r, vec);
+                for (int v = 0, x = r * WIDTH; v < WIDTH; v++, x++)
+                    vec.x[v] = from <= x && x < to ? row[x] : -(REAL)CUDART_INF;
+                hold(tid, r, vec);
             }
             for (int r = run0 + tid; r < run1; r += LOADS * BLOCK) {
                 Vec vec[LOADS];
@@ -1222,11 +1208,30 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
         const auto tied = [&](auto count) {
             ranked([&](Rank rank, int x) { count(rank == at ? ~(unsigned)(first + x) : 0); });
         };
-        if (cut.excess) last = nth_largest<unsigned>(sh, cut.need, 1, 32 - DIGIT, tied).at;
+        if (cut.excess) {
+            last = nth_largest<unsigned>(sh, cut.need, 1, 32 - DIGIT, tied).at;
+            each_own([&](Rank& rank, int x) {
+                if (rank == at && ~(unsigned)(first + x) < last) rank = 0;
+            });
+        }
     }
 
-    // 5. Mark what is kept, SPAN keys at a time, and write it in order
-    const auto best = [&](Rank r, int x) { return r > at || (r == at && ~(unsigned)(first + x) >= last); };
+    // 5. What registers hold is put in order by the votes of warps, and written side by side
+    int placed = 0, all = 0, mine = 0;
+    if constexpr (HELD > 0) {
+        each_own([&](Rank rank, int) { mine += rank >= at; });
+        placed = __shfl_sync(ALL, sum_before(sh, mine, 0, all), 0);
+        each_own([&](Rank rank, int x) {
+            const unsigned kept = __ballot_sync(ALL, rank >= at);
+            if (rank >= at) sh.list[placed + __popc(kept & ((1u << tid % 32) - 1))] = x;
+            placed += __popc(kept);
+        });
+        __syncthreads();
+#pragma unroll 4
+        for (int x = tid; x < K; x += BLOCK) out[x] = x < all ? first + sh.list[x] : -1;
+        return;
+    }
+    // 6. Else mark what is kept, SPAN keys at a time, and write it in order
     const auto each_kept = [&](int x0, int x1, auto put) {
         const auto forced = [&](int from, int to) {
 #pragma unroll 1
@@ -1235,38 +1240,32 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
         };
         forced(begin, from), forced(to, keys);
         ranked([&](Rank rank, int x) {
-            if (best(rank, x) && x0 <= x && x < x1) put(x);
+            const bool best = rank > at || (rank == at && ~(unsigned)(first + x) >= last);
+            if (best && x0 <= x && x < x1) put(x);
         });
     };
-    int placed = 0, all = 0, in_share = 0, x0 = 0, total;
+    int in_share = 0, x0 = 0, total;
     if (BLOCKS > 1 && keys > SPAN) {
         each_kept(0, keys, [&](int) { in_share++; });
         sum_before(sh, in_share, 1, in_share);
     }
     do {
-        for (int x = 0; x < HELD; x += WIDTH) {  // two lanes' runs are a byte
-            unsigned bits = 0;
-            for (int v = 0; v < WIDTH; v++) bits |= (unsigned)best(own[x + v], key_of(x + v)) << v;
-            bits |= __shfl_xor_sync(ALL, bits, 1) << WIDTH;
-            if (tid % 2 == 0) ((u8*)sh.bins)[key_of(x) / 8] = bits;
-        }
-        if (!HELD)
-            each_kept(x0, x0 + SPAN, [&](int x) { atomicOr(&sh.bins[(x - x0) / 32], 1u << x % 32); });
+        each_kept(x0, x0 + SPAN, [&](int x) { atomicOr(&sh.bins[(x - x0) / 32], 1u << x % 32); });
         __syncthreads();
-        const int many = HELD ? 1 : ((min(keys - x0, SPAN) + MARKED - 1) / MARKED + BLOCK - 1) / BLOCK;
-        Mark* const marks = (Mark*)sh.bins + tid * many;
-        int mine = 0;
+        const int many = ((min(keys - x0, SPAN) + 31) / 32 + BLOCK - 1) / BLOCK;  // words of this thread
+        int* const marks = sh.bins + tid * many;
+        mine = 0;
         for (int w = 0; w < many; w++) mine += __popc(marks[w]);
         int place = sum_before(sh, mine, 0, total);
         if (x0 == 0) placed = sh.before(keys > SPAN ? in_share : total, all);
         place += placed, placed += total;
         for (int w = 0; w < many; w++) {
             for (unsigned left = marks[w]; left; left &= left - 1)
-                out[place++] = first + x0 + (tid * many + w) * MARKED + __ffs(left) - 1;
+                out[place++] = first + x0 + (tid * many + w) * 32 + __ffs(left) - 1;
             marks[w] = 0;
         }
         __syncthreads();
-    } while (!HELD && (x0 += SPAN) < keys);
+    } while ((x0 += SPAN) < keys);
     if (BLOCKS == 1) all = placed;
     for (int x = all + part * BLOCK + tid; x < K; x += BLOCKS * BLOCK) out[x] = -1;
 }
