@@ -966,7 +966,6 @@ struct Shared : Exchange {
 static_assert(sizeof(Shared) <= sizeof(Exchange) + 8500 + CAPACITY * 20 + 2 * HELD * BLOCK, "as in dsa.py");
 
 constexpr Rank SIGN = (Rank)1 << (8 * sizeof(REAL) - 1);
-constexpr Rank LOWEST = ((Rank)1 << (sizeof(REAL) == 8 ? 52 : 23)) + 1;  // of a finite score
 
 __device__ Rank rank_of(REAL x) {
     const Rank bits = (Rank&)x;  // const would convert it
@@ -975,7 +974,7 @@ __device__ Rank rank_of(REAL x) {
 
 // A score that all of this rank and above reach; with -ftz=true, others may.
 __device__ REAL score_of(Rank rank) {
-    rank = max(rank, LOWEST);
+    rank = max(rank, ((Rank)1 << (sizeof(REAL) == 8 ? 52 : 23)) + 1);  // of the least finite score
     rank = rank & SIGN ? rank ^ SIGN : 0 - rank;
     return (REAL&)rank;
 }
@@ -1064,7 +1063,8 @@ __device__ Cut<Word> nth_largest(Shared& sh, int need, Word lo, int shift, Each 
         each([&](Word w) {
             const Word x = w - lo;
             const Word bin = HELD ? x >> shift : min(x >> shift, (Word)(BINS - 1));
-            atomicAdd(&sh.bins[x < width ? (int)bin : BINS], 1);  // in a branch, it takes longer
+            // Of words in registers all are counted, in no branch: those add up to more than the additions.
+            if (HELD || x < width) atomicAdd(&sh.bins[x < width ? (int)bin : BINS], 1);
         });
         const Counts counts = add_up(sh);
         int mine = 0, total;
@@ -1128,6 +1128,19 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
 #pragma unroll
         for (int x = 0; x < HELD; x++) take(own[x], tid / 32 * 32 * HELD + 32 * x + tid % 32);
     };
+    // take(rank, x, how many before it there are) for each key whose rank is `such`. Calls alternate `turn`.
+    const auto in_order = [&](int turn, auto such, auto take) {
+        int place = 0, all;
+        each_own([&](Rank rank, int) { place += such(rank); });
+        place = __shfl_sync(ALL, sum_before(sh, place, turn, all), 0);
+        each_own([&](Rank& rank, int x) {
+            const unsigned lanes = __ballot_sync(ALL, such(rank));
+            const int before = place + __popc(lanes & ((1u << tid % 32) - 1));
+            if (such(rank)) take(rank, x, before);
+            place += __popc(lanes);
+        });
+        return all;
+    };
     each_own([&](Rank& rank, int x) { rank = rank_of(x < to ? row[x] : -(REAL)CUDART_INF); });
     __syncthreads();
     if constexpr (BLOCKS > 1) barrier_cluster_wait();  // all have begun. It empties L1: in front of the loads
@@ -1142,10 +1155,9 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
             for (int v = 0; v < WIDTH; v++) take(ranks.x[v], sh.run[i] * WIDTH + v);
         }
     };
-    Rank at = 1;        // the least rank that is kept
-    unsigned last = 0;  // and, where it ties, the least ~key
-    if (need == 0) at = ~(Rank)0;
-    else if (middle > need) {
+    Rank at = need ? 1 : ~(Rank)0;  // the least rank that is kept
+    unsigned last = 0;              // and, where it ties, the least ~key
+    if (need && middle > need) {
         // 2. The rank that somewhat more than `need` keys should have, or a larger one
         const int wanted = need / EVERY + 4 * (int)sqrtf(need / EVERY) + 4;
         const bool few = middle <= (CAPACITY - 2) * WIDTH && middle <= 2 * EVERY * wanted;
@@ -1208,26 +1220,18 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
         const auto tied = [&](auto count) {
             ranked([&](Rank rank, int x) { count(rank == at ? ~(unsigned)(first + x) : 0); });
         };
-        if (cut.excess) {
-            last = nth_largest<unsigned>(sh, cut.need, 1, 32 - DIGIT, tied).at;
-            each_own([&](Rank& rank, int x) {
-                if (rank == at && ~(unsigned)(first + x) < last) rank = 0;
-            });
-        }
+        if (HELD && cut.excess)
+            in_order(0, [&](Rank rank) { return rank == at; },
+                     [&](Rank& rank, int, int place) { rank = place < cut.need ? at : 0; });
+        else if (cut.excess) last = nth_largest<unsigned>(sh, cut.need, 1, 32 - DIGIT, tied).at;
     }
 
-    // 5. What registers hold is put in order by the votes of warps, and written side by side
-    int placed = 0, all = 0, mine = 0;
-    if constexpr (HELD > 0) {
-        each_own([&](Rank rank, int) { mine += rank >= at; });
-        placed = __shfl_sync(ALL, sum_before(sh, mine, 0, all), 0);
-        each_own([&](Rank rank, int x) {
-            const unsigned kept = __ballot_sync(ALL, rank >= at);
-            if (rank >= at) sh.list[placed + __popc(kept & ((1u << tid % 32) - 1))] = x;
-            placed += __popc(kept);
-        });
+    // 5. What registers hold is written side by side
+    int placed = 0, all = 0;
+    if (HELD) {
+        all = in_order(1, [&](Rank rank) { return rank >= at; },
+                       [&](Rank, int x, int place) { sh.list[place] = x; });
         __syncthreads();
-#pragma unroll 4
         for (int x = tid; x < K; x += BLOCK) out[x] = x < all ? first + sh.list[x] : -1;
         return;
     }
@@ -1254,7 +1258,7 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
         __syncthreads();
         const int many = ((min(keys - x0, SPAN) + 31) / 32 + BLOCK - 1) / BLOCK;  // words of this thread
         int* const marks = sh.bins + tid * many;
-        mine = 0;
+        int mine = 0;
         for (int w = 0; w < many; w++) mine += __popc(marks[w]);
         int place = sum_before(sh, mine, 0, total);
         if (x0 == 0) placed = sh.before(keys > SPAN ? in_share : total, all);
@@ -1266,8 +1270,7 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
         }
         __syncthreads();
     } while ((x0 += SPAN) < keys);
-    if (BLOCKS == 1) all = placed;
-    for (int x = all + part * BLOCK + tid; x < K; x += BLOCKS * BLOCK) out[x] = -1;
+    for (int x = max(all, placed) + part * BLOCK + tid; x < K; x += BLOCKS * BLOCK) out[x] = -1;
 }
 #endif
 
