@@ -893,8 +893,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
 //       have; runs in which a key has it, one at least, are held in shared memory, in any order: 15
 //       instructions a run. Where their keys are too few, or they are too many for a block, the row itself
 //       takes their place: it is exact either way. Some two rounds count them; then what is kept is marked,
-//       a bit a key, and written in order. A row that fits HELD registers of each thread is kept there instead,
-//       in float32, without forced keys: 60 instructions a key.
+//       a bit a key, and written in order. In float32, without forced keys, a row that fits HELD registers of
+//       each thread is kept there instead: one read, and 55 instructions a key.
 // ---------------------------------------------------------------------------------------------------------
 #ifdef SELECT_TOPK
 constexpr int WARPS = BLOCK / 32, WIDTH = 16 / sizeof(REAL);
@@ -1061,10 +1061,8 @@ __device__ Cut<Word> nth_largest(Shared& sh, int need, Word lo, int shift, Each 
     Word width = 0 - lo;
     while (true) {
         each([&](Word w) {
-            const Word x = w - lo;
-            const Word bin = HELD ? x >> shift : min(x >> shift, (Word)(BINS - 1));
-            // Of words in registers all are counted, in no branch: those add up to more than the additions.
-            if (HELD || x < width) atomicAdd(&sh.bins[x < width ? (int)bin : BINS], 1);
+            const Word x = w - lo, bin = HELD ? x >> shift : min(x >> shift, (Word)(BINS - 1));
+            atomicAdd(&sh.bins[x < width ? (int)bin : BINS], 1);  // in a branch, it takes longer
         });
         const Counts counts = add_up(sh);
         int mine = 0, total;
@@ -1119,7 +1117,7 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
     int first = HELD ? start : start - (int)((size_t)(row + start) / sizeof(REAL) % WIDTH);
     const int share = (end - first + 32 * BLOCKS - 1) / (32 * BLOCKS) * 32;
     first += share * part, row += first;
-    const auto of_share = [&](int s) { return min(max(s - first, 0), share); };
+    const auto of_share = [&](int s) { return max(min(s - first, share), 0); };
     const int begin = of_share(start), from = of_share(head), to = of_share(tail), keys = of_share(end);
     const int run0 = (from + WIDTH - 1) / WIDTH, run1 = max(run0, to / WIDTH);
     const Vec* run = (const Vec*)row;
@@ -1221,17 +1219,16 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
             ranked([&](Rank rank, int x) { count(rank == at ? ~(unsigned)(first + x) : 0); });
         };
         if (HELD && cut.excess)
-            in_order(0, [&](Rank rank) { return rank == at; },
-                     [&](Rank& rank, int, int place) { rank = place < cut.need ? at : 0; });
+            in_order(0, [&](Rank r) { return r == at; }, [&](Rank& r, int, int i) { r *= i < cut.need; });
         else if (cut.excess) last = nth_largest<unsigned>(sh, cut.need, 1, 32 - DIGIT, tied).at;
     }
 
     // 5. What registers hold is written side by side
     int placed = 0, all = 0;
     if (HELD) {
-        all = in_order(1, [&](Rank rank) { return rank >= at; },
-                       [&](Rank, int x, int place) { sh.list[place] = x; });
+        all = in_order(1, [&](Rank r) { return r >= at; }, [&](Rank, int x, int i) { sh.list[i] = x; });
         __syncthreads();
+#pragma unroll 4
         for (int x = tid; x < K; x += BLOCK) out[x] = x < all ? first + sh.list[x] : -1;
         return;
     }
