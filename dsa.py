@@ -1079,15 +1079,26 @@ def share_blas(me, hold):
             BLAS_USERS.add(me)
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.get_num_threads() for lib in blas_libraries()]
         last = not hold and {me} == BLAS_USERS
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
-            release = getattr(lib, "clear_controlling_thread", lambda force: None)
-            release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
-            lib.set_num_threads(1 if hold else before)
-            release(force=True)
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
+            if hold or last or getattr(lib, "threading_layer", None) == "openmp":
+                set_blas_threads(lib, 1 if hold else before)
         if last:
             BLAS_BEFORE.clear()
         if not hold:
             BLAS_USERS.discard(me)
+
+
+def set_blas_threads(lib, n):
+    release = getattr(lib, "clear_controlling_thread", lambda force: None)
+    release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
+    lib.set_num_threads(n)
+    release(force=True)
+
+
+def begin_thread():
+    np.seterr(all="ignore")
+    for lib in blas_libraries():  # OpenMP's number is a thread's own
+        set_blas_threads(lib, 1)
 
 
 if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
@@ -1155,7 +1166,7 @@ def spread(work, jobs):
     if threads <= 1 or threading.current_thread().name.startswith(name):
         yield from map(work, jobs)
         return
-    pool: Any = ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore"))
+    pool: Any = ThreadPoolExecutor(threads, name, begin_thread)
 
     def begun(job):
         try:
