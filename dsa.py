@@ -2150,8 +2150,8 @@ class DSALayer:
         B, T, xp = n["B"], n["T"], n["xp"]
         expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
-        own = indices is not None or self.has_indexer
-        expect(own, "indices", None, "another layer's, as this one has no indexer")
+        able = indices is not None or self.has_indexer
+        expect(able, "indices", None, "another layer's, as this one has no indexer")
         expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
         left = None if starts is None else check_lengths(starts, B, T, "starts")
         new, start = check_lengths(lengths, B, T) if left is None else T - left, np.zeros(B, np.int64)

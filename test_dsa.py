@@ -2795,10 +2795,10 @@ def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
 
 # What is changed in a good checkpoint, whose q_b_proj has 96 x 24 numbers.
 Q_B, MODEL, INDEX = "model.layers.3.self_attn.q_b_proj", "model.safetensors", "model.safetensors.index.json"
-BY_ROW, CODES = np.ones((96, 1), F32), np.zeros((96, 24), np.uint8)
+BY_ROW, BYTES = np.ones((96, 1), F32), np.zeros((96, 24), np.uint8)
 AS: dict[str, Any] = {
     "F32": BY_ROW, "one": BY_ROW[0, 0], "two": BY_ROW.repeat(2, 1), "I64": ("I64", np.ones(1, int)),
-    "codes": ("F8_E4M3", CODES), "flat": ("F8_E4M3", CODES[0]), "NaN": ("F8_E8M0", CODES[:1, :1] + 255),
+    "codes": ("F8_E4M3", BYTES), "flat": ("F8_E4M3", BYTES[0]), "NaN": ("F8_E8M0", BYTES[:1, :1] + 255),
 }  # fmt: skip
 STORED_AS = """
 int8: .weight I8 .weight_scale F32 | I64: .weight I64 | F8_E5M2: .weight F8_E5M2 | 4 bits: .weight F4
@@ -2806,8 +2806,8 @@ AWQ: .qweight I32 .qzeros I32 .scales F32 | with MXFP4: .weight_scale U8 .weight
 with NVFP4: .weight_scale_2 F32 .weight U8 | with NVFP4: .weight_scale F8_E4M3 .weight U8 | 4 bits: .weight U8
 with NVFP4: .weight_global_scale F32 .weight_packed U8 | 4 bits: .weight_packed U8 | with bias: .bias F32
 no weight: .more F32 | no weight: .weight F32 .weight_scale F32 | no weight: .weight_scale F32
-with .., expected: .weight codes | with .*, .*, e: .weight codes .weight_scale F32 .weight_scale_inv F32
-of shape .24,.: .weight flat .weight_scale one | of shape .96, 2.: .weight codes .weight_scale two
+one weight_scale_inv: .weight codes | with .*, .*, e: .weight codes .weight_scale F32 .weight_scale_inv F32
+one weight_scale_inv: .weight flat .weight_scale one | of shape .96, 2.: .weight codes .weight_scale two
 F8_E8M0: .weight F8_E8M0 | nan: .weight codes .weight_scale NaN
 """  # what is said of q_b_proj, if it is stored so
 
