@@ -1992,14 +1992,13 @@ class LayerDims:
             foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
             expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
             said = with_rope(config, dims)
-            found = {x.name: said.get(IN_CONFIG.get(x.name, x.name)) for x in fields(cls)}
+            names = {x.name: IN_CONFIG.get(x.name, x.name) for x in fields(cls)}
+            found = {name: said[own] for name, own in names.items() if said.get(own) is not None} | dims
         except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
-        found = {name: value for name, value in found.items() if value is not None} | dims
         if "index_rope_interleaved" not in found:  # transformers drops it on saving
             model = str(config.get("model_type", "deepseek"))
-            known = model.startswith(("glm", "deepseek"))
-            expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
+            expect(model.startswith(("glm", "deepseek")), "model_type", repr(model), "GLM's or DeepSeek's")
             found["index_rope_interleaved"] = model.startswith("glm")
         return cls(**found)
 
@@ -2020,10 +2019,13 @@ class LayerDims:
 
     def frequencies(self):
         """By how much each pair of RoPE turns from one position to the next, [qk_rope_head_dim / 2]."""
-        d, theta, longest = self.qk_rope_head_dim, self.rope_theta, self.original_seq_len / (2 * math.pi)
-        turn = [d * math.log(longest / b) / (2 * math.log(theta)) for b in (self.beta_fast, self.beta_slow)]
-        lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(turn[0]), math.ceil(turn[1])))
-        slowed = np.clip(((i := np.arange(d // 2)) - lo) / max(hi - lo, 0.001), 0, 1)
+        d, i, theta = self.qk_rope_head_dim, np.arange(self.qk_rope_head_dim // 2), self.rope_theta
+        lo, hi = (  # the pairs that turn beta times in original_seq_len positions
+            d * math.log(self.original_seq_len / (2 * math.pi * beta)) / (2 * math.log(theta))
+            for beta in (self.beta_fast, self.beta_slow)
+        )
+        lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(lo), math.ceil(hi)))
+        slowed = np.clip((i - lo) / max(hi - lo, 0.001), 0, 1)
         f = theta ** (-2 * i / d)
         return f / self.rope_factor * slowed + f * (1 - slowed)
 
@@ -2303,9 +2305,8 @@ def turns(x, start, d):
 
 @by_library
 def rotate(x, turn, interleaved, out=None):
-    """RoPE: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2], in place or to out.
-
-    The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
+    """RoPE: turn the pairs of x [B, T, H, d], (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2), by cos
+    and sin [B, T, 1, d / 2], in place or to out.
     """
     (cos, sin), d, out = turn, x.shape[-1], x if out is None else out
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
@@ -2471,11 +2472,12 @@ def dequantized(tensors):
         kinds = [kind for pattern, kind in REFUSED.items() if re.search(pattern, f"{name} {dtype}")]
         other = f"{dtype}, as in a checkpoint with {' or '.join(kinds)}"
         expect(not kinds, name, other, "floats, or fp8 with scales")
-        expect(dtype in STORED, name, f"of dtype {dtype}", f"one of {sorted(STORED)}", TypeError)
+        known = STORED.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
+        expect(dtype in known, name, f"of dtype {dtype}", f"one of {sorted(known)}", TypeError)
         stored, to_floats = STORED[dtype]
         floats[name] = to_floats(x.view(stored).reshape(shape))
     for name, (dtype, shape, _) in tensors.items():
-        if dtype.startswith("F8") and not SCALE.search(name):
+        if dtype == "F8_E4M3":
             own = [other for other in tensors if SCALE.sub(".weight", other) == name != other]
             one = len(own) == 1 and len(shape) == 2
             expect(one, name, f"{dtype} of shape {shape}, with {own}", "[out, in], with one weight_scale_inv")
@@ -2487,6 +2489,8 @@ def dequantized(tensors):
             if scales.shape == blocks:
                 scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: shape[0], : shape[1]]
             floats[name] *= scales
+    alone = [*filter(SCALE.search, floats)]
+    expect(not alone, alone, "given", "fp8 weights for it")
     return floats
 
 

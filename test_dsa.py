@@ -2615,15 +2615,16 @@ def write_safetensors(path, tensors):
     """The format: 8 bytes of header length, a header in JSON, the bytes. {name: (dtype, array) or floats}."""
     kinds: dict[Any, str] = {F64: "F64", F32: "F32", F16: "F16", BFLOAT16: "BF16"}
     header: dict = {"__metadata__": {"format": "pt"}}
-    at, data = 0, b""
+    data = b""
     for name, x in tensors.items():
         dtype, x = x if isinstance(x, tuple) else (kinds[x.dtype], x)
-        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": [at, at := at + x.nbytes]}
-        data += x.tobytes()
+        span, data = [len(data), len(data) + x.nbytes], data + x.tobytes()
+        header[name] = {"dtype": dtype, "shape": x.shape, "data_offsets": span}
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIZES = {"num_attention_heads": 4, "max_position_embeddings": 2560, **SMALL}
 del SIZES["n_heads"]
 V32_CONFIG, GLM_CONFIG = ({**SIZES, "model_type": name} for name in ("deepseek_v32", "glm_moe_dsa"))
@@ -2633,32 +2634,28 @@ BOTH_MSCALES = {"mscale": 1.0, "mscale_all_dim": 1.0}
 OLD_YARN = YARN | BOTH_MSCALES | {"type": "yarn"}
 
 
-def write_checkpoint(folder, tensors, config=V32_CONFIG):
+def write_checkpoint(folder, tensors, config=V32_CONFIG, shards=1):
+    """In one file, or in some with an index that lists others, which are not there."""
     folder.mkdir(exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensors)
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def write_shards(folder, tensors):
-    """In two files, with an index that lists others, which are not there."""
-    folder.mkdir(exist_ok=True)
-    files = {f"part{i}.safetensors": dict(list(tensors.items())[i::2]) for i in range(2)}
-    for file, part in files.items():
+    files = {f"part{i}.safetensors": dict([*tensors.items()][i::shards]) for i in range(shards)}
+    for file, part in files.items() if shards > 1 else [(MODEL, tensors)]:
         write_safetensors(folder / file, part)
-    index = {name: file for file, part in files.items() for name in part} | {"model.norm.weight": "none"}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    if shards > 1:
+        listed = {name: file for file, part in files.items() for name in part} | {"model.norm.weight": "none"}
+        (folder / INDEX).write_text(json.dumps({"weight_map": listed}))
 
 
 def test_from_safetensors_reads_one_layer(dsa, hidden, tmp_path):
     """One file or shards with an index; among other layers' tensors, or bare."""
-    w = layer_weights(dtype=F32)
-    own, expected = checkpoint_names(w), dsa.DSALayer(w, **SMALL)(hidden)
+    w, sizes = layer_weights(dtype=F32), SMALL | {"rope_factor": 1.0}
+    own, expected = checkpoint_names(w), dsa.DSALayer(w, **sizes)(hidden)
     more = own | checkpoint_names({name: 2 * x for name, x in w.items()}, "model.layers.33.self_attn.")
-    write_shards(tmp_path / "a", more)
+    write_checkpoint(tmp_path / "a", more, shards=2)
     write_safetensors(tmp_path / "a.safetensors", more | {"model.norm.weight": np.ones(3, F32)})
     write_safetensors(tmp_path / "bare.safetensors", checkpoint_names(w, ""))
-    for path in ("a", "a/model.safetensors.index.json", "a.safetensors", "bare.safetensors"):
-        read = functools.partial(dsa.DSALayer.from_safetensors, str(tmp_path / path), **SMALL)
+    for path, own in (("a", {}), (f"a/{INDEX}", {}), ("a.safetensors", sizes), ("bare.safetensors", sizes)):
+        read = functools.partial(dsa.DSALayer.from_safetensors, str(tmp_path / path), **own)
         assert_same(read(layer=3)(hidden), expected)
         if path != "bare.safetensors":
             assert not np.array_equal(read(layer=33)(hidden)[0], expected[0])
@@ -2794,7 +2791,7 @@ def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
 
 
 # What is changed in a good checkpoint, whose q_b_proj has 96 x 24 numbers.
-Q_B, MODEL, INDEX = "model.layers.3.self_attn.q_b_proj", "model.safetensors", "model.safetensors.index.json"
+Q_B = "model.layers.3.self_attn.q_b_proj"
 BY_ROW, BYTES = np.ones((96, 1), F32), np.zeros((96, 24), np.uint8)
 AS: dict[str, Any] = {
     "F32": BY_ROW, "one": BY_ROW[0, 0], "two": BY_ROW.repeat(2, 1), "I64": ("I64", np.ones(1, int)),
@@ -2805,7 +2802,7 @@ int8: .weight I8 .weight_scale F32 | I64: .weight I64 | F8_E5M2: .weight F8_E5M2
 AWQ: .qweight I32 .qzeros I32 .scales F32 | with MXFP4: .weight_scale U8 .weight F4 | with MXFP4: _blocks U8
 with NVFP4: .weight_scale_2 F32 .weight U8 | with NVFP4: .weight_scale F8_E4M3 .weight U8 | 4 bits: .weight U8
 with NVFP4: .weight_global_scale F32 .weight_packed U8 | 4 bits: .weight_packed U8 | with bias: .bias F32
-no weight: .more F32 | no weight: .weight F32 .weight_scale F32 | no weight: .weight_scale F32
+no weight: .more F32 | fp8: .weight F32 .weight_scale F32 | fp8: .weight_scale F32
 one weight_scale_inv: .weight codes | with .*, .*, e: .weight codes .weight_scale F32 .weight_scale_inv F32
 one weight_scale_inv: .weight flat .weight_scale one | of shape .96, 2.: .weight codes .weight_scale two
 F8_E8M0: .weight F8_E8M0 | nan: .weight codes .weight_scale NaN
@@ -2902,8 +2899,7 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
     """Scores by hand, sorted: ratio, window, sink tokens, dense fallback, by each sequence's own length."""
     w, config, x, lengths = layer_weights(), dsa.DSAConfig(**kwargs), hidden[:, :40], np.array([40, 17])
     own = dsa.DSALayer(w, **SMALL, config=config, layer=layer, n_layers=n_layers)
-    y, indices = own(x, lengths=lengths)
-    cache = own.new_cache(2, 40, "float64")
+    (y, indices), cache = own(x, lengths=lengths), own.new_cache(2, 40, "float64")
     own(x[:, :39], cache, lengths=lengths - 1)
     step_y, step = own(x[[0, 1], lengths - 1][:, None], cache)
     for b, n in enumerate(lengths.tolist()):
@@ -3039,10 +3035,7 @@ def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, c
     """The block of README.md, on a small checkpoint instead of V3.2's."""
     block = readme("import[^`]*from_safetensors")[1]
     tensors = checkpoint_names(layer_weights(dtype=F32), "model.layers.30.self_attn.")
-    write_shards(tmp_path / "DeepSeek-V3.2", tensors)
-    sizes = {k: n for k, n in SMALL.items() if k != "index_topk"}
-    small = functools.partial(dsa.DSALayer.from_safetensors, **sizes)
-    monkeypatch.setattr(dsa.DSALayer, "from_safetensors", small)
+    write_checkpoint(tmp_path / "DeepSeek-V3.2", tensors, shards=2)
     monkeypatch.chdir(tmp_path)
     exec(block, {})
     assert capsys.readouterr().out == f"(1, 1, {DIM}) (1, 1, 64) [300] {32 + 4 + 2 * 8 + 16 + 4}\n"
