@@ -1951,6 +1951,7 @@ IN_CONFIG = {  # the name in config.json of those dims that have another one the
     "index_rope_interleaved": "indexer_rope_interleave", "rope_factor": "factor", "mscale": "mscale_all_dim",
     "original_seq_len": "original_max_position_embeddings", "rope_attention_factor": "attention_factor",
 }  # fmt: skip
+LEAST = {"mscale": -1e99, "rope_factor": 1, "rope_theta": 1 + 1e-9}  # of other dims: above 0
 
 
 @dataclass(frozen=True)
@@ -1978,21 +1979,18 @@ class LayerDims:
     indexer_precision: str = "fp32"  # as in DSAConfig
 
     def __post_init__(self):
-        rope, E, theta, fast = self.qk_rope_head_dim, self.index_head_dim, self.rope_theta, self.beta_fast
+        rope, E, slow = self.qk_rope_head_dim, self.index_head_dim, self.beta_slow
         for name, value in vars(self).items():
             kind = type(getattr(LayerDims, name))  # its default's
             if kind in (int, float):
-                least = -1e99 if name == "mscale" else 1e-99
-                real(name, integer(name, value, 1) if kind is int else value, least)
+                real(name, integer(name, value, 1) if kind is int else value, LEAST.get(name, 1e-99))
             else:
                 allowed = (False, True) if kind is bool else tuple(PRECISIONS)
                 expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
             object.__setattr__(self, name, kind(value))  # a scalar of NumPy's would widen what it multiplies
         expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
-        expect(theta > 1, "rope_theta", theta, "above 1")
-        expect(self.rope_factor >= 1, "rope_factor", self.rope_factor, "at least 1")
-        expect(fast >= self.beta_slow, "beta_fast", fast, f"at least beta_slow = {self.beta_slow}")
+        expect(self.beta_fast >= slow, "beta_fast", self.beta_fast, f"at least beta_slow = {slow}")
 
     @classmethod
     def from_config(cls, config, **dims):
@@ -2004,15 +2002,14 @@ class LayerDims:
             config = read_config(config)
             foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
             expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
-            config = with_rope(config, dims)
-            found = {field.name: config.get(IN_CONFIG.get(field.name, field.name)) for field in fields(cls)}
+            said = with_rope(config, dims)
+            names = {x.name: IN_CONFIG.get(x.name, x.name) for x in fields(cls)}
+            found = {name: said[own] for name, own in names.items() if said.get(own) is not None} | dims
         except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
-        found = {name: value for name, value in found.items() if value is not None} | dims
         if "index_rope_interleaved" not in found:  # transformers drops it on saving
             model = str(config.get("model_type", "deepseek"))
-            known = model.startswith(("glm", "deepseek"))
-            expect(known, "model_type", repr(model), "of GLM or DeepSeek, or index_rope_interleaved given")
+            expect(model.startswith(("glm", "deepseek")), "model_type", repr(model), "GLM's or DeepSeek's")
             found["index_rope_interleaved"] = model.startswith("glm")
         return cls(**found)
 
@@ -2031,25 +2028,16 @@ class LayerDims:
             "indexer.weights_proj": (J, dim),
         }  # fmt: skip
 
-    def softmax_scale(self):
-        """(nope + rope)^-0.5, with YaRN times the square of its factor.
-
-        >>> round(LayerDims().softmax_scale(), 8)
-        0.13523378
-        """
-        m = 0.1 * self.mscale * math.log(self.rope_factor) + 1
-        return (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5 * m * m
-
     def frequencies(self):
         """By how much each pair of RoPE turns from one position to the next, [qk_rope_head_dim / 2]."""
-        d, i = self.qk_rope_head_dim, np.arange(self.qk_rope_head_dim // 2)
+        d, i, theta = self.qk_rope_head_dim, np.arange(self.qk_rope_head_dim // 2), self.rope_theta
         lo, hi = (  # the pairs that turn beta times in original_seq_len positions
-            d * math.log(self.original_seq_len / (2 * math.pi * beta)) / (2 * math.log(self.rope_theta))
+            d * math.log(self.original_seq_len / (2 * math.pi * beta)) / (2 * math.log(theta))
             for beta in (self.beta_fast, self.beta_slow)
         )
         lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(lo), math.ceil(hi)))
         slowed = np.clip((i - lo) / max(hi - lo, 0.001), 0, 1)
-        f = self.rope_theta ** (-2 * i / d)
+        f = theta ** (-2 * i / d)
         return f / self.rope_factor * slowed + f * (1 - slowed)
 
 
@@ -2072,12 +2060,10 @@ class DSALayer:
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
         if config is not None:
             check_type("config", config, DSAConfig)
-            own = config.strategy != "fixed" and config.global_selection == "lightning"
-            expect(own, "config", config, "one that selects by the lightning indexer")
-            if (own := config.indexer_precision) != "fp32":
-                given = dims.get("indexer_precision", own)
-                expect(given in ("fp32", own), "indexer_precision", given, f"{own}, as in config")
-                dims["indexer_precision"] = own
+            expect(config.selector() == "lightning", "config", config, "one that selects by lightning")
+            given, own = dims.get("indexer_precision", "fp32"), config.indexer_precision
+            expect("fp32" in (given, own) or given == own, "indexer_precision", given, f"{own}, as in config")
+            dims["indexer_precision"] = given if own == "fp32" else own
         self.dims = d = LayerDims(**dims)
         self.weights = named_weights(weights, d)
         self.dim, self.kv_lora_rank = len(self.weights["wo"]), len(self.weights["kv_norm"])
@@ -2088,9 +2074,8 @@ class DSALayer:
         self._place = (layer, n_layers) if config.progressive_sparsity else (0, 1)
         config.top_k_at(*self._place, num_keys=0)  # raises if there is no such layer
         self._choice = DSAConfig(**vars(config) | {"indexer_precision": "fp32"})  # of what is rounded already
-        i = np.arange(d.index_head_dim)
-        signs = (-1.0) ** np.bitwise_count(i[:, None] & i)  # Sylvester's matrix, entry by entry
-        self._hadamard = signs * d.index_head_dim**-0.5
+        i = np.arange(d.index_head_dim)  # Sylvester's matrix, entry by entry:
+        self._hadamard = (-1.0) ** np.bitwise_count(i[:, None] & i) * d.index_head_dim**-0.5
 
     @classmethod
     def from_safetensors(cls, path, layer=0, *, config=None, n_layers=None, **dims):
@@ -2106,9 +2091,6 @@ class DSALayer:
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
-        block = known.get("quantization_config") or {}
-        block = block.get("weight_block_size") if isinstance(block, dict) else block
-        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
@@ -2128,10 +2110,10 @@ class DSALayer:
 
         The arguments are KVCache's; with fast_bytes, and local_window or path, it is a HybridKVCache.
         """
-        plain = (fast_bytes, local_window, path) == (None, 0, None)
-        tiers = {} if plain else {"fast_bytes": fast_bytes, "local_window": local_window, "path": path}
+        tiers = {"fast_bytes": fast_bytes, "local_window": local_window, "path": path}
+        kind, tiers = (KVCache, {}) if [*tiers.values()] == [None, 0, None] else (HybridKVCache, tiers)
         own = {"qk_rope_head_dim": self.dims.qk_rope_head_dim, "xp": self.xp, **self.streams, **tiers}
-        return (KVCache if plain else HybridKVCache)(capacity, batch=batch, storage=storage, grow=grow, **own)
+        return kind(capacity, batch=batch, storage=storage, grow=grow, **own)
 
     @np.errstate(all="ignore")  # as in a stage
     def __call__(self, x, cache=None, *, lengths=None, starts=None, indices=None, core="auto"):
@@ -2149,29 +2131,34 @@ class DSALayer:
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
         new, start, left = self._checked(x, cache, lengths, starts, indices, core)
-        w = self.weights
+        d, w = self.dims, self.weights
         if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
-        fp8 = cache is not None and cache.storage == self.dims.indexer_precision == "fp8"
-        codes = fp8 and self.dims.index_head_dim <= FP8_BLOCK  # are compared as the cache stores them
+        fp8 = d.indexer_precision == getattr(cache, "storage", "none") == "fp8"
+        codes = fp8 and d.index_head_dim <= FP8_BLOCK  # are compared, as the cache stores them
         own = rolled(x, left, back=True).astype(w["wo"].dtype, copy=False)
-        (q, turn), tokens, indexer = self._project(w, own, start, indices is None, codes)
+        turn = turns(own, start, d)
+        qr, k, *indexer = made_of_x(own, w, turn, d)
+        tokens = {"k": k}
+        if indexer:
+            tokens["index_k"] = self._compared(indexer[0], codes)[:, :, 0]
 
         def attended():
             if indices is None:
-                chosen = self._select(indexer, tokens["index_k"], cache, start, new, codes)
+                heads = *qr.shape[:2], d.index_n_heads, d.index_head_dim
+                index_q = by_rows(qr, w["indexer.wq_b"]).reshape(heads)
+                rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
+                index = self._compared(index_q, codes), tokens["index_k"], indexer[1]
+                chosen = self._select(*index, cache, start, new, codes)
             else:
                 chosen = rolled(indices, left, back=True)
-            heads = self._core(w, q, turn, tokens["k"], chosen, cache, core)
+            heads = self._core(w, qr, turn, k, chosen, cache, core)
             return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
 
-        some = lengths if starts is None else new
-        return attended() if cache is None else cache.append_then(attended, lengths=some, **tokens)
+        return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
     def _checked(self, x, cache, lengths, starts, indices, core):
-        """Of each sequence how many tokens are new, behind how many others, and by how much it is padded on
-        the left, if any is: it is rolled to stand right-padded, and back.
-        """
+        """Per sequence: the number of new tokens, of those before, and of padding on the left, or None."""
         n = dims(self.xp, x=(x, "B T dim"))
         B, T, xp = n["B"], n["T"], n["xp"]
         expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", self.dim)
@@ -2180,8 +2167,7 @@ class DSALayer:
         expect(able, "indices", None, "another layer's, as this one has no indexer")
         expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
         left = None if starts is None else check_lengths(starts, B, T, "starts")
-        new = T - left if lengths is None and starts is not None else check_lengths(lengths, B, T)
-        start = np.zeros(B, np.int64)
+        new, start = check_lengths(lengths, B, T) if left is None else T - left, np.zeros(B, np.int64)
         if cache is not None:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
@@ -2198,33 +2184,15 @@ class DSALayer:
             expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         return new, start, left
 
-    def _project(self, w, x, start, selects=True, codes=False):
-        """The tokens x [B, T, dim] at positions from start [B] on -> the queries, q [B, T, H, nope + rope]
-        and by what RoPE is yet to turn them, what the tokens leave (the streams: k is [c | k_pe]), and, if it
-        selects, the indexer's queries and weights.
-        codes: the indexer's vectors are not rounded yet, as they are to be made codes.
-        """
-        d, (B, T, _), turn = self.dims, x.shape, turns(x, start, self.dims)
-        qr, k, *of_indexer = made_of_x(x, w, turn, d)
-        heads = B, T, d.n_heads, d.qk_nope_head_dim + d.qk_rope_head_dim
-        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(heads)
-        tokens, indexer = {"k": k}, {}
+    def _compared(self, u, codes):
+        """The indexer's vectors u [B, T, J, E] as (1) compares them, of codes what they are made of."""
+        d = self.dims
+        u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
+        return u if codes else PRECISIONS[d.indexer_precision](u)
 
-        def seen(u):  # a vector of the indexer [B, T, J, E], as it is compared
-            u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
-            return u if codes else PRECISIONS[d.indexer_precision](u)
-
-        if self.has_indexer:
-            tokens["index_k"] = seen(of_indexer[0])[:, :, 0]
-        if selects:
-            index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, d.index_head_dim)
-            rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
-            indexer = {"index_q": seen(index_q), "weights": of_indexer[1]}
-        return (q, turn), tokens, indexer
-
-    def _select(self, indexer, index_k, cache, start, new, codes):
+    def _select(self, index_q, index_k, weights, cache, start, new, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
-        (index_q, weights), config, lengths = indexer.values(), self._choice, start + new
+        config, lengths = self._choice, start + new
         by_length = config.sparse_ratio or config.fallback_dense_threshold  # else by the keys
         if codes:
             index_q, scales = quantized(index_q, FP8_BLOCK, "ue8m0", 1e-4)
@@ -2233,23 +2201,22 @@ class DSALayer:
             index_k = cache.read("index_k")
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
-        windows: list[Any] = [None, None]
-        # Where all sequences are as long, the windows are the default, and nothing goes to a GPU.
-        if len({index_k.shape[1], *lengths.tolist()}) > 1 or {index_q.shape[1]} != set(new.tolist()):
-            k_end = causal_end(start, new, index_q.shape[1])
-            windows = [self.xp.asarray(w) for w in (0 * k_end, k_end)]
+        T, S = index_q.shape[1], index_k.shape[1]
+        k_end = causal_end(start, new, T)
+        default = T and (k_end == np.arange(S - T, S) + 1).all()  # then nothing goes to a GPU
+        windows = [None, None] if default else [self.xp.asarray(w) for w in (0 * k_end, k_end)]
         arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
         arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
 
-    def _core(self, w, q, turn, k, indices, cache, core):
-        """Equation (3) of q [B, T, H, nope + rope], yet to be turned, over the cache or latents k
-        [B, S, 1, R + rope], in one of its two forms -> [B, T, H * v].
-        """
-        d, R, (B, T, H, _), K = self.dims, self.kv_lora_rank, q.shape, indices.shape[-1]
+    def _core(self, w, qr, turn, k, indices, cache, core):
+        """Equation (3) for qr [B, T, Q], over the cache or latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
+        d, R, (B, T), H, K = self.dims, self.kv_lora_rank, qr.shape[:2], self.dims.n_heads, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
-        up, scale = w["wkv_b"].reshape(H, each, R), d.softmax_scale()
-        out = self.xp.empty((B, T, H, d.v_head_dim), q.dtype)
+        q = projected(qr, w["wq_b"], w["wkv_b"].dtype).reshape(B, T, H, nope + rope)
+        up, out = w["wkv_b"].reshape(H, each, R), self.xp.empty((B, T, H, d.v_head_dim), q.dtype)
+        m = 0.1 * d.mscale * math.log(d.rope_factor) + 1  # YaRN's
+        scale = (nope + rope) ** -0.5 * m * m
         if core == "auto" and self.xp is np and not isinstance(cache, HybridKVCache):
             # Fewer multiplications a head? Expanded keys are worth it where all are streamed under a mask.
             S = k.shape[1] if cache is None else int(cache.lengths.max(initial=0))
@@ -2262,18 +2229,19 @@ class DSALayer:
             attend = sparse_attention if cache is None else cache.attend
             own = {"k": k.astype(q.dtype, copy=False), "v": None} if cache is None else {}
             latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale, **own)
-            return by_heads(latents, up[:, nope:].swapaxes(1, 2), out).reshape(B, T, H * d.v_head_dim)
-        rotate(q[..., nope:], turn, interleaved=True)
-        # A head is a batch entry of its own, which makes for larger products, and few are expanded at a time.
-        k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
-        some = max(1, 2**25 // max(1, k.size))
-        for h in (slice(h, h + some) for h in range(0, H, some)):
-            kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
-            k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
-            keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
-            heads = q.swapaxes(1, 2)[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
-            same = np.broadcast_to(indices[:, None], (*kv.shape[:2], T, K))
-            out.swapaxes(1, 2)[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
+            by_heads(latents, up[:, nope:].swapaxes(1, 2), out)
+        else:
+            # A head is a batch entry, which makes for larger products, and few are expanded at a time.
+            rotate(q[..., nope:], turn, interleaved=True)
+            k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
+            some = max(1, 2**25 // max(1, k.size))
+            for h in (slice(h, h + some) for h in range(0, H, some)):
+                kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
+                k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
+                keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
+                heads = q.swapaxes(1, 2)[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
+                same = np.broadcast_to(indices[:, None], (*kv.shape[:2], T, K))
+                out.swapaxes(1, 2)[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
         return out.reshape(B, T, H * d.v_head_dim)
 
 
@@ -2348,9 +2316,8 @@ def turns(x, start, d):
 
 @by_library
 def rotate(x, turn, interleaved, out=None):
-    """RoPE: turn each pair of x [B, T, H, d] by cos and sin [B, T, 1, d / 2], in place or to out.
-
-    The pairs are (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2).
+    """RoPE: turn the pairs of x [B, T, H, d], (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2), by cos
+    and sin [B, T, 1, d / 2], in place or to out.
     """
     (cos, sin), d, out = turn, x.shape[-1], x if out is None else out
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
@@ -2360,7 +2327,7 @@ def rotate(x, turn, interleaved, out=None):
 def named_weights(weights, d):
     """The weights by their names in a layer, checked against d, as their library's layer wants them."""
     expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
-    names = {**{name: name for name in d.shapes()}, **WEIGHTS}  # each that is known: in a layer
+    names = {name: name for name in d.shapes()} | WEIGHTS  # each that is known: in a layer
     xp: Any = None
     keys: dict[Any, str] = {}  # what the weights are called here, by their names in a layer
     for key, x in weights.items():
@@ -2368,11 +2335,9 @@ def named_weights(weights, d):
         expect(name, key, "no weight of this layer", f"one of {[*names]}")
         expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
         keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
-    indexed = any(name.startswith("indexer.") for name in keys)
-    for name in d.shapes():
-        missing = name not in keys and (indexed or not name.startswith("indexer."))
+    for name in d.shapes() if keys.keys() - WEIGHTS.values() else WEIGHTS.values():
         both = " or ".join(key for key in names if names[key] == name)
-        expect(not missing, both, "missing", "it among the weights")
+        expect(name in keys, both, "missing", "it among the weights")
     named = {name: weights[key] for name, key in keys.items()}
     sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
     shapes = d.shapes(*sizes.values())
@@ -2394,25 +2359,17 @@ STORED: dict[str, Any] = {  # what a file holds: as NumPy reads it, and what mak
     "BF16": ("<u2", widened), "F8_E4M3": ("u1", E4M3.take), "F8_E8M0": ("u1", E8M0.take),
 }  # fmt: skip
 REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
-    r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4",
-    r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
-    r"\.(qweight|qzeros|scales|g_idx) ": "AWQ or GPTQ",
+    r"scale_2 |global_scale |scale(_inv)? F8_E4M3": "NVFP4", r"scale(_inv)? U8|_blocks |_scales ": "MXFP4",
+    r"\.(qweight|qzeros|scales|g_idx) ": "AWQ or GPTQ", r" I8$": "int8", r"(?<!k_norm)\.bias ": "biases",
     r"weight_packed | (U8|F4)$": "4 bits packed in bytes (NVFP4, MXFP4 or int4)",
-    r" I8$": "int8",
     r"\b(w_)?(k_b|v_b|uk|uv|kc|vc)(_proj)?\b|embed_q|unembed_out": "a split kv_b_proj",
-    r"(?<!k_norm)\.bias ": "biases",
     r"\bq_proj\b": "queries of full rank, without q_a_proj",
-}
+}  # fmt: skip
 
 
 def read_json(path, text=None):
-    def once(pairs):
-        twice = [name for name, n in collections.Counter(name for name, _ in pairs).items() if n > 1]
-        expect(not twice, twice, "in it twice", "each once")
-        return dict(pairs)
-
     try:
-        found = json.loads(path.read_bytes() if text is None else text, object_pairs_hook=once)
+        found = json.loads(path.read_bytes() if text is None else text)
     except (ValueError, RecursionError) as error:
         found = error
     expect(isinstance(found, dict), path, f"without a JSON object: {found!s:.99}", "it (a Git LFS pointer?)")
@@ -2429,13 +2386,12 @@ def read_config(config):
 
 def real(name, value, least=1e-99):
     """Raise unless value is a number of which, up to 1e99, nothing overflows that is made of the dims."""
-    number = is_number(value)
-    size = float(value) if number and not isinstance(value, int) else value
-    expect(number and least <= size <= 1e99, name, repr(value), f"a number from {least} to 1e99")
+    fits = is_number(value) and least <= (value if isinstance(value, int) else float(value)) <= 1e99
+    expect(fits, name, repr(value), f"a number from {least} to 1e99")
 
 
 def with_rope(config, given):
-    """A config.json, with RoPE's numbers, or those given and what follows, by their names in IN_CONFIG."""
+    """RoPE's numbers in a config.json, or those given and what follows, by their names in IN_CONFIG."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     known = kind in ("default", "yarn") and not any(isinstance(value, dict) for value in rope.values())
@@ -2446,30 +2402,28 @@ def with_rope(config, given):
     original, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
     own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
     parts = ({original: longest}, rope, own)  # as in transformers the last one wins
-    config = config | {name: x for part in parts for name, x in part.items() if x is not None}
+    said = config | {name: x for part in parts for name, x in part.items() if x is not None}
     if kind == "default" or own["factor"] == 1:
-        return config | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
-    length = integer(original, config.get(original), 1)
+        return said | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
+    length = integer(original, said.get(original), 1)
     real("max_position_embeddings", 1 if longest is None else longest)
-    real("rope_factor", factor := config.get("factor", longest and longest / length), 1)
-    mscale, all_dim, on_rope = map(config.get, ("mscale", "mscale_all_dim", "attention_factor"))
+    real("rope_factor", factor := said.get("factor", longest and longest / length), 1)
+    mscale, all_dim, on_rope = map(said.get, ("mscale", "mscale_all_dim", "attention_factor"))
     if on_rope is None:
         top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
         on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
-    return config | {"factor": factor, "mscale_all_dim": all_dim or 0.0, "attention_factor": on_rope}
+    return said | {"factor": factor, "mscale_all_dim": all_dim or 0.0, "attention_factor": on_rope}
 
 
 def shares_indexer(config, layer):
     """Whether a layer takes its selection from the last that has an indexer, by a config.json."""
-    kinds = config.get("indexer_types") or config.get("index_topk_pattern") or []
-    known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
-    expect(known, "indexer_types in config.json", kinds, "full or shared")
+    if kinds := config.get("indexer_types") or config.get("index_topk_pattern"):
+        known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
+        expect(known, "indexer_types in config.json", kinds, "full or shared")
+        return layer < len(kinds) and kinds[layer] in ("shared", "S")
     freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
     layers = integer("num_hidden_layers", config.get("num_hidden_layers") or layer + 1, 1)
-    offset = config.get("index_skip_topk_offset")
-    offset = integer("index_skip_topk_offset", 2 if offset is None else offset, 0)
-    if kinds:
-        return layer < len(kinds) and kinds[layer] in ("shared", "S")
+    offset = integer("index_skip_topk_offset", config.get("index_skip_topk_offset", 2), 0)
     return layer < layers and max(layer - offset + 1, 0) % freq > 0
 
 
@@ -2481,8 +2435,7 @@ def of_layer(name, layer):
 
 def read_layer(path, layer):
     """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
-    index, adapters = path / "model.safetensors.index.json", [*path.glob("adapter_*")]
-    expect(not adapters, "path", f"with {[*map(str, adapters)]}", "weights that are merged")
+    index = path / "model.safetensors.index.json"
     files = [index] if index.exists() else sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if files and files[0].suffix == ".json":
         listed = read_json(files[0]).get("weight_map")
@@ -2504,54 +2457,51 @@ def read_layer(path, layer):
 
 def read_safetensors(path, layer):
     """A layer's tensors: name, dtype, shape, bytes. A file is a length, a header in JSON, and the tensors."""
-    total, whole = os.path.getsize(path), "a whole safetensors file (a Git LFS pointer?)"
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        expect(0 < size <= total - 8, path, f"a file of {total} bytes", whole)
-        header = read_json(path, file.read(size))
-    header.pop("__metadata__", None)
-    at = 0
     try:
+        raw = np.memmap(path, np.uint8, "r")
+        at = start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header = read_json(path, raw[8:start].tobytes())
+        header.pop("__metadata__", None)
         for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (begin, end), shape = (tuple(map(operator.index, x[key])) for key in ("data_offsets", "shape"))
-            size_of = np.dtype(STORED.get(x["dtype"], ["V0"])[0]).itemsize
-            fits = begin == at <= end and (not size_of or end - begin == math.prod(shape) * size_of)
-            expect(fits and min(shape, default=0) >= 0, name, x, f"its bytes from {at} on")
+            dtype, shape = x["dtype"], tuple(map(operator.index, x["shape"]))
+            begin, end = (start + operator.index(offset) for offset in x["data_offsets"])
+            size = np.dtype(STORED.get(dtype, ["V0"])[0]).itemsize
+            fits = begin == at <= end and (not size or end - begin == math.prod(shape) * size)
+            expect(fits and min(shape, default=0) >= 0, name, x, f"its bytes from {at - start} on")
             if of_layer(name, layer):
-                data = np.fromfile(path, np.uint8, end - begin, offset=8 + size + begin)
-                yield name, str(x["dtype"]), shape, data
+                yield name, str(dtype), shape, np.array(raw[begin:end])
             at = end
+        expect(at == len(raw), "it", f"of {len(raw)} bytes", at)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is at odds with itself, expected {whole}: {error}") from None
-    expect(8 + size + at == total, path, f"a file of {total} bytes", f"{8 + size + at}: {whole}")
+        raise ValueError(f"{path} is no whole safetensors file (a Git LFS pointer?): {error}") from None
 
 
 def dequantized(tensors):
     """A layer's tensors (dtype, shape, bytes) as floats, fp8 multiplied by its scales, which go."""
     floats: dict[str, Any] = {}
     for name, (dtype, shape, x) in tensors.items():
-        for pattern, kind in REFUSED.items():
-            other = re.search(pattern, f"{name} {dtype}")
-            expect(not other, name, f"{dtype}, as in a checkpoint with {kind}", "floats, or fp8 with scales")
+        kinds = [kind for pattern, kind in REFUSED.items() if re.search(pattern, f"{name} {dtype}")]
+        other = f"{dtype}, as in a checkpoint with {' or '.join(kinds)}"
+        expect(not kinds, name, other, "floats, or fp8 with scales")
         known = STORED.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
         expect(dtype in known, name, f"of dtype {dtype}", f"one of {sorted(known)}", TypeError)
         stored, to_floats = STORED[dtype]
         floats[name] = to_floats(x.view(stored).reshape(shape))
-    fp8 = [name for name, (dtype, *_) in tensors.items() if dtype == "F8_E4M3"]  # yet without scales
-    for name in filter(SCALE.search, tensors):
-        own, scales = SCALE.sub(".weight", name), floats.pop(name).astype(np.float32, copy=False)
-        expect(own in fp8 and floats[own].ndim == 2, name, "given", f"fp8 weights for it, {own}")
-        fp8.remove(own)
-        rows, columns = floats[own].shape
-        blocks = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
-        shapes = blocks, (rows, 1), (1, 1), (1,), ()
-        expected = f"one of {shapes}, for blocks of 128 x 128, rows, or all"
-        expect(scales.shape in shapes, name, f"of shape {scales.shape}", expected)
-        expect(np.isfinite(scales).all(), name, "NaN or infinite", "numbers")
-        if scales.shape == blocks:
-            scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[:rows, :columns]
-        floats[own] *= scales
-    expect(not fp8, f"of {fp8}, weight_scale_inv", "missing", "it, or another scale, as they are fp8")
+    for name, (dtype, shape, _) in tensors.items():
+        if dtype == "F8_E4M3":
+            own = [other for other in tensors if SCALE.sub(".weight", other) == name != other]
+            one = len(own) == 1 and len(shape) == 2
+            expect(one, name, f"{dtype} of shape {shape}, with {own}", "[out, in], with one weight_scale_inv")
+            scales = floats.pop(own[0]).astype(np.float32, copy=False)
+            blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
+            fits = scales.shape in (blocks, (shape[0], 1), (1, 1), (1,), ()) and np.isfinite(scales).all()
+            most = np.abs(scales).max(initial=0)
+            expect(fits, own[0], f"of shape {scales.shape}, up to {most}", f"one for {blocks}, rows, or all")
+            if scales.shape == blocks:
+                scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: shape[0], : shape[1]]
+            floats[name] *= scales
+    alone = [*filter(SCALE.search, floats)]
+    expect(not alone, alone, "given", "fp8 weights for it")
     return floats
 
 
