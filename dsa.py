@@ -2091,6 +2091,9 @@ class DSALayer:
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             known = read_config(file)
             dims = vars(LayerDims.from_config(known, **dims))
+        block = known.get("quantization_config") or {}
+        block = block.get("weight_block_size") if isinstance(block, dict) else block
+        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
@@ -2423,7 +2426,8 @@ def shares_indexer(config, layer):
         return layer < len(kinds) and kinds[layer] in ("shared", "S")
     freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
     layers = integer("num_hidden_layers", config.get("num_hidden_layers") or layer + 1, 1)
-    offset = integer("index_skip_topk_offset", config.get("index_skip_topk_offset", 2), 0)
+    offset = config.get("index_skip_topk_offset")  # null as if it were not there, as transformers writes it
+    offset = integer("index_skip_topk_offset", 2 if offset is None else offset, 0)
     return layer < layers and max(layer - offset + 1, 0) % freq > 0
 
 
@@ -2435,7 +2439,8 @@ def of_layer(name, layer):
 
 def read_layer(path, layer):
     """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
-    index = path / "model.safetensors.index.json"
+    index, adapters = path / "model.safetensors.index.json", [*path.glob("adapter_*")]
+    expect(not adapters, "path", f"with {[*map(str, adapters)]}", "weights that are merged")
     files = [index] if index.exists() else sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if files and files[0].suffix == ".json":
         listed = read_json(files[0]).get("weight_map")

@@ -2729,6 +2729,7 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
     ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssff"),  # one less than layers
     ({"index_topk_pattern": "FFSSF"}, "ffssff"), ({}, "ffffff"),
     ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssfs"), ({"index_topk_freq": 2}, "ffsfsf"),
+    ({"index_topk_freq": 2, "index_skip_topk_offset": None}, "ffsfsf"),
     ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssfs"),
     ({"index_topk_freq": 2, "num_hidden_layers": 4}, "ffsfff"),
 ], ids=str)  # fmt: skip
@@ -2850,7 +2851,8 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     (renamed("q_a_proj.weight", "q_proj.weight"), "q_proj.* full rank"),
     (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"), (lambda tensors: {}, "^path is"),
     (lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}, "draft"),
-    (renamed("self_attn.indexer", "indexer"), r"3\.indexer"),
+    (renamed("self_attn.indexer", "indexer"), r"3\.indexer"), (("adapter_config.json", "{}"), "adapter"),
+    *(({"quantization_config": x}, "weight_block_size") for x in ({"weight_block_size": [64, 64]}, "fp8")),
     *((lambda tensors, own=own: tensors | {f"base.{own}.lora_A.weight": np.ones(1)}, "lora_A")
       for own in (Q_B, Q_B.replace("q_b", "o"))),
     *(((MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is no whole") for at in (
