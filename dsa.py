@@ -1842,7 +1842,8 @@ class HybridKVCache(KVCache):
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
         tokens, b = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None]
-        rows, own = among_used(np.where(tokens < 0, -1, tokens * self.batch + b))
+        used, own = among_used(np.where(tokens < 0, -1, tokens + b * self.capacity))  # by sequences
+        rows = used % self.capacity * self.batch + used // self.capacity
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
             records, misses = self._slow[self.xp.asarray(rows)], len(rows)  # [N, W]
         else:
@@ -1870,17 +1871,18 @@ class HybridKVCache(KVCache):
         """
         slots, at = self._find(rows), self.xp.asarray
         self._stamp[slots[slots >= 0]] = self._clock
-        records, missed = self._fast[at(slots)], np.flatnonzero(slots < 0)
-        if most := min(len(missed), len(self._stamp)):
-            records[at(missed)] = self._slow[at(rows[missed])]
+        records, there = self._fast[at(slots)], np.flatnonzero(slots < 0)
+        if most := min(len(there), len(self._stamp)):
+            records[at(there)] = missed = self._slow[at(rows[there])]
             free = np.argpartition(self._stamp, most - 1)[:most]
             free = free[self._stamp[free] < self._clock]
-            new = missed[len(missed) - len(free) :]
+            late = len(missed) - len(free)
+            new = rows[there[late:]]
             self._owner[free] = -1
-            self._fast[at(free)] = records[at(new)]
-            self._slot_of[rows[new]] = free
-            self._owner[free], self._stamp[free] = rows[new], self._clock
-        return records, len(missed)
+            self._fast[at(free)] = missed[late:]
+            self._slot_of[new] = free
+            self._owner[free], self._stamp[free] = new, self._clock
+        return records, len(there)
 
     def _set_lengths(self, lengths):
         """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
