@@ -1391,8 +1391,7 @@ def as_indexer(q, k, mlp):
     hidden_q = by_rows(q, w_q) + b  # [..., T, F]
     unit = np.broadcast_to(n["xp"].eye(n["F"], dtype=q.dtype), (*hidden_q.shape, n["F"]))
     index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]: unit f, then hidden f
-    ones = np.ones_like(k, shape=(*k.shape[:-1], 1))
-    index_k = np.concatenate([by_rows(k, w_k), ones], -1)  # [..., S, F + 1]
+    index_k = np.pad(by_rows(k, w_k), [(0, 0)] * (k.ndim - 1) + [(0, 1)], constant_values=1)  # [..., F + 1]
     return index_q, index_k, np.broadcast_to(w_out, hidden_q.shape)
 
 
@@ -1664,10 +1663,10 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with open(path, "rb") as file, session(file) as (_, meta, data):
-            cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-            take_session(cache, data, cache.streams)
-            return cache
+        with open(path, "rb") as file:
+            return resumed(
+                file, lambda _, meta: KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
+            )
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1699,30 +1698,26 @@ def write_session(cache, file, names):
     np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
 
 
-@contextlib.contextmanager
-def session(file):
-    """What write_session has put at the end of a file: how many bytes stand before it, what describes the
-    cache, and its arrays. ValueError where that is nothing, or whoever uses it finds something wrong.
+def resumed(file, made):
+    """The cache of what write_session put at the end of a file: made(how many bytes stand before it, what
+    describes the cache), filled. ValueError where that is nothing, or made finds something wrong.
     """
     try:
         data: Any = np.lib.npyio.NpzFile(file)
         meta = json.loads(data["meta"].item())
         meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
         expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
-        yield data.zip.filelist[0].header_offset, meta, data
+        cache = made(data.zip.filelist[0].header_offset, meta)
+        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+        for name in getattr(cache, "_index", cache.streams):  # of two tiers the others are in the file itself
+            rows = cache._data[name][:, : lengths.max()]
+            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+        cache._set_lengths(lengths)
+        return cache
     except Exception as error:  # a zip that is cut or changed has many kinds
         if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
             raise
         raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
-
-
-def take_session(cache, data, names):
-    """Fill a cache's streams with a session's arrays."""
-    lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
-    for name in names:
-        rows = cache._data[name][:, : lengths.max()]
-        rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
-    cache._set_lengths(lengths)
 
 
 class HybridKVCache(KVCache):
@@ -1799,17 +1794,20 @@ class HybridKVCache(KVCache):
         again = self.path is not None and os.path.exists(self.path)
         mode = "r+b" if again else "x+b"  # without a path a file is made when one is asked for
         self._file: Any = open(self.path, mode) if self.path else tempfile.SpooledTemporaryFile(1)  # noqa: SIM115
+
+        def with_room(at, meta):
+            for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+                expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
+            room = meta["capacity"]
+            expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
+            whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
+            expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
+            self._allocate(room)
+            return self
+
         try:
             if again:
-                with session(self._file) as (at, meta, data):
-                    for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-                        expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
-                    room = meta["capacity"]
-                    expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
-                    whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
-                    expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
-                    self._allocate(room)
-                    take_session(self, data, self._index)
+                resumed(self._file, with_room)
                 self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
             else:
                 self._allocate(capacity)

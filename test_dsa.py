@@ -1507,6 +1507,11 @@ def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
     t = data.draw(st.integers(0, p.T - 1))  # keys that only later rows see say nothing to the earlier ones
     later = overwritten(p, range(p.hi[..., : t + 1].max(), p.S), value)
     assert_same(by_selector(dsa, later, name)[..., : t + 1, :], indices[..., : t + 1, :])
+    behind = lambda x, n: np.pad(x, [(0, 0)] * (x.ndim - n) + [(4, 0)] + [(0, 0)] * (n - 1))  # noqa: E731
+    windows = {"k_start": p.lo + 4, "k_end": p.hi + 4}
+    p = replace(p, k=behind(p.k, 3), index_k=behind(p.index_k, 2), windows=windows)
+    found = padded(by_selector(dsa, p, name), p.S)  # nor those in front of all windows, a block of them
+    assert_same(np.where(found < 0, -1, found - 4), padded(indices, p.S))
 
 
 @each_selector
