@@ -1650,8 +1650,7 @@ class Session(KVCache):
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
         path = os.path.realpath(os.fsdecode(path))
-        apart = path != getattr(self, "path", None)
-        expect(apart, "path", repr(path), "another than the cache's own, where its tokens are")
+        expect(path != getattr(self, "path", None), "path", repr(path), "another than the cache's own file")
         part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
@@ -1745,13 +1744,12 @@ class HybridKVCache(KVCache):
         self.path = None if path is None else os.path.realpath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
-        self._columns: dict[str, slice] = {}  # of a record, by streams
         super().__init__(capacity, **kwargs)
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
         names = sorted(self._stored.keys() - self._index.keys())  # a file has them in this order
         expect("k" in names, "streams", sorted(self.streams), "k among them")
         ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
-        self._columns = dict(zip(names, map(slice, ends, ends[1:])))
+        self._columns = dict(zip(names, map(slice, ends, ends[1:])))  # of a record, by streams
         least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
@@ -1818,7 +1816,7 @@ class HybridKVCache(KVCache):
             raise
 
     def _allocate(self, capacity):
-        if not self._columns:  # in KVCache's __init__, after which the tiers are made
+        if not hasattr(self, "_fast"):  # in KVCache's __init__, after which the tiers are made
             return
         rows = capacity * self.batch
         slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
@@ -1857,19 +1855,15 @@ class HybridKVCache(KVCache):
         near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([len(rows)]))
         return near._attend(q, self.xp.asarray(own), kwargs)
 
-    def _find(self, rows):
-        """The slots [N] of rows [N] in the fast tier, or -1."""
-        slots = self._slot_of[rows]
-        return np.where(self._owner[slots] == rows, slots, -1)
-
     def _fetch(self, rows):
         """The records [N, W] of rows [N], and how many of these the fast tier did not have, but has now.
 
         They go to the slots unused for longest, of too many the last.
         """
-        slots, at = self._find(rows), self.xp.asarray
-        self._stamp[slots[slots >= 0]] = self._clock
-        records, there = self._fast[at(slots)], np.flatnonzero(slots < 0)
+        slots, at = self._slot_of[rows], self.xp.asarray
+        hit = self._owner[slots] == rows
+        self._stamp[slots[hit]] = self._clock
+        records, there = self._fast[at(slots)], np.flatnonzero(~hit)
         if most := min(len(there), len(self._stamp)):
             records[at(there)] = missed = self._slow[at(rows[there])]
             free = np.argpartition(self._stamp, most - 1)[:most]
@@ -1885,7 +1879,8 @@ class HybridKVCache(KVCache):
     def _set_lengths(self, lengths):
         """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
         rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = (found := self._find(rows))[found >= 0]  # also of what an interrupted call left there
+        slots = self._slot_of[rows]
+        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
         self._owner[slots] = self._stamp[slots] = -1
         self._clock += 1
         self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
