@@ -1308,10 +1308,8 @@ def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
     """
     (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
     dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
-    size = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
-    pooled = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
-    pooled = pooled.reshape(*n["..."], len(size), block, n["E"]).sum(-2, dtype=accumulator(x))
-    pooled /= size.astype(pooled.dtype)  # [..., S / block, E]
+    pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
+    pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
     start, end = filled(n, (rest["k_start"], rest["k_end"]))
     last, most = (end - 1) // block, -(-integer("oversample", oversample, 1) * rest["top_k"] // block)
     first = np.minimum(start // block, last)
@@ -1405,7 +1403,7 @@ for name, what, place in (  # the static patterns: the top_k keys s of the large
     ),
 ):
 
-    def static(n, q, k, index, rest, place=place):
+    def static(n, q, k, index, rest, place=place, /):
         return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
 
     static.__name__, static.__qualname__, static.__doc__ = name, name, what

@@ -1504,9 +1504,9 @@ def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
     if name in STATIC:
         blind = replace(overwritten(p, range(p.S), NAN), q=np.full_like(p.q, NAN))
         assert_same(by_selector(dsa, blind, name), indices)
-    t = data.draw(st.integers(0, p.T - 1))  # keys that only later rows see say nothing to the earlier ones
-    later = overwritten(p, range(p.hi[..., : t + 1].max(), p.S), value)
-    assert_same(by_selector(dsa, later, name)[..., : t + 1, :], indices[..., : t + 1, :])
+    t = data.draw(st.integers(0, p.T - 1))  # keys that only other rows see say nothing to this one
+    unseen = [*range(p.lo[..., t].min()), *range(p.hi[..., t].max(), p.S)]
+    assert_same(by_selector(dsa, overwritten(p, unseen, value), name)[..., t, :], indices[..., t, :])
     behind = lambda x, n: np.pad(x, [(0, 0)] * (x.ndim - n) + [(4, 0)] + [(0, 0)] * (n - 1))  # noqa: E731
     windows = {"k_start": p.lo + 4, "k_end": p.hi + 4}
     p = replace(p, k=behind(p.k, 3), index_k=behind(p.index_k, 2), windows=windows)
@@ -1533,7 +1533,8 @@ def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
     p = overwritten(p, [200], NAN)
     if name not in STATIC:
         refused("NaN", by_selector, dsa, p, name, top_k=4)
-    refused("blocksize", by_selector, dsa, p, name, blocksize=3, error=TypeError)
+    for option in ("blocksize", "place"):
+        refused(option, by_selector, dsa, p, name, **{option: 3}, error=TypeError)
 
 
 def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
@@ -1551,7 +1552,7 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
     of the attention summed over heads, so that no other K keys hold more of it."""
     windows, scale, D = {"k_start": p.lo, "k_end": p.hi}, OPTIONS["oracle"]["scale"], p.q.shape[-1]
     s, end, size = np.arange(p.S), p.hi[..., None], (p.hi - p.lo)[..., None]
-    stride, rng = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T)
+    stride, rng, G = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T), p.k.shape[-2]
     k, heads = p.k.astype(F64).repeat(p.q.shape[-2] // p.k.shape[-2], -2), p.q.astype(F64)
     lse = dense_by_hand(p.q, p.k, p.k, scale=scale, **windows)[1][..., None]
     logits = scale * np.einsum("...thd,...shd->...ths", heads, k)
@@ -1563,9 +1564,9 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
     if p.q.dtype == F64:
         expected = select_by_hand(mass, p.top_k, **windows, **p.forced)
         np.testing.assert_array_equal(by_selector(dsa, p, "oracle"), expected)
-    p.q, p.k = (np.round(x[..., :1, :].astype(F64) * 4) for x in (p.q, p.k))
-    mlp = *np.round(normal(rng, 2, 3, D) * 2), np.array([1.0, -2, 3]), np.array([1.0, 2, -1])
-    products = np.einsum("...td,...sd->...ts", p.q[..., 0, :], p.k[..., 0, :])
+    p.q, p.k = (np.round(x.astype(F64) * 4) for x in (p.q, p.k))
+    mlp = *np.round(normal(rng, 2, 3, G * D) * 2), np.array([1.0, -2, 3]), np.array([1.0, 2, -1])
+    products = np.einsum("...thd,...shd->...ts", p.q, p.k.repeat(p.q.shape[-2] // G, -2))
     for name, scores, options in (
         ("window", s, {}), ("global", -s, {}), ("strided", -((end - 1 - s) % stride), {}),
         ("approximate", products, {"projection": np.eye(D)}), ("lsh", products, {"oversample": p.S}),
