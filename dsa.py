@@ -1222,8 +1222,7 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     t, s = integer("t", t, 0), integer("s", s, 0)
     expect(t < n["T"], "t", t, f"a query below T = {n['T']}")
     start, end = (w[t : t + 1] for w in filled(n, windows_of(n, k_start, k_end)))
-    seen = start <= s < end
-    expect(seen, "s", s, f"a key in the window [{start[0]}, {end[0]}) of query {t}")
+    expect(start <= s < end, "s", s, f"a key in the window [{start[0]}, {end[0]}) of query {t}")
     x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
     expect(not np.isnan(x).any(), f"a score in the window of query {(t,)}", "NaN", "a number")
     heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
@@ -1272,11 +1271,11 @@ def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens)
     return seen & (s >= start) & (s < end)
 
 
-@stage("q [..., T, heads, D], k [..., S, groups, D] -> indices [..., T, K] int32")
+@stage("q [..., T, heads, Dq], k [..., S, groups, Dk] -> indices [..., T, K] int32")
 def select_by(q, k, score, *, top_k, local_window=0, num_sink_tokens=0, k_start=None, k_end=None):
-    """select_topk of score(q, k, s, start, end), [T, N] or [N], of the keys s [N] and the windows [T, 1]."""
+    """select_topk of score(q, k, s, start, end), [T, N] or [N], of keys s [N] and windows [T, 1] alike."""
     (lo, hi), rest = span(k_start, k_end), {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    found = score(q, k[lo:hi], np.arange(lo, hi), k_start[:, None], k_end[:, None])
+    found = score(q, k[lo:hi], np.arange(hi - lo), k_start[:, None] - lo, k_end[:, None] - lo)
     scores = np.full((len(q), len(k)), -np.inf, found.dtype)
     scores[:, lo:hi] = found
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **rest)
@@ -1286,18 +1285,18 @@ def selector(choose):
     """Register choose(n, q, k, index, rest, **options): all selectors have one signature, take what they need
     of it and return what lightning_select does; with a local_window each is a hybrid of that and itself.
     """
-    absent, known = dict.fromkeys(DSA_AXES), choose.__kwdefaults__ or {}
+    known = choose.__kwdefaults__ or {}
 
     def select(
         q, k, top_k,
         *, index_q=None, index_k=None, weights=None,
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
-        given = absent | {"q": q, "k": k, "index_q": index_q, "index_k": index_k, "weights": weights}
-        n = sizes(DSA_AXES, given, absent.keys() - {"q", "k"})
-        rest = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
-        check_options(n, rest := rest | {"k_start": k_start, "k_end": k_end})
+        given = {"v": None, "sink": None, **locals()}
+        n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
+        check_options(n, given)
         q, k, *index = (given[name] for name in ("q", "k", "index_q", "index_k", "weights"))
+        rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
         return on_one_blas_thread(lambda: choose(n, q, k, index, rest, **options))
 
     select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
@@ -1320,10 +1319,8 @@ def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
     """
     (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
     dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
-    size = n["xp"].minimum(block, n["S"] - n["xp"].arange(0, n["S"], block))[:, None]
-    pooled = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n["S"] % block), (0, 0)])
-    pooled = pooled.reshape(*n["..."], len(size), block, n["E"]).sum(-2, dtype=accumulator(x))
-    pooled /= size.astype(pooled.dtype)  # [..., S / block, E]
+    pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
+    pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
     start, end = filled(n, (rest["k_start"], rest["k_end"]))
     last, most = (end - 1) // block, -(-integer("oversample", oversample, 1) * rest["top_k"] // block)
     first = np.minimum(start // block, last)
@@ -1340,10 +1337,9 @@ def features(q, k):
 
 
 def logits(q, k):
-    """q [T, F] . k [N, F] -> [T, N] by (1), as x = relu(x) - relu(-x): with the same bits at any place."""
-    xp, (T, N) = library("q", q), (len(q), len(k))
-    signs = np.broadcast_to(xp.asarray([1, -1], q.dtype), (T, 2))
-    return index_scores(np.stack([q, -q], 1), k, signs, k_end=xp.full(T, N))
+    """index_q, index_k and weights by which (1) is q [..., T, F] . k [..., S, F]: x = relu(x) - relu(-x)."""
+    signs = library("q", q).asarray([1, -1], q.dtype)
+    return np.stack([q, -q], -2), k, np.broadcast_to(signs, (*q.shape[:-1], 2))
 
 
 def drawn(xp, seed, *shapes, dtype=np.float64):
@@ -1358,8 +1354,8 @@ def approximate(n, q, k, index, rest, *, dim=64, seed=0, projection=None):
         (projection,) = drawn(n["xp"], seed, (n["D"], integer("dim", dim, 1)))
     dims(k=(k, "... S G D"), projection=(projection, "D R"))
     both = [x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k)]
-    both = [x.reshape(*x.shape[:-2], 1, x.shape[-2] * x.shape[-1]) for x in both]  # [..., 1, G * R]
-    return select_by(*both, lambda q, k, *_: logits(q[:, 0], k[:, 0]), **rest)
+    both = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in both]  # [..., G * R]
+    return lightning_select(*logits(*both), **rest)
 
 
 @selector
@@ -1373,13 +1369,11 @@ def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
         return np.concatenate([x, np.where(side >= 0, 1, -1).astype(x.dtype)], -1)[..., None, :]
 
     def score(q, k, s, start, end):
-        parts = slice(-bits), slice(-bits, None)
-        x, agree = (logits(q[:, 0, own], k[:, 0, own]) for own in parts)  # [T, N]
-        best = select_topk(np.where((s >= start) & (s < end), agree, -np.inf), many)
-        found = np.where(np.isnan(x), x, np.finfo(x.dtype).min)  # behind every candidate, but NaN is an error
-        row = n["xp"].arange(len(x))[:, None]
-        found[row, best] = x[row, best]  # also at -1, but then every key is a candidate
-        return found
+        parts, window = (slice(-bits), slice(-bits, None)), {"k_start": start[:, 0], "k_end": end[:, 0]}
+        x, agree = (index_scores(*logits(q[:, 0, own], k[:, 0, own]), **window) for own in parts)  # [T, N]
+        best, candidate = select_topk(agree, many), n["xp"].zeros(x.shape, bool)
+        candidate[n["xp"].arange(len(x))[:, None], best] = True  # also at -1, but then every key is one
+        return np.where(candidate | np.isnan(x), x, np.finfo(x.dtype).min)  # NaN is an error
 
     return select_by(*map(with_signs, features(q, k)), score, **rest)
 
@@ -1406,28 +1400,25 @@ def as_indexer(q, k, mlp):
     hidden_q = by_rows(q, w_q) + b  # [..., T, F]
     unit = np.broadcast_to(n["xp"].eye(n["F"], dtype=q.dtype), (*hidden_q.shape, n["F"]))
     index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]: unit f, then hidden f
-    ones = np.ones_like(k, shape=(*k.shape[:-1], 1))
-    index_k = np.concatenate([by_rows(k, w_k), ones], -1)  # [..., S, F + 1]
+    index_k = np.pad(by_rows(k, w_k), [(0, 0)] * (k.ndim - 1) + [(0, 1)], constant_values=1)  # [..., F + 1]
     return index_q, index_k, np.broadcast_to(w_out, hidden_q.shape)
 
 
-def pattern(name, what, place):
-    """Register a static pattern: the top_k keys s of the largest place(s, start, end, top_k)."""
+for name, what, place in (  # the static patterns: the top_k keys s of the largest place(s, start, end, top_k)
+    ("window", "The last top_k keys.", lambda s, *_: s),
+    ("global", "The first top_k keys, as global tokens that every query sees.", lambda s, *_: -s),
+    (
+        "strided",
+        "Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys.",
+        lambda s, start, end, top_k: -((end - 1 - s) % np.maximum(1, -((start - end) // top_k))),
+    ),
+):
 
-    def choose(n, q, k, index, rest):
+    def static(n, q, k, index, rest, place=place, /):
         return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
 
-    choose.__name__, choose.__qualname__, choose.__doc__ = name, name, what
-    selector(choose)
-
-
-pattern("window", "The last top_k keys.", lambda s, *_: s)
-pattern("global", "The first top_k keys, as global tokens that every query sees.", lambda s, *_: -s)
-pattern(
-    "strided",
-    "Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys.",
-    lambda s, start, end, top_k: -((end - 1 - s) % np.maximum(1, -((start - end) // top_k))),
-)
+    static.__name__, static.__qualname__, static.__doc__ = name, name, what
+    selector(static)
 
 
 @selector
@@ -1435,10 +1426,8 @@ def random(n, q, k, index, rest, *, seed=0):
     """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
     seed = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
 
-    def order(behind, k, s, start, end):
-        # A causal window ends behind its query's own place, however the sequence is cut; of others that
-        # place goes into the hash, as queries that see the same keys are to choose differently.
-        place = behind[:, 0].astype(np.int64) - end
+    def order(place, k, s, start, end):
+        place = place[:, 0].astype(np.int64)  # [T, 1]
         length, s, place = (x.astype(np.uint64) for x in (end - start, s - start, place))
         x = (length << np.uint64(32)) + s + place * np.uint64(0xD1342543DE82EF95)
         x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
@@ -1446,14 +1435,13 @@ def random(n, q, k, index, rest, *, seed=0):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         return (x >> np.uint64(11)).astype(np.float64)
 
-    (start, end), xp, most = filled(n, (rest["k_start"], rest["k_end"])), n["xp"], n["S"] + n["T"]
-    behind = np.broadcast_to(xp.arange(n["S"] - n["T"] + 1.0, n["S"] + 1), end.shape)  # [..., T]
-    if n["T"]:  # a sequence that ends before the last key, causal where all its windows end as far before
-        early = [np.where(start < end, behind - end, x) for x in (most, -most)]
-        least, largest = early[0].min(-1, keepdims=True), early[1].max(-1, keepdims=True)
-        behind = behind - np.where(least == largest, least, 0)
-    nothing = np.broadcast_to(xp.zeros((n["S"], 1, 1)), (*n["..."], n["S"], 1, 1))
-    return select_by(behind[..., None, None], nothing, order, **rest)
+    # A causal window ends at its query, however the sequence is cut, or all end as far before it. Elsewhere
+    # that place goes into the hash, as queries that see the same keys are to choose differently.
+    start, end = filled(n, (rest["k_start"], rest["k_end"]))
+    place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
+    least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
+    causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
+    return select_by(np.where(causal, 0.0, place)[..., None, None], k, order, **rest)
 
 
 @selector
@@ -1670,9 +1658,8 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        own, path = getattr(self, "path", None), os.fsdecode(path)
-        apart = own is None or os.path.realpath(own) != os.path.realpath(path)
-        expect(apart, "path", repr(path), "another than the cache's own, where its tokens are")
+        path = os.path.realpath(os.fsdecode(path))
+        expect(path != getattr(self, "path", None), "path", repr(path), "another than the cache's own file")
         part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
@@ -1684,10 +1671,10 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with open(path, "rb") as file, session(file) as (_, meta, data):
-            cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-            take_session(cache, data, cache.streams)
-            return cache
+        with open(path, "rb") as file:
+            return resumed(
+                file, lambda _, meta: KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
+            )
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1719,30 +1706,26 @@ def write_session(cache, file, names):
     np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
 
 
-@contextlib.contextmanager
-def session(file):
-    """What write_session has put at the end of a file: how many bytes stand before it, what describes the
-    cache, and its arrays. ValueError where that is nothing, or whoever uses it finds something wrong.
+def resumed(file, made):
+    """The cache of what write_session put at the end of a file: made(how many bytes stand before it, what
+    describes the cache), filled. ValueError where that is nothing, or made finds something wrong.
     """
     try:
         data: Any = np.lib.npyio.NpzFile(file)
         meta = json.loads(data["meta"].item())
         meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
         expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
-        yield data.zip.filelist[0].header_offset, meta, data
+        cache = made(data.zip.filelist[0].header_offset, meta)
+        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+        for name in getattr(cache, "_index", cache.streams):  # of two tiers the others are in the file itself
+            rows = cache._data[name][:, : lengths.max()]
+            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+        cache._set_lengths(lengths)
+        return cache
     except Exception as error:  # a zip that is cut or changed has many kinds
         if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
             raise
         raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
-
-
-def take_session(cache, data, names):
-    """Fill a cache's streams with a session's arrays."""
-    lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
-    for name in names:
-        rows = cache._data[name][:, : lengths.max()]
-        rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
-    cache._set_lengths(lengths)
 
 
 class HybridKVCache(KVCache):
@@ -1767,16 +1750,15 @@ class HybridKVCache(KVCache):
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
         self.local_window = integer("local_window", local_window, 0)
-        self.path = None if path is None else os.path.abspath(os.fsdecode(path))
+        self.path = None if path is None else os.path.realpath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
-        self._columns: dict[str, slice] = {}  # of a record, by streams
         super().__init__(capacity, **kwargs)
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
         names = sorted(self._stored.keys() - self._index.keys())  # a file has them in this order
         expect("k" in names, "streams", sorted(self.streams), "k among them")
         ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
-        self._columns = {name: slice(*own) for name, *own in zip(names, ends, ends[1:])}
+        self._columns = dict(zip(names, map(slice, ends, ends[1:])))  # of a record, by streams
         least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
@@ -1819,17 +1801,20 @@ class HybridKVCache(KVCache):
         again = self.path is not None and os.path.exists(self.path)
         mode = "r+b" if again else "x+b"  # without a path a file is made when one is asked for
         self._file: Any = open(self.path, mode) if self.path else tempfile.SpooledTemporaryFile(1)  # noqa: SIM115
+
+        def with_room(at, meta):
+            for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+                expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
+            room = meta["capacity"]
+            expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
+            whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
+            expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
+            self._allocate(room)
+            return self
+
         try:
             if again:
-                with session(self._file) as (at, meta, data):
-                    for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-                        expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
-                    room = meta["capacity"]
-                    expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
-                    whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
-                    expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
-                    self._allocate(room)
-                    take_session(self, data, self._index)
+                resumed(self._file, with_room)
                 self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
             else:
                 self._allocate(capacity)
@@ -1840,7 +1825,7 @@ class HybridKVCache(KVCache):
             raise
 
     def _allocate(self, capacity):
-        if not self._columns:  # in KVCache's __init__, after which the tiers are made
+        if not hasattr(self, "_fast"):  # in KVCache's __init__, after which the tiers are made
             return
         rows = capacity * self.batch
         slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
@@ -1851,70 +1836,60 @@ class HybridKVCache(KVCache):
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
     def _split(self, records):
-        """The streams in records [M, N, W], views [M, N, *shape]."""
-        shape = records.shape[:2]
-        return {x: records[..., own].reshape(*shape, *self._stored[x]) for x, own in self._columns.items()}
+        """The streams in records [..., W], views [..., *shape]."""
+        columns = {name: records[..., own] for name, own in self._columns.items()}
+        return {name: x.reshape(*x.shape[:-1], *self._stored[name]) for name, x in columns.items()}
 
     def _rows(self, starts, ends):
         """The rows of the tokens starts[b]..ends[b] of each sequence b."""
         return np.concatenate([np.arange(*span) * self.batch + b for b, span in enumerate(zip(starts, ends))])
 
     def _attend(self, q, indices, kwargs):
-        """As a KVCache of the used tokens alone: by the same kernels, so to the same bits."""
-        used, own = zip(*map(among_used, on_host(indices)))
-        lengths, at = np.array([[len(x)] for x in used]), self.xp.asarray
-        room = -(-max(1, lengths.max()) // 64) * 64  # few numbers, as plans of kernels go by strides
-        there = np.arange(room) < lengths
-        where, rows = np.zeros_like(there, int), np.concatenate(used) * self.batch + np.nonzero(there)[0]
+        """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
+        tokens, b = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None]
+        used, own = among_used(np.where(tokens < 0, -1, tokens + b * self.capacity))  # by sequences
+        rows = used % self.capacity * self.batch + used // self.capacity
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
-            where[there] = missed = rows
-            records = self._slow[at(where)]  # [B, room, W]
+            records, misses = self._slow[self.xp.asarray(rows)], len(rows)  # [N, W]
         else:
             with self._lock:
                 self._clock += 1
                 self._stamp[self._slot_of[self._window]] = self._clock  # is never unused
-                where[there], missed = self._fetch(rows)
-                records = self._fast[at(where)]
-                if (late := where < 0).any():
-                    records[at(late)] = missed[: late.sum()]
-        misses = len(missed)
+                records, misses = self._fetch(rows)
         self.hits += len(rows) - misses
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
-        near = KVCache.__new__(KVCache)
-        data = {name: self.xp.ascontiguousarray(x) for name, x in self._split(records).items()}
-        near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([room]))
-        return near._attend(q, at(np.stack(own)), kwargs)
-
-    def _find(self, rows):
-        """The slots [N] of rows [N] in the fast tier, or -1."""
-        slots = self._slot_of[rows]
-        return np.where(self._owner[slots] == rows, slots, -1)
+        near, streams = KVCache.__new__(KVCache), self._split(records).items()
+        data = {x: np.broadcast_to(self.xp.ascontiguousarray(y), (self.batch, *y.shape)) for x, y in streams}
+        near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([len(rows)]))
+        return near._attend(q, self.xp.asarray(own), kwargs)
 
     def _fetch(self, rows):
-        """The slots [N] of rows [N] in the fast tier, and the records of the misses, which were not there.
+        """The records [N, W] of rows [N], and how many of these the fast tier did not have, but has now.
 
-        They go to the slots unused for longest, of too many the last; the others have no slot, -1.
+        They go to the slots unused for longest, of too many the last.
         """
-        slots = self._find(rows)
-        self._stamp[slots[slots >= 0]] = self._clock
-        if not len(misses := np.flatnonzero(slots < 0)):
-            return slots, misses
-        missed, most = self._slow[self.xp.asarray(rows[misses])], min(len(misses), len(self._stamp))
-        free = np.argpartition(self._stamp, most - 1)[:most]
-        free = free[self._stamp[free] < self._clock]
-        late = len(misses) - len(free)
-        new = rows[misses[late:]]
-        self._owner[free] = -1
-        self._fast[self.xp.asarray(free)] = missed[late:]
-        self._slot_of[new] = slots[misses[late:]] = free
-        self._owner[free], self._stamp[free] = new, self._clock
-        return slots, missed
+        slots, at = self._slot_of[rows], self.xp.asarray
+        hit = self._owner[slots] == rows
+        self._stamp[slots[hit]] = self._clock
+        records, there = self._fast[at(slots)], np.flatnonzero(~hit)
+        if most := min(len(there), len(self._stamp)):
+            records[at(there)] = missed = self._slow[at(rows[there])]
+            free = np.argpartition(self._stamp, most - 1)[:most]
+            free = free[self._stamp[free] < self._clock]
+            late = len(missed) - len(free)
+            new = rows[there[late:]]
+            self._owner[free] = -1
+            self._fast[at(free)] = missed[late:]
+            self._slot_of[new] = free
+            self._owner[free], self._stamp[free] = new, self._clock
+        return records, len(there)
 
     def _set_lengths(self, lengths):
         """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
         rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = (found := self._find(rows))[found >= 0]  # also of what an interrupted call left there
+        slots = self._slot_of[rows]
+        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
         self._owner[slots] = self._stamp[slots] = -1
         self._clock += 1
         self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
