@@ -3732,7 +3732,8 @@ def ranks_errors(dsa, comm):
 
 
 def ranks_traffic(dsa, comm):
-    """A query moves at most 12 * R * top_k bytes, however many the keys, and a step a few numbers beside."""
+    """A query moves at most 12 * R * top_k bytes, however many the keys, and a step a few numbers beside; its
+    merge what is documented."""
     T, top_k, R = 50, 30, comm.size
     rows = np.diff(T * np.arange(R + 1) // R)[comm.rank]
     for S in (400, 4000):
@@ -3749,6 +3750,10 @@ def ranks_traffic(dsa, comm):
         dsa.sharded_select(index_q, part, weights, top_k, traffic, k_end=np.full(T, S))
         assert moved["Isend"] == T * 8 * top_k + R * rows * 4 * top_k and moved["Allgather"] <= 150
         assert moved["Irecv"] == R * rows * 8 * top_k + T * 4 * top_k
+        sent, index = moved["Isend"], (index_q, part, weights, dsa.DSAConfig(top_k))
+        options: Any = {"d_v": 8, "k_end": np.full(T, S), "scatter": True}
+        dsa.sharded_attention(index_q.astype(BFLOAT16), part[:, None], None, *index, traffic, **options)
+        assert moved["Isend"] == 2 * sent + T * 2 * (8 * 2 + 4 + 4)  # out in float16, its scale and lse, once
 
 
 # ------------------------------------------------------------------------------------------------------------
