@@ -3612,7 +3612,7 @@ def ranks_attention(dsa, comm, xp=np):
             p, dtype = replace(p, q=p.q.astype(BFLOAT16)), BFLOAT16
         k, v, index_k = sharded(comm, rng, (p.k, -3), (p.values, -3), (p.index_k, -2))
         v, sink = None if p.v is None else v, normal(rng, 4).astype(dtype)
-        kwargs = p.windows | p.latent | {"sink": sink, "layer": 1, "n_layers": 3}
+        kwargs = p.windows | p.latent | {"sink": sink, "layer": 2, "n_layers": 3}
         kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
         shards, whole = [p.q, k, v, p.index_q, index_k, p.weights], (p.q, *p.kv, *p.index)
         if xp is np and seed == 1:
