@@ -2633,9 +2633,8 @@ def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
 
     def work():
         flat_q, flat_k = features(q, k)  # [..., T, G * D], [..., S, G * D]
-        index_q, index_k, weights = as_indexer(flat_q, flat_k, mlp)
-        options = {"indices": indices, "k_start": k_start, "k_end": k_end}
-        loss, (d_q, d_k, d_w) = indexer_loss(index_q, index_k, weights, target, **options)
+        options = {"target": target, "indices": indices, "k_start": k_start, "k_end": k_end}
+        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), **options)
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
@@ -2693,12 +2692,13 @@ def sharded_select(
     """
     index = {"index_q": index_q, "index_k": index_k_shard, "weights": weights}
     quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
+    windows = {"k_start": k_start, "k_end": k_end}
     with together(comm):
         floats = {name: DSA_AXES[name] for name in index}
         n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
-        check_options(dict(n), quota | {"k_start": k_start, "k_end": k_end})
-    at = layout(comm, n, n["S"], index.values(), **quota, k_start=k_start, k_end=k_end)
-    return select_over_shards(at, quota, (k_start, k_end), *index.values())
+        check_options(dict(n), quota | windows)
+    at = layout(comm, n, n["S"], index.values(), quota | windows)
+    return select_over_shards(at, quota, windows.values(), *index.values())
 
 
 def sharded_attention(
@@ -2721,157 +2721,141 @@ def sharded_attention(
     # A long prompt goes in chunks to owner=0, 1, ...; what is decoded, short beside it, to the last rank. In
     # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
     arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
-    arrays, kwargs = arrays | {"weights": weights}, {"d_v": d_v, "scale": scale, "sink": sink}
-    call = (layer, n_layers), cache, lengths, owner, scatter
-    at, quota, windows, mine = agreement(comm, arrays, kwargs, (k_start, k_end), config, *call)
+    call = {"config": config, "layer": (layer, n_layers), "d_v": d_v, "scale": scale, "sink": sink}
+    call |= {"k_start": k_start, "k_end": k_end, "scatter": scatter, "owner": owner}
     with contextlib.ExitStack() as undo:
-        with together(comm):
-            index_k, kept = index_k_shard, [x for x in (k_shard, v_shard) if x is not None]
-            attend = functools.partial(sparse_attention, k=k_shard, v=v_shard)
-            if cache is not None:
-                undo.callback(cache.truncate, cache.lengths)
-                tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
-                cache.append(lengths=mine, **tokens)
-                index_k, kept, attend = cache.read("index_k"), [cache], cache.attend
-            index_q, index_k = (PRECISIONS[config.indexer_precision](x) for x in (index_q, index_k))
-        indices = select_over_shards(at, quota, windows, index_q, index_k, weights)
-        kwargs |= {"sink": None, "out_dtype": accumulator(q, *kept)}  # of parts, which are yet to be merged
-        attend = functools.partial(attend, q, **kwargs)
-        out, lse = merge_over_shards(at, indices, attend, sink, native(q), scatter)
+        at, selection, attend = agreement(undo, comm, arrays | {"weights": weights}, call, cache, lengths)
+        indices = select_over_shards(at, *selection)
+        first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
+
+        def offers():
+            own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
+            out, lse = attend(q, indices=own)
+            if q.dtype.name != "bfloat16":
+                return out, lse
+            largest = np.maximum(out.max(-1), -out.min(-1))[..., None]  # float16 rounds a tenth as much of it
+            largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
+            return np.divide(out, largest, out=np.empty_like(out, np.float16)), lse, largest
+
+        def merge(outs, lses, largest=None):  # [R, M, H, Dv], [R, M, H], [R, M, H, 1]
+            out, lse = merge_attention(outs if largest is None else outs * largest, lses)
+            return (out if sink is None else apply_sink(out, lse, sink)).astype(native(q), copy=False), lse
+
+        out, lse = decided(at, offers, merge, scatter)
         undo.pop_all()
     return out, lse, indices
 
 
-def agreement(comm, arrays, kwargs, windows, config, layers, cache, lengths, owner, scatter):
-    """The checks of sharded_attention -> layout, quota, windows, and new tokens of this rank."""
+def agreement(undo, comm, arrays, call, cache, lengths):
+    """The checks of sharded_attention; new tokens are kept -> layout, what to select from, what attends."""
+    config, windows = call["config"], (call["k_start"], call["k_end"])
     with together(comm):
         check_type("config", config, DSAConfig)
         expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
         if cache is None:
-            expect(lengths is owner is None, "lengths or owner", "given", "None without a cache")
+            expect(lengths is call["owner"] is None, "lengths or owner", "given", "None without a cache")
         else:
             check_type("cache", cache, KVCache)
-        expect(isinstance(scatter, (bool, np.bool_)), "scatter", repr(scatter), "True or False", TypeError)
-        owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
+        owner = comm.size - 1 if call["owner"] is None else integer("owner", call["owner"], 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
-        n, new = dsa_dims(arrays, kwargs, windows, cache, lengths)
-        windows_of(n, *windows)  # their shapes; they count the keys of all ranks
+        n, new = dsa_dims(arrays, call, windows, cache, lengths)
         new = np.full(n["..."], n["T"]) if new is None else new
-    mine, same = new * (comm.rank == owner), {"config": config, "layer": layers, **kwargs}
-    same |= dict(zip(("k_start", "k_end"), windows))
-    same |= {"owner": owner, "scatter": scatter, "lengths": new.tolist(), "cache": cache and cache.storage}
-    at = layout(comm, n, n["S"] if cache is None else cache.lengths + mine, arrays.values(), **same)
-    expect(not at.shards[owner + 1 :, new > 0].any(), "owner", owner, "a rank behind which none holds keys")
+        held = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
+        attend, shard = functools.partial(sparse_attention, k=arrays["k"], v=arrays["v"]), n["S"]
+        if cache is not None:
+            undo.callback(cache.truncate, cache.lengths)
+            cache.append(lengths=new * (comm.rank == owner), **held)
+            attend, shard, held = cache.attend, cache.lengths, {"k": cache, "index_k": cache.read("index_k")}
+        index = [PRECISIONS[config.indexer_precision](x) for x in (arrays["index_q"], held.pop("index_k"))]
+    same = call | {"owner": owner, "lengths": new.tolist(), "cache": cache and cache.storage}
+    at = layout(comm, n, shard, arrays.values(), same)
+    behind = at.shards[owner + 1 :].sum(0) * new
+    expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
     alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    quota, dense = config.quota_at(*layers, at.num_keys)
+    quota, dense = config.quota_at(*call["layer"], at.num_keys)
     windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
-    return at, None if dense else quota, windows, mine
+    sums = accumulator(arrays["q"], *held.values())  # in which parts stay until they are merged
+    attend = functools.partial(attend, d_v=call["d_v"], scale=call["scale"], out_dtype=sums)
+    return at, (None if dense else quota, windows, *index, arrays["weights"]), attend
 
 
-def select_over_shards(at, quota, windows, index_q, index_k, weights):
+def select_over_shards(at, quota, windows, q, k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, shape = at.xp, (*at.n["..."], at.n["T"])
+    xp, (*batch, T) = at.xp, at.queries
     windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
     if quota is None:
         with together(at.comm):
             return xp.asarray(every_key(windows, at.num_keys))
-    rows, K, W = math.prod(shape), *(min(quota["top_k"], most) for most in (at.num_keys, at.longest))
-    tile = KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
+    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
     place = at.first % tile  # of key 0 in a tile of all keys, as it decides on bits
-    base = at.first - place
-    near = [xp.asarray(np.clip(w, at.first, at.end) - base, np.int32) for w in windows]
+    base = xp.asarray(at.first - place, np.int32 if at.num_keys <= 2**31 else np.int64)[..., None]
+    lo, hi = (xp.asarray(np.clip(w, at.first, at.end) - at.first + place, np.int32) for w in windows)
 
-    def offers():  # what this shard selects: scores and keys [N, W], -inf where none is
-        x = xp.full((*shape, W), -np.inf, accumulator(index_q, index_k, weights))
-        keys = xp.zeros(x.shape, np.int32 if at.num_keys <= 2**31 else np.int64)
-        (S, E), shard = index_k.shape[-2:], index_k
-        if place.any():
-            shard = np.zeros((*shape[:-1], S + KEY_TILE, E), index_k.dtype)
-            for b, first in np.ndenumerate(place):
-                shard[b[:-1]][first : first + S] = index_k[b[:-1]]
-        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(shape[:-1]))
+    def offers():  # what this shard selects: scores and keys [..., T, K], -inf where none is
+        (S, E), shard, found = k.shape[-2:], k, []
+        if place.any() or S < K:
+            shard = np.zeros_like(k, shape=(*batch, max(S + tile, K), E))
+            for b, first in np.ndenumerate(place[..., 0]):
+                shard[(*b, ..., slice(first, first + S), slice(None))] = k[b]
+        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(batch))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
-        for t in (slice(t, t + step) for t in range(0, shape[-1], step)):
-            lo, hi = (w[..., t] for w in near)
-            scores = index_scores(index_q[..., t, :, :], shard, weights[..., t, :], k_start=lo, k_end=hi)
+        for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
+            part = q[..., t, :, :], shard, weights[..., t, :]
+            scores = index_scores(*part, k_start=lo[..., t], k_end=hi[..., t])
             try:
-                kept = select_topk(scores, **quota)[..., :W]
+                kept = select_topk(scores, **quota)[..., :K]
             except ValueError as error:
                 raise ValueError(f"counting queries from {t.start}, {error}") from None
-            own = (..., t, slice(kept.shape[-1]))
-            x[own] = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
-            keys[own] = kept + xp.asarray(base)[..., None]
-        return x.reshape(rows, W), keys.reshape(rows, W)
+            best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
+            found.append((best, kept + base))
+        return [np.concatenate(x, -2) for x in zip(*found)]
 
-    def decide(_, *both):  # of candidates [R, M, W], side by side and thus by ascending key
-        x, keys = (x.swapaxes(0, 1).reshape(x.shape[1], x.shape[0] * W) for x in both)
-        kept = select_topk(x, **quota)[:, :K]
+    def decide(*both):  # of candidates [R, M, K], side by side and thus by ascending key
+        best, keys = (np.concatenate([*x], -1) for x in both)
+        kept = select_topk(best, **quota)[:, :K]
         return [np.where(kept < 0, -1, np.take_along_axis(keys, kept, -1))]
 
-    return decided(at, rows, offers, decide)[0].reshape(*shape, K)
+    return decided(at, offers, decide)[0]
 
 
-def merge_over_shards(at, indices, attend, sink, dtype, scatter):
-    """merge_attention of each rank's attend(indices=...) to its members, and the sink -> out, lse."""
-    queries, heads, width = [*at.n["..."], at.n["T"]], at.n["H"], at.n["Dv"]
-    rows = math.prod(queries) * heads  # a row is a head of a query, so that a single query is work for all
-    first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
+def decided(at, offers, decide, scatter=False):
+    """decide(*offers [R, M, ...]) by every rank for its share of the N queries -> [..., T, ...], or [M, ...].
 
-    def offers():
-        own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
-        out, lse = attend(indices=own)
-        out, lse = out.reshape(rows, width), lse.reshape(rows)
-        if dtype.name != "bfloat16":
-            return out, lse
-        largest = np.maximum(out.max(-1), -out.min(-1))[:, None]  # of which float16 rounds a tenth as much
-        largest = np.where((largest > 0) & (largest < np.inf), largest, 1)
-        return np.divide(out, largest, out=np.empty_like(out, np.float16)), lse, largest
-
-    def merge(own, outs, lses, largest=None):  # [R, M, Dv], [R, M], [R, M, 1]
-        outs = outs if largest is None else outs * largest
-        out, lse = merge_attention(outs[:, None], lses[:, None])  # [1, M, Dv], [1, M]
-        out = out if sink is None else apply_sink(out, lse, np.tile(sink, math.prod(queries))[own])
-        return out[0].astype(dtype, copy=False), lse[0]
-
-    out, lse = decided(at, rows, offers, merge, scatter * max(1, heads))
-    queries = [len(lse) // max(1, heads)] if scatter else queries
-    return out.reshape(*queries, heads, width), lse.reshape(*queries, heads)
-
-
-def decided(at, N, offers, decide, keep=0):
-    """decide(which, *offers [R, M, ...]) by every rank for its share of the rows -> [N, ...] on every rank.
-
-    offers() -> arrays [N, ...]. keep: each rank keeps its [M, ...], whole times so many rows.
+    offers() -> arrays [..., T, ...] of a rank's own keys. scatter: each rank keeps what it decided.
     """
-    R, unit = at.comm.size, max(1, keep)
-    rows = [slice(N // unit * r // R * unit, N // unit * (r + 1) // R * unit) for r in range(R)]
-    which = rows[at.comm.rank]
+    R, N, queries = at.comm.size, math.prod(at.queries), len(at.queries)
+    rows = [slice(N * r // R, N * (r + 1) // R) for r in range(R)]
     with together(at.comm):
-        own = [at.ship(x) for x in offers()]
-        parts = [np.empty_like(x, shape=(R, *x[which].shape)) for x in own]
+        own = [at.ship(x.reshape(N, *x.shape[queries:])) for x in offers()]
+        parts = [np.empty_like(x, shape=(R, *x[rows[at.comm.rank]].shape)) for x in own]
     at.move(((r, x[rows[r]]) for r in range(R) for x in own), ((r, y[r]) for r in range(R) for y in parts))
     with together(at.comm):
-        found = decide(which, *map(at.xp.asarray, parts))
-        own = [] if keep else [at.ship(x) for x in found]
+        found = decide(*map(at.xp.asarray, parts))
+        own = [] if scatter else [at.ship(x) for x in found]
         whole = [np.empty_like(x, shape=(N, *x.shape[1:])) for x in own]
     at.move(((r, x) for r in range(R) for x in own), ((r, y[rows[r]]) for r in range(R) for y in whole))
-    return found if keep else [at.xp.asarray(y) for y in whole]
+    return found if scatter else [at.xp.asarray(y).reshape(*at.queries, *y.shape[1:]) for y in whole]
 
 
-def by_mpi(comm, sent, filled):
-    """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
-    own = comm.Dup()  # apart from what the caller has under way
-    both = (own.Irecv, filled), (own.Isend, sent)
-    for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
-        request.Wait()
-    own.Free()
-
-
-def gathered(comm, x):
-    """Every rank's NumPy array x [...] -> [R, ...]."""
-    comm.Allgather(x, every := np.empty((comm.size, *x.shape), x.dtype))
-    return every
+def layout(comm, n, shard, arrays, call):
+    """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
+    xp, dtypes = n["xp"], [x.dtype.name for x in arrays if x is not None]
+    said = {**call, **n, "S": 0, "xp": xp.__name__, "dtypes": dtypes}
+    for name, x in said.items():
+        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
+            said[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if xp is np else "given"
+    words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
+    for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
+        raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
+    shards = gathered(comm, shard)  # keys of each rank [R], or of its sequences [R, B]
+    first, total = shards[: comm.rank].sum(0)[..., None], shards.sum(0)
+    nccl = KERNELS.get(("ranks", xp.__name__), lambda comm: None)(comm)
+    ship, move = (xp.ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
+    at = SimpleNamespace(comm=comm, n=n, xp=xp, ship=ship, move=move, shards=shards, total=total)
+    at.first, at.end, at.num_keys = first, first + shards[comm.rank, ..., None], int(total.max())
+    at.queries = (*n["..."], n["T"])
+    return at
 
 
 @contextlib.contextmanager
@@ -2883,32 +2867,56 @@ def together(comm):
         yield
     except Exception as raised:
         error = raised
-    failed = gathered(comm, np.array(error is not None))
+    failed = gathered(comm, error is not None)
     if failed.any():
         kind, first = next((x for x in kinds if isinstance(error, x)), RuntimeError), int(failed.argmax())
         kind, text = comm.bcast((kind, f"rank {first}: {error}"), first)
         raise kind(text) from error
 
 
-def layout(comm, n, shard, arrays, **same):
-    """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    same |= {**n, "S": 0, "xp": n["xp"].__name__, "dtypes": [x.dtype.name for x in arrays if x is not None]}
-    for name, x in same.items():
-        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
-            same[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if n["xp"] is np else "given"
-    sums = gathered(comm, np.array(zlib.crc32(repr(same).encode())))
-    for name in sorted(same) if (sums != sums[0]).any() else ():
-        values = comm.allgather(same[name])
-        expect(values.count(values[0]) == len(values), f"{name}, by rank,", values, "the same on every rank")
-    shards = gathered(comm, np.array(np.broadcast_to(shard, n["..."]), np.int64))
-    first, total = shards[: comm.rank].sum(0)[..., None], shards.sum(0)  # keys of each sequence [...]
-    nccl = KERNELS.get(("ranks", same["xp"]), lambda comm: None)(comm)
-    ship, move = (n["xp"].ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
-    at = SimpleNamespace(comm=comm, n=n, xp=n["xp"], ship=ship, move=move, shards=shards, total=total)
-    at.first, at.end = first, first + shards[comm.rank][..., None]
-    each = shards if shards.size else gathered(comm, np.array(n["S"]))  # an empty batch has a K, too
-    at.longest, at.num_keys = int(each.max()), int(each.sum(0).max())
-    return at
+def gathered(comm, x):
+    """Every rank's numbers x [...] -> [R, ...]."""
+    comm.Allgather(x := np.asarray(x), every := np.empty((comm.size, *x.shape), x.dtype))
+    return every
+
+
+def by_mpi(comm, sent, filled):
+    """Send (rank, array), ..., and fill others of NumPy's; what goes to a rank comes in the order it went."""
+    own = comm.Dup()  # apart from what the caller has under way
+    both = (own.Irecv, filled), (own.Isend, sent)
+    for request in [call(x.view(np.uint8), rank) for call, parts in both for rank, x in parts if x.size]:
+        request.Wait()
+    own.Free()
+
+
+def by_nccl(api, pair, sent, filled):
+    """by_mpi for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
+    stream = sys.modules["cupy"].cuda.get_current_stream().ptr
+    api.groupStart()
+    for move, rank, x in [(pair.send, *part) for part in sent] + [(pair.recv, *part) for part in filled]:
+        if x.size:
+            move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
+    api.groupEnd()
+
+
+nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
+
+
+@functools.partial(KERNELS.setdefault, ("ranks", "cupy"))
+def nccl_ranks(comm):
+    """by_nccl between the GPUs of comm's ranks, made once; False unless all have NCCL and their own GPU."""
+    if (move := comm.Get_attr(nccl_key())) is None:
+        with together(comm):
+            api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
+            gpu = api.available and (os.uname().nodename, cuda.runtime.deviceGetPCIBusId(cuda.Device().id))
+            name = api.get_unique_id() if gpu and comm.rank == 0 else None
+        gpus, names = zip(*comm.allgather((gpu, name)))
+        if move := all(gpus) and len(set(gpus)) == comm.size:
+            move = functools.partial(by_nccl, api, api.NcclCommunicator(comm.size, names[0], comm.rank))
+        elif comm.rank == 0:
+            print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
+        comm.Set_attr(nccl_key(), move)
+    return move
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
@@ -3766,36 +3774,3 @@ gpu_dense_attention = gpu_sparse_attention = gpu_attention
 gpu_by_rows = gpu_projected
 KERNELS |= {(name[4:], "cupy"): run for name, run in [*globals().items()] if name.startswith("gpu_")}
 KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place
-
-
-# 16. Between GPUs: NCCL, where every rank has one of its own ----------------------------------------------
-
-# Under which an MPI communicator keeps its NCCL.
-nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())
-
-
-def by_nccl(api, pair, sent, filled):
-    """by_mpi for CuPy arrays, on the current stream: one group of NCCL's calls, and no wait."""
-    stream = sys.modules["cupy"].cuda.get_current_stream().ptr
-    api.groupStart()
-    for move, rank, x in [(pair.send, *part) for part in sent] + [(pair.recv, *part) for part in filled]:
-        if x.size:
-            move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
-    api.groupEnd()
-
-
-@functools.partial(KERNELS.setdefault, ("ranks", "cupy"))
-def nccl_ranks(comm):
-    """by_nccl between the GPUs of comm's ranks, made once; None unless all have NCCL and their own GPU."""
-    if (pair := comm.Get_attr(nccl_key())) is None:
-        with together(comm):
-            api, cuda = importlib.import_module("cupy.cuda.nccl"), sys.modules["cupy"].cuda
-            gpu = api.available and (os.uname().nodename, cuda.runtime.deviceGetPCIBusId(cuda.Device().id))
-            name = api.get_unique_id() if gpu and comm.rank == 0 else None
-        (gpus, names), pair = zip(*comm.allgather((gpu, name))), ()
-        if all(gpus) and len(set(gpus)) == comm.size:
-            pair = api, api.NcclCommunicator(comm.size, names[0], comm.rank)
-        elif comm.rank == 0:
-            print("dsa: no NCCL, or no GPU for each rank: arrays go through the host", file=sys.stderr)
-        comm.Set_attr(nccl_key(), pair)
-    return functools.partial(by_nccl, *pair) if pair else None

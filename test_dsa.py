@@ -3178,6 +3178,10 @@ def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     loss, grads = impl.learned_loss(q, k, mlp, expected, **kwargs)
     assert [x.dtype for x in grads] == [F64] * 4
     assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
+    for wrong in (NAN, -0.25) if (keys >= 0).any() else ():  # what is no probability has no loss
+        expected.flat[np.argmax(keys >= 0)] = wrong
+        for loss, *args in ((impl.indexer_loss, *p.index), (impl.learned_loss, q, k, mlp)):
+            assert np.isnan(loss(*args, expected, **kwargs)[0])
 
 
 @given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=flags, z=one_of([None, 0.7, -3, INF, -INF]))
@@ -3303,10 +3307,6 @@ def test_training_takes_any_layout_and_any_integers(impl, batch, G, dtype):
         for x, y in zip(lessons(impl, arrays, indices, **kwargs), expected, strict=True):
             assert_close(x, y, tolerance)
 
-    index = arrays[4:]
-    views = [strided["give"](x) for x in index]
-    assert_same(impl.index_scores(*views), impl.index_scores(*index))
-    assert_same(impl.lightning_select(*views, 3), impl.lightning_select(*index, 3))
     same(lessons(impl, arrays, None), None, **strided)
     indices, expected = np.maximum(holes, 0), lessons(impl, arrays, holes)
     whole = lessons(impl, arrays, indices)
@@ -3367,22 +3367,8 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
             found, expected = (impl.sparse_attention_backward(*x)[:3] for x in (args, in_float64(args)))
             for a, e in zip(found, expected, strict=True):
                 assert_gradients([a], [e], [a], TOLERANCE[a.dtype])
-    q, (k, v) = arrays[0][..., :0, :], arrays[1:3]  # nor is it an error to have no heads
-    out, lse = impl.sparse_attention(q, k, v, indices)
-    assert not impl.sparse_attention_backward(q, k, v, indices, out, lse, out)[1].any()
-    for some in ({}, {"indices": indices}):
-        assert not impl.attention_target(q, k, **some).any()
-
-
-@pytest.mark.parametrize("wrong", [NAN, -0.25])
-def test_what_is_no_probability_has_no_loss(impl, wrong):
-    """A target that is seen and is NaN or negative makes the loss NaN, dense or sparse."""
-    (q, k, _, _, *index), indices, mlp, _ = things_to_learn(0, 4, 6, 3, F64)
-    for some in ({}, {"indices": np.maximum(indices, 0)}):
-        target = impl.attention_target(q, k, **some)
-        target[-1, 0] = wrong
-        assert np.isnan(impl.indexer_loss(*index, target, **some)[0])
-        assert np.isnan(impl.learned_loss(q, k, mlp, target, **some)[0])
+    bare = [arrays[0][..., :0, :], *arrays[1:3], arrays[3][:0], *arrays[4:]]  # no heads are no error
+    assert not any(x.any() for some in (None, indices) for x in lessons(impl, bare, some))
 
 
 @slow
@@ -3474,29 +3460,25 @@ def gpu_of(comm):
 
 
 @pytest.mark.parametrize("end", ["comm.this_is_wrong", "os.kill(os.getpid(), 9)"])
-def test_a_rank_that_dies_ends_all(dsa, end):
+def test_a_rank_that_dies_ends_all(dsa, end, xp="np"):
     """Also outside dsa.py and while the others wait for it: python -m mpi4py, or mpiexec, sees to it."""
-    alone = f"import os; x = np.ones((3, 1, 1)); comm.rank == 1 and {end}; "
-    done = mpi(3, alone + "print('alive', dsa.sharded_select(x, x[:, 0], x[..., 0], 2, comm))", timeout=60)
+    run = f"import os; x = {xp}.ones((3, 1, 1)); comm.rank == 1 and {end}; "
+    run += "print('alive', dsa.sharded_select(x, x[:, 0], x[..., 0], 2, comm))"
+    done = mpi(2 + (xp == "np"), run, timeout=60)
     assert done.returncode != 0 and "alive" not in done.stdout
     assert "this_is_wrong" in done.stderr or "kill" in end
 
 
 def test_a_gpus_rank_that_dies_ends_all(dsa, cupy):
     """While another may wait for it on its GPU, in a call of NCCL."""
-    end = "if comm.rank == 1: dsa.by_nccl = dsa.by_mpi = lambda *args: os.kill(os.getpid(), 9)"
-    run = "x = cupy.ones((3, 1, 1)); print('alive', dsa.sharded_select(x, x[:, 0], x[..., 0], 2, comm))"
-    done = mpi(2, f"import os; cupy = test_dsa.gpu_of(comm)\n{end}\n{run}", timeout=60)
-    assert done.returncode != 0 and "alive" not in done.stdout
+    kill = "lambda *args: os.kill(os.getpid(), 9)"
+    end = f"vars(dsa).update(by_nccl={kill}, by_mpi={kill})"
+    test_a_rank_that_dies_ends_all(dsa, end, "test_dsa.gpu_of(comm)")
 
 
 def test_the_readmes_lines_run_on_ranks(dsa):
     """Its block under MPI: each of 8 * 64 selected keys is on one rank."""
-    readme = Path(__file__).with_name("README.md")
-    if not readme.exists():
-        pytest.skip("a copy of test_dsa.py without README.md beside it")
-    (block,) = re.findall(r"```python\n([^`]*sharded_attention[^`]*)```", readme.read_text())
-    done = mpi(3, "pass\n" + block)
+    done = mpi(3, "pass\n" + readme("[^`]*sharded_attention")[1])
     counts = [int(x) for x in re.findall(r"rank \d of 3: (\d+) of 512 are here", done.stdout)]
     assert done.returncode == 0 and len(counts) == 3 and sum(counts) == 512, done.stdout + done.stderr
 
@@ -3529,49 +3511,43 @@ def sharded_problem(seed):
     return rng, dtype, p
 
 
-@pytest.mark.parametrize("comm", [None, 3, "world", types.SimpleNamespace(rank=0, size=1)])
-def test_what_is_no_communicator_is_refused(dsa, comm):
+def test_what_is_no_communicator_is_refused(dsa):
     """By name, before anything else."""
-    p = tokens(0, (), 9)
-    with pytest.raises(TypeError, match=r"^comm is .*communicator"):
-        dsa.sharded_select(*p.index, 3, comm)
-    with pytest.raises(TypeError, match=r"^comm is .*communicator"):
-        dsa.sharded_attention(p.q, *p.kv, *p.index, dsa.DSAConfig(), comm)
+    for comm in (None, 3, types.SimpleNamespace(rank=0, size=1)):
+        refused("^comm is .*communicator", dsa.sharded_select, [], [], [], 3, comm, error=TypeError)
+        refused("^comm is .*communicator", dsa.sharded_attention, *[[]] * 6, 3, comm, error=TypeError)
 
 
 def ranks_select(dsa, comm, xp=np):
     """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
-    stages = Stages(dsa, xp, SHARDED)
+    stages, far, scores = Stages(dsa, xp, SHARDED), 2**31, []
     select, alone = stages.sharded_select, stages.lightning_select
-    score, layout, far, scores = dsa.index_scores, dsa.layout, 2**31, []
+    score, layout = dsa.index_scores, dsa.layout
 
     def scored(*args, **kwargs):
         scores.append(stages.back(x := score(*args, **kwargs)))
         return x
 
-    def behind(*args, **same):  # as if rank -1 held 2**31 keys, which nobody sees
-        at = layout(*args, **same)
+    def behind(*args):  # as if rank -1 held 2**31 keys, which nobody sees
+        at = layout(*args)
         at.first, at.end, at.num_keys = at.first + far, at.end + far, at.num_keys + far
         return at
 
     for seed in range(60):
         rng, _, p = sharded_problem(seed)
-        dsa.SHARD_BUFFER = 2000 if seed % 4 == 3 else 2**27
         (index_k,) = sharded(comm, rng, (p.index_k, -2))
-        dsa.index_scores = scored
-        actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
-        dsa.index_scores = score
+        with mock.patch.multiple(dsa, SHARD_BUFFER=2000 if seed % 4 == 3 else 2**27, index_scores=scored):
+            actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
         assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
         first, S = comm.exscan(index_k.shape[-2]) or 0, index_k.shape[-2]
         place = first % dsa.KEY_TILE if xp is np else 0
         expected = stages.index_scores(*p.index, **p.windows)[..., first : first + S]
         assert_same(np.concatenate(scores, axis=-2)[..., place : place + S], expected)
         scores.clear()
-    dsa.layout = behind
     rng, _, p = sharded_problem(2)
     (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
-    actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
-    dsa.layout = layout
+    with mock.patch.object(dsa, "layout", behind):
+        actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
     assert_same(actual, alone(*p.index, p.top_k) + np.int64(far))
 
 
@@ -3591,7 +3567,7 @@ def ranks_attention(dsa, comm, xp=np):
             p, dtype = replace(p, q=p.q.astype(BFLOAT16)), BFLOAT16
         k, v, index_k = sharded(comm, rng, (p.k, -3), (p.values, -3), (p.index_k, -2))
         v, sink = None if p.v is None else v, normal(rng, 4).astype(dtype)
-        kwargs = p.windows | p.latent | {"sink": sink, "layer": 1, "n_layers": 3}
+        kwargs = p.windows | p.latent | {"sink": sink, "layer": 2, "n_layers": 3}
         kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
         shards, whole = [p.q, k, v, p.index_q, index_k, p.weights], (p.q, *p.kv, *p.index)
         if xp is np and seed == 1:
@@ -3653,66 +3629,57 @@ def ranks_cache(dsa, comm, xp=np):
 
 def ranks_errors(dsa, comm):
     """What is wrong on one rank is raised on all, by that rank's number; after it, all go on together."""
-    rng, _, p = sharded_problem(2)
-    last, select, attention = comm.size - 1, dsa.sharded_select, dsa.sharded_attention
+    (rng, _, p), few, config = sharded_problem(2), tokens(0, (1,), 4), dsa.DSAConfig
+    select, attend, last, several = dsa.sharded_select, dsa.sharded_attention, comm.size - 1, comm.size > 1
     index_k, k, v = sharded(comm, rng, (p.index_k, -2), (p.k, -3), (p.values, -3))
-    args, shards = [p.index_q, index_k, p.weights, p.top_k], (p.q, k, v, p.index_q, index_k, p.weights)
-    mine, config = comm.rank == last, dsa.DSAConfig
-    nan = np.full_like(index_k, NAN, shape=(*p.batch, 3, 33)) if mine else index_k
-    window, late = {"k_start": np.zeros(p.T, int)}, np.where(np.arange(p.T) < p.T - 1, 0, 10**6)
+    index = {"index_q": p.index_q, "index_k_shard": index_k, "weights": p.weights}
+    args, shards = index | {"top_k": p.top_k}, {"q": p.q, "k_shard": k, "v_shard": v, **index}
+    every, mine = shards | {"config": config()}, comm.rank == last
+    nan = np.full_like(index_k, NAN, shape=(*p.batch, 3, 33))
+    start, end, sink = np.zeros(p.T, int), np.full(p.T, 9), np.zeros(4)
 
-    def raises(error, message, call, *args, **kwargs):
+    def raises(error, message, what, there=(), **here):  # what is given here, on the last rank, and on others
         with pytest.raises(error, match="^" + message):
-            call(*args, comm, **kwargs)
+            what[0](**{**what[1], **(here if mine else dict(there))}, comm=comm)
 
-    few, alike = tokens(0, (1,), 4), "by rank, is .*expected the same on every rank"
-    for error, message, i, x in (  # on the last rank alone
-        (ValueError, "counting queries from 0, a score in the window of query .* is NaN", 1, nan),
-        (TypeError, "index_k is a builtins.list", 1, [1.0]),
-        (ValueError, "weights has J = 2, but index_q has J = 8", 2, p.weights[..., :2]),
-        (ValueError, "top_k is 0, expected an integer of at least 1", 3, 0),
-    ):  # fmt: skip
-        wrong = [x if mine and i == j else y for j, y in enumerate(args)]
-        raises(error, f"rank {last}: {message}", select, *wrong, k_end=np.full(p.T, 10**6), **window)
-    dsa.SHARD_BUFFER = 1  # each query on its own, and only the last one sees a key
-    message = f"rank {last}: counting queries from {p.T - 1}, a score in the window of query .*0,?\\) is NaN"
-    raises(ValueError, message, select, args[0], nan, *args[2:], k_end=late, **window)
-    dsa.SHARD_BUFFER = 2**28
-    apart = [(3, 7, "top_k"), (0, p.index_q.astype(np.float64), "dtypes"), (3, 8 + comm.rank, "top_k")]
-    for i, x, name in apart if comm.size > 1 else []:
-        wrong = [x if mine and i == j else y for j, y in enumerate(args)]
-        raises(ValueError, f"{name}, {alike}", select, *wrong)
-    end, sink = np.full(p.T, 9), np.zeros(4)
-    attend, end, sink = functools.partial(attention, *shards, config()), np.full(p.T, 9), np.zeros(4)
-    for call, name, x, other in (
-        (functools.partial(select, *args), "k_start", end, None), (attend, "k_end", end, None),
-        (functools.partial(select, *args), "k_end", end, end + 1), (attend, "sink", None, sink),
-        (attend, "sink", sink, sink + 1),
-    ) if comm.size > 1 else ():  # fmt: skip
-        raises(ValueError, f"{name}, {alike}", call, **{name: x if mine else other})
-    for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if comm.size > 1 else ():
+    is_nan = "counting queries from {}, a score in the window of query .*{}) is NaN"
+    far, late = ({"k_start": start, "k_end": np.where(np.arange(p.T) < n, 0, 10**6)} for n in (0, p.T - 1))
+    selects, attends = (select, args | far), (attend, every)
+    for what, error, message, wrong in (
+        (selects, ValueError, is_nan.format(0, "\\"), {"index_k_shard": nan}),
+        (selects, TypeError, "index_k is a builtins.list", {"index_k_shard": [1.0]}),
+        (selects, ValueError, "weights has J = 2, but index_q has J = 8", {"weights": p.weights[..., :2]}),
+        (selects, ValueError, "top_k is 0, expected an integer of at least 1", {"top_k": 0}),
+        (attends, ValueError, ".*'window', expected 'lightning'", {"config": config(strategy="fixed")}),
+        (attends, ValueError, "lengths or owner is given, expected None without", {"owner": 0}),
+        (attends, TypeError, "cache is a int", {"cache": 3}),
+    ):
+        raises(error, f"rank {last}: {message}", what, **wrong)
+    with mock.patch.object(dsa, "SHARD_BUFFER", 1):  # each query on its own, and only the last one sees a key
+        message = is_nan.format(p.T - 1, "0,?\\")
+        raises(ValueError, f"rank {last}: {message}", (select, args | late), index_k_shard=nan)
+    cached = dict(zip(shards, (few.q, *few.kv, *few.index), strict=True)) | {"config": config()}
+    for what, name, here, there in (
+        (selects, "top_k", 7, p.top_k), (selects, "top_k", 7, 8 + comm.rank), (selects, "k_start", end, None),
+        (selects, "index_q", p.index_q.astype(F64), p.index_q), (selects, "k_end", end, end + 1),
+        (attends, "k_end", end, None), (attends, "sink", None, sink), (attends, "sink", sink, sink + 1),
+        ((attend, cached), "cache", new_cache(dsa, "KVCache", few, 9), None),
+    ) if several else ():  # fmt: skip
+        message = f"{name.replace('index_q', 'dtypes')} is .* on rank .*expected the same on every rank"
+        raises(ValueError, message, what, {name: there}, **{name: here})
+    for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if several else ():
         full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
         with mock.patch.object(where, name, **full):
-            raises(MemoryError, f"rank {last}: full", attention, *shards, config(top_k))
-    for scatter in ("yes", 2):
-        message = f"rank 0: scatter is {scatter!r}, expected True or False"
-        raises(TypeError, message, attend, scatter=scatter)
-    none, whole = ([x[:0] for x in each] for each in (shards, (p.q, p.k, p.values, *p.index)))
+            raises(MemoryError, f"rank {last}: full", (attend, every | {"config": config(top_k)}))
+    none, whole = ([x[:0] for x in each] for each in (shards.values(), (p.q, p.k, p.values, *p.index)))
     assert_same(select(*none[3:], p.top_k, comm), dsa.lightning_select(*whole[3:], p.top_k))
     for each in (config(3), config(10**6)):
-        assert_same(attention(*none, each, comm), dsa.dsa_attention(*whole, each))
-    message = "rank 0: .*'window', expected 'lightning'"
-    raises(ValueError, message, attention, *shards, config(strategy="fixed"))
-    message = "rank 0: lengths or owner is given, expected None without"
-    raises(ValueError, message, attention, *shards, config(), owner=0)
-    if comm.size > 1:
-        cache = new_cache(dsa, "KVCache", few, 9) if mine else None
-        raises(ValueError, f"cache, {alike}", attention, few.q, *few.kv, *few.index, config(), cache=cache)
-    out, lse, _ = attention(p.q[..., :0, :], *shards[1:], config(), comm, sink=np.zeros(0))  # no heads
+        assert_same(attend(*none, each, comm), dsa.dsa_attention(*whole, each))
+    out, lse, _ = attend(**every | {"q": p.q[..., :0, :]}, comm=comm, sink=np.zeros(0))  # no heads
     assert (out.shape[-2:], lse.shape[-1]) == ((0, 3), 0)
     mail = np.zeros(1), comm.rank ^ 1  # of the caller's own, under way meanwhile
     pending = [comm.Irecv(*mail)] if mail[1] < comm.size else []
-    assert_same(select(*args, comm), dsa.lightning_select(*p.index, p.top_k))
+    assert_same(select(**args, comm=comm), dsa.lightning_select(*p.index, p.top_k))
     for request in pending:
         comm.Send(np.ones(1), mail[1])
         request.Wait()
@@ -3720,8 +3687,9 @@ def ranks_errors(dsa, comm):
 
 
 def ranks_traffic(dsa, comm):
-    """A query moves at most 12 * R * top_k bytes, however many the keys, and a step a few numbers beside."""
-    totals, T, top_k, R = [], 50, 30, comm.size
+    """A query moves at most 12 * R * top_k bytes, however many the keys, and a step a few numbers beside; its
+    merge what is documented."""
+    T, top_k, R = 50, 30, comm.size
     rows = np.diff(T * np.arange(R + 1) // R)[comm.rank]
     for S in (400, 4000):
         rng, moved = np.random.default_rng(S), dict.fromkeys(("Allgather", "Isend", "Irecv"), 0)
@@ -3735,10 +3703,12 @@ def ranks_traffic(dsa, comm):
         traffic.Dup = lambda traffic=traffic: traffic
         index_q, part, weights = (normal(rng, *x).astype(F32) for x in ((T, 2, 8), (S // R, 8), (T, 2)))
         dsa.sharded_select(index_q, part, weights, top_k, traffic, k_end=np.full(T, S))
-        assert moved["Isend"] == T * 8 * top_k + R * rows * 4 * top_k
-        assert moved["Irecv"] == R * rows * 8 * top_k + T * 4 * top_k and moved["Allgather"] <= 150
-        totals.append(moved)
-    assert totals[0] == totals[1]
+        assert moved["Isend"] == T * 8 * top_k + R * rows * 4 * top_k and moved["Allgather"] <= 150
+        assert moved["Irecv"] == R * rows * 8 * top_k + T * 4 * top_k
+        sent, index = moved["Isend"], (index_q, part, weights, dsa.DSAConfig(top_k))
+        options: Any = {"d_v": 8, "k_end": np.full(T, S), "scatter": True}
+        dsa.sharded_attention(index_q.astype(BFLOAT16), part[:, None], None, *index, traffic, **options)
+        assert moved["Isend"] == 2 * sent + T * 2 * (8 * 2 + 4 + 4)  # out in float16, its scale and lse, once
 
 
 # ------------------------------------------------------------------------------------------------------------
