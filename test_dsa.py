@@ -152,13 +152,11 @@ def stages_in(text):
     found: dict[str, Any] = {}
     every: list[str] = []
     for head, rules in re.findall(r"((?:^\w.*\n)+)((?:^  \S.*\n)+)", re.sub(r"\n {9,}", " ", text), re.M):
-        signatures = re.findall(r"^(\w+)\((.*)\) -> (.*)", head, re.M)
-        for stage, arguments, results in signatures:
+        for stage, arguments, results in re.findall(r"^(\w+)\((.*)\) -> (.*)", head, re.M):
             positional, _, keywords = (re.findall(r"(\w+)(?:=\w+)?", x) for x in arguments.partition("*"))
             found[stage] = positional, positional + keywords, results.split(", "), []
-        names = list(found) if head == "every stage\n" else re.findall(r"\w+", head)
         every += (sentences := [x.strip() for x in rules.splitlines()])
-        for stage in [x for x, *_ in signatures] or names:
+        for stage in found if head == "every stage\n" else found.keys() & re.findall(r"\w+", head):
             found[stage][3].extend(sentences)
     return found, every
 
@@ -209,9 +207,8 @@ def named(dtype):
     return "ml_dtypes.bfloat16" if dtype == BFLOAT16 else f"np.{dtype.name}"
 
 
-LIMITS: dict[str, Any] = {  # what a kernel supports, None is anything, and a factor on the tolerances
-    "dtypes": DTYPES, "heads": None, "widths": None, "max_top_k": None, "tolerance": 1.0,
-}  # fmt: skip
+# What a kernel supports, None is anything; and a factor on the tolerances.
+LIMITS = {"dtypes": DTYPES, "heads": None, "widths": None, "max_top_k": None, "tolerance": 1.0}
 SCOPE = {"np": np, "ml_dtypes": ml_dtypes}
 NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
     "small": "integers(-2, 3, {0})", "normal": "standard_normal({0})", "distinct": "random({0}).argsort(-1)",
@@ -226,7 +223,7 @@ SHAPES = {  # of what is drawn, in the order in which it is
     "lses": "n, *batch, T, H", "outs": "n, *batch, T, H, Dv", "lse": "*batch, T, H",
     "out": "*batch, T, H, Dv", "sink": "H",
 }  # fmt: skip
-EVERY = ((), (), (1,), (3,), (2, 2))  # batch axes
+EVERY, UNEVEN = ((), (), (1,), (3,), (2, 2)), (1, 3, 31, 65)  # batch axes; heads and widths
 MANY_HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 TABLES = {  # each key once, in order; with -1 anywhere; any number of times; not the first and last
     "kept": "np.sort({rng}.integers(0, 99, (*{batch}, {T}, {S})).argsort(-1)[..., :{K}])",
@@ -291,18 +288,18 @@ def expressions(
         text = rng(NUMBERS[own].format(shape))
         if own in ("small", "normal") and "default_rng(0)" in text:  # what Hypothesis shrinks to
             text = f"np.ones({shape})"
-        text = f"{spread / (1 if lse else 3)} * {text}" if lse or name == "sink" else text
+        text = f"({spread / (1 if lse else 3)} * {text})" if lse or name == "sink" else text
         if hidden and (lse or name == "scores"):
             text = f"np.where({rng(f'random({shape})')} < {pick([hidden, hidden, 1.0])}, -np.inf, {text})"
         elif hidden and name[:3] == "out":
-            text = f"{text} * np.isfinite({name.replace('out', 'lse')})[..., None]"
+            text = f"({text} * np.isfinite({name.replace('out', 'lse')})[..., None])"
         elif unseen and name in ("k", "v", "index_k"):
             text = f"np.where(seen{'' if name == 'index_k' else '[..., None]'}, {text}, {bad})"
         if windows and name == "scores":
             at = f"np.arange({S})"
             text = f"np.where(({at} >= k_start[..., None]) & ({at} < k_end[..., None]), {text}, np.nan)"
         kind = pick(dtypes, kinds) if mixed else accumulator(dtype) if lse else dtype
-        call[name] = f"({text}).astype({'np.float32' if name == 'sink' else named(kind)})"
+        call[name] = f"{text}.astype({'np.float32' if name == 'sink' else named(kind)})"
         if numbers == "equal" and name == "index_k":
             call[name] += f"[..., [0] * {S}, :]"
     if "q" in names:
@@ -443,15 +440,13 @@ def lightning_by_hand(index_q, index_k, weights, top_k, *, k_start=None, k_end=N
     return select_by_hand(scores, top_k, **forced)
 
 
-def attention_by_hand(
-    q, k, v=None, indices=None, *, d_v=None, scale=None, k_start=None, k_end=None, sink=None
-):
+def attention_by_hand(q, k, v=None, indices=None, *, d_v=None, scale=None, sink=None, **windows):
     """Eq. (3) row by row: softmax over its keys, the listed or the visible, as often as they stand there."""
     *batch, T, H, D = q.shape
     q, k = q.astype(F64), k.astype(F64)
     v = k[..., :d_v] if v is None else v.astype(F64)
     group = np.arange(H) // (H // k.shape[-2])
-    lo, hi = reach(batch, T, k.shape[-3], k_start, k_end)
+    lo, hi = reach(batch, T, k.shape[-3], **windows)
     out, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.full(q.shape[:-1], -INF)
     for at in np.ndindex(*batch, T):
         keys = np.arange(lo[at], hi[at]) if indices is None else indices[at][indices[at] >= 0]
@@ -465,7 +460,7 @@ def attention_by_hand(
     return (out if sink is None else sink_by_hand(out, lse, sink)), lse
 
 
-dense_by_hand = sparse_by_hand = attention_by_hand
+dense_by_hand = sparse_by_hand = attention_by_hand  # which have windows, or indices
 
 
 def merge_by_hand(outs, lses):
@@ -488,17 +483,14 @@ BY_HAND: dict[str, Any] = dict(zip(STAGES, (
     merge_by_hand, sink_by_hand,
 ), strict=True))  # fmt: skip
 ONE: dict[str, Any] = {"queries": (1, 1)}
-BATCH = {"batches": ((2,), (1,), (3,), (2, 2), (2, 1))}
 FORCED: dict[str, Any] = {"forced": True, "windows": True, "keys": (2, 24)}
 MIXED = {"dtypes": DTYPES, "mixed": True}
 FLOATS: dict[str, Any] = {"numbers": "normal", "dtypes": DTYPES, "keys": (1, 70), "heads": MANY_HEADS}
-ANY_SIZE: dict[str, Any] = {"heads": (1, 3, 31, 65), "widths": (1, 3, 31, 65, 129), "keys": (1, 70)}
 GROUPS: dict[str, Any] = {"heads": (6, 2, 3, 4, 8), "groups": (2, 3, 4)}
 DEFAULT, ANY, LOGITS, ENDS = {"scales": (None,)}, {"table": "any"}, {"sinks": "normal"}, {"sinks": "ends"}
 FEW: dict[str, Any] = {"examples": 12}
 MANY: dict[str, Any] = FEW | {"keys": (600, 1100), "queries": (130, 300), "heads": (1, 2), "windows": True}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
-ALIKE = {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
 RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for each rule of the docstring
     ONE,  # index_scores
     {"numbers": "distinct"} | ONE, ONE, {"hidden": 0.5},  # select_topk
@@ -509,10 +501,11 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     {"forced": True, "hidden": 0.3}, FORCED, {"queries": (1, 9)}, FORCED | {"keys": (2, 9)},  # what is seen
     {"table": "holes"}, ANY, {"table": "tiles"}, {"tied": True} | ONE,
     ENDS | {"windows": True, "table": "holes"},
-    BATCH | FORCED | GROUPS | ANY | ENDS | {"tied": None, "hidden": 0.3},  # every stage
+    FORCED | GROUPS | ANY | ENDS  # every stage
+    | {"batches": ((2,), (1,), (3,), (2, 2), (2, 1)), "tied": None, "hidden": 0.3},
     LOGITS | {"strided": True, "batches": ((), (2,))},
     {"windows": True, "unseen": True, "keys": (4, 16), "batches": ((), (2,)), "table": "inner"},
-    ANY_SIZE | DEFAULT | {"queries": (1, 2)},
+    DEFAULT | {"heads": UNEVEN, "widths": (*UNEVEN, 129), "keys": (1, 70), "queries": (1, 2)},
     MIXED, FLOATS, {"numbers": "hundreds", "dtypes": [F16], "widths": (64,)},  # index_scores
     {"numbers": "special", "keys": (1, 40), "dtypes": DTYPES}, {"numbers": "close", "dtypes": [F64]},
     {"numbers": "rows"} | FEW,
@@ -521,7 +514,8 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     {"numbers": "normal", "keys": (2000, 3000), "queries": (130, 300)} | FEW,
     {"numbers": "equal", "keys": (299, 1100), "heads": (2, 8, 12, 64), "widths": (31, 64, 65, 129)},
     {"scales": (30.0,), "keys": (1, 40)} | LOOSE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY,  # attention
-    ALIKE, MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
+    ONE | LOOSE | {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES},
+    MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
     {"spread": 60, "sets": (1, 3)}, FLOATS | {"hidden": 0.2},  # merge_attention
     LOGITS | {"spread": 60}, LOGITS | FLOATS,  # apply_sink
 ], strict=True))  # fmt: skip
