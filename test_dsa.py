@@ -223,7 +223,10 @@ SHAPES = {  # of what is drawn, in the order in which it is
     "lses": "n, *batch, T, H", "outs": "n, *batch, T, H, Dv", "lse": "*batch, T, H",
     "out": "*batch, T, H, Dv", "sink": "H",
 }  # fmt: skip
-EVERY, UNEVEN = ((), (), (1,), (3,), (2, 2)), (1, 3, 31, 65)  # batch axes; heads and widths
+EVERY, UNEVEN = (
+    ((), (), (1,), (3,), (2, 2)),
+    (1, 3, 31, 65, 65),
+)  # batch axes; heads and widths, the widest most often
 MANY_HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 TABLES = {  # each key once, in order; with -1 anywhere; any number of times; not the first and last
     "kept": "np.sort({rng}.integers(0, 99, (*{batch}, {T}, {S})).argsort(-1)[..., :{K}])",
@@ -505,7 +508,7 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     | {"batches": ((2,), (1,), (3,), (2, 2), (2, 1)), "tied": None, "hidden": 0.3},
     LOGITS | {"strided": True, "batches": ((), (2,))},
     {"windows": True, "unseen": True, "keys": (4, 16), "batches": ((), (2,)), "table": "inner"},
-    DEFAULT | {"heads": UNEVEN, "widths": (*UNEVEN, 129), "keys": (1, 70), "queries": (1, 2)},
+    DEFAULT | {"heads": UNEVEN, "widths": (*UNEVEN, 129, 129), "keys": (1, 70), "queries": (1, 2)},
     MIXED, FLOATS, {"numbers": "hundreds", "dtypes": [F16], "widths": (64,)},  # index_scores
     {"numbers": "special", "keys": (1, 40), "dtypes": DTYPES}, {"numbers": "close", "dtypes": [F64]},
     {"numbers": "rows"} | FEW,
