@@ -223,10 +223,8 @@ SHAPES = {  # of what is drawn, in the order in which it is
     "lses": "n, *batch, T, H", "outs": "n, *batch, T, H, Dv", "lse": "*batch, T, H",
     "out": "*batch, T, H, Dv", "sink": "H",
 }  # fmt: skip
-EVERY, UNEVEN = (
-    ((), (), (1,), (3,), (2, 2)),
-    (1, 3, 31, 65, 65),
-)  # batch axes; heads and widths, the widest most often
+EVERY = ((), (), (1,), (3,), (2, 2))  # batch axes
+UNEVEN = (1, 3, 31, 65, 65)  # heads and widths, the widest most often
 MANY_HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 TABLES = {  # each key once, in order; with -1 anywhere; any number of times; not the first and last
     "kept": "np.sort({rng}.integers(0, 99, (*{batch}, {T}, {S})).argsort(-1)[..., :{K}])",
