@@ -508,7 +508,8 @@ RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for ea
     {"windows": True, "unseen": True, "keys": (4, 16), "batches": ((), (2,)), "table": "inner"},
     DEFAULT | {"heads": UNEVEN, "widths": (*UNEVEN, 129, 129), "keys": (1, 70), "queries": (1, 2)},
     MIXED, FLOATS, {"numbers": "hundreds", "dtypes": [F16], "widths": (64,)},  # index_scores
-    {"numbers": "special", "keys": (1, 40), "dtypes": DTYPES}, {"numbers": "close", "dtypes": [F64]},
+    {"numbers": "special", "keys": (1, 40), "queries": (1, 30), "dtypes": DTYPES},  # select_topk
+    {"numbers": "close", "dtypes": [F64]},
     {"numbers": "rows"} | FEW,
     MIXED | {"forced": True, "keys": (1, 70)},  # lightning_select
     FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)},
