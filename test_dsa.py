@@ -152,24 +152,17 @@ def stages_in(text):
     found: dict[str, Any] = {}
     every: list[str] = []
     for head, rules in re.findall(r"((?:^\w.*\n)+)((?:^  \S.*\n)+)", re.sub(r"\n {9,}", " ", text), re.M):
-        signatures = re.findall(r"^(\w+)\((.*)\) -> (.*)", head, re.M)
-        for stage, arguments, results in signatures:
+        for stage, arguments, results in re.findall(r"^(\w+)\((.*)\) -> (.*)", head, re.M):
             positional, _, keywords = (re.findall(r"(\w+)(?:=\w+)?", x) for x in arguments.partition("*"))
             found[stage] = positional, positional + keywords, results.split(", "), []
-        names = list(found) if head == "every stage\n" else re.findall(r"\w+", head)
         every += (sentences := [x.strip() for x in rules.splitlines()])
-        for stage in [x for x, *_ in signatures] or names:
+        for stage in found if head == "every stage\n" else found.keys() & re.findall(r"\w+", head):
             found[stage][3].extend(sentences)
     return found, every
 
 
 STAGE, SENTENCES = stages_in(__doc__ or "")
 STAGES = list(STAGE)
-
-
-def accumulator(*dtypes):
-    """Float64 if any input is float64, else float32."""
-    return F64 if F64 in dtypes else F32
 
 
 def difference(name, actual, expected, tolerance):
@@ -210,83 +203,68 @@ def assert_same(actual, expected):
         assert same, difference(f"part {i}", a, e, 0)[1] or f"part {i}: another sign of zero or NaN"
 
 
-@dataclass
-class Limits:
-    """What a kernel supports, and a factor on the tolerances; None is anything."""
-
-    dtypes: list = field(default_factory=lambda: DTYPES)
-    heads: list | None = None
-    widths: list | None = None
-    max_top_k: int | None = None
-    tolerance: float = 1.0
-
-
-def allowed(options, limit):
-    """Those of the options that a kernel supports; where it supports none of them, all that it supports."""
-    return [x for x in options if limit is None or x in limit] or limit
-
-
 def named(dtype):
     return "ml_dtypes.bfloat16" if dtype == BFLOAT16 else f"np.{dtype.name}"
 
 
+# What a kernel supports, None is anything; and a factor on the tolerances.
+LIMITS = {"dtypes": DTYPES, "heads": None, "widths": None, "max_top_k": None, "tolerance": 1.0}
 SCOPE = {"np": np, "ml_dtypes": ml_dtypes}
 NUMBERS = {  # what follows np.random.default_rng(seed), for an array of a shape
     "small": "integers(-2, 3, {0})", "normal": "standard_normal({0})", "distinct": "random({0}).argsort(-1)",
     "hundreds": "integers(90, 100, {0})", "ones": "integers(1, 2, {0})", "equal": "standard_normal({0})",
     "special": "choice([-np.inf, -3e38, -1e-44, -0.0, 0.0, 1e-44, 3e38, np.inf], {0})",
     "close": "choice(1 + np.arange(-9, 9) * 2.0**-50, {0})",
+    "ends": "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})",
+}  # fmt: skip
+SHAPES = {  # of what is drawn, in the order in which it is
+    "index_q": "*batch, T, J, E", "index_k": "*batch, S, E", "weights": "*batch, T, J",
+    "q": "*batch, T, H, D", "k": "*batch, S, G, D", "v": "*batch, S, G, Dv", "scores": "*batch, T, S",
+    "lses": "n, *batch, T, H", "outs": "n, *batch, T, H, Dv", "lse": "*batch, T, H",
+    "out": "*batch, T, H, Dv", "sink": "H",
 }  # fmt: skip
 EVERY = ((), (), (1,), (3,), (2, 2))  # batch axes
-AWKWARD = (1, 3, 31, 65)
+UNEVEN = (1, 3, 31, 65, 65)  # heads and widths, the widest most often
 MANY_HEADS = (1, 2, 3, 4, 6, 8, 16, 24)  # from 8 on in 16 bits: attend_mma
 TABLES = {  # each key once, in order; with -1 anywhere; any number of times; not the first and last
-    "kept": "np.sort({rng}.integers(0, 99, ({axes} {S})).argsort(-1)[..., :{K}])",
-    "holes": "({rng}.random(({axes} 2 * {S})).argsort(-1)[..., :{width}] - {S}).clip(-1)",
-    "any": "{rng}.integers(-1, {S}, ({axes} {width}))",
-    "inner": "{rng}.choice([-1, *range(1, {S} - 1)], ({axes} {width}))",
-    "tiles": "np.pad({rng}.integers(-1, {S}, ({axes} {width})), [(0, 0), {edge}], constant_values=-1)",
+    "kept": "np.sort({rng}.integers(0, 99, (*{batch}, {T}, {S})).argsort(-1)[..., :{K}])",
+    "holes": "({rng}.random((*{batch}, {T}, 2 * {S})).argsort(-1)[..., :{width}] - {S}).clip(-1)",
+    "any": "{rng}.integers(-1, {S}, (*{batch}, {T}, {width}))",
+    "inner": "{rng}.choice([-1, *range(1, {S} - 1)], (*{batch}, {T}, {width}))",
+    "tiles": "np.pad({rng}.integers(-1, {S}, ({T}, {width})), [(0, 0), {edge}], constant_values=-1)",
 }
 
 
 @st.composite
 def expressions(
-    draw, stage, limits, *, numbers="small", dtypes=None, mixed=False, batches=((),), queries=(1, 5),
+    draw, stage, limits=LIMITS, *, numbers="small", dtypes=None, mixed=False, batches=((),), queries=(1, 5),
     keys=(1, 12), heads=(1, 2, 3), groups=(1,), widths=(1, 2, 3, 4, 7), scales=(1.0, 0.5, 0.0), windows=False,
     hidden=0.0, forced=False, tied: Any = False, sinks="", table="kept", unseen=False, sets=(2, 2), spread=3,
 ):  # fmt: skip
     """{argument: Python expression} of a call: what a report prints is what was computed. Shapes are small,
     windows go from none to anything, and top_k is far below S most of the time."""
-    pick = lambda options: draw(st.sampled_from(list(options)))  # noqa: E731
+
+    def pick(options, limit=None):  # of what a kernel supports; all that, if it is none of the options
+        return draw(st.sampled_from([x for x in options if limit is None or x in limit] or limit))
+
     rng = lambda method: f"np.random.default_rng({draw(st.integers(0, 9999))}).{method}"  # noqa: E731
-    names, most = PROBLEM if stage is None else STAGE[stage][1], limits.max_top_k
-    dtype = pick(allowed(dtypes or limits.dtypes[:1], limits.dtypes))
+    names, most, kinds = STAGE[stage][1] if stage else PROBLEM, limits["max_top_k"], limits["dtypes"]
     if numbers == "rows":
-        text, top_k, _ = pick([row for row in ROWS.values() if row[2]])
-        text = f"({text}).astype({named(accumulator(limits.dtypes[0]))})"
+        text, top_k, _ = pick(row for row in ROWS.values() if row[2])
+        text = f"({text}).astype({named(accumulator(kinds[0]))})"
         return {"scores": text, "top_k": str(min(top_k, most or top_k))}
-    batch, T, S = pick(batches), draw(st.integers(*queries)), draw(st.integers(*keys))
-    H, J = (pick(allowed(heads, limits.heads)) for _ in range(2))
-    G = pick([g for g in groups if H % g == 0] or [1])
-    D, E, Dv = (pick(allowed(widths, limits.widths)) for _ in range(3))
+    dtype, batch = pick(dtypes or kinds[:1], kinds), pick(batches)
+    T, S = draw(st.integers(*queries)), draw(st.integers(*keys))
+    H, J = (pick(heads, limits["heads"]) for _ in range(2))
+    n: dict[str, Any] = {"batch": batch, "T": T, "S": S, "H": H, "J": J}
+    n["G"] = pick([g for g in groups if H % g == 0] or [1])
+    n |= {axis: pick(widths, limits["widths"]) for axis in ("D", "E", "Dv")}
     tied = draw(st.booleans()) if tied is None else tied
-    Dv = min(Dv, D) if tied else Dv
+    n |= {"Dv": min(n["Dv"], n["D"]) if tied else n["Dv"], "n": "lses" in names and draw(st.integers(*sets))}
     some = [S // 3, S // 5] if S > 1000 else [1, 2, 3, 5, 7, S // 3 + 1, S, S + 3]
-    top_k = pick(allowed(some, range(1, (most or S + 3) + 1)))
+    top_k = pick(some, range(1, (most or S + 3) + 1))
     a, b, bad = S // 4, S - S // 4, unseen and pick(["np.nan", "np.inf"])  # unseen outside [a, b)
     call: dict[str, str] = {}
-
-    def array(*shape, dtype=dtype, batch=batch, keep=""):
-        kind = named(pick(allowed(dtypes, limits.dtypes)) if mixed else dtype)
-        made = rng(NUMBERS[numbers].format((*batch, *shape)))
-        if numbers in ("small", "normal") and "default_rng(0)" in made:  # what Hypothesis shrinks to
-            made = f"np.ones({(*batch, *shape)})"
-        return f"{f'np.where(seen{keep}, {made}, {bad})' if keep and bad else made}.astype({kind})"
-
-    def masked(shape, text):
-        hit = hidden and f"{rng(f'random({shape})')} < {pick([hidden, hidden, 1.0])}"
-        return f"np.where({hit}, -np.inf, {text})" if hidden else text
-
     if windows and "k_start" in names:
         shape = (*pick([batch, (), (1,) * len(batch)]), T)
         ends = f"integers(-2, {pick([1, 4, S + 2])}, ", f"integers({pick([-2, a, S])}, {S + 4}, "
@@ -297,44 +275,43 @@ def expressions(
         if not unseen and "scores" not in names:
             call.pop(pick(["", "k_start", "k_end"]), None)
     if "indices" in names:
-        form = {"rng": rng("")[:-1], "axes": f"{(*batch, T, 0)}"[1:-2], "S": S, "K": min(top_k, S)}
-        form |= {"width": draw(st.integers(1, min(2 * S, most or 2 * S)))}
-        form |= {"edge": pick([(128, 0), (0, 128), (64, 300)])} if table == "tiles" else {}
-        kind = pick(["np.int32", "np.int64"]) if mixed else "np.int32"
-        call["indices"] = f"{TABLES[table].format(**form)}.astype({kind})"
+        width = draw(st.integers(1, min(2 * S, most or 2 * S)))
+        edge = pick([(128, 0), (0, 128), (64, 300)]) if table == "tiles" else ()
+        text = TABLES[table].format(rng=rng("")[:-1], K=min(top_k, S), width=width, edge=edge, **n)
+        call["indices"] = f"{text}.astype({pick(['np.int32', 'np.int64']) if mixed else 'np.int32'})"
     if unseen:
-        shown = "indices" if "indices" in names else f"np.arange({a}, {b})"
-        call["seen"] = f"np.isin(np.arange({S}), {shown})"
-    if "index_q" in names:
-        call |= {"index_q": array(T, J, E), "index_k": array(S, E, keep="[:, None]"), "weights": array(T, J)}
-        call |= {"index_k": f"np.repeat({array(1, E)}, {S}, -2)"} if numbers == "equal" else {}
+        seen = "indices" if "indices" in names else f"np.arange({a}, {b})"
+        call["seen"] = f"np.isin(np.arange({S}), {seen})[:, None]"
+    skipped = {"v": tied, "sink": not sinks}
+    for name in (x for x in SHAPES if x in names and not skipped.get(x)):
+        own, lse = {"sink": sinks, "lse": "normal", "lses": "normal"}.get(name, numbers), name[:3] == "lse"
+        shape = eval(f"({SHAPES[name]},)", n)
+        text = rng(NUMBERS[own].format(shape))
+        if own in ("small", "normal") and "default_rng(0)" in text:  # what Hypothesis shrinks to
+            text = f"np.ones({shape})"
+        text = f"({spread / (1 if lse else 3)} * {text})" if lse or name == "sink" else text
+        if hidden and (lse or name == "scores"):
+            text = f"np.where({rng(f'random({shape})')} < {pick([hidden, hidden, 1.0])}, -np.inf, {text})"
+        elif hidden and name[:3] == "out":
+            text = f"({text} * np.isfinite({name.replace('out', 'lse')})[..., None])"
+        elif unseen and name in ("k", "v", "index_k"):
+            text = f"np.where(seen{'' if name == 'index_k' else '[..., None]'}, {text}, {bad})"
+        if windows and name == "scores":
+            at = f"np.arange({S})"
+            text = f"np.where(({at} >= k_start[..., None]) & ({at} < k_end[..., None]), {text}, np.nan)"
+        kind = pick(dtypes, kinds) if mixed else accumulator(dtype) if lse else dtype
+        call[name] = f"{text}.astype({'np.float32' if name == 'sink' else named(kind)})"
+        if numbers == "equal" and name == "index_k":
+            call[name] += f"[..., [0] * {S}, :]"
     if "q" in names:
-        call |= {"q": array(T, H, D), "k": array(S, G, D, keep="[:, None, None]")}
-        call |= {"v": "None", "d_v": str(Dv)} if tied else {"v": array(S, G, Dv, keep="[:, None, None]")}
-        call |= {} if (scale := pick(scales)) is None else {"scale": str(scale)}
-    if "scores" in names:
-        call["scores"] = masked((*batch, T, S), array(T, S))
-        if windows:
-            inside = f"(np.arange({S}) >= k_start[..., None]) & (np.arange({S}) < k_end[..., None])"
-            call["scores"] = f"np.where({inside}, {call['scores']}, np.nan)"
-        call["scores"] += f".astype({named(dtype)})" if windows or hidden else ""
+        call |= ({"v": "None", "d_v": str(n["Dv"])} if tied else {}) | {"scale": str(pick(scales))}
     if "top_k" in names:
         call["top_k"] = str(top_k)
         if forced:
             call["local_window"] = str(local := draw(st.integers(0, min(top_k, 4))))
             call["num_sink_tokens"] = str(draw(st.integers(0, min(top_k - local, 3))))
-    if "lses" in names or "lse" in names:
-        n = (draw(st.integers(*sets)),) if "lses" in names else ()
-        shape = (*n, *batch, T, H)
-        made = masked(shape, f"{spread} * {rng(f'standard_normal({shape})')}")
-        lse, out = f"({made}).astype({named(accumulator(dtype))})", array(T, H, Dv, batch=(*n, *batch))
-        if hidden:
-            out = f"({out} * np.isfinite({'lses' if n else 'lse'})[..., None]).astype({named(dtype)})"
-        call |= {"lses": lse, "outs": out} if n else {"lse": lse, "out": out}
-        if n and (sets == (2, 2) or draw(st.booleans())):  # else stacked
-            call = {name: f"list({text})" for name, text in call.items()}
-    if "sink" in names and sinks:
-        call["sink"] = f"({spread / 3} * {rng(sinks.format(H))}).astype(np.float32)"
+    if "lses" in names and (sets == (2, 2) or draw(st.booleans())):  # else stacked
+        call = {name: f"list({text})" for name, text in call.items()}
     return call
 
 
@@ -378,15 +355,6 @@ class Problem:
 PROBLEM = [*STAGE["dense_attention"][1][:-1], *STAGE["lightning_select"][1]]
 
 
-def problem(call):
-    """The Problem of drawn expressions: what some of them are is a part of a field, or left out."""
-    values = {"scale": None} | evaluate(call)
-    parts = {"forced": "local_window num_sink_tokens", "windows": "k_start k_end", "latent": "d_v"}
-    for part, names in parts.items():
-        values[part] = {name: values.pop(name) for name in names.split() if name in values}
-    return Problem(values["q"].shape[:-3], **values)
-
-
 def small(rng, *shape):
     return rng.integers(-2, 3, shape).astype(np.float64)
 
@@ -395,18 +363,40 @@ def normal(rng, *shape):
     return rng.standard_normal(shape)
 
 
-def problems(data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70):
+@st.composite
+def problems(draw, data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70):
     """Small problems of every kind; windows default or anything at all."""
-    return (st.booleans() if windows else st.just(False)).flatmap(lambda windows: expressions(
-        None, Limits(), numbers=data.__name__, dtypes=dtypes, windows=windows, batches=batches,
+    values = evaluate(draw(expressions(
+        None, numbers=data.__name__, dtypes=dtypes, windows=windows and draw(flags), batches=batches,
         keys=(1, max_keys), queries=(1, 6), heads=MANY_HEADS, groups=(1, 2, 3), scales=(None, 0.5, 1.0),
         forced=True, tied=None,
-    )).map(problem)  # fmt: skip
+    )))  # fmt: skip
+    parts = {"forced": "local_window num_sink_tokens", "windows": "k_start k_end", "latent": "d_v"}
+    for part, names in parts.items():
+        values[part] = {name: values.pop(name) for name in names.split() if name in values}
+    return Problem(values["q"].shape[:-3], **values)
 
 
 one_of, flags, seeds = st.sampled_from, st.booleans(), st.integers(0, 2**32 - 1)
 any_dtype, wide_floats = one_of(DTYPES), one_of([F32, F64])
 sinks = st.lists(one_of([-INF, -3.0, 0.0, 2.5, INF]), min_size=24, max_size=24)
+
+
+def accumulator(*dtypes):
+    """Float64 if any input is float64, else float32."""
+    return F64 if F64 in dtypes else F32
+
+
+def due(stage, given):
+    """The dtypes of a stage's results for these arguments, of which the first is q, outs or out."""
+    floats = [y.dtype for x in given for y in as_list(x) if y.dtype in DTYPES]
+    named = {"indices": np.dtype(np.int32), "out": floats[0]}
+    return [named.get(part, accumulator(*floats)) for part in STAGE[stage][2]]
+
+
+def as_list(x):
+    """The arrays of an argument: one, several, or none."""
+    return list(x) if isinstance(x, list | tuple) else [x] if isinstance(x, np.ndarray) else []
 
 
 def reach(batch, T, S, k_start=None, k_end=None):
@@ -451,15 +441,17 @@ def lightning_by_hand(index_q, index_k, weights, top_k, *, k_start=None, k_end=N
     return select_by_hand(scores, top_k, **forced)
 
 
-def attention_by_hand(q, k, v, keys_of, d_v=None, scale=None, sink=None):
-    """Eq. (3) row by row: softmax over keys_of((*batch, t)), in which a key counts as often as it stands."""
-    H, D = q.shape[-2:]
+def attention_by_hand(q, k, v=None, indices=None, *, d_v=None, scale=None, sink=None, **windows):
+    """Eq. (3) row by row: softmax over its keys, the listed or the visible, as often as they stand there."""
+    *batch, T, H, D = q.shape
     q, k = q.astype(F64), k.astype(F64)
     v = k[..., :d_v] if v is None else v.astype(F64)
     group = np.arange(H) // (H // k.shape[-2])
+    lo, hi = reach(batch, T, k.shape[-3], **windows)
     out, lse = np.zeros((*q.shape[:-1], v.shape[-1])), np.full(q.shape[:-1], -INF)
-    for at in np.ndindex(*q.shape[:-2]):
-        if len(keys := keys_of(at)):
+    for at in np.ndindex(*batch, T):
+        keys = np.arange(lo[at], hi[at]) if indices is None else indices[at][indices[at] >= 0]
+        if len(keys):
             own_k, own_v = k[at[:-1]][keys][:, group], v[at[:-1]][keys][:, group]  # [n, H, D], [n, H, Dv]
             logits = np.einsum("hd,nhd->nh", q[at], own_k) * (D**-0.5 if scale is None else scale)
             with np.errstate(invalid="ignore"):
@@ -469,13 +461,7 @@ def attention_by_hand(q, k, v, keys_of, d_v=None, scale=None, sink=None):
     return (out if sink is None else sink_by_hand(out, lse, sink)), lse
 
 
-def dense_by_hand(q, k, v, *, k_start=None, k_end=None, **options):
-    lo, hi = reach(q.shape[:-3], q.shape[-3], k.shape[-3], k_start, k_end)
-    return attention_by_hand(q, k, v, lambda at: np.arange(lo[at], hi[at]), **options)
-
-
-def sparse_by_hand(q, k, v, indices, **options):
-    return attention_by_hand(q, k, v, lambda at: indices[at][indices[at] >= 0], **options)
+dense_by_hand = sparse_by_hand = attention_by_hand  # which have windows, or indices
 
 
 def merge_by_hand(outs, lses):
@@ -494,46 +480,43 @@ def sink_by_hand(out, lse, sink):
 
 
 BY_HAND: dict[str, Any] = dict(zip(STAGES, (
-    index_scores_by_hand, select_by_hand, lightning_by_hand, sparse_by_hand, dense_by_hand, merge_by_hand,
-    sink_by_hand,
+    index_scores_by_hand, select_by_hand, lightning_by_hand, attention_by_hand, attention_by_hand,
+    merge_by_hand, sink_by_hand,
 ), strict=True))  # fmt: skip
 ONE: dict[str, Any] = {"queries": (1, 1)}
-LATER = {"windows": True}
-BATCH = {"batches": ((2,), (1,), (3,), (2, 2), (2, 1))}
 FORCED: dict[str, Any] = {"forced": True, "windows": True, "keys": (2, 24)}
-UNSEEN = {"unseen": True, "keys": (4, 16), "batches": ((), (2,))}
 MIXED = {"dtypes": DTYPES, "mixed": True}
 FLOATS: dict[str, Any] = {"numbers": "normal", "dtypes": DTYPES, "keys": (1, 70), "heads": MANY_HEADS}
-ANY_SIZE: dict[str, Any] = {"heads": AWKWARD, "widths": (*AWKWARD, 129), "keys": (1, 70), "queries": (1, 2)}
 GROUPS: dict[str, Any] = {"heads": (6, 2, 3, 4, 8), "groups": (2, 3, 4)}
-DEFAULT, ANY = {"scales": (None,)}, {"table": "any"}
-LOGITS = {"sinks": "standard_normal({0})"}
-INFINITE = {"sinks": "choice([0.0, 2.5, -3.0, -np.inf, np.inf], {0})"}
-STRIDED = {"strided": True, "batches": ((), (2,))} | LOGITS
+DEFAULT, ANY, LOGITS, ENDS = {"scales": (None,)}, {"table": "any"}, {"sinks": "normal"}, {"sinks": "ends"}
 FEW: dict[str, Any] = {"examples": 12}
 MANY: dict[str, Any] = FEW | {"keys": (600, 1100), "queries": (130, 300), "heads": (1, 2), "windows": True}
 LOOSE = {"slack": 16}  # for who takes exp(logits - lse), or adds one by one
-HUGE = {"scales": (30.0,), "keys": (1, 40)} | LOOSE
-ALIKE = {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES} | ONE | LOOSE
 RULES: dict[str, dict[str, Any]] = dict(zip(SENTENCES, [  # what is drawn for each rule of the docstring
     ONE,  # index_scores
     {"numbers": "distinct"} | ONE, ONE, {"hidden": 0.5},  # select_topk
     ONE | {"keys": (1, 24)},  # lightning_select
     ONE, ONE | DEFAULT, ONE | GROUPS,  # attention
     ONE, {"sets": (1, 5)}, {"hidden": 0.4, "sets": (1, 4)},  # merge_attention
-    LOGITS, INFINITE | {"hidden": 0.4},  # apply_sink
+    LOGITS, ENDS | {"hidden": 0.4},  # apply_sink
     {"forced": True, "hidden": 0.3}, FORCED, {"queries": (1, 9)}, FORCED | {"keys": (2, 9)},  # what is seen
-    {"table": "holes"}, ANY, {"table": "tiles"}, {"tied": True} | ONE, INFINITE | LATER | {"table": "holes"},
-    BATCH | FORCED | GROUPS | ANY | INFINITE | {"tied": None, "hidden": 0.3}, STRIDED,  # every stage
-    LATER | UNSEEN | {"table": "inner"}, ANY_SIZE | DEFAULT,
+    {"table": "holes"}, ANY, {"table": "tiles"}, {"tied": True} | ONE,
+    ENDS | {"windows": True, "table": "holes"},
+    FORCED | GROUPS | ANY | ENDS  # every stage
+    | {"batches": ((2,), (1,), (3,), (2, 2), (2, 1)), "tied": None, "hidden": 0.3},
+    LOGITS | {"strided": True, "batches": ((), (2,))},
+    {"windows": True, "unseen": True, "keys": (4, 16), "batches": ((), (2,)), "table": "inner"},
+    DEFAULT | {"heads": UNEVEN, "widths": (*UNEVEN, 129, 129), "keys": (1, 70), "queries": (1, 2)},
     MIXED, FLOATS, {"numbers": "hundreds", "dtypes": [F16], "widths": (64,)},  # index_scores
-    {"numbers": "special", "keys": (1, 40), "dtypes": DTYPES}, {"numbers": "close", "dtypes": [F64]},
+    {"numbers": "special", "keys": (1, 40), "queries": (1, 30), "dtypes": DTYPES},  # select_topk
+    {"numbers": "close", "dtypes": [F64]},
     {"numbers": "rows"} | FEW,
     MIXED | {"forced": True, "keys": (1, 70)},  # lightning_select
     FLOATS | {"keys": (300, 500), "heads": (1, 2, 3)},
     {"numbers": "normal", "keys": (2000, 3000), "queries": (130, 300)} | FEW,
-    {"numbers": "equal", "keys": (299, 299), "heads": (2,), "widths": (31, 65, 129)},
-    HUGE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY, ALIKE,  # attention
+    {"numbers": "equal", "keys": (299, 1100), "heads": (2, 8, 12, 64), "widths": (31, 64, 65, 129)},
+    {"scales": (30.0,), "keys": (1, 40)} | LOOSE, MIXED | ANY, FLOATS | GROUPS | DEFAULT | ANY,  # attention
+    ONE | LOOSE | {"numbers": "ones", "keys": (2500, 3000), "widths": (1,), "dtypes": DTYPES},
     MANY | ANY | {"numbers": "normal", "scales": (1.0,)} | LOOSE, MANY,
     {"spread": 60, "sets": (1, 3)}, FLOATS | {"hidden": 0.2},  # merge_attention
     LOGITS | {"spread": 60}, LOGITS | FLOATS,  # apply_sink
@@ -561,20 +544,6 @@ ROWS = {  # where production kernels were wrong: scores, K, whether for reports
 }
 
 
-@dataclass
-class Verdict:
-    """What is known of one stage: how many of its rules hold, which do not; the largest errors."""
-
-    stage: str
-    reason: str = ""  # why it was not tested
-    held: int = 0
-    examples: int = 0
-    broken: list = field(default_factory=list)
-    wrong: tuple | None = None  # the smallest call that breaks the first, and lines on what came of it
-    silent: list = field(default_factory=list)  # bad input for which no error was raised
-    errors: dict = field(default_factory=dict)  # (part, dtype): largest error, tolerance
-
-
 class Stages:
     """A module's functions: NumPy arrays go in, read-only or moved to xp, and come back as NumPy."""
 
@@ -600,14 +569,13 @@ class Stages:
         if strided:
             wide = np.stack([x, np.full_like(x, 77)], axis=-1).swapaxes(0, -2)
             return self.give(np.ascontiguousarray(wide), writable=writable)[..., 0].swapaxes(0, -1)
+        if self.xp.__name__ == "torch":
+            bits = x.view(np.int16) if x.dtype == BFLOAT16 else x  # which torch.from_numpy does not know
+            return self.xp.from_numpy(bits.copy()).view(getattr(self.xp, x.dtype.name)).to(self.device)
+        x = self.xp.asarray(x).view()
         if self.xp is np:
-            x = x.view()
             x.flags.writeable = writable
-            return x
-        if self.xp.__name__ != "torch":
-            return self.xp.asarray(x)
-        bits = x.view(np.int16) if x.dtype == BFLOAT16 else x  # which torch.from_numpy does not know
-        return self.xp.from_numpy(bits.copy()).view(getattr(self.xp, x.dtype.name)).to(self.device)
+        return x
 
     def back(self, x):
         if isinstance(x, list | tuple):
@@ -622,61 +590,73 @@ class Stages:
         x = x.detach().cpu().contiguous()
         return x.view(self.xp.int16).numpy().view(BFLOAT16) if x.dtype == self.xp.bfloat16 else x.numpy()
 
-    def judge(self, stage, options, call, verdict, factor=1.0):
+
+@dataclass
+class Verdict:
+    """What is known of a module's stage: how many of its rules hold, which do not, and the largest errors."""
+
+    impl: Stages
+    stage: str
+    limits: dict[str, Any] = field(default_factory=lambda: LIMITS)
+    reason: str = ""  # why it was not tested
+    held: int = 0
+    examples: int = 0
+    broken: list = field(default_factory=list)
+    wrong: tuple | None = None  # the smallest call that breaks the first, and lines on what came of it
+    silent: list = field(default_factory=list)  # bad input for which no error was raised
+    errors: dict = field(default_factory=dict)  # (part, dtype): largest error, tolerance
+
+    def judge(self, options, call):
         """Lines on what is wrong, if the stage breaks its rule on this call: what came out, what should have,
         and where they differ first."""
-        positional, names, parts, _ = STAGE[stage]
-        values, given = ({key: x[key] for key in names if key in x} for x in (evaluate(call), evaluate(call)))
-        given = {name: self.give(x, "strided" in options, True) for name, x in given.items()}
+        impl, (positional, names, parts, _), drawn = self.impl, STAGE[self.stage], evaluate(call)
+        values = {name: drawn[name] for name in names if name in drawn}
+        given = {name: impl.give(copy.deepcopy(x), "strided" in options, True) for name, x in values.items()}
         keywords = {name: x for name, x in given.items() if name not in positional}
-        expected = BY_HAND[stage](**values)
-        terms = math.prod(values["index_q"].shape[-2:]) if "index_q" in values else 1
-        factor *= options.get("slack", max(1, terms**0.5 / 16))
         try:
-            found = self.back(getattr(self.module, stage)(*[given[name] for name in positional], **keywords))
+            found = impl.back(getattr(impl.module, self.stage)(*map(given.get, positional), **keywords))
             found = dict(zip(parts, found if isinstance(found, tuple) else (found,), strict=True))
         except Exception as error:  # whatever a module under test does is its author's to read
             return [where_raised(error)]
         for name, x in values.items():
-            after = as_list(self.back(given[name])) if as_list(x) else []
+            after = as_list(impl.back(given[name])) if as_list(x) else []
             if [a.tobytes() for a in as_list(x)] != [a.tobytes() for a in after]:
                 return [f"it changed its input {name}"]
-        floats = [y.dtype for x in values.values() for y in as_list(x) if y.dtype in DTYPES]
-        for name, e in zip(parts, expected if isinstance(expected, tuple) else (expected,), strict=True):
-            dtype = {"indices": np.dtype(np.int32), "out": floats[0]}.get(name, accumulator(*floats))
-            a, words = found[name], None
+        expected, kinds = BY_HAND[self.stage](**values), due(self.stage, values.values())
+        terms = math.prod(values["index_q"].shape[-2:]) if "index_q" in values else 1
+        factor = self.limits["tolerance"] * options.get("slack", max(1, terms**0.5 / 16))
+        for name, dtype, e in zip(parts, kinds, expected if len(parts) > 1 else [expected], strict=True):
+            a = found[name]
             lines = [f"returned {name} = {shown(a)}", f"expected {name} = {shown(e.astype(dtype))}"]
             if a.dtype != dtype:
                 return [*lines, f"{name} is {a.dtype}, not {dtype}"]
             if name == "indices" and options.get("numbers") == "normal" and a.shape == e.shape:
-                a, e = kept_scores(a, e, values)
-                name, dtype = "score of indices", accumulator(*floats)
+                a, e = kept_scores((a, e), values)
+                name, dtype = "score of indices", due("index_scores", values.values())[0]
             allow = TOLERANCE.get(dtype, 0.0) * factor
             largest, words = difference(name, a, e, allow)
             if words:
                 return [*lines, words]
-            before = verdict.errors.get((name, dtype), (0.0, allow))
-            verdict.errors[name, dtype] = max(before, (largest, allow))
+            before = self.errors.get((name, dtype), (0.0, allow))
+            self.errors[name, dtype] = max(before, (largest, allow))
         return []
 
-    def search(self, stage, options, limits, verdict, examples, seconds):
-        """(A call that breaks a rule, lines on it), or None: Hypothesis shrinks it for some seconds."""
-        found, stop = [], INF
+    def search(self, options, examples, seconds):
+        """(A call that breaks a rule, lines on it), or nothing: Hypothesis shrinks it for some seconds."""
+        found: list[Any] = []
         drawn = {key: x for key, x in options.items() if key not in ("strided", "slack", "examples")}
 
         @settings(
             max_examples=min(examples, options.get("examples", examples)), report_multiple_bugs=False,
             phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
         )  # fmt: skip
-        @given(call=expressions(stage, limits, **drawn))
+        @given(call=expressions(self.stage, self.limits, **drawn))
         def holds(call):
-            nonlocal stop
-            if time.monotonic() > stop:
+            if found and time.monotonic() > found[0][2] + seconds:
                 return
-            verdict.examples += 1
-            if wrong := self.judge(stage, options, call, verdict, limits.tolerance):
-                stop = min(stop, time.monotonic() + seconds)
-                found.append((call, wrong))
+            self.examples += 1
+            if wrong := self.judge(options, call):
+                found.append((call, wrong, time.monotonic()))
                 raise AssertionError
 
         try:
@@ -684,12 +664,67 @@ class Stages:
         except Exception:  # of which a flaky kernel makes another
             if not found:
                 raise
-        return min(found, key=lambda wrong: sum(map(np.size, evaluate(wrong[0]).values())), default=None)
+        return found and min(found, key=lambda wrong: sum(map(np.size, evaluate(wrong[0]).values())))[:2]
 
+    def examine(self, strict=False, examples=60, seconds=3.0):
+        """The stage's rules in order, and the smallest call that shows the first broken one."""
+        impl, (positional, _, _, rules) = self.impl, STAGE[self.stage]
+        for sentence in rules:
+            options = RULES[sentence]
+            if not any(dtype in self.limits["dtypes"] for dtype in options.get("dtypes", DTYPES)):
+                continue
+            if wrong := self.search(options, examples, seconds):
+                self.broken.append(sentence)
+                self.wrong = self.wrong or wrong
+                examples, seconds = min(examples, 12), 0  # the other rules are only counted
+            else:
+                self.held += 1
+        # On a GPU a bad index may end the process.
+        on_host = impl.device == "cpu" and impl.xp.__name__ != "cupy"
+        for name, error, changes, _ in BAD_CALLS if strict or on_host else ():
+            if name == self.stage and error is not TypeError:
+                arguments = {key: ONES[key] for key in positional} | changes
+                try:
+                    getattr(impl.module, name)(**{key: impl.give(x) for key, x in arguments.items()})
+                except Exception:  # any error will do: its type is the library's affair
+                    continue
+                self.silent += changes
+                if strict:  # a rule for each bad input that passes
+                    self.broken.append(f"bad input raises an error: here {', '.join(changes)}")
+                    call = {key: literal(x) for key, x in arguments.items()}
+                    self.wrong = self.wrong or (call, [f"it raised nothing, where {error.__name__} is due"])
 
-def as_list(x):
-    """The arrays of an argument: one, several, or none."""
-    return list(x) if isinstance(x, list | tuple) else [x] if isinstance(x, np.ndarray) else []
+    def lines(self, width=110, most=18):
+        """A failed stage's rule, the call that breaks it, and what came of it, in few lines."""
+        positional, names, results, _ = STAGE[self.stage]
+        call, ending = self.wrong or ({}, [])
+        fill = textwrap.TextWrapper(width, subsequent_indent="      ", break_on_hyphens=False).wrap
+        texts = {name: literal(x) if np.size(x) <= 99 else "" for name, x in evaluate(call).items()}
+        texts = {name: text if 0 < len(text) < 3 * width else call[name] for name, text in texts.items()}
+        arrays = {name: text for name, text in texts.items() if "np." in text}
+        if not any("seen" in text for text in arrays.values()):
+            arrays.pop("seen", None)
+        inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
+        first = [inline.pop(name) for name in positional]
+        arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
+        lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
+        lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
+        if more := self.broken[1:]:
+            ending = [*ending, f"{len(more)} more of its rules are broken, such as: {more[0]}"]
+        start = fill(f"{self.stage} breaks a rule: {self.broken[0]}")
+        ending = [line for text in ending for line in fill(f"  {text}")]
+        return [*start, *lines[: most - len(start) - len(ending)], *ending]
+
+    def row(self):
+        """One line of the table: passed, failed or not tested, rules, examples, the largest error."""
+        if not (asked := self.held + len(self.broken)):
+            return f"{self.stage:18}not tested: {self.reason or 'no rule is left within these limits'}"
+        largest = "exact" if self.held else ""
+        if errors := [(error / most, error, most, key) for key, (error, most) in self.errors.items() if most]:
+            _, error, most, (part, dtype) = max(errors, key=lambda x: x[0])
+            largest = f"{part} off by {error:.1e} of {most:.1e} allowed ({dtype})"
+        rules = f"{self.held:4} of {asked:2} rules hold{self.examples:6} examples"
+        return f"{self.stage:18}{'FAILED' if self.broken else 'passed'}{rules}  {largest}"
 
 
 def literal(x):
@@ -708,13 +743,12 @@ def shown(x, most=80):
     return text if len(text) <= most else f"{text[:most]}... {x.shape}"
 
 
-def kept_scores(found, expected, values):
-    """The scores of two selections in falling order, which hardly change where a rounding swaps two keys."""
-    index = {name: values.get(name) for name in ("index_q", "index_k", "weights", "k_start", "k_end")}
-    scores = index_scores_by_hand(**index)
+def kept_scores(selections, values):
+    """The scores of selections in falling order, which hardly change where a rounding swaps two keys."""
+    scores = index_scores_by_hand(**{x: values[x] for x in STAGE["index_scores"][1] if x in values})
     scores = np.concatenate([scores, np.full((*scores.shape[:-1], 1), -INF)], -1)  # -1 reads the last
-    both = np.clip(found, -1, scores.shape[-1] - 1), expected
-    return [-np.sort(-np.take_along_axis(scores, x.astype(np.int64), -1), -1) for x in both]
+    kept = [np.clip(x, -1, scores.shape[-1] - 1).astype(np.int64) for x in selections]
+    return [-np.sort(-np.take_along_axis(scores, x, -1), -1) for x in kept]
 
 
 def where_raised(error):
@@ -726,98 +760,32 @@ def where_raised(error):
     return f"it raised {type(error).__name__}: {words} ({last.name}, line {last.lineno})"
 
 
-def examine(impl, stage, limits, strict=False, examples=60, seconds=3.0):
-    """The verdict on a stage: its rules in order, and the smallest call that shows the first broken one."""
-    verdict = Verdict(stage)
-    for sentence in STAGE[stage][3]:
-        options = RULES[sentence]
-        if not any(dtype in limits.dtypes for dtype in options.get("dtypes", limits.dtypes)):
-            continue
-        if wrong := impl.search(stage, options, limits, verdict, examples, seconds):
-            verdict.broken.append(sentence)
-            verdict.wrong = verdict.wrong or wrong
-            examples, seconds = min(examples, 12), 0  # the other rules are only counted
-        else:
-            verdict.held += 1
-    on_host = impl.device == "cpu" and impl.xp.__name__ != "cupy"  # on a GPU a bad index may end the process
-    for name, error, changes, _ in BAD_CALLS if strict or on_host else ():
-        if name == stage and error is not TypeError:
-            arguments = {key: ONES[key] for key in STAGE[stage][0]} | changes
-            try:
-                getattr(impl.module, stage)(**{key: impl.give(x) for key, x in arguments.items()})
-            except Exception:  # any error will do: its type is the library's affair
-                continue
-            verdict.silent += changes
-            if strict:  # a rule for each bad input that passes
-                verdict.broken.append(f"bad input raises an error: here {', '.join(changes)}")
-                call = {key: literal(x) for key, x in arguments.items()}
-                verdict.wrong = verdict.wrong or (call, [f"it raised nothing, where {error.__name__} is due"])
-    return verdict
-
-
-def lines_of(verdict, width=110, most=18):
-    """A failed stage's rule, the call that breaks it, and what came of it, in few lines."""
-    stage, (call, ending) = verdict.stage, verdict.wrong
-    positional, names, results, _ = STAGE[stage]
-    fill = functools.partial(textwrap.wrap, width=width, subsequent_indent="      ", break_on_hyphens=False)
-    texts = {name: literal(x) if np.size(x) <= 99 else "" for name, x in evaluate(call).items()}
-    texts = {name: text if 0 < len(text) < 3 * width else call[name] for name, text in texts.items()}
-    arrays = {name: text for name, text in texts.items() if "np." in text}
-    if not any("seen" in text for text in arrays.values()):
-        arrays.pop("seen", None)
-    lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
-    inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
-    first = [inline.pop(name) for name in positional]
-    arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
-    lines += fill(f"  {', '.join(results)} = {stage}({arguments})")
-    if more := verdict.broken[1:]:
-        ending = [*ending, f"{len(more)} more of its rules are broken, such as: {more[0]}"]
-    start = fill(f"{stage} breaks a rule: {verdict.broken[0]}")
-    ending = [line for text in ending for line in fill(f"  {text}")]
-    return [*start, *lines[: most - len(start) - len(ending)], *ending]
-
-
-def row_of(verdict):
-    """One line of the table: passed, failed or not tested, rules, examples, the largest error."""
-    asked = verdict.held + len(verdict.broken)
-    if reason := verdict.reason or ("" if asked else "no rule is left within these limits"):
-        return f"{verdict.stage:18}not tested: {reason}"
-    largest = "exact" if verdict.held else ""
-    if errors := [(error / most, error, most, key) for key, (error, most) in verdict.errors.items() if most]:
-        _, error, most, (part, dtype) = max(errors, key=lambda x: x[0])
-        largest = f"{part} off by {error:.1e} of {most:.1e} allowed ({dtype})"
-    state = "FAILED" if verdict.broken else "passed"
-    rules = f"{state}{verdict.held:4} of {asked:2} rules hold{verdict.examples:6} examples"
-    return f"{verdict.stage:18}{rules}  {largest}"
-
-
-def conform(module, stages=None, arrays="numpy", limits=None, strict=False, say=print, **effort):
+def conform(module, stages=None, arrays="numpy", limits=LIMITS, strict=False, say=print, **effort):
     """Examines a module's stages, says what it found; the exit status, 0 if all is right."""
-    limits, (library, _, device) = limits or Limits(), arrays.partition(":")
+    library, _, device = arrays.partition(":")
     impl = Stages(module, poisoned(importlib.import_module(library)), device=device or "cpu")
     others = [name for name, x in vars(module).items() if callable(x) and name not in STAGES]
-    verdicts, unasked = [], []
-    for stage in STAGES:
-        verdict = Verdict(stage, "not in --stages" if stages and stage not in stages else "")
-        if not verdict.reason and not callable(getattr(module, stage, None)):
-            near = difflib.get_close_matches(stage, others, 1, 0.8)
-            hint = f", but {near[0]}: did you mean {stage}?" if near else ""
-            verdict.reason = f"{module.__name__} has no {stage}{hint}"
-        if not verdict.reason:
+    verdicts = [Verdict(impl, stage, limits) for stage in STAGES]
+    for verdict in verdicts:
+        if stages and verdict.stage not in stages:
+            verdict.reason = "not in --stages"
+        elif not callable(getattr(module, verdict.stage, None)):
+            near = difflib.get_close_matches(verdict.stage, others, 1, 0.8)
+            hint = f", but {near[0]}: did you mean {verdict.stage}?" if near else ""
+            verdict.reason = f"{module.__name__} has no {verdict.stage}{hint}"
+        else:
             with warnings.catch_warnings():  # of overflow in the module, of Hypothesis outside a test
                 warnings.simplefilter("ignore")
-                verdict = examine(impl, stage, limits, strict, **effort)
-        verdicts.append(verdict)
+                verdict.examine(strict, **effort)
         if verdict.broken:
-            say("\n".join(lines_of(verdict)))
-    say("\n".join([f"\n{module.__name__}, given arrays of {arrays}:", *map(row_of, verdicts)]))
+            say("\n".join(verdict.lines()))
+    say("\n".join([f"\n{module.__name__}, given arrays of {arrays}:", *(x.row() for x in verdicts)]))
     for verdict in verdicts if not strict else ():
         if silent := ", ".join(dict.fromkeys(verdict.silent)):
             say(textwrap.shorten(f"{verdict.stage} does not raise an error for bad {silent}", 110))
-    for name, x in vars(limits).items():
-        if isinstance(x, list) and x != DTYPES:
-            unasked.append(f"{name} other than {', '.join(map(str, x))}")
-    unasked += [f"top_k above {limits.max_top_k}"] if limits.max_top_k else []
+    lists = [(name, x) for name, x in limits.items() if isinstance(x, list) and x != DTYPES]
+    unasked = [f"{name} other than {', '.join(map(str, x))}" for name, x in lists]
+    unasked += [f"top_k above {most}"] if (most := limits["max_top_k"]) else []
     unasked += [] if strict else ["errors for bad input (--strict)"]
     say(textwrap.fill(f"not asked: {'; '.join(unasked) or 'nothing'}", 110, subsequent_indent="  "))
     tested = [verdict.stage for verdict in verdicts if verdict.held or verdict.broken]
@@ -830,24 +798,22 @@ def conform(module, stages=None, arrays="numpy", limits=None, strict=False, say=
 
 
 def some_of(known):
-    """The comma-separated words of an option, each of them known, or of the type that is given instead."""
+    """What reads the words of an option, with commas between: numbers, or of those that are known."""
 
-    def words(text):
-        if isinstance(known, type):
-            return [known(word) for word in text.split(",")]
-        if wrong := [word for word in text.split(",") if word not in known]:
+    def read(text):
+        if wrong := [word for word in text.split(",") if known and word not in known]:
             raise pytest.UsageError(f"{wrong[0]!r} is none of {', '.join(known)}")
-        return text.split(",")
+        return [word if known else int(word) for word in text.split(",")]
 
-    return words
+    return read
 
 
 REPORT = {  # the options beside --impl and pytest's --strict: what they take, and words
     "stages": (some_of(STAGES), "functions to test, with commas between (default: all that the module has)"),
     "arrays": (some_of(["numpy", "cupy", "torch", "torch:cuda"]), "numpy, cupy, torch or torch:cuda"),
     "dtypes": (some_of([str(x) for x in DTYPES]), "dtypes that it supports, such as float32,bfloat16"),
-    "heads": (some_of(int), "numbers of heads that it supports, such as 64,128"),
-    "widths": (some_of(int), "widths of vectors that it supports, such as 64,576"),
+    "heads": (some_of(()), "numbers of heads that it supports, such as 64,128"),
+    "widths": (some_of(()), "widths of vectors that it supports, such as 64,576"),
     "max_top_k": (int, "the largest top_k that it supports"),
     "tolerance": (float, "a factor on the errors allowed"),
 }
@@ -868,10 +834,10 @@ def pytest_cmdline_main(config):
     if config.option.help or (name == "dsa" and not given):
         return None
     sys.path.insert(0, os.getcwd())
-    given["dtypes"] = [x for x in DTYPES if str(x) in given.get("dtypes", [str(x)])]
+    given["dtypes"] = [x for x in DTYPES if str(x) in given.get("dtypes", map(str, DTYPES))]
     stages, (arrays, *_) = given.pop("stages", None), given.pop("arrays", ["numpy"])
     try:
-        return conform(importlib.import_module(name), stages, arrays, Limits(**given), strict)
+        return conform(importlib.import_module(name), stages, arrays, LIMITS | given, strict)
     except ImportError as error:
         print(f"NOTHING WAS TESTED: {error}")
         return 2
@@ -989,14 +955,12 @@ def readme(start="[^`]*?>>>"):
 # 1. The rules of the stages, and bad input ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stage, sentence", [(stage, sentence) for stage in STAGES for sentence in STAGE[stage][3]]
-)
+@pytest.mark.parametrize("stage, sentence", [(x, rule) for x in STAGE for rule in STAGE[x][3]])
 def test_rule(impl, stage, sentence):
     """The rules at the top of this file, in their order: each stage alone, against brute force."""
-    verdict = Verdict(stage)
-    if wrong := impl.search(stage, RULES[sentence], Limits(), verdict, EXAMPLES, 5.0):
-        pytest.fail("\n".join(lines_of(replace(verdict, wrong=wrong, broken=[sentence]))), pytrace=False)
+    verdict = Verdict(impl, stage, broken=[sentence])
+    verdict.wrong = verdict.search(RULES[sentence], EXAMPLES, 5.0)
+    assert not verdict.wrong, "\n".join(verdict.lines())
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -1012,11 +976,10 @@ def test_select_topk_on_rows_that_broke_others(impl, name):
         np.testing.assert_array_equal(found, select_by_hand(few, top_k, **options))
 
 
-ONES: dict[str, Any] = {  # T 3, S 6, H 4, G 2, D 5, Dv 3, J 2, E 4; what is wrong below is mostly 17
-    "q": np.ones((3, 4, 5)), "k": np.ones((6, 2, 5)), "v": np.ones((6, 2, 3)), "index_q": np.ones((3, 2, 4)),
-    "index_k": np.ones((6, 4)), "weights": np.ones((3, 2)), "scores": np.ones((3, 6)), "top_k": 4,
-    "indices": np.zeros((3, 2), np.int32), "outs": [np.ones((3, 4, 3))] * 2, "lses": [np.ones((3, 4))] * 2,
-    "out": np.ones((3, 4, 3)), "lse": np.ones((3, 4)), "sink": np.ones(4),
+SIZES = {"batch": (), "n": 2, "T": 3, "S": 6, "H": 4, "G": 2, "D": 5, "Dv": 3, "J": 2, "E": 4}
+ONES: dict[str, Any] = {name: np.ones(eval(f"({shape},)", SIZES)) for name, shape in SHAPES.items()}
+ONES |= {  # what is wrong below is mostly 17
+    "top_k": 4, "indices": np.zeros((3, 2), np.int32),
     "candidates": np.zeros((3, 2), np.int32), "dout": np.ones((3, 4, 3)), "target": np.ones((3, 6)),
     "mlp": (np.ones((7, 10)), np.ones((7, 10)), np.ones(7), np.ones(7)),
     "t": 2, "s": 1, "sequences": [np.ones((2, 3))] * 2, "n": None, "lengths": np.array([2, 3]),
@@ -1187,18 +1150,9 @@ def test_latent_attention_at_the_widths_of_v32(impl, D, H, K, scale, dtype):
     assert_attention((out[:, rows], lse[:, rows]), expected, dtype)
 
 
-@pytest.mark.parametrize("J", [8, 12, 64])
-def test_keys_that_are_alike_tie_wherever_they_stand(impl, J):
-    """No product depends on a key's place in a tile, as one by OpenBLAS for AVX2 would."""
-    rng = np.random.default_rng(J)
-    index_q, index_k, weights = (normal(rng, *x).astype(F32) for x in ((9, J, 64), (1, 64), (9, J)))
-    found = impl.lightning_select(index_q, np.tile(index_k, (1100, 1)), weights, 4, k_end=np.full(9, 1100))
-    np.testing.assert_array_equal(found, np.tile(np.arange(4), (9, 1)))
-
-
 @pytest.mark.parametrize("name", ["approximate", "lsh", "learned", "hierarchical"])
 def test_for_a_selector_too_keys_that_are_alike_tie(dsa, name):
-    """And a query alone chooses as one among others."""
+    """As for lightning; and a query alone chooses as one among others."""
     rng, shapes = np.random.default_rng(0), ((64, 1, 32), (1, 1, 32), (64, 8, 64), (1, 64))
     q, k, index_q, index_k = (normal(rng, *x).astype(F32) for x in shapes)
     k, index_k = (np.repeat(x, 101, 0) for x in (k, index_k))
@@ -1301,29 +1255,18 @@ def test_one_end_of_a_window_leaves_the_other_causal(impl):
 # 3. The harness itself: modules with one bug ----------------------------------------------------------------
 
 TYPED = """
-select_topk, lightning_select = select_by_hand, lightning_by_hand
+def typed(stage, by_hand):
+    def call(*args, **options):
+        found, dtypes = by_hand(*args, **options), due(stage, [*args, *options.values()])
+        if len(dtypes) == 1:
+            return found.astype(dtypes[0])
+        return tuple(map(np.ndarray.astype, found, dtypes))
+    return call
 
-def typed(out, lse, *arrays):
-    return out.astype(arrays[0].dtype), lse.astype(accumulator(*(x.dtype for x in arrays)))
-
-def index_scores(index_q, index_k, weights, **windows):
-    scores = index_scores_by_hand(index_q, index_k, weights, **windows)
-    return scores.astype(accumulator(index_q.dtype, index_k.dtype, weights.dtype))
-
-def sparse_attention(q, k, v, indices, **options):
-    return typed(*sparse_by_hand(q, k, v, indices, **options), q, k, k if v is None else v)
-
-def dense_attention(q, k, v=None, **options):
-    return typed(*dense_by_hand(q, k, v, **options), q, k, k if v is None else v)
-
-def merge_attention(outs, lses):
-    out, lse = merge_by_hand(outs, lses)
-    return out.astype(outs[0].dtype), lse.astype(lses[0].dtype)
-
-def apply_sink(out, lse, sink):
-    return sink_by_hand(out, lse, sink).astype(out.dtype)
+globals().update({stage: typed(stage, globals()[name]) for stage, name in NAMES.items()})
 """
-ORACLES = [reach, accumulator, select_by_sort, attention_by_hand, *BY_HAND.values()]
+NAMES = {stage: oracle.__name__ for stage, oracle in BY_HAND.items()}
+ORACLES = dict.fromkeys([accumulator, due, as_list, reach, select_by_sort, *BY_HAND.values()])
 RIGHT = "\n".join([*map(inspect.getsource, ORACLES), TYPED])  # the oracles, in the dtypes that are due
 PLANTED = """
 index_scores
@@ -1343,7 +1286,8 @@ select_topk
 np.asarray(row, F64) => np.asarray(row, F32)
 sorted(visible[ => list(visible[
 [:top_k]].tolist()) => [: top_k + num_sink_tokens]].tolist())[:top_k]
-np.array(rows, np.int32) => np.array(rows, np.int64) | np.fmod(rows, 65536).astype(np.int32)
+np.dtype(np.int32) => np.dtype(np.int64)
+np.array(rows, np.int32) => np.fmod(rows, 65536).astype(np.int32)
 [-1] * => [0] *
 free[:num_sink_tokens] = free => free[visible < num_sink_tokens] = free | free
 = free[max(len(visible) - local_window, 0) :] = 0 => = 0
@@ -1361,28 +1305,28 @@ np.arange(H) // (H // k.shape[-2]) => np.arange(H) % k.shape[-2]
 k[..., :d_v] if v is None => k[..., -d_v:] if v is None
 np.exp(logits - logits.max(0)) => np.exp(logits)
 np.log(share.sum(0)) => np.log2(share.sum(0)) | np.log(share.astype(np.float16).cumsum(0, np.float16)[-1])
-out.astype(arrays[0].dtype), lse => out, lse
-lse.astype(accumulator(*(x.dtype for x in arrays))) => lse.astype(arrays[0].dtype)
+"out": floats[0] => "out": F64
+accumulator(*floats)) => floats[0])
 lse, sink)), lse => lse, sink)), lse if sink is None else np.logaddexp(lse, sink)
 q, k = q.astype(F64), k.astype(F64) => q, k = q.astype(F32), k.astype(F32)
 indices[at][indices[at] >= 0] => indices[at] | np.unique(indices[at][indices[at] >= 0])
 indices[at][indices[at] >= 0] => indices[at][: (indices[at] >= 0).sum()]
-if len(keys := keys_of(at)): => if [keys := keys_of(at)]:
+if len(keys): => if True:
 dense_attention
 np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
-np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at] - 1), | np.arange(hi[at]),
-np.arange(lo[at], hi[at]), => np.arange(lo[at], hi[at]) % 512,
+np.arange(lo[at], hi[at]) => np.arange(lo[at], hi[at] - 1) | np.arange(hi[at])
+np.arange(lo[at], hi[at]) => np.arange(lo[at], hi[at]) % 512
 np.clip(k_start, 0, S), => k_start,
 merge_attention
 np.where(lse > -INF, lse, 0) => lse
 np.logaddexp.reduce(lses, 0) => lses.max(0)
-out.astype(outs[0].dtype), lse => out, lse
+"out": floats[0] => "out": F64
 np.array(outs).astype(F64), np.array(lses) => np.array(outs[:2]).astype(F64), np.array(lses[:2])
 apply_sink
 sink.astype(F64) - lse => lse - sink.astype(F64) | sink[0].astype(F64) - lse
 np.where(lse > -INF, 1 / (1 + np.exp(sink.astype(F64) - lse)), 0) => 1 / (1 + np.exp(sink.astype(F64) - lse))
 1 / (1 + np.exp( => 1 / (1 + np.exp2(
-sink_by_hand(out, lse, sink).astype(out.dtype) => sink_by_hand(out, lse, sink)
+"out": floats[0] => "out": F64
 """  # a stage, and pieces of the module above with what makes them wrong
 
 
@@ -1398,7 +1342,7 @@ def report_on(source, stages=None, **effort):
     """The status of a report on a module of this source, and its lines."""
     said: list[str] = []
     module = types.ModuleType("mine")
-    vars(module).update(np=np, F32=F32, F64=F64, INF=INF, NAN=NAN)
+    vars(module).update(np=np, F32=F32, F64=F64, INF=INF, DTYPES=DTYPES, STAGE=STAGE, NAMES=NAMES)
     exec(source, vars(module))
     status = conform(module, stages, say=said.append, **effort)
     return status, "\n".join(said).splitlines()
@@ -1421,7 +1365,7 @@ def test_the_report_finds_a_planted_bug(stage, right, wrong):
     (RIGHT, None, 0, f"select_topk does not raise.*{len(STAGES)} stages tested, none failed$"),
     ("", None, 1, "NOTHING WAS TESTED$"),
     ("def index_score(*args): pass", None, 1, "did you mean index_scores?.*NOTHING WAS TESTED$"),
-    (RIGHT.replace("def merge_att", "def merge"), ["apply_sink", "merge_attention"], 1, "NOT TESTED.*merge"),
+    (f"{RIGHT}del merge_attention", ["apply_sink", "merge_attention"], 1, "NOT TESTED.*merge"),
     ("".join(f"def {x}(*_, **__): return np.ones(3)\n" for x in STAGES), None, 1, f"FAILED: .*{STAGES[-1]}$"),
 ])  # fmt: skip
 def test_the_report_says_what_it_has_tested(source, stages, status, words):
@@ -1622,8 +1566,7 @@ def test_config_defaults_and_immutability(dsa):
         ("fallback_dense_threshold", None), ("progressive_sparsity", False),
     ]  # fmt: skip
     assert dsa.SELECTION_RATIOS == {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-    with pytest.raises(FrozenInstanceError):
-        config.top_k = 5
+    refused("top_k", setattr, config, "top_k", 5, error=FrozenInstanceError)
     forced: Any = {"local_window": np.uint8(200), "num_sink_tokens": np.uint8(100)}  # 44 in uint8
     ratio = dsa.DSAConfig(sparse_ratio=np.float16(0.125), strategy="hybrid", **forced)
     assert [ratio.top_k_at(num_keys=n) for n in (1000, 10**6)] == [300, 125000]
@@ -2071,27 +2014,17 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
         for _ in range(20):  # on any thread, whoever of them was the first
             held: list[Any] = []
             work = lambda held=held: held.append(dsa.on_one_blas_thread(count))  # noqa: E731
-            other = threading.Thread(target=work)
-            other.start()
-            call(), call()
-            other.join()
+            together(work, lambda: (call(), call()))
             assert set(held[0]) == {1} and count() == before
         with mock.patch.dict(sys.modules):
             del sys.modules[dsa.__name__]
             another = importlib.import_module(dsa.__name__)  # a copy, which knows nothing of the first
-        begun, ended = threading.Event(), threading.Event()
-
-        def hold():
-            begun.set()
-            ended.wait(9)
-
-        def start():
-            other.start()
-            begun.wait(9)
-
-        other = threading.Thread(target=another.on_one_blas_thread, args=(hold,))
-        dsa.on_one_blas_thread(start)  # ends before the other copy's call
-        ended.set()
+        both = threading.Barrier(2, timeout=9)
+        other = threading.Thread(
+            target=another.on_one_blas_thread, args=(lambda: (both.wait(), both.wait()),)
+        )
+        dsa.on_one_blas_thread(lambda: [act() for act in (other.start, both.wait)])  # ends before the other
+        both.wait()
         other.join()
         assert count() == before
 
@@ -2290,11 +2223,16 @@ def test_threads_never_change_a_bit(dsa, seed, dtype):
     on_any_threads(dsa, select, whole, lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)))
 
 
-@pytest.mark.parametrize("what, least, most", [
-    ("index_scores", 0.25, 1), ("lightning_select", 0, 0.25), ("dsa_attention", 0, 0.25), ("dense", 0, 0.25),
-    ("sparse", 0, 0.25), ("sparse, large K", 0, 0.125), ("training", 0, 0.25), ("warm-up", 0, 1.25),
+@pytest.mark.parametrize("call, least, most", [
+    ("dsa.index_scores(index[0][: n // 4], index[1], index[2][: n // 4])", 0.25, 1),
+    ("dsa.lightning_select(*index, 64)", 0, 0.25), ("dsa.dense_attention(q, k, v)", 0, 0.25),
+    ("dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=64))", 0, 0.25),
+    ("dsa.sparse_attention(q, k, v, few)", 0, 0.25),
+    ("dsa.sparse_attention(q[: n // 2, :1], k[: n // 2], v[: n // 2], many)", 0, 0.125),
+    ("lessons(dsa, arrays, few, mlp=mlp)", 0, 0.25),
+    ("lessons(dsa, arrays, None, mlp=mlp, k_end=ends)", 0, 1.25),
 ])  # fmt: skip
-def test_no_stage_holds_queries_times_keys(dsa, what, least, most, request):
+def test_no_stage_holds_queries_times_keys(dsa, call, least, most, request):
     """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much, beside
     two threads' working memory."""
     n, many = 8192, np.tile(np.arange(3000, dtype=np.int32), (4096, 1))
@@ -2302,32 +2240,20 @@ def test_no_stage_holds_queries_times_keys(dsa, what, least, most, request):
     request.addfinalizer(lambda: dsa.set_num_threads(None))
     arrays, few, mlp, ends = things_to_learn(0, n, n, 64, F32)
     q, k, v, _, *index = arrays
-    calls = {
-        "index_scores": lambda: dsa.index_scores(index[0][: n // 4], index[1], index[2][: n // 4]),
-        "lightning_select": lambda: dsa.lightning_select(*index, 64),
-        "dsa_attention": lambda: dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=64)),
-        "dense": lambda: dsa.dense_attention(q, k, v),
-        "sparse": lambda: dsa.sparse_attention(q, k, v, few),
-        "sparse, large K": lambda: dsa.sparse_attention(q[: n // 2, :1], k[: n // 2], v[: n // 2], many),
-        "training": lambda: lessons(dsa, arrays, few, mlp=mlp),
-        "warm-up": lambda: lessons(dsa, arrays, None, mlp=mlp, k_end=ends),
-    }
     tracemalloc.start()
-    try:
-        calls[what]()
-        assert least < tracemalloc.get_traced_memory()[1] / (4 * n * n) < most
-    finally:
-        tracemalloc.stop()
+    request.addfinalizer(tracemalloc.stop)
+    eval(call, globals() | locals())
+    assert least < tracemalloc.get_traced_memory()[1] / (4 * n * n) < most
 
 
 def test_the_examples_run(dsa):
     """Those of the docstrings, and of README's block with >>>."""
-    flags, report = doctest.NORMALIZE_WHITESPACE, [""]
-    result = doctest.testmod(dsa, optionflags=flags)
-    assert result.failed == 0 and result.attempted > 20
-    test = doctest.DocTestParser().get_doctest(readme()[1], {}, "README.md", "README.md", 0)
-    result = doctest.DocTestRunner(optionflags=flags).run(test, out=report.append)
-    assert result.failed == 0 and result.attempted > 0, "".join(report)
+    runner, report = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE), [""]
+    for test in doctest.DocTestFinder().find(dsa):
+        runner.run(test, out=report.append)
+    assert runner.tries > 20 and not runner.failures, "".join(report)
+    block = doctest.DocTestParser().get_doctest(readme()[1], {}, "README.md", "README.md", 0)
+    assert block.examples and not runner.run(block, out=report.append).failed, "".join(report)
 
 
 # 13. fp8 and the DeepSeek-V3.2 layer ------------------------------------------------------------------------
