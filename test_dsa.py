@@ -699,21 +699,24 @@ class Verdict:
         positional, names, results, _ = STAGE[self.stage]
         call, ending = self.wrong or ({}, [])
         fill = textwrap.TextWrapper(width, subsequent_indent="      ", break_on_hyphens=False).wrap
-        texts = {name: literal(x) if np.size(x) <= 99 else "" for name, x in evaluate(call).items()}
-        texts = {name: text if 0 < len(text) < 3 * width else call[name] for name, text in texts.items()}
-        arrays = {name: text for name, text in texts.items() if "np." in text}
-        if not any("seen" in text for text in arrays.values()):
-            arrays.pop("seen", None)
-        inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
-        first = [inline.pop(name) for name in positional]
-        arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
-        lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
-        lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
         if more := self.broken[1:]:
             ending = [*ending, f"{len(more)} more of its rules are broken, such as: {more[0]}"]
         start = fill(f"{self.stage} breaks a rule: {self.broken[0]}")
         ending = [line for text in ending for line in fill(f"  {text}")]
-        return [*start, *lines[: most - len(start) - len(ending)], *ending]
+        literals = {name: literal(x) if np.size(x) <= 99 else "" for name, x in evaluate(call).items()}
+        for longest in (3 * width, width, 0):  # what is longer, or all, as it was drawn
+            texts = {name: x if 0 < len(x) < longest else call[name] for name, x in literals.items()}
+            arrays = {name: text for name, text in texts.items() if "np." in text}
+            if not any("seen" in text for text in arrays.values()):
+                arrays.pop("seen", None)
+            inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
+            first = [inline.pop(name) for name in positional]
+            arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
+            lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
+            lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
+            if len(start) + len(lines) + len(ending) <= most:
+                break
+        return [*start, *lines, *ending]
 
     def row(self):
         """One line of the table: passed, failed or not tested, rules, examples, the largest error."""
