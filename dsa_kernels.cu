@@ -12,13 +12,13 @@
 
 // ---------------------------------------------------------------------------------------------------------
 // What kernels share
-// ---------------------------------------------------------------------------------------------------------
 
 typedef long long i64;
 typedef unsigned char u8;
 typedef __nv_bfloat16 bf16;
 
 constexpr unsigned ALL = 0xffffffff;  // the lanes of a warp
+#define UNROLL _Pragma("unroll")      // the loop that follows: what it indexes then stays in registers
 
 struct Window {
     i64 start, end;
@@ -340,7 +340,6 @@ template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
 // block 256: a warp a query, a lane OWN keys
 // smem  24 KB: 32 values of a tile of keys, and of 8 heads of each warp's query
 // cost  2*J*E FLOP a (t,s); bound by FMA, shared memory close behind
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FMA
 constexpr int OWN = 16 / sizeof(REAL), KEYS = 32 * OWN, HEADS = 8, DEPTH = 32;
 static_assert(DEPTH == 32, "a lane, and 8 times 4 warps, each load one value of a key");
@@ -372,8 +371,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
                 const int s = key + 8 * i;
                 keys[e][s / OWN].x[s % OWN] = s < num_keys && e0 + e < E ? k[s * E + e0 + e] : 0;
             }
-#pragma unroll
-            for (int j = 0; j < HEADS; j++) {
+            UNROLL for (int j = 0; j < HEADS; j++) {
                 const bool real = t < T && j0 + j < J && e0 + lane < E;
                 heads[warp][j][lane / OWN].x[lane % OWN] = real ? q[(j0 + j) * E + e0 + lane] : 0;
             }
@@ -457,7 +455,6 @@ template <int MANY, int TOGETHER> struct Visible {
 // block 128: each warp keeps TILES * 16 keys in registers, fragments of A, while heads of B stream past
 // smem  2 stages of HEADS heads, a multiple of 8: 35 KB at J=64, E=128 in bf16
 // cost  2*J*E FLOP a (t,s). A warp reads a head once for its 64 keys: 2*E bytes for 128*E FLOP.
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_MMA
 template <class T> struct Operand { using type = T; };
 template <> struct Operand<unsigned char> { using type = __half; };  // which holds every code
@@ -531,14 +528,11 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 
     // Keys to registers. With codes, a lane's four values of a step stand side by side, in heads as in keys.
     unsigned keys[TILES][DEPTH][4];
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+    UNROLL for (int m = 0; m < TILES; m++)
+        UNROLL for (int half = 0; half < 2; half++) {
             const i64 s = min(tile + warp * TILES * 16 + 16 * m + 8 * half + g, S - 1);
             const ELEMENT* key = index_k + (b * apart + s) * ENTRY;
-#pragma unroll
-            for (int step = 0; step < DEPTH; step++) {
+            UNROLL for (int step = 0; step < DEPTH; step++) {
                 keys[m][step][half] = key_pair(key, 16 * step + (FP8 ? 4 * i : 2 * i));
                 keys[m][step][half + 2] = key_pair(key, 16 * step + (FP8 ? 4 * i + 2 : 2 * i + 8));
             }
@@ -562,12 +556,10 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 #pragma unroll 2
             for (int j = 0; j < HEADS && group * HEADS + j < J; j += 8) {
                 float product[TILES][4] = {};
-#pragma unroll
-                for (int load = 0; load < LOADS; load++) {
+                UNROLL for (int load = 0; load < LOADS; load++) {
                     unsigned heads[4];
                     ldmatrix_x4(heads, cvta_shared(&stage.heads[j + lane % 8][load * 64 + lane / 8 * 16]));
-#pragma unroll
-                    for (int step = 0; step < STEPS; step++) {
+                    UNROLL for (int step = 0; step < STEPS; step++) {
                         unsigned head[2] = {heads[2 * step % 4], heads[(2 * step + 1) % 4]};
                         if constexpr (FP8) {
                             head[0] = e4m3x2_to_half2(heads[step] & 0xffff);
@@ -578,8 +570,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                                          Multiplied());
                     }
                 }
-#pragma unroll
-                for (int c = 0; c < 2; c++) {  // heads j + 2 i and j + 2 i + 1
+                UNROLL for (int c = 0; c < 2; c++) {  // heads j + 2 i and j + 2 i + 1
                     if (J % 8 && group * HEADS + j + 2 * i + c >= J) continue;
                     const float weight = stage.weights[j + 2 * i + c];
                     for (int m = 0; m < TILES; m++)
@@ -593,8 +584,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         float* row = scores + (first + t) * S + tile;
         for (int half = 0; half < 2; half++) {
             float own = 0;
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
+            UNROLL for (int m = 0; m < TILES; m++) {
                 const float x = sum_of_quad(sum[m][half]);
                 own = m == i ? x : own;
             }
@@ -616,7 +606,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 // smem  struct Few, 42 KB, five blocks' on a multiprocessor; 50 where two queries share operands, TOGETHER
 // cost  132 bytes and T * 2*J*E FLOP a key: bound by memory at T = 1. Tensor cores add up e4m3 products in
 //       fewer bits than float32 has: scores are right to about 1e-4 of the largest.
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FEW_WGMMA
 constexpr int E = 128, ENTRY = E + 4, HEADS = 64, TILES = 4, KEYS = TILES * 64;
 static_assert(J == 32 || J == HEADS, "the heads of a query are one operand; others have other sums");
@@ -675,15 +664,13 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
         cp_async_wait_all();
         __syncthreads();
         float weight[TOGETHER][16];
-#pragma unroll
-        for (int x = 0; x < 16 * TOGETHER; x++)
+        UNROLL for (int x = 0; x < 16 * TOGETHER; x++)
             weight[x / 16][x % 16] = sh.weights[x / 16][x % 16 / 2 * 8 + 2 * i + x % 2];
 
         // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i.
         //    A lane reads the steps of a key from step g on, so that few read from one bank, and turns them.
         float own[TOGETHER][2] = {};
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
+        UNROLL for (int tile = 0; tile < TILES; tile++) {
             unsigned a[4][4];
             const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + i;
             mbarrier_wait(&sh.here[tile], 0);
@@ -694,8 +681,7 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
                 for (int y = 0; y < 4; y++) turned[y] = g & 1 ? read[(y + 3) % 4] : read[y];
                 for (int y = 0; y < 4; y++) a[y][x] = g & 2 ? turned[(y + 2) % 4] : turned[y];
             }
-#pragma unroll
-            for (int q = 0; q < TOGETHER; q++) {
+            UNROLL for (int q = 0; q < TOGETHER; q++) {
                 if (q >= queries) break;
                 const u64 heads = wgmma_matrix(cvta_shared(sh.heads[q]));
                 float d[32];
@@ -714,8 +700,7 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
                 }
             }
         }
-#pragma unroll
-        for (int q = 0; q < TOGETHER; q++) {
+        UNROLL for (int q = 0; q < TOGETHER; q++) {
             if (q >= queries) break;
             const Window window = TOGETHER == 1 ? alone : window_at(q);
             for (int half = 0; half < 2; half++) {
@@ -737,7 +722,6 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
 // block 384: two warpgroups, each with TILES * 64 keys in registers, as A, and one that copies heads as B
 // smem  STAGES times 128 heads, those of TOGETHER queries: 66 KB in fp8 at E=128
 // cost  2*J*E FLOP a (t,s), and for 2*E of them an FMNMX and an FFMA, which set the pace in fp8
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_WGMMA
 constexpr bool FP8 = sizeof(ELEMENT) == 1;
 constexpr int ENTRY = FP8 ? E + 4 : E;  // of ELEMENT, of a key
@@ -785,8 +769,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
             const i64 row = (first + t) * J;
             const uint4* from = (const uint4*)(index_q + row * E) + thread;
             mbarrier_wait(&sh.empty[stage], job / STAGES % 2 ^ 1);
-#pragma unroll
-            for (int x = 0; x < CHUNKS; x++)
+            UNROLL for (int x = 0; x < CHUNKS; x++)
                 cp_async<16>(cvta_shared(sh.heads[stage]) + at + x * COPIED * 128, from + x * 128,
                              x * COPIED / J < queries - t);
             float* weight = &sh.weights[stage][thread / 16][thread % 8 / 2][thread / 8 % 2 * 2 + thread % 2];
@@ -803,13 +786,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
     const ELEMENT* entries = index_k + (b * apart + tile) * ENTRY;
     unsigned keys[TILES][STEPS][4];
     float scale[TILES / 2];
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
+    UNROLL for (int m = 0; m < TILES; m++)
         for (int half = 0; half < 2; half++) {
             const int s = min(own + m / 2 * 32 + 4 * g + m % 2 * 2 + half, num_keys - 1);
             const unsigned* key = (const unsigned*)(entries + s * ENTRY);
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
+            UNROLL for (int step = 0; step < STEPS; step++) {
                 keys[m][step][half] = key[8 * step + i];
                 keys[m][step][half + 2] = key[8 * step + 4 + i];
             }
@@ -838,8 +819,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
         float sum[TOGETHER][4];  // over this thread's heads, of four keys
         const auto add_up = [&](int m, int begin, int end) {  // 16 heads at a time
             const float(&p)[64] = product[m % 2];
-#pragma unroll
-            for (int x = begin; x < end; x++) {
+            UNROLL for (int x = begin; x < end; x++) {
                 const float4 w = *(float4*)sh.weights[stage][x][i];
                 for (int half = 0; half < 2; half++) {
                     float& to = sum[16 * x / J][m % 2 * 2 + half];
@@ -854,9 +834,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
             const int key = own + 32 * pair + lane;
             const bool high = i & 2, odd = i & 1;
             float* row = scores + (first + t) * S + tile + key;
-#pragma unroll
-            for (int q = 0; q < TOGETHER; q++) {  // lane i of a quad gets the sum over its lanes of x[i]
-                const float* x = sum[q];
+            UNROLL for (int q = 0; q < TOGETHER; q++) {
+                const float* x = sum[q];  // lane i of a quad gets the sum over its lanes of x[i]
                 const float x02 = (high ? x[2] : x[0]) + __shfl_xor_sync(ALL, high ? x[0] : x[2], 2);
                 const float x13 = (high ? x[3] : x[1]) + __shfl_xor_sync(ALL, high ? x[1] : x[3], 2);
                 const float total = (odd ? x13 : x02) + __shfl_xor_sync(ALL, odd ? x02 : x13, 1);
@@ -864,12 +843,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
                 if (key < num_keys && t + q < queries) row[q * S] = score;
             }
         };
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
+        UNROLL for (int m = 0; m < TILES; m++) {
             if (m == TILES - 1) await(next);
             wgmma_wait_group<0>(product[m % 2]);
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {  // in vain where this is the last job's last tile
+            UNROLL for (int step = 0; step < STEPS; step++) {  // in vain for the last job's last tile
                 multiply((m + 1) % TILES, m + 1 < TILES ? job : next, step);
                 add_up(m, step * 8 / STEPS, (step + 1) * 8 / STEPS);
             }
@@ -1283,7 +1260,6 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
 // cost  2 * (D + DV) FLOP for each head and key; a block reads its keys once for HEADS heads
 // macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE
 //         (R8 = 0: k is not packed)
-// ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_FEW_MMA) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
 struct Shape {
     i64 T, S, H, G, slots, chunk;  // slots: of indices, -1: windows
@@ -1321,8 +1297,7 @@ struct Job {
 // 8 e4m3 codes times a scale, as bfloat16; exact where it is a power of two, as a code has 4 significant bits
 __device__ uint4 decode8(uint2 codes, float scale) {
     unsigned r[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         const unsigned two = e4m3x2_to_half2((i < 2 ? codes.x : codes.y) >> i % 2 * 16 & 0xFFFF);
         const float2 x = __half22float2(*(const __half2*)&two);
         r[i] = cvt_rn_x2(x.x * scale, x.y * scale, bf16());
@@ -1375,11 +1350,9 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
             if (ids[j] >= 0)
                 for (int d = lane; d < D; d += 32) {
                     const ACC x = key_value(k + ids[j] * n.k_key, d);
-#pragma unroll
-                    for (int h = 0; h < HEADS; h++) dot[h] += q_s[h * D + d] * x;
+                    UNROLL for (int h = 0; h < HEADS; h++) dot[h] += q_s[h * D + d] * x;
                 }
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) {
+            UNROLL for (int h = 0; h < HEADS; h++) {
                 for (int w = 16; w; w /= 2) dot[h] += __shfl_xor_sync(ALL, dot[h], w);
                 if (lane == 0) p[h][j] = ids[j] < 0 ? -inf : dot[h] * c;
             }
@@ -1396,37 +1369,31 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
             if (lane == 0) m[h] = top, rescale[h] = factor, total[h] = total[h] * factor + sum;
         }
         __syncthreads();
-#pragma unroll
-        for (int h = 0; h < HEADS; h++)
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) o[h][j] *= rescale[h];
+        UNROLL for (int h = 0; h < HEADS; h++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) o[h][j] *= rescale[h];
 #pragma unroll 4
         for (int s = 0; s < ATTEND_KEYS; s++) {
             if (ids[s] < 0) continue;
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
+            UNROLL for (int j = 0; j < COLUMNS; j++) {
                 const int d = tid + 128 * j;
                 if (d >= DV) continue;
                 ACC x;
                 if constexpr (TIED) x = key_value(k + ids[s] * n.k_key, d);
                 else x = widen(v[ids[s] * n.v_key + d]);
-#pragma unroll
-                for (int h = 0; h < HEADS; h++) o[h][j] += p[h][s] * x;
+                UNROLL for (int h = 0; h < HEADS; h++) o[h][j] += p[h][s] * x;
             }
         }
     }
     __syncthreads();
     const i64 rows = (i64)gridDim.x / ((n.H / n.G + HEADS - 1) / HEADS) / n.G, first = blockIdx.y * rows;
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
+    UNROLL for (int h = 0; h < HEADS; h++) {
         if (h >= job.heads) continue;
         const i64 at = (first + job.row) * n.H + job.head + h;
         const ACC log_sum = total[h] == 0 ? -inf : (m[h] + log2(total[h])) / log2e;
         const ACC share = (total[h] == 0 ? ACC(0) : 1 / total[h])
                           * (sink ? kept_share(sink[job.head + h], log_sum) : ACC(1));
         if (tid == 0) lse[at] = log_sum;
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++)
+        UNROLL for (int j = 0; j < COLUMNS; j++)
             if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = Rounded<OUT>::of(o[h][j] * share);
     }
 }
@@ -1443,7 +1410,6 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
 // 2 i + 1, + 8, + 9 and pairs them; row g of step j is value 8 g + 2 j, row g + 8 the next. A lane's columns
 // are heads 2 i and 2 i + 1 in both, so that maxima and sums stay where they are.
 // macros  HEADS (all of a group), D, DV, TYPE, OUT
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_FEW_MMA
 constexpr int NT = (HEADS + 7) / 8, CHUNKS = (D + 31) / 32, BLOCKS = (DV + 63) / 64;
 constexpr int RESIDENT = NT * (D + DV) <= 128 ? 4 : NT * (D + DV) <= 256 ? 3 : 2;
@@ -1472,78 +1438,62 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
     k += job.b * k_batch + job.group * k_group, v += job.b * v_batch + job.group * v_group;
 
     Four q_s[NT][CHUNKS], k_s[CHUNKS][2];
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int x = 0; x < CHUNKS; x++)
+    UNROLL for (int t = 0; t < NT; t++)
+        UNROLL for (int x = 0; x < CHUNKS; x++)
             q_s[t][x].load(q + (first + t * 8 + g) * D + 32 * x + 8 * i,
                            t * 8 + g < HEADS && 32 * x + 8 * i < D);
     const auto look_up = [&](int tile) { return job.key(job.lo + tile * 16 + lane % 16, S); };
     const auto load_keys = [&](int id) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             const i64 key = __shfl_sync(ALL, id, g + 8 * half);
-#pragma unroll
-            for (int x = 0; x < CHUNKS; x++)
+            UNROLL for (int x = 0; x < CHUNKS; x++)
                 k_s[x][half].load(k + key * k_key + 32 * x + 8 * i, key >= 0 && 32 * x + 8 * i < D);
         }
     };
     float o[NT][4 * BLOCKS][4] = {}, m[NT][2], total[NT][2] = {};
-#pragma unroll
-    for (int t = 0; t < NT; t++) m[t][0] = m[t][1] = -CUDART_INF_F;
+    UNROLL for (int t = 0; t < NT; t++) m[t][0] = m[t][1] = -CUDART_INF_F;
     const int tiles = (job.hi - job.lo + 15) / 16;
     int id = look_up(warp), next = look_up(warp + 4);
     load_keys(id);
     for (int tile = warp; tile < tiles; tile += 4) {
         const unsigned there = __ballot_sync(ALL, id >= 0) >> g;
         Four v_s[BLOCKS][4];
-#pragma unroll
-        for (int y = 0; y < 4; y++) {
+        UNROLL for (int y = 0; y < 4; y++) {
             const i64 key = __shfl_sync(ALL, id, y / 2 * 8 + 2 * i + y % 2);
-#pragma unroll
-            for (int x = 0; x < BLOCKS; x++)
+            UNROLL for (int x = 0; x < BLOCKS; x++)
                 v_s[x][y].load(v + key * v_key + 64 * x + 8 * g, key >= 0 && 64 * x + 8 * g < DV);
         }
         // 1. s = k . q in base 2, absent keys -inf; then the next keys may come
         float s[NT][4] = {};
         bool grows = false;
-#pragma unroll
-        for (int x = 0; x < 2 * CHUNKS; x++) {
+        UNROLL for (int x = 0; x < 2 * CHUNKS; x++) {
             const Four &a = k_s[x / 2][0], &b = k_s[x / 2][1];
             const int y = x % 2 * 2;
             const unsigned keys[4] = {a.x[y], b.x[y], a.x[y + 1], b.x[y + 1]};
-#pragma unroll
-            for (int t = 0; t < NT; t++)
+            UNROLL for (int t = 0; t < NT; t++)
                 mma_m16n8k16(s[t], keys, q_s[t][x / 2].x[y], q_s[t][x / 2].x[y + 1], TYPE());
         }
         id = next, next = look_up(tile + 8);
         load_keys(id);
-#pragma unroll
-        for (int t = 0; t < NT; t++)
-#pragma unroll
-            for (int x = 0; x < 4; x++) {
+        UNROLL for (int t = 0; t < NT; t++)
+            UNROLL for (int x = 0; x < 4; x++) {
                 s[t][x] = there >> x / 2 * 8 & 1 ? s[t][x] * c : -CUDART_INF_F;
                 grows |= s[t][x] > m[t][x % 2] + 8;  // p up to 2^8 spares rescaling o
             }
         // 2. the new maxima
         if (__any_sync(ALL, grows))
-#pragma unroll
-            for (int t = 0; t < NT; t++)
-#pragma unroll
-                for (int z = 0; z < 2; z++) {
+            UNROLL for (int t = 0; t < NT; t++)
+                UNROLL for (int z = 0; z < 2; z++) {
                     float top = fmaxf(fmaxf(s[t][z], s[t][z + 2]), m[t][z]);
                     for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
                     const float factor = top == m[t][z] ? 1 : exp2f(m[t][z] - top);
                     m[t][z] = top, total[t][z] *= factor;
-#pragma unroll
-                    for (int x = 0; x < 4 * BLOCKS; x++) o[t][x][z] *= factor, o[t][x][z + 2] *= factor;
+                    UNROLL for (auto& x : o[t]) x[z] *= factor, x[z + 2] *= factor;
                 }
         // 3. p = exp2(s - max), and o += p v
         unsigned p[NT][2];
-#pragma unroll
-        for (int t = 0; t < NT; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
+        UNROLL for (int t = 0; t < NT; t++)
+            UNROLL for (int half = 0; half < 2; half++) {
                 float share[2];
                 for (int z = 0; z < 2; z++) {
                     share[z] = exp2f(s[t][2 * half + z] - (m[t][z] == -CUDART_INF_F ? 0 : m[t][z]));
@@ -1551,29 +1501,24 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
                 }
                 p[t][half] = movmatrix_trans(cvt_rn_x2(share[0], share[1], TYPE()));
             }
-#pragma unroll
-        for (int x = 0; x < 4 * BLOCKS; x++) {
+        UNROLL for (int x = 0; x < 4 * BLOCKS; x++) {
             const Four(&y)[4] = v_s[x / 4];
             unsigned values[4];
             for (int z = 0; z < 4; z++) {
                 const unsigned lo = y[z / 2 * 2].x[x % 4], hi = y[z / 2 * 2 + 1].x[x % 4];
                 values[z] = __byte_perm(lo, hi, z % 2 ? 0x7632 : 0x5410);
             }
-#pragma unroll
-            for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
+            UNROLL for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
         }
     }
     // 4. What the warps found; what a head keeps of each warp's sums, in place of their maximum; all together
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int z = 0; z < 2; z++) {
+    UNROLL for (int t = 0; t < NT; t++)
+        UNROLL for (int z = 0; z < 2; z++) {
             for (int d = 4; d < 32; d *= 2) total[t][z] += __shfl_xor_sync(ALL, total[t][z], d);
             const int h = t * 8 + 2 * i + z;
             if (h >= HEADS) continue;
             if (g == 0) kept[warp][h] = m[t][z], sums[warp][h] = total[t][z];
-#pragma unroll
-            for (int x = 0; x < 4 * BLOCKS; x++) {
+            UNROLL for (int x = 0; x < 4 * BLOCKS; x++) {
                 const int d = x / 4 * 64 + 8 * g + x % 4 * 2;
                 if (d < DV) *(float2*)&parts[warp][h][d] = make_float2(o[t][x][z], o[t][x][z + 2]);
             }
@@ -1612,7 +1557,6 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
 // S = Q K^T: WM x WN warps, each MT * 16 heads by NT * 8 keys. O += P V: each warp all heads by PAIRS * 16 of
 // DV, so that a value is read from shared memory once. While a tile is multiplied the next one is copied.
 // macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes: alignment of rows of k, v)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_MMA
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;  // values of a row in shared memory
 constexpr int STEPS = (D + 15) / 16;  // of 16 values of q . k
@@ -1632,8 +1576,7 @@ __device__ void copy_row(char* tile, int row, int stride, const void* src, bool 
                                          int part) {
     const unsigned base = cvta_shared(tile) + row * stride;
     const char* from = (const char*)src + part * ALIGN;
-#pragma unroll
-    for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
+    UNROLL for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
         const int at = i * 8 * ALIGN + part * ALIGN;
         if (N % (8 * ALIGN) != 0 && at >= N) continue;
         const unsigned dst = base
@@ -1686,13 +1629,11 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 
     int ids[PASSES];
     const auto look_up = [&](int i) {
-#pragma unroll
-        for (int p = 0; p < PASSES; p++) ids[p] = job.key(job.lo + i * KEYS + p * 32 + tid / 8, n.S);
+        UNROLL for (int p = 0; p < PASSES; p++) ids[p] = job.key(job.lo + i * KEYS + p * 32 + tid / 8, n.S);
     };
     const auto copy = [&](int i) {  // starts the copy of tile i; says whether any key of this thread is there
         bool any = false;
-#pragma unroll
-        for (int p = 0; p < PASSES; p++) {
+        UNROLL for (int p = 0; p < PASSES; p++) {
             const int row = p * 32 + tid / 8;
             const bool there = ids[p] >= 0;
             const i64 id = there ? ids[p] : 0;
@@ -1714,8 +1655,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const auto decode = [&]() {
         if constexpr (PACKED) {
             constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8;
-#pragma unroll
-            for (int p = 0; p < PASSES; p++) {
+            UNROLL for (int p = 0; p < PASSES; p++) {
                 const int row = p * 32 + tid / 8;
                 const char* entry = byte_s + row * BYTE_ROW;
                 char* to = k_s + row * ROW * 2;
@@ -1734,8 +1674,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     };
 
     float o[OM][2 * PAIRS][4] = {}, m[MT][2], total[MT][2] = {};
-#pragma unroll
-    for (int i = 0; i < MT; i++) m[i][0] = m[i][1] = -CUDART_INF_F;
+    UNROLL for (int i = 0; i < MT; i++) m[i][0] = m[i][1] = -CUDART_INF_F;
     const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
     bool any = false;
     if (tiles > 0) look_up(0), any = copy(0), look_up(1);
@@ -1763,40 +1702,30 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             const unsigned k_at = k_tile + k_row * ROW * 2 + swizzled(k_row, lane / 8 % 2);
 #pragma unroll 3
             for (int panel = 0; panel < (STEPS + 3) / 4; panel++)
-#pragma unroll
-                for (int step = 0; step < 4; step++) {
+                UNROLL for (int step = 0; step < 4; step++) {
                     if (STEPS % 4 != 0 && panel * 4 + step >= STEPS) continue;
                     unsigned a[MT][4], b[4];
-#pragma unroll
-                    for (int x = 0; x < MT; x++)
+                    UNROLL for (int x = 0; x < MT; x++)
                         ldmatrix_x4(a[x], (q_at ^ step << 5) + panel * 128 + x * 16 * ROW * 2);
                     if constexpr (NT == 2) ldmatrix_x4(b, (k_at ^ step << 5) + panel * 128);
                     else ldmatrix_x2(b[0], b[1], (k_at ^ step << 5) + panel * 128);
-#pragma unroll
-                    for (int x = 0; x < MT; x++)
-#pragma unroll
-                        for (int y = 0; y < NT; y++)
+                    UNROLL for (int x = 0; x < MT; x++)
+                        UNROLL for (int y = 0; y < NT; y++)
                             mma_m16n8k16(s[x][y], a[x], b[2 * y], b[2 * y + 1], TYPE());
                 }
             // 2. row maxima of this warp's keys
-#pragma unroll
-            for (int y = 0; y < NT; y++)
-#pragma unroll
-                for (int z = 0; z < 2; z++) {
+            UNROLL for (int y = 0; y < NT; y++)
+                UNROLL for (int z = 0; z < 2; z++) {
                     const bool there = there_s[i % 2 * KEYS + wn * NT * 8 + y * 8 + lane % 4 * 2 + z];
-#pragma unroll
-                    for (int x = 0; x < MT; x++) {
+                    UNROLL for (int x = 0; x < MT; x++) {
                         s[x][y][z] = there ? s[x][y][z] * c : -CUDART_INF_F;
                         s[x][y][z + 2] = there ? s[x][y][z + 2] * c : -CUDART_INF_F;
                     }
                 }
-#pragma unroll
-            for (int x = 0; x < MT; x++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
+            UNROLL for (int x = 0; x < MT; x++)
+                UNROLL for (int half = 0; half < 2; half++) {
                     float top = -CUDART_INF_F;
-#pragma unroll
-                    for (int y = 0; y < NT; y++)
+                    UNROLL for (int y = 0; y < NT; y++)
                         top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
                     top = max_of_quad(top);
                     if (lane % 4 == 0) max_s[wn * HEADS + (wm * MT + x) * 16 + half * 8 + lane / 4] = top;
@@ -1805,18 +1734,14 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         __syncthreads();
         if (scores) {
             // 3. p = exp2(s - max), the sum, and how much o shrinks
-#pragma unroll
-            for (int x = 0; x < MT; x++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
+            UNROLL for (int x = 0; x < MT; x++)
+                UNROLL for (int half = 0; half < 2; half++) {
                     const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
                     float top = m[x][half];
-#pragma unroll
-                    for (int w = 0; w < WN; w++) top = fmaxf(top, max_s[w * HEADS + row]);
+                    UNROLL for (int w = 0; w < WN; w++) top = fmaxf(top, max_s[w * HEADS + row]);
                     const float safe = top == -CUDART_INF_F ? 0 : top, factor = exp2f(m[x][half] - safe);
                     float sum = 0;
-#pragma unroll
-                    for (int y = 0; y < NT; y++) {
+                    UNROLL for (int y = 0; y < NT; y++) {
                         const float p0 = exp2f(s[x][y][2 * half] - safe),
                                     p1 = exp2f(s[x][y][2 * half + 1] - safe);
                         sum += p0 + p1;
@@ -1830,29 +1755,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         }
         __syncthreads();
         // 4. o = o * factor + p v
-#pragma unroll
-        for (int x = 0; x < OM; x++) {
+        UNROLL for (int x = 0; x < OM; x++) {
             const float f0 = rescale_s[x * 16 + lane / 4], f1 = rescale_s[x * 16 + 8 + lane / 4];
             if (__any_sync(ALL, f0 != 1 || f1 != 1))
-#pragma unroll
-                for (int y = 0; y < 2 * PAIRS; y++)
+                UNROLL for (int y = 0; y < 2 * PAIRS; y++)
                     o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
         }
         const unsigned p_at = cvta_shared(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
         const unsigned v_at = v_tile + lane % 16 * V_ROW * 2;
-#pragma unroll
-        for (int step = 0; step < KEYS / 16; step++) {
+        UNROLL for (int step = 0; step < KEYS / 16; step++) {
             unsigned a[OM][4];
-#pragma unroll
-            for (int x = 0; x < OM; x++) ldmatrix_x4(a[x], (p_at ^ step << 5) + x * 16 * 128);
-#pragma unroll
-            for (int y = 0; y < PAIRS; y++) {
+            UNROLL for (int x = 0; x < OM; x++) ldmatrix_x4(a[x], (p_at ^ step << 5) + x * 16 * 128);
+            UNROLL for (int y = 0; y < PAIRS; y++) {
                 if (warp * PAIRS + y >= OCTETS) continue;
                 unsigned b[4];
                 ldmatrix_x4_trans(
                     b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
-#pragma unroll
-                for (int x = 0; x < OM; x++) {
+                UNROLL for (int x = 0; x < OM; x++) {
                     mma_m16n8k16(o[x][2 * y], a[x], b[0], b[1], TYPE());
                     mma_m16n8k16(o[x][2 * y + 1], a[x], b[2], b[3], TYPE());
                 }
@@ -1863,10 +1782,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     cp_async_wait_all();
     __syncthreads();
     if (scores)
-#pragma unroll
-        for (int x = 0; x < MT; x++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
+        UNROLL for (int x = 0; x < MT; x++)
+            UNROLL for (int half = 0; half < 2; half++) {
                 const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
                 const float sum = sum_of_quad(total[x][half]);
                 if (lane % 4 == 0) max_s[wn * HEADS + row] = sum;
@@ -1887,15 +1804,12 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         rescale_s[tid] = share;
     }
     __syncthreads();
-#pragma unroll
-    for (int x = 0; x < OM; x++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+    UNROLL for (int x = 0; x < OM; x++)
+        UNROLL for (int half = 0; half < 2; half++) {
             const int row = x * 16 + half * 8 + lane / 4;
             const float share = rescale_s[row];
             if (row >= job.heads) continue;
-#pragma unroll
-            for (int y = 0; y < 2 * PAIRS; y++) {
+            UNROLL for (int y = 0; y < 2 * PAIRS; y++) {
                 const int d = warp * PAIRS * 16 + y * 8 + lane % 4 * 2;
                 const float x0 = o[x][y][2 * half] * share, x1 = o[x][y][2 * half + 1] * share;
                 OUT* at = out + (first + row) * DV + d;
@@ -1924,7 +1838,6 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 // tile i + 2 when the last one to read it is done, so that copies hardly pause.
 // cost  of a tile: 2,176 cycles of products, 1,800 of L2 (74 KB; 2,700 where it lacks them); measured 2,950
 // macros  HEADS = 64, D, DV, TYPE, OUT, R8, ROPE
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_WGMMA
 constexpr int KEYS = 64, PANELS = D / 64, HALF = DV / 2, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 constexpr bool PACKED = R8 > 0;
@@ -1961,8 +1874,7 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
     const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
     int slots[4];
     const auto look_up = [&](int tile) {
-#pragma unroll
-        for (int r = 0; r < 4; r++) slots[r] = job.slot(job.lo + tile * KEYS + r * 16 + row);
+        UNROLL for (int r = 0; r < 4; r++) slots[r] = job.slot(job.lo + tile * KEYS + r * 16 + row);
     };
     look_up(0);
     if (half == 0) {
@@ -1970,8 +1882,7 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         for (int h = row; h < HEADS; h += 16) {
             const bool there = h < job.heads;
             const TYPE* from = q + (job.row * n.H + job.head + (there ? h : 0)) * D + column * 8;
-#pragma unroll
-            for (int panel = 0; panel < PANELS; panel++)
+            UNROLL for (int panel = 0; panel < PANELS; panel++)
                 cp_async<16>(cvta_shared(plan.q[panel]) + h * 128 + swizzle, from + panel * 64, there);
         }
         cp_async_mbarrier_arrive(&plan.q_full);
@@ -1982,27 +1893,23 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
     const char* first = k + job.b * n.k_batch * SIZE + unsigned(half * HALF * SIZE + column * 16);
     int buffer;
     const auto copy = [&](int panel_0, int panels, int at) {  // bytes of each key, `at` from this half on
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
+        UNROLL for (int r = 0; r < 4; r++) {
             const bool there = is_key(slots[r], n.S);
             const char* from = first + (there ? (i64)slots[r] : 0) * bytes + at;
             const unsigned to = cvta_shared(plan.k[buffer][panel_0]) + (r * 16 + row) * 128 + swizzle;
-#pragma unroll
-            for (int panel = 0; panel < panels; panel++)
+            UNROLL for (int panel = 0; panel < panels; panel++)
                 cp_async<16>(to + panel * PANEL, from + panel * 128, there);
         }
     };
     uint4 codes[2][2];  // of packed keys: two of the four rows, two blocks of 128 each
     float2 scales[2];
     const auto load = [&](int r0) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
+        UNROLL for (int r = 0; r < 2; r++) {
             const bool there = is_key(slots[r0 + r], n.S);
             const char* from = first + (there ? (i64)slots[r0 + r] : 0) * bytes;
             scales[r] = make_float2(0, 0);
             if (there) scales[r] = *(const float2*)(from + (R8 + half * (8 - HALF) - column * 16));
-#pragma unroll
-            for (int block = 0; block < 2; block++) {
+            UNROLL for (int block = 0; block < 2; block++) {
                 codes[r][block] = make_uint4(0, 0, 0, 0);
                 if (there) codes[r][block] = *(const uint4*)(from + block * 128);
             }
@@ -2012,10 +1919,8 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         char* const to = plan.k[buffer][half * HALF / 64 + column / 4] + (r0 * 16 + row) * 128;
         const int odd = column / 4;  // these threads begin with the second of their two chunks: other banks
         const int chunk = swizzled(row, column % 4 * 2 + odd);
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int block = 0; block < 2; block++) {
+        UNROLL for (int r = 0; r < 2; r++)
+            UNROLL for (int block = 0; block < 2; block++) {
                 const uint4 x = codes[r][block];
                 const uint2 lo = make_uint2(x.x, x.y), hi = make_uint2(x.z, x.w);
                 const float scale = block ? scales[r].y : scales[r].x;
@@ -2034,8 +1939,7 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         if (half == 1) {
             acquire(2);
             if (column == 0) {
-#pragma unroll
-                for (int r = 0; r < 4; r++) plan.there[buffer][r * 16 + row] = is_key(slots[r], n.S);
+                UNROLL for (int r = 0; r < 4; r++) plan.there[buffer][r * 16 + row] = is_key(slots[r], n.S);
                 mbarrier_arrive(&plan.full[buffer][2]);
             }
             copy(DV / 64, PANELS - DV / 64, PACKED ? HALF + R8 / 128 * 4 : HALF * 2);
@@ -2060,11 +1964,9 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
 
 // x[j] of lane i of four becomes x[i] of lane j.
 __device__ void transpose_quad(unsigned (&x)[4]) {
-#pragma unroll
-    for (int d = 1; d <= 2; d *= 2) {
+    UNROLL for (int d = 1; d <= 2; d *= 2) {
         const bool high = threadIdx.x & d;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
+        UNROLL for (int j = 0; j < 4; j++) {
             if (j & d) continue;
             const unsigned got = __shfl_xor_sync(ALL, high ? x[j] : x[j + d], d);
             if (high) x[j] = got;
@@ -2122,21 +2024,17 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             if (!__any_sync(ALL, top[0] != m[0] || top[1] != m[1])) return;
             wgmma_wait_group<0>();
             float factor[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
+            UNROLL for (int half = 0; half < 2; half++) {
                 factor[half] = m[half] == top[half] ? 1 : exp2f(m[half] - top[half]);
                 m[half] = top[half];
                 total[half] *= factor[half];
             }
-#pragma unroll
-            for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= factor[i / 2 % 2];
+            UNROLL for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= factor[i / 2 % 2];
         };
         const auto start_adding = [&](auto weights, u64 values) {  // o += p v: 16 keys a step, 128 of v a side
             wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < 4; step++)
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
+            UNROLL for (int step = 0; step < 4; step++)
+                UNROLL for (int side = 0; side < 2; side++) {
                     const int at = (step * 2048 + side * 2 * PANEL) / 16;
                     wgmma_m64n128k16(o[side], weights(step), values + at, TYPE());
                 }
@@ -2160,10 +2058,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                 fence_proxy_async();
                 wgmma_fence();
                 const u64 skip = part * (HALF / 64 * PANEL / 16), q_part = q_at + skip, k_part = k_at + skip;
-#pragma unroll
-                for (int panel = 0; panel < panels; panel++)
-#pragma unroll
-                    for (int step = 0; step < 4; step++) {
+                UNROLL for (int panel = 0; panel < panels; panel++)
+                    UNROLL for (int step = 0; step < 4; step++) {
                         const int at = panel * (PANEL / 16) + step * 2;
                         wgmma_m64n64k16(s, q_part + at, k_part + at, !first || panel > 0 || step > 0, TYPE());
                     }
@@ -2180,16 +2076,14 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             wgmma_wait_group<0>();
             release(group, 2);
             if ((there[0] & there[1]) != ALL)
-#pragma unroll
-                for (int i = 0; i < 32; i++)
+                UNROLL for (int i = 0; i < 32; i++)
                     if (!(there[i % 2] >> (i / 4 * 4 + lane % 4) & 1)) s[i] = copysignf(CUDART_INF_F, -c);
             // 2. p = exp2(c s - m), of the maximum so far: p up to 2^8 spares rescaling o. Else once more
             unsigned p[4][4];
             float sum[2], most;
             const auto weigh = [&] {
                 sum[0] = sum[1] = most = 0;
-#pragma unroll
-                for (int i = 0; i < 32; i += 2) {
+                UNROLL for (int i = 0; i < 32; i += 2) {
                     const int half = i / 2 % 2;
                     const float safe = m[half] == -CUDART_INF_F ? 0 : m[half];
                     const float p0 = exp2f(fmaf(s[i], c, -safe)), p1 = exp2f(fmaf(s[i + 1], c, -safe));
@@ -2200,10 +2094,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             };
             const auto raise = [&] {  // m, to the largest score where that is above by more than 8
                 float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
-#pragma unroll
-                for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i] * c);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
+                UNROLL for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i] * c);
+                UNROLL for (int half = 0; half < 2; half++) {
                     top[half] = max_of_quad(top[half]);
                     if (top[half] <= m[half] + 8) top[half] = m[half];
                 }
@@ -2219,8 +2111,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                 wgmma_commit_group();
             };
             if (any) {  // else as where rows of indices end in -1
-#pragma unroll
-                for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p[step]);
+                UNROLL for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p[step]);
                 if constexpr (!PACKED) add();
             }
             if (lane % 4 == 0) plan.max[row] = m[0], plan.max[row + 8] = m[1];
@@ -2237,14 +2128,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         if (lane == 0) mbarrier_arrive(&plan.q_free);
         // 4. Each row's sum of both warpgroups; then the division, the sink and the cast
         bar_sync(1, 256);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             total[half] = sum_of_quad(total[half]);
             if (lane % 4 == 0) plan.sum[group][row + half * 8] = total[half];
         }
         bar_sync(1, 256);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             const int h = row + half * 8;
             const bool there = h < job.heads;
             const i64 at = (x / per_split * rows + job.row) * H + job.head + h;
@@ -2254,11 +2143,9 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             if (sink && there) share *= kept_share(sink[job.head + h], log_sum);
             if (group == 0 && lane % 4 == 0 && there) lse[at] = log_sum;
             OUT* to = out + at * DV + group * HALF;
-#pragma unroll
-            for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
+            UNROLL for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
                 unsigned x[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
+                UNROLL for (int j = 0; j < 4; j++) {
                     const float *at = &o[i / 64][i % 64 + 4 * j], y0 = at[0] * share, y1 = at[1] * share;
                     if constexpr (sizeof(OUT) == 2) x[j] = cvt_rn_x2(y0, y1, TYPE());
                     else if (there) *(float2*)(to + i / 4 * 8 + j * 8 + lane % 4 * 2) = make_float2(y0, y1);
@@ -2281,7 +2168,6 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 // out   out [rows, DV] OUT, lse [rows] ACC
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
 // macros  ACC, OUT, COLUMNS = ceil(DV / 128), LOADS: splits that are read at a time
-// ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
 extern "C" __global__ void __launch_bounds__(128)
 merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows,
@@ -2291,10 +2177,8 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
     const ACC inf = ACC(CUDART_INF_F);
     ACC top = -inf, total = 0, o[COLUMNS] = {}, part[LOADS][COLUMNS];
     const auto load = [&](int first) {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++)
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
+        UNROLL for (int i = 0; i < LOADS; i++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) {
                 const int d = threadIdx.x + 128 * j;
                 part[i][j] = first + i < splits && d < DV ? outs[((first + i) * rows + row) * DV + d] : 0;
             }
@@ -2309,20 +2193,17 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
     __syncthreads();
     for (int first = 0; first < splits; first += LOADS) {
         if (first > 0) load(first);
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
+        UNROLL for (int i = 0; i < LOADS; i++) {
             const ACC weight = first + i < splits ? weights[first + i] : 0;
             total += weight;
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) o[j] += weight * part[i][j];
+            UNROLL for (int j = 0; j < COLUMNS; j++) o[j] += weight * part[i][j];
         }
     }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
     const ACC share =
         (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
     if (threadIdx.x == 0) lse[row] = log_sum;
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++)
+    UNROLL for (int j = 0; j < COLUMNS; j++)
         if (threadIdx.x + 128 * j < DV)
             out[row * DV + threadIdx.x + 128 * j] = Rounded<OUT>::of(o[j] * share);
 }
@@ -2335,7 +2216,6 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
 //       at scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
 // grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes a block or tail of a row
 // macros  BLOCK, UE8M0, XT, ACC (double for float64)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef QUANTIZE_FP8
 __device__ bool sign_bit(__half x) { return __half_as_ushort(x) >> 15; }
 __device__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x) >> 15; }
@@ -2402,7 +2282,6 @@ extern "C" __global__ void __launch_bounds__(256)
 // grid  (rows, 2, or 3 with an indexer)   block 256
 // rotate   RoPE of x [tokens, H, 2 * half] TYPE, apart and next_head numbers to the next, to y, which may be x
 // grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
-// ---------------------------------------------------------------------------------------------------------
 template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 half, bool pairs, A c, A s) {
     const i64 a = pairs ? 2 * i : i, b = a + (pairs ? 1 : half);
     const A p = widen(x[a]), q = widen(x[b]);
@@ -2449,14 +2328,12 @@ extern "C" __global__ void __launch_bounds__(256)
 // ---------------------------------------------------------------------------------------------------------
 // Training, section 13 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
-// ---------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------
 // gather                                                                 the keys of each query, side by side
 // in    x [S, G, width] of UNIT, 2 to 16 bytes; rows [M, K] i32
 // out   out [M, G, K, width] of UNIT, every element written: zeros where a row is no key
 // grid  (ceil(K / 8), M * G)  block 256: a warp copies a key    (M * G on y: at most 65,535)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef GATHER
 extern "C" __global__ void __launch_bounds__(256)
 gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 K, i64 S, i64 G, i64 width) {
@@ -2478,7 +2355,6 @@ gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 
 // out   pairs [M, G, 2, H / G, K] of TYPE: ds, then p, 0 where absent
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD
 extern "C" __global__ void __launch_bounds__(256)
 attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int* __restrict__ rows,
@@ -2506,7 +2382,6 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
 // A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
 // by one for the next tile. Products have keys for rows, or sum over them: no part needs another.
 // cost  of a tile: 3,456 cycles of products, 4,600 of shared memory, 3,000 of L2 (74 KB)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_WGMMA
 constexpr int PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 static_assert(D % 64 == 0 && D <= 576, "two parts and a tile of keys fit in shared memory");
@@ -2585,8 +2460,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         const int keys[2] = {key_at(slots[0]), key_at(slots[1])};
         // 1. s, and in s[16] .. dp, of the same keys and heads, panel by panel as they come
         float s[32];
-#pragma unroll
-        for (int panel = 0; panel < PANELS; panel++) {
+        UNROLL for (int panel = 0; panel < PANELS; panel++) {
             mbarrier_wait(&plan.full[panel], tile & 1);
             fence_proxy_async();
             wgmma_fence();
@@ -2598,8 +2472,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         wgmma_wait_group(s);
         // 2. p and ds; nobody reads the last ds any more, as the last panel was free
         unsigned p[2][4], ds[2][4];  // of two heads each
-#pragma unroll
-        for (int i = 0; i < 16; i += 2) {
+        UNROLL for (int i = 0; i < 16; i += 2) {
             const int e = i / 2 % 2, h = i / 4;
             float x[2], y[2];
             for (int j = 0; j < 2; j++) {
@@ -2615,8 +2488,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         bar_sync(1 + group, 128);
         // 3. dq^T += k^T ds; p and ds go out meanwhile
         wgmma_fence();
-#pragma unroll
-        for (int panel = 0; panel < PANELS; panel++) {
+        UNROLL for (int panel = 0; panel < PANELS; panel++) {
             for (int step = 0; step < 4; step++)
                 wgmma_m64n32k16(sum[panel], k_at + (panel * PANEL + step * 2048) / 16, ds_at + step * 128);
             wgmma_commit_group();
@@ -2631,8 +2503,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         wgmma_wait_group<0>();
         release(PANELS - 1);
     }
-#pragma unroll
-    for (int i = 0; i < PANELS * 16; i += 2) {  // transposed, 8 x 8 values at a time
+    UNROLL for (int i = 0; i < PANELS * 16; i += 2) {  // transposed, 8 x 8 values at a time
         const float* const x = &sum[i / 16][i % 16];
         const int head = first + lane / 8 * 8 + i % 16 / 4 * 2 + lane / 4 % 2;
         const int d = i / 16 * 64 + warp * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
@@ -2652,7 +2523,6 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
 // out   d_a, and BY_KEY d_b, of TYPE, every element written; runs agree bit for bit, as no sum is by atomics
 // grid  rows of a  block 128: a warp takes 32 / LANES others at a time, a lane 8 values of each
 // cost  2 * (D + DV) bytes a pair out of L2
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_ROWS
 constexpr int LANES = D > 64 || DV > 64 ? 16 : 8;
 static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "LANES lanes read 16 bytes each");
@@ -2661,8 +2531,7 @@ union Eight { uint4 all; TYPE x[8]; };
 __device__ void widened(float (&to)[8], const TYPE* from, bool there) {
     Eight eight;
     eight.all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
+    UNROLL for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 6)
@@ -2688,20 +2557,17 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
         widened(p, other_a + other * D + at, there && at < D);
         widened(q, other_b + other * DV + at, there && at < DV);
         const float2 norm = BY_KEY ? norms[other] : own_norm;
-#pragma unroll
-        for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
-#pragma unroll
-        for (int d = LANES / 2; d; d /= 2) s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
+        UNROLL for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
+        UNROLL for (int d = LANES / 2; d; d /= 2)
+            s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
         const float weight = there ? __expf(c * s - norm.x) : 0;
         const float ds = there ? c * weight * (dp - norm.y) : 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
+        UNROLL for (int i = 0; i < 8; i++) {
             sum_a[i] += ds * p[i];
             if (BY_KEY) sum_b[i] += weight * q[i];
         }
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
+    UNROLL for (int i = 0; i < 8; i++) {
         for (int d = LANES; d < 32; d *= 2) {
             sum_a[i] += __shfl_xor_sync(ALL, sum_a[i], d);
             if (BY_KEY) sum_b[i] += __shfl_xor_sync(ALL, sum_b[i], d);
@@ -2727,7 +2593,6 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
 // smem  struct Tiles for each warp: 32 KB at D = DV = 64
 // cost  2 * (D + DV) bytes a slot out of L2, with SUMS 4 * (D + DV) bytes of atomics
 // All products but those of SUMS have heads for columns: of s [16 keys, 8 heads] nothing is padding.
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_MMA
 constexpr int STEPS = (D + 15) / 16, VSTEPS = (DV + 15) / 16;  // of 16 values
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;
@@ -2747,8 +2612,7 @@ __device__ void atomic_add_x2(float* at, float x, float y) {
 // The operand b of a product with x^T, x [heads, WIDTH] of up to 8 heads: of every 16 values two registers.
 template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], const bf16* x, int heads) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * N; i++) {
+    UNROLL for (int i = 0; i < 2 * N; i++) {
         const int at = i * 8 + lane % 4 * 2;
         b[i / 2][i % 2] = lane / 4 < heads && at < WIDTH ? *(const unsigned*)(x + lane / 4 * WIDTH + at) : 0;
     }
@@ -2758,8 +2622,7 @@ template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], cons
 template <int N>
 __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsigned (&b)[N][2]) {
     const int row = threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
+    UNROLL for (int i = 0; i < N; i++) {
         unsigned a[4];
         ldmatrix_x4(a, tile + row * row_bytes + swizzled(row, i * 2 + chunk));
         mma_m16n8k16(d, a, b[i][0], b[i][1], bf16());
@@ -2770,8 +2633,7 @@ __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsi
 template <int WIDTH, int N>
 __device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], const unsigned (&b)[N][2]) {
     const unsigned a[4] = {x[0], x[1], 0, 0};  // of 16 columns the last 8 are no heads
-#pragma unroll
-    for (int i = 0; i < WIDTH / 8; i++) {
+    UNROLL for (int i = 0; i < WIDTH / 8; i++) {
         float d[4] = {};
         mma_m16n8k16(d, a, movmatrix_trans(b[i / 2][i % 2]), 0, bf16());
         for (int e = 0; e < 2; e++)
@@ -2805,8 +2667,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
         return key < S ? key : -1;
     };
     const auto copy = [&](auto& tile, const bf16* from, int width, int key) {
-#pragma unroll
-        for (int j = 0; j < width / 16 + width % 16 / 8; j++) {
+        UNROLL for (int j = 0; j < width / 16 + width % 16 / 8; j++) {
             const int chunk = j * 32 + lane, row = chunk / (width / 8), column = chunk % (width / 8);
             const int own = __shfl_sync(ALL, key, row % 16);
             const unsigned to = cvta_shared(&tile[row % 16]) + swizzled(row % 16, column);
@@ -2830,8 +2691,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
         multiply(s, k_tile, 2 * ROW, q_b), multiply(dp, v_tile, 2 * VROW, dout_b);
         unsigned p_a[2], ds_a[2];  // of keys lane / 4 and lane / 4 + 8
         float* sums[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             const int own = __shfl_sync(ALL, key, lane / 4 + e * 8);
             float p[2], ds[2];
             for (int h = 0; h < 2; h++) {
@@ -2842,8 +2702,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
             sums[e] = own < 0 ? nullptr : dkv + (i64(own) * G + group) * (D + DV);
         }
         const unsigned b[2] = {movmatrix_trans(ds_a[0]), movmatrix_trans(ds_a[1])};
-#pragma unroll
-        for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
+        UNROLL for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
             unsigned a[4];
             const int row = lane / 16 * 8 + lane % 8;
             ldmatrix_x4_trans(a, k_tile + row * 2 * ROW + swizzled(row, j * 2 + lane / 8 % 2));
@@ -2859,8 +2718,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
     cp_async_wait_all();
     __syncthreads();
     float* all = (float*)shared;  // [4 warps][8 heads][D]
-#pragma unroll
-    for (int j = 0; j < STEPS; j++)
+    UNROLL for (int j = 0; j < STEPS; j++)
         for (int e = 0; e < 4; e++) {
             const int d = j * 16 + lane / 4 + e / 2 * 8;
             if (d < D) all[(warp * 8 + lane % 4 * 2 + e % 2) * D + d] = sum[j][e];
@@ -2878,7 +2736,6 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
 //       sees [M, N] bool
 // out   lse [M, H] of ACC, every element written
 // grid  ceil(M * H / 8)  block 256: a warp a head of a query
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTENTION_LSE
 constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
 
@@ -2893,18 +2750,15 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
     ACC top = -inf, total = 0;  // of this lane: the maximum so far, and the sum of exp(logit - top)
     for (i64 n0 = threadIdx.x % 32; n0 < N; n0 += 32 * LOADS) {
         ACC logit[LOADS], before = top;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
+        UNROLL for (int i = 0; i < LOADS; i++) {
             const i64 n = min(n0 + 32 * i, N - 1);
             const ACC x = c * s[n];
             logit[i] = n0 + 32 * i < N && sees[n] ? x : -inf;
         }
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
+        UNROLL for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
         if (top == -inf) continue;
         total *= exp(before - top);
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
+        UNROLL for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
     }
     const ACC all = max_of_warp(top);
     total = sum_of_warp(top == -inf ? ACC(0) : total * exp(top - all));
@@ -2918,7 +2772,6 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
 // in    x = q . k as attention_lse has it, and of each head w [M, H]: its lse, or a weight; sees, with TARGET
 // out   out [M, N] of ACC, every element written
 // grid  M * ceil(N / 256)  block 256: a thread a key
-// ---------------------------------------------------------------------------------------------------------
 #ifdef SUM_OF_HEADS
 extern "C" __global__ void __launch_bounds__(256)
 sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R, i64 s_query,
@@ -2943,7 +2796,6 @@ sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 
 // in    r = index_q . index_k [M, J, N], d_scores [M, N], weights [M, J] of ACC
 // out   d_r [M, J, N] of TYPE, d_w [M, J] of ACC, every element written
 // grid  M * J  block 256: a head of a query
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEXER_BACKWARD
 extern "C" __global__ void __launch_bounds__(256)
 indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
@@ -2973,7 +2825,6 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
 //       in the order of the queries; first [S + 1] i64: where each key's begin
 // out   sums [S, G, width] of ACC grow by it, one row after the other, so that runs agree bit for bit
 // grid  S * G  block 128
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ADD_BY_KEY
 constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
 
@@ -2984,28 +2835,22 @@ add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i
     sums += blockIdx.x * width;
     x += g * K * width;
     ACC sum[COLUMNS], part[LOADS][COLUMNS];
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++) {
+    UNROLL for (int j = 0; j < COLUMNS; j++) {
         const int d = threadIdx.x + 128 * j;
         sum[j] = d < width ? sums[d] : 0;
     }
     for (i64 i = begin; i < end; i += LOADS) {
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) {
+        UNROLL for (int l = 0; l < LOADS; l++) {
             const ACC* row = x + order[min(i + l, end - 1)] * width;
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
+            UNROLL for (int j = 0; j < COLUMNS; j++) {
                 const int d = threadIdx.x + 128 * j;
                 part[l][j] = i + l < end && d < width ? row[d] : 0;
             }
         }
-#pragma unroll
-        for (int l = 0; l < LOADS; l++)
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
+        UNROLL for (int l = 0; l < LOADS; l++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
     }
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++) {
+    UNROLL for (int j = 0; j < COLUMNS; j++) {
         const int d = threadIdx.x + 128 * j;
         if (d < width) sums[d] = sum[j];
     }
