@@ -23,7 +23,6 @@ constexpr unsigned ALL = 0xffffffff;  // the lanes of a warp
 struct Window {
     i64 start, end;
     __device__ bool sees(i64 s) const { return start <= s && s < end; }
-    __device__ bool meets(i64 lo, i64 hi) const { return max(start, lo) < min(end, hi); }
 };
 
 // The window of query t of batch entry b, from what k_start and k_end hold, or their defaults.
@@ -56,6 +55,11 @@ template <int PENDING> __device__ void cp_async_wait_group() {
 }
 __device__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// 16 bytes that nobody writes meanwhile, or zeros
+__device__ uint4 load_16(const void* from, bool there) {
+    return there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+}
+
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ void ldmatrix_x4(unsigned (&d)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -81,30 +85,21 @@ __device__ unsigned movmatrix_trans(unsigned x) {
     return d;
 }
 
-// d [16, 8] += a [16, 16] b [16, 8]; the last argument says of which type
-__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ unsigned cvt_rn_x2(float lo, float hi, bf16) {
-    unsigned d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-    return d;
-}
-__device__ unsigned cvt_rn_x2(float lo, float hi, __half) {
-    unsigned d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-    return d;
-}
+// d [16, 8] += a [16, 16] b [16, 8], and two numbers in a register; the last argument says of which type
+#define SIXTEEN_BITS(TYPE, PTX)                                                                           \
+    __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, TYPE) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." PTX "." PTX ".f32 "                                  \
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                             \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                              \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                              \
+    }                                                                                                     \
+    __device__ unsigned cvt_rn_x2(float lo, float hi, TYPE) {                                             \
+        unsigned d;                                                                                       \
+        asm("cvt.rn." PTX "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));                             \
+        return d;                                                                                         \
+    }
+SIXTEEN_BITS(bf16, "bf16")
+SIXTEEN_BITS(__half, "f16")
 
 // Hopper (sm_90a): products that a warpgroup of 128 threads starts and waits for, and barriers that copies
 // and threads arrive at. A warpgroup's warp w holds rows 16 w .. 16 w + 15 of d, laid out as by mma_m16n8k16.
@@ -185,8 +180,8 @@ __device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
               "+f"(d[i + 6]), "+f"(d[i + 7])
 #define F32(i) F8(i), F8(i + 8), F8(i + 16), F8(i + 24)
 
-// d [64, 64] += or = a [64, 16] b [16, 64], both contiguous along the 16; d [64, 128] += a [64, 16] b [16, 128]
-// with b contiguous along the 128, a in registers or in shared memory
+// Products d = a b, + d if `add`; the last argument says of which type. Of a and b 32 bytes of each row, in
+// registers as mma_m16n8k16 has them, or matrices in shared memory; `trans`: b is contiguous along d's columns.
 #define WGMMA(TYPE, PTX)                                                                                   \
     __device__ void wgmma_m64n64k16(float (&d)[32], u64 a, u64 b, bool add, TYPE) {                        \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;"                                              \
@@ -194,24 +189,15 @@ __device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
                      " {" TEN() TEN(1) TEN(2) "%30, %31}, %32, %33, p, 1, 1, 0, 0; }"                      \
                      : F32(0) : "l"(a), "l"(b), "r"((int)add));                                            \
     }                                                                                                      \
-    __device__ void wgmma_m64n128k16(float (&d)[64], const unsigned (&a)[4], u64 b, TYPE) {                \
-        asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;"                                                \
+    __device__ void wgmma_m64n128_trans(float (&d)[64], u64 a, u64 b, bool add, TYPE) {                    \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;"                                              \
                      " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63},"                  \
-                     " {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"                                           \
-                     : F32(0), F32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));              \
-    }                                                                                                      \
-    __device__ void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, TYPE) {                                 \
-        asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;"                                                \
-                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63},"                  \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
                      " %64, %65, p, 1, 1, 0, 1; }"                                                         \
-                     : F32(0), F32(32) : "l"(a), "l"(b));                                                  \
+                     : F32(0), F32(32) : "l"(a), "l"(b), "r"((int)add));                                   \
     }
 WGMMA(bf16, "bf16.bf16")
 WGMMA(__half, "f16.f16")
-// d [64, 64] = a [64, 32] b [32, 64] of e4m3 codes, + d if `add`; a in registers, four codes in each where
-// mma_m16n8k16 has two values; b [64][32] in shared memory
 __device__ void wgmma_m64n64k32_e4m3(float (&d)[32], const unsigned (&a)[4], u64 b, bool add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
                  "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
@@ -222,19 +208,19 @@ __device__ void wgmma_wait_group(float (&d)[32]) {  // for all; as an operand, d
     asm volatile("wgmma.wait_group.sync.aligned 0;" : F32(0) :: "memory");
 }
 
-// d [64, 128] += a b: of a, 32 bytes of each row, laid out as by mma_m16n8k16; of b, a matrix [128, 32 bytes]
-// in shared memory. Without `add`, d = a b. The last argument says of which type.
-#define WGMMA_M64N128(TYPE, SHAPE, TRANSPOSED)                                                           \
-    __device__ void wgmma_m64n128(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {       \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                   \
-                     " {%64,%65,%66,%67}, %68, p, 1, 1" TRANSPOSED "; }"                                 \
-                     : F32(0), F32(32)                                                                   \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));               \
+#define WGMMA_M64N128(NAME, TYPE, SHAPE, ORDER)                                                            \
+    __device__ void NAME(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {                  \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE   \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
+                     " {%64,%65,%66,%67}, %68, p, 1, 1" ORDER "; }"                                        \
+                     : F32(0), F32(32)                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                 \
     }
-WGMMA_M64N128(u8, "k32.f32.e4m3.e4m3", "")
-WGMMA_M64N128(bf16, "k16.f32.bf16.bf16", ", 0")
-WGMMA_M64N128(__half, "k16.f32.f16.f16", ", 0")
+WGMMA_M64N128(wgmma_m64n128, u8, "k32.f32.e4m3.e4m3", "")
+WGMMA_M64N128(wgmma_m64n128, bf16, "k16.f32.bf16.bf16", ", 0")
+WGMMA_M64N128(wgmma_m64n128, __half, "k16.f32.f16.f16", ", 0")
+WGMMA_M64N128(wgmma_m64n128_trans, bf16, "k16.f32.bf16.bf16", ", 1")
+WGMMA_M64N128(wgmma_m64n128_trans, __half, "k16.f32.f16.f16", ", 1")
 
 template <int PENDING> __device__ void wgmma_wait_group(float (&d)[64]) {  // d is read from here on
     asm volatile("wgmma.wait_group.sync.aligned %64;" : F32(0), F32(32) : "n"(PENDING) : "memory");
@@ -242,21 +228,12 @@ template <int PENDING> __device__ void wgmma_wait_group(float (&d)[64]) {  // d 
 
 // Types
 
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(bf16 x) { return __bfloat162float(x); }
-__device__ float widen(float x) { return x; }
+template <class T> __device__ float widen(T x) { return float(x); }
 __device__ double widen(double x) { return x; }
-__device__ float widen(u8 x) { return x; }
-
-template <class T> struct Rounded {
-    template <class A> __device__ static T of(A x) { return T(x); }
-};
-template <> struct Rounded<__half> {
-    template <class A> __device__ static __half of(A x) { return __float2half_rn(float(x)); }
-};
-template <> struct Rounded<bf16> {
-    template <class A> __device__ static bf16 of(A x) { return __float2bfloat16_rn(float(x)); }
-};
+template <class T, class A> __device__ T rounded(A x) {
+    if constexpr (sizeof(T) == 2) return T(float(x));
+    else return T(x);
+}
 
 // Two e4m3 codes to two halves, exact, NaN too; by hardware from sm_89 on.
 __device__ unsigned e4m3x2_to_half2(unsigned codes) {
@@ -325,9 +302,10 @@ __device__ unsigned swizzled(int row, int chunk) {
     return ((chunk >> 3) << 7) | (((chunk ^ row) & 7) << 4);
 }
 
-// softmax(z, lse): the share of its out that a row with sink z keeps
-template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
-    return z == -A(CUDART_INF_F) ? A(1) : A(1) / (A(1) + exp(z - lse));
+// What a row's sums are multiplied by in the end: 1 / total, less what a sink takes
+template <class A> __device__ __forceinline__ A share_of(A total, const A* sink, int head, A lse) {
+    const auto kept = [&](A z) { return z == -A(CUDART_INF_F) ? A(1) : A(1) / (A(1) + exp(z - lse)); };
+    return (total == 0 ? A(0) : 1 / total) * (sink ? kept(sink[head]) : A(1));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -355,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
     const i64 s0 = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
     const i64 t = blockIdx.x / tiles % blocks_t * 8 + warp;
     const Window window = t < T ? window_of(k_start, k_end, b, t, T, S, offset) : Window{0, 0};
-    const bool live = __syncthreads_or(window.meets(s0, s0 + KEYS));
+    const bool live = __syncthreads_or(max(window.start, s0) < min(window.end, s0 + KEYS));
 
     const REAL* q = index_q + (b * T + t) * J * E;
     const REAL* k = index_k + (b * apart + s0) * E;
@@ -467,6 +445,7 @@ constexpr int LOADS = (E + SPAN - 1) / SPAN, STEPS = SPAN / 16, DEPTH = LOADS * 
 constexpr int ROW = LOADS * 64 + 16;              // bytes of a head in shared memory; 16 more shift the banks
 constexpr int ENTRY = FP8 ? E + 4 : E;            // of ELEMENT, of a key
 static_assert(PITCH * sizeof(ELEMENT) % 16 == 0 && PITCH >= E, "cp.async moves 16 bytes of index_q");
+static_assert(E * sizeof(ELEMENT) % 4 == 0, "two values of a key are read at a time, and its scale");
 static_assert(HEADS % 8 == 0, "a fragment of B is 8 heads");
 static_assert(TILES <= 4, "each of a quad's four lanes stores one tile");
 
@@ -478,17 +457,9 @@ static_assert(sizeof(Stage) == HEADS * (ROW + 4), "dsa.py asks for two of these"
 
 // The pair of values e, e + 1 of a key as two of the 16 bit type that is multiplied; zero beyond E.
 __device__ unsigned key_pair(const ELEMENT* key, int e) {
-    if constexpr (E % 2 == 0) {
-        if (e >= E) return 0;
-        if constexpr (FP8) return e4m3x2_to_half2(*(const unsigned short*)(key + e));
-        else return *(const unsigned*)(key + e);
-    } else if constexpr (FP8) {
-        const unsigned char* codes = (const unsigned char*)key;
-        return e4m3x2_to_half2((e < E ? codes[e] : 0) | (e + 1 < E ? codes[e + 1] : 0) << 8);
-    } else {
-        const unsigned short* bits = (const unsigned short*)key;
-        return (e < E ? bits[e] : 0u) | (e + 1 < E ? (unsigned)bits[e + 1] : 0u) << 16;
-    }
+    if (e >= E) return 0;
+    if constexpr (FP8) return e4m3x2_to_half2(*(const unsigned short*)(key + e));
+    else return *(const unsigned*)(key + e);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
@@ -541,9 +512,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     if constexpr (FP8)
         for (int half = 0; half < 2; half++) {
             const i64 s = min(tile + warp * TILES * 16 + 16 * i + 8 * half + g, S - 1);
-            const unsigned char* bytes = (const unsigned char*)(index_k + (b * apart + s) * ENTRY + E);
-            const unsigned low = bytes[0] | bytes[1] << 8, high = bytes[2] | bytes[3] << 8;
-            scale[half] = __uint_as_float(low | high << 16);
+            scale[half] = *(const float*)(index_k + (b * apart + s) * ENTRY + E);
         }
 
     for (int query = 0, job = 0; query < num_live; query++) {
@@ -1353,7 +1322,7 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
                     UNROLL for (int h = 0; h < HEADS; h++) dot[h] += q_s[h * D + d] * x;
                 }
             UNROLL for (int h = 0; h < HEADS; h++) {
-                for (int w = 16; w; w /= 2) dot[h] += __shfl_xor_sync(ALL, dot[h], w);
+                dot[h] = sum_of_warp(dot[h]);
                 if (lane == 0) p[h][j] = ids[j] < 0 ? -inf : dot[h] * c;
             }
         }
@@ -1362,8 +1331,7 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
             const ACC x = p[h][lane], before = m[h];
             const ACC top = fmax(max_of_warp(x), before);
             const ACC safe = top == -inf ? ACC(0) : top, share = exp2(x - safe), factor = exp2(before - safe);
-            ACC sum = share;
-            for (int w = 16; w; w /= 2) sum += __shfl_xor_sync(ALL, sum, w);
+            const ACC sum = sum_of_warp(share);
             __syncwarp();
             p[h][lane] = share;
             if (lane == 0) m[h] = top, rescale[h] = factor, total[h] = total[h] * factor + sum;
@@ -1390,11 +1358,10 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
         if (h >= job.heads) continue;
         const i64 at = (first + job.row) * n.H + job.head + h;
         const ACC log_sum = total[h] == 0 ? -inf : (m[h] + log2(total[h])) / log2e;
-        const ACC share = (total[h] == 0 ? ACC(0) : 1 / total[h])
-                          * (sink ? kept_share(sink[job.head + h], log_sum) : ACC(1));
+        const ACC share = share_of(total[h], sink, job.head + h, log_sum);
         if (tid == 0) lse[at] = log_sum;
         UNROLL for (int j = 0; j < COLUMNS; j++)
-            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = Rounded<OUT>::of(o[h][j] * share);
+            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = rounded<OUT>(o[h][j] * share);
     }
 }
 #endif
@@ -1418,9 +1385,7 @@ static_assert(HEADS <= 16 && D % 8 == 0 && DV % 8 == 0, "16 bytes are read at a 
 union Four {
     uint4 all;
     unsigned x[4];
-    __device__ void load(const TYPE* from, bool there) {
-        all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
-    }
+    __device__ void load(const TYPE* from, bool there) { all = load_16(from, there); }
 };
 
 extern "C" __global__ void __launch_bounds__(128, RESIDENT)
@@ -1534,7 +1499,7 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
             sum += sums[w][h] * kept[w][h];
         }
         const float log_sum = sum == 0 ? -CUDART_INF_F : (top + log2f(sum)) * 0.6931471805599453f;
-        const float share = (sum == 0 ? 0 : 1 / sum) * (sink ? kept_share(sink[job.head + h], log_sum) : 1);
+        const float share = share_of(sum, sink, job.head + h, log_sum);
         for (int w = 0; w < 4; w++) kept[w][h] *= share;
         lse[at + h] = log_sum;
     }
@@ -1543,20 +1508,20 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
     for (int x = threadIdx.x; x < HEADS * DV; x += 128) {
         float value = 0;
         for (int w = 0; w < 4; w++) value += kept[w][x / DV] * (&parts[w][0][0])[x];
-        out[at * DV + x] = Rounded<OUT>::of(value);
+        out[at * DV + x] = rounded<OUT>(value);
     }
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
 // attend_mma                                                          eq. (3), as attend, on tensor cores
-// in    q, k, v of TYPE, float16 or bfloat16; packed keys are decoded to bfloat16, exactly
+// in    q, k, v of TYPE, float16 or bfloat16, D and DV even; packed keys are decoded to bfloat16, exactly
 // grid  (B * T * G * head tiles, Z)  block 256: 8 warps
 // smem  Q | two tiles of K (packed: one, and one of bytes) | two of V unless TIED | P | row maxima | rescale
 //       HEADS = KEYS = 64, D = 576, tied: 72 + 144 + 8 + 1.8 KB
 // S = Q K^T: WM x WN warps, each MT * 16 heads by NT * 8 keys. O += P V: each warp all heads by PAIRS * 16 of
 // DV, so that a value is read from shared memory once. While a tile is multiplied the next one is copied.
-// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes: alignment of rows of k, v)
+// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes, 4 to 16: alignment of rows of k, v)
 #ifdef ATTEND_MMA
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;  // values of a row in shared memory
 constexpr int STEPS = (D + 15) / 16;  // of 16 values of q . k
@@ -1568,27 +1533,21 @@ constexpr int OM = HEADS / 16, OCTETS = (DV + 15) / 16, PAIRS = (OCTETS + 7) / 8
 constexpr int PASSES = KEYS / 32;
 static_assert(KEYS == 32 || KEYS == 64, "a copy takes 32 keys at a time, a row of P is 128 bytes");
 static_assert(NT == 1 || NT == 2, "a warp reads keys with one ldmatrix");
+static_assert(D % 2 == 0 && DV % 2 == 0, "values are copied and written two at a time");
 static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys are decoded 8 at a time");
 
 // N bytes from src, or zeros, by the 8 threads of a row.
 template <int N, int ALIGN, bool SWIZZLE>
-__device__ void copy_row(char* tile, int row, int stride, const void* src, bool there,
-                                         int part) {
+__device__ void copy_row(char* tile, int row, int stride, const void* src, bool there, int part) {
     const unsigned base = cvta_shared(tile) + row * stride;
     const char* from = (const char*)src + part * ALIGN;
     UNROLL for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
         const int at = i * 8 * ALIGN + part * ALIGN;
         if (N % (8 * ALIGN) != 0 && at >= N) continue;
-        const unsigned dst = base
-                             + (!SWIZZLE      ? at
-                                : ALIGN == 16 ? i * 128 + swizzled(row, part)
-                                              : swizzled(row, at / 16) + at % 16);
-        if constexpr (ALIGN >= 4) {
-            cp_async<ALIGN>(dst, from + i * 8 * ALIGN, there);
-        } else if constexpr (ALIGN == 2) {
-            const unsigned short x = there ? *(const unsigned short*)(from + i * 8 * ALIGN) : 0;
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst), "h"(x) : "memory");
-        }
+        const unsigned to = !SWIZZLE      ? at
+                            : ALIGN == 16 ? i * 128 + swizzled(row, part)
+                                          : swizzled(row, at / 16) + at % 16;
+        cp_async<ALIGN>(base + to, from + i * 8 * ALIGN, there);
     }
 }
 
@@ -1623,7 +1582,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         __syncthreads();
     }
     for (int h = tid / 8; h < HEADS; h += 32)
-        copy_row<D * 2, D % 8 == 0 ? 16 : 2, true>(
+        copy_row<D * 2, D % 8 == 0 ? 16 : 4, true>(
             q_s, h, ROW * 2, q + (job.row * n.H + job.head + (h < job.heads ? h : 0)) * D, h < job.heads,
             tid % 8);
 
@@ -1796,12 +1755,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         float sum = 0;
         for (int w = 0; w < WN; w++) sum += max_s[w * HEADS + tid];
         const float log_sum = sum == 0 ? -CUDART_INF_F : (rescale_s[tid] + log2f(sum)) * 0.6931471805599453f;
-        float share = sum == 0 ? 0 : 1 / sum;
-        if (tid < job.heads) {
-            lse[first + tid] = log_sum;
-            if (sink) share *= kept_share(sink[job.head + tid], log_sum);
-        }
-        rescale_s[tid] = share;
+        const bool there = tid < job.heads;
+        if (there) lse[first + tid] = log_sum;
+        rescale_s[tid] = share_of(sum, there ? sink : nullptr, job.head + tid, log_sum);
     }
     __syncthreads();
     UNROLL for (int x = 0; x < OM; x++)
@@ -1813,14 +1769,9 @@ extern "C" __global__ void __launch_bounds__(256, 1)
                 const int d = warp * PAIRS * 16 + y * 8 + lane % 4 * 2;
                 const float x0 = o[x][y][2 * half] * share, x1 = o[x][y][2 * half + 1] * share;
                 OUT* at = out + (first + row) * DV + d;
-                if constexpr (DV % 2 == 0) {
-                    if (d >= DV) continue;
-                    if constexpr (sizeof(OUT) == 4) *(float2*)at = make_float2(x0, x1);
-                    else *(unsigned*)at = cvt_rn_x2(x0, x1, TYPE());
-                } else {
-                    if (d < DV) at[0] = Rounded<OUT>::of(x0);
-                    if (d + 1 < DV) at[1] = Rounded<OUT>::of(x1);
-                }
+                if (d >= DV) continue;
+                if constexpr (sizeof(OUT) == 4) *(float2*)at = make_float2(x0, x1);
+                else *(unsigned*)at = cvt_rn_x2(x0, x1, TYPE());
             }
         }
 }
@@ -2036,7 +1987,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             UNROLL for (int step = 0; step < 4; step++)
                 UNROLL for (int side = 0; side < 2; side++) {
                     const int at = (step * 2048 + side * 2 * PANEL) / 16;
-                    wgmma_m64n128k16(o[side], weights(step), values + at, TYPE());
+                    wgmma_m64n128_trans(o[side], weights(step), values + at, true, TYPE());
                 }
         };
         const auto take = [&](int tile) {  // of the other warpgroup
@@ -2139,8 +2090,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             const i64 at = (x / per_split * rows + job.row) * H + job.head + h;
             const float sum = plan.sum[0][h] + plan.sum[1][h];
             const float log_sum = sum == 0 ? -CUDART_INF_F : (m[half] + log2f(sum)) * 0.6931471805599453f;
-            float share = sum == 0 ? 0 : 1 / sum;
-            if (sink && there) share *= kept_share(sink[job.head + h], log_sum);
+            const float share = share_of(sum, there ? sink : nullptr, job.head + h, log_sum);
             if (group == 0 && lane % 4 == 0 && there) lse[at] = log_sum;
             OUT* to = out + at * DV + group * HALF;
             UNROLL for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
@@ -2200,12 +2150,11 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
         }
     }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
-    const ACC share =
-        (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
+    const ACC share = share_of(total, sink, row % H, log_sum);
     if (threadIdx.x == 0) lse[row] = log_sum;
     UNROLL for (int j = 0; j < COLUMNS; j++)
         if (threadIdx.x + 128 * j < DV)
-            out[row * DV + threadIdx.x + 128 * j] = Rounded<OUT>::of(o[j] * share);
+            out[row * DV + threadIdx.x + 128 * j] = rounded<OUT>(o[j] * share);
 }
 #endif
 
@@ -2217,10 +2166,7 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
 // grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes a block or tail of a row
 // macros  BLOCK, UE8M0, XT, ACC (double for float64)
 #ifdef QUANTIZE_FP8
-__device__ bool sign_bit(__half x) { return __half_as_ushort(x) >> 15; }
-__device__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x) >> 15; }
-__device__ bool sign_bit(float x) { return __float_as_uint(x) >> 31; }
-__device__ bool sign_bit(double x) { return __double_as_longlong(x) < 0; }
+__device__ u8 sign_of(XT x) { return ((const u8*)&x)[sizeof(XT) - 1] & 128; }
 
 // With -ftz=true a cast would make subnormal results 0.
 __device__ float to_float(float x) { return x; }
@@ -2231,15 +2177,8 @@ __device__ float to_float(double x) {
 }
 
 __device__ u8 e4m3_code(XT raw, float scale) {
-    const ACC x = widen(raw), size = fmin(fabs(x / ACC(scale)), ACC(448));
-    if (isnan(x)) return 127 | sign_bit(raw) << 7;
-    int exponent;
-    frexp(size, &exponent);
-    const int digits = min(4 - exponent, 9);  // after the binary point; 9 for subnormals
-    const float rounded = float(ldexp(rint(ldexp(size, digits)), -digits));
-    const int code =
-        rounded < 0x1p-6f ? int(rounded * 512) : int((__float_as_uint(rounded) >> 20) - (120 << 3));
-    return u8(code) | sign_bit(raw) << 7;
+    const double size = fabs(ACC(widen(raw)) / ACC(scale));
+    return __nv_cvt_double_to_fp8(size, __NV_SATFINITE, __NV_E4M3) | sign_of(raw);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -2285,7 +2224,7 @@ extern "C" __global__ void __launch_bounds__(256)
 template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 half, bool pairs, A c, A s) {
     const i64 a = pairs ? 2 * i : i, b = a + (pairs ? 1 : half);
     const A p = widen(x[a]), q = widen(x[b]);
-    y[a] = Rounded<T>::of(p * c - q * s), y[b] = Rounded<T>::of(p * s + q * c);
+    y[a] = rounded<T>(p * c - q * s), y[b] = rounded<T>(p * s + q * c);
 }
 
 #ifdef MADE_OF_X
@@ -2304,7 +2243,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const ACC r = 1 / sqrt(sum_of_block(squares) / N + ACC(of_key ? index_eps : eps));
     for (i64 i = threadIdx.x; i < N; i += 256) {
         const ACC y = weight[i] * (x[i] - mean) * r + (of_key ? bias[i] : ACC(0));
-        if (of_q) normed[blockIdx.x * Q + i] = Rounded<OUT>::of(y);
+        if (of_q) normed[blockIdx.x * Q + i] = rounded<OUT>(y);
         else x[i] = y;
     }
     __syncthreads();
@@ -2366,8 +2305,8 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
     for (i64 i = threadIdx.x; i < K; i += 256) {
         const bool there = rows[m * K + i] >= 0;
         const ACC p = there ? exp(ACC(scale) * s[at * K + i] - norms[0]) : 0;
-        to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
-        to[r * K + i] = Rounded<TYPE>::of(p);
+        to[i] = rounded<TYPE>(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
+        to[r * K + i] = rounded<TYPE>(p);
     }
 }
 #endif
@@ -2530,7 +2469,7 @@ union Eight { uint4 all; TYPE x[8]; };
 
 __device__ void widened(float (&to)[8], const TYPE* from, bool there) {
     Eight eight;
-    eight.all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
+    eight.all = load_16(from, there);
     UNROLL for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
 }
 
@@ -2578,8 +2517,8 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
     for (int d = threadIdx.x; d < (BY_KEY ? 16 : 8) * LANES; d += 128) {
         const float sum = parts[0][d] + parts[1][d] + parts[2][d] + parts[3][d];
         const int v = d - 8 * LANES;
-        if (d < D) d_a[own * D + d] = Rounded<TYPE>::of(sum);
-        if (v >= 0 && v < DV) d_b[own * DV + v] = Rounded<TYPE>::of(sum);
+        if (d < D) d_a[own * D + d] = rounded<TYPE>(sum);
+        if (v >= 0 && v < DV) d_b[own * DV + v] = rounded<TYPE>(sum);
     }
 }
 #endif
@@ -2800,7 +2739,6 @@ sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 
 extern "C" __global__ void __launch_bounds__(256)
 indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
                  TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
-    __shared__ ACC parts[8];
     const i64 at = blockIdx.x, m = at / J;
     const ACC weight = weights[at];
     ACC sum = 0;
@@ -2809,12 +2747,9 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
         const ACC x = r[at * N + n], d = d_scores[m * N + n];
         const bool on = x > 0;
         sum += on ? d * x : 0;
-        d_r[at * N + n] = Rounded<TYPE>::of(on ? d * weight : 0);
+        d_r[at * N + n] = rounded<TYPE>(on ? d * weight : 0);
     }
-    sum = sum_of_warp(sum);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-    __syncthreads();
-    for (int w = 1; w < 8; w++) sum += parts[w];
+    sum = sum_of_block(sum);
     if (threadIdx.x == 0) d_w[at] = sum;
 }
 #endif
