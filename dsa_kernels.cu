@@ -2,8 +2,8 @@
 // dsa_kernels.cu: the CUDA kernels of dsa.py, which compiles and launches them. Copy it beside that file.
 //
 // Axes and names are dsa.py's. Arrays are C-contiguous where no strides are given; batch axes are flattened
-// into one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a
-// batch entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
+// into one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of
+// a batch entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -18,6 +18,7 @@ typedef unsigned char u8;
 typedef __nv_bfloat16 bf16;
 
 constexpr unsigned ALL = 0xffffffff;  // the lanes of a warp
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 #define UNROLL _Pragma("unroll")      // the loop that follows: what it indexes then stays in registers
 
 struct Window {
@@ -32,14 +33,13 @@ __device__ Window window_of(const int* k_start, const int* k_end, i64 b, i64 t, 
 }
 
 // PTX, one instruction each, under the ISA's own names
+#define PTX(NAME, PARAMETERS, ...) __device__ void NAME PARAMETERS { asm volatile(__VA_ARGS__ : "memory"); }
 
 __device__ unsigned cvta_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 template <int BYTES>  // 4, 8 or 16, to which both addresses are aligned
-__device__ void cp_async(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                 ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES) : "memory");
-}
+PTX(cp_async, (void* shared, const void* global), "cp.async.ca.shared.global [%0], [%1], %2;"
+    ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES))
 template <int BYTES>  // the same, or zeros where !there: then global is not read
 __device__ void cp_async(unsigned shared, const void* global, bool there) {
     if constexpr (BYTES == 16)
@@ -49,11 +49,9 @@ __device__ void cp_async(unsigned shared, const void* global, bool there) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                      ::"r"(shared), "l"(global), "n"(BYTES), "r"(there ? BYTES : 0));
 }
-__device__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;"); }
-template <int PENDING> __device__ void cp_async_wait_group() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-__device__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+PTX(cp_async_commit_group, (), "cp.async.commit_group;" ::)
+template <int PENDING> PTX(cp_async_wait_group, (), "cp.async.wait_group %0;" ::"n"(PENDING))
+PTX(cp_async_wait_all, (), "cp.async.wait_all;" ::)
 
 // 16 bytes that nobody writes meanwhile, or zeros
 __device__ uint4 load_16(const void* from, bool there) {
@@ -61,22 +59,17 @@ __device__ uint4 load_16(const void* from, bool there) {
 }
 
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ void ldmatrix_x4(unsigned (&d)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
-}
-__device__ void ldmatrix_x2(unsigned& d0, unsigned& d1, unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(d0), "=r"(d1) : "r"(row) : "memory");
-}
-__device__ void ldmatrix_x4_trans(unsigned (&d)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
-}
-__device__ void stmatrix_x4(unsigned row, const unsigned (&d)[4]) {  // sm_90
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(row), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
-}
+PTX(ldmatrix_x4, (unsigned (&d)[4], unsigned row),
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row))
+PTX(ldmatrix_x2, (unsigned& d0, unsigned& d1, unsigned row),
+    "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(d0), "=r"(d1) : "r"(row))
+PTX(ldmatrix_x4_trans, (unsigned (&d)[4], unsigned row),
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row))
+PTX(stmatrix_x4, (unsigned row, const unsigned (&d)[4]),  // sm_90
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+    ::"r"(row), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]))
 
 // An 8 x 8 matrix of 16 bits, a row of it in four lanes, becomes its transpose.
 __device__ unsigned movmatrix_trans(unsigned x) {
@@ -86,16 +79,16 @@ __device__ unsigned movmatrix_trans(unsigned x) {
 }
 
 // d [16, 8] += a [16, 16] b [16, 8], and two numbers in a register; the last argument says of which type
-#define SIXTEEN_BITS(TYPE, PTX)                                                                           \
+#define SIXTEEN_BITS(TYPE, BITS)                                                                          \
     __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, TYPE) { \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." PTX "." PTX ".f32 "                                  \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." BITS "." BITS ".f32 "                                \
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                             \
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                              \
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                              \
     }                                                                                                     \
     __device__ unsigned cvt_rn_x2(float lo, float hi, TYPE) {                                             \
         unsigned d;                                                                                       \
-        asm("cvt.rn." PTX "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));                             \
+        asm("cvt.rn." BITS "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));                            \
         return d;                                                                                         \
     }
 SIXTEEN_BITS(bf16, "bf16")
@@ -106,67 +99,44 @@ SIXTEEN_BITS(__half, "f16")
 
 typedef unsigned long long u64;
 
-__device__ void mbarrier_init(u64* bar, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(cvta_shared(bar)), "r"(arrivals) : "memory");
-}
-__device__ void mbarrier_arrive(u64* bar) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(cvta_shared(bar)) : "memory");
-}
-__device__ void cp_async_mbarrier_arrive(u64* bar) {  // once what this thread has copied so far is there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(cvta_shared(bar)) : "memory");
-}
-__device__ void mbarrier_wait(u64* bar, int parity) {  // until its phase 0, 1, 2.. of this parity is complete
-    asm volatile("{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;"
-                 " @!done bra AGAIN; }" ::"r"(cvta_shared(bar)), "r"(parity) : "memory");
-}
-__device__ void bar_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ void bar_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-template <int N> __device__ void setmaxnreg_inc() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N> __device__ void setmaxnreg_dec() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
+PTX(mbarrier_init, (u64* bar, int arrivals), "mbarrier.init.shared.b64 [%0], %1;"
+    ::"r"(cvta_shared(bar)), "r"(arrivals))
+PTX(mbarrier_arrive, (u64* bar), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(cvta_shared(bar)))
+PTX(cp_async_mbarrier_arrive, (u64* bar),  // once what this thread has copied so far is there
+    "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(cvta_shared(bar)))
+PTX(mbarrier_wait, (u64* bar, int parity),  // until its phase 0, 1, 2.. of this parity is complete
+    "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra AGAIN; }"
+    ::"r"(cvta_shared(bar)), "r"(parity))
+PTX(bar_sync, (int id, int threads), "bar.sync %0, %1;" ::"r"(id), "r"(threads))
+PTX(bar_arrive, (int id, int threads), "bar.arrive %0, %1;" ::"r"(id), "r"(threads))
+PTX(fence_proxy_async, (), "fence.proxy.async.shared::cta;" ::)
+template <int N> PTX(setmaxnreg_inc, (), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N))
+template <int N> PTX(setmaxnreg_dec, (), "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N))
 
 // A cluster of blocks (sm_90 on). mapa gives an address in another block's shared memory; words stored there
 // count their bytes on a barrier beside them.
-__device__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ void barrier_cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+PTX(fence_mbarrier_init, (), "fence.mbarrier_init.release.cluster;" ::)
+PTX(barrier_cluster_arrive_relaxed, (), "barrier.cluster.arrive.relaxed.aligned;" ::)
+PTX(barrier_cluster_wait, (), "barrier.cluster.wait.aligned;" ::)
 __device__ unsigned mapa(const void* shared, int rank) {
     unsigned d;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(cvta_shared(shared)), "r"(rank));
     return d;
 }
-__device__ void st_async(unsigned at, int x, unsigned bar) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 ::"r"(at), "r"(x), "r"(bar) : "memory");
-}
-__device__ void st_async(unsigned at, int4 x, unsigned bar) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(bar) : "memory");
-}
-__device__ void mbarrier_arrive_expect_tx(u64* bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
-                 ::"r"(cvta_shared(bar)), "r"(bytes) : "memory");
-}
-__device__ void cp_async_bulk(void* shared, const void* global, int bytes, u64* bar) {  // all multiples of 16
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(cvta_shared(shared)), "l"(global), "r"(bytes), "r"(cvta_shared(bar)) : "memory");
-}
+PTX(st_async, (unsigned at, int x, unsigned bar),
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at), "r"(x), "r"(bar))
+PTX(st_async, (unsigned at, int4 x, unsigned bar),
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+    ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(bar))
+PTX(mbarrier_arrive_expect_tx, (u64* bar, int bytes), "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+    ::"r"(cvta_shared(bar)), "r"(bytes))
+PTX(cp_async_bulk, (void* shared, const void* global, int bytes, u64* bar),  // all multiples of 16
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+    ::"r"(cvta_shared(shared)), "l"(global), "r"(bytes), "r"(cvta_shared(bar)))
 
-__device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> __device__ void wgmma_wait_group() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
+PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::)
+PTX(wgmma_commit_group, (), "wgmma.commit_group.sync.aligned;" ::)
+template <int PENDING> PTX(wgmma_wait_group, (), "wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING))
 
 // A matrix in shared memory, in panels of 128 bytes of each row: [panel][row][128], 1,024-byte aligned, with
 // 16-byte chunks at chunk ^ row % 8. n bytes further are + n / 16; panel_bytes matters where it is transposed.
@@ -182,16 +152,16 @@ __device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
 
 // Products d = a b, + d if `add`; the last argument says of which type. Of a and b 32 bytes of each row, in
 // registers as mma_m16n8k16 has them, or matrices in shared memory; `trans`: b is contiguous along d's columns.
-#define WGMMA(TYPE, PTX)                                                                                   \
+#define WGMMA(TYPE, BITS)                                                                                  \
     __device__ void wgmma_m64n64k16(float (&d)[32], u64 a, u64 b, bool add, TYPE) {                        \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." PTX                                    \
+                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." BITS                                   \
                      " {" TEN() TEN(1) TEN(2) "%30, %31}, %32, %33, p, 1, 1, 0, 0; }"                      \
                      : F32(0) : "l"(a), "l"(b), "r"((int)add));                                            \
     }                                                                                                      \
     __device__ void wgmma_m64n128_trans(float (&d)[64], u64 a, u64 b, bool add, TYPE) {                    \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
+                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." BITS                                  \
                      " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
                      " %64, %65, p, 1, 1, 0, 1; }"                                                         \
                      : F32(0), F32(32) : "l"(a), "l"(b), "r"((int)add));                                   \
@@ -323,9 +293,9 @@ constexpr int OWN = 16 / sizeof(REAL), KEYS = 32 * OWN, HEADS = 8, DEPTH = 32;
 static_assert(DEPTH == 32, "a lane, and 8 times 4 warps, each load one value of a key");
 struct alignas(16) Vec { REAL x[OWN]; };
 
-extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
-        const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
-        REAL* scores, i64 T, i64 S, i64 offset, i64 apart, i64 J, i64 E) {
+KERNEL(256, 2) index_scores_fma(const REAL* index_q, const REAL* index_k, const REAL* weights,
+        const int* k_start, const int* k_end, REAL* scores, i64 T, i64 S, i64 offset, i64 apart, i64 J,
+        i64 E) {
     __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -462,9 +432,8 @@ __device__ unsigned key_pair(const ELEMENT* key, int e) {
     else return *(const unsigned*)(key + e);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
-        const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+KERNEL(128, 2) index_scores_mma(const ELEMENT* index_q, const ELEMENT* index_k, const float* weights,
+        const int* k_start, const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(16) unsigned char shared[];
     Stage* stages = (Stage*)shared;
     __shared__ Visible<QUERIES, 1> seen;
@@ -587,9 +556,8 @@ struct Few {
 };
 static_assert(sizeof(Few) == 34816 + 8192 * TOGETHER, "dsa.py asks for as much");
 
-extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few_wgmma(
-        const u8* index_q, const u8* index_k, const float* weights, const int* k_start, const int* k_end,
-        float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+KERNEL(128, 6 - TOGETHER) index_scores_few_wgmma(const u8* index_q, const u8* index_k, const float* weights,
+        const int* k_start, const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Few& sh = *(Few*)shared;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;  // as in PTX
@@ -710,9 +678,8 @@ struct Shared {
 static_assert(sizeof(Shared) == (STAGES * PANELS * HEADS * 128 + 3780 + 13 * J / 2 + 1023) / 1024 * 1024,
               "dsa.py asks for as much");
 
-extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
-        const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart, i64 most) {
+KERNEL(384, 1) index_scores_wgmma(const ELEMENT* index_q, const ELEMENT* index_k, const float* weights,
+        const int* k_start, const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart, i64 most) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Shared& sh = *(Shared*)shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
@@ -1290,10 +1257,10 @@ __device__ ACC key_value(const KT* row, int d) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, sizeof(ACC) == 8 ? 2 : 4)
-attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_start, const int* k_end,
-       const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
-       i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale, i64 D, i64 DV) {
+KERNEL(128, sizeof(ACC) == 8 ? 2 : 4) attend(const QT* q, const KT* k, const VT* v, const int* indices,
+        const int* k_start, const int* k_end, const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G,
+        i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+        double scale, i64 D, i64 DV) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(16) char shared[];
     ACC* q_s = (ACC*)shared;  // [HEADS][D]
@@ -1388,11 +1355,10 @@ union Four {
     __device__ void load(const TYPE* from, bool there) { all = load_16(from, there); }
 };
 
-extern "C" __global__ void __launch_bounds__(128, RESIDENT)
-attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, const int* k_start,
-               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
-               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
-               double scale) {
+KERNEL(128, RESIDENT) attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices,
+        const int* k_start, const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H,
+        i64 G, i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+        double scale) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     __shared__ float kept[4][HEADS], sums[4][HEADS], parts[4][HEADS][DV];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
@@ -1551,11 +1517,9 @@ __device__ void copy_row(char* tile, int row, int stride, const void* src, bool 
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
-    attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start,
-               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
-               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
-               double scale) {
+KERNEL(256, 1) attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start,
+        const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G, i64 slots,
+        i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(128) char shared[];
     char* q_s = shared;  // [HEADS][ROW]
@@ -1926,11 +1890,10 @@ __device__ void transpose_quad(unsigned (&x)[4]) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-    attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const int* indices, const int* k_start,
-                 const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
-                 i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key,
-                 i64 v_group, double scale, i64 rows, i64 splits) {
+KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const int* indices,
+        const int* k_start, const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H,
+        i64 G, i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+        double scale, i64 rows, i64 splits) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(1024) char shared[];
     Plan& plan = *(Plan*)shared;
@@ -2119,9 +2082,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
 // macros  ACC, OUT, COLUMNS = ceil(DV / 128), LOADS: splits that are read at a time
 #ifdef MERGE_ATTENTION
-extern "C" __global__ void __launch_bounds__(128)
-merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows,
-                i64 H, i64 DV) {
+KERNEL(128) merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits,
+        i64 rows, i64 H, i64 DV) {
     __shared__ ACC weights[128];
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
@@ -2181,9 +2143,8 @@ __device__ u8 e4m3_code(XT raw, float scale) {
     return __nv_cvt_double_to_fp8(size, __NV_SATFINITE, __NV_E4M3) | sign_of(raw);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-    quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride,
-                 i64 out_stride, i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
+KERNEL(256) quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride,
+        i64 out_stride, i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
     const i64 blocks = (width + BLOCK - 1) / BLOCK, parts = blocks + (rope > 0);
     const i64 job = blockIdx.x * 8ll + threadIdx.x / 32, row = job / parts, part = job % parts;
     const int lane = threadIdx.x % 32;
@@ -2228,10 +2189,9 @@ template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 ha
 }
 
 #ifdef MADE_OF_X
-extern "C" __global__ void __launch_bounds__(256)
-    made_of_x(ACC* x, OUT* normed, const ACC* q_norm, const ACC* kv_norm, const ACC* k_norm, const ACC* bias,
-              const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 apart, i64 Q, i64 R, i64 rope, i64 E,
-              i64 interleaved, double eps, double index_eps) {
+KERNEL(256) made_of_x(ACC* x, OUT* normed, const ACC* q_norm, const ACC* kv_norm, const ACC* k_norm,
+        const ACC* bias, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 apart, i64 Q, i64 R,
+        i64 rope, i64 E, i64 interleaved, double eps, double index_eps) {
     const bool of_q = blockIdx.y == 0, of_key = blockIdx.y == 2;
     const i64 N = of_q ? Q : of_key ? E : R, at = (first + blockIdx.x % positions) * (rope / 2);
     const ACC* weight = of_q ? q_norm : of_key ? k_norm : kv_norm;
@@ -2254,9 +2214,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 #ifdef ROTATE
-extern "C" __global__ void __launch_bounds__(256)
-    rotate(const TYPE* x, TYPE* y, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 H, i64 half,
-           i64 apart, i64 next_head, i64 y_apart, i64 y_next_head, i64 interleaved) {
+KERNEL(256) rotate(const TYPE* x, TYPE* y, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 H,
+        i64 half, i64 apart, i64 next_head, i64 y_apart, i64 y_next_head, i64 interleaved) {
     const unsigned n = blockIdx.y * 256 + threadIdx.x, head = n / (unsigned)half, i = n % (unsigned)half;
     const i64 at = (first + blockIdx.x % (unsigned)positions) * half + i;
     x += blockIdx.x * apart + head * next_head, y += blockIdx.x * y_apart + head * y_next_head;
@@ -2274,8 +2233,8 @@ extern "C" __global__ void __launch_bounds__(256)
 // out   out [M, G, K, width] of UNIT, every element written: zeros where a row is no key
 // grid  (ceil(K / 8), M * G)  block 256: a warp copies a key    (M * G on y: at most 65,535)
 #ifdef GATHER
-extern "C" __global__ void __launch_bounds__(256)
-gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 K, i64 S, i64 G, i64 width) {
+KERNEL(256) gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 K, i64 S, i64 G,
+        i64 width) {
     const i64 slot = blockIdx.x * 8 + threadIdx.x / 32, at = blockIdx.y * K + slot;
     if (slot >= K) return;
     const i64 g = blockIdx.y % (unsigned)G, key = rows[blockIdx.y / (unsigned)G * K + slot];
@@ -2295,9 +2254,9 @@ gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
 #ifdef ATTEND_BACKWARD
-extern "C" __global__ void __launch_bounds__(256)
-attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int* __restrict__ rows,
-                const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G, double scale) {
+KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp,
+        const int* __restrict__ rows, const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G,
+        double scale) {
     const i64 at = blockIdx.x, m = at / H, r = H / G;
     norms += 2 * at;
     TYPE* to = pairs + (at / r * 2 * r + at % r) * K;
@@ -2337,9 +2296,8 @@ __device__ void wgmma_m64n32k16(float (&d)[16], u64 a, u64 b) {
                  : F8(0), F8(8) : "l"(a), "l"(b));
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows, bf16* dq,
-                      bf16* pairs, i64 S, i64 H, i64 K, double scale) {
+KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows,
+        bf16* dq, bf16* pairs, i64 S, i64 H, i64 K, double scale) {
     extern __shared__ __align__(1024) char shared[];
     Plan& plan = *(Plan*)shared;
     const int tid = threadIdx.x, warp = tid % 128 / 32, lane = tid % 32;
@@ -2473,10 +2431,9 @@ __device__ void widened(float (&to)[8], const TYPE* from, bool there) {
     UNROLL for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 6)
-attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TYPE* other_b,
-                     const float2* norms, const int* list, const i64* first, TYPE* d_a, TYPE* d_b, i64 S,
-                     i64 H, i64 G, i64 K, double scale) {
+KERNEL(128, 6) attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TYPE* other_b,
+        const float2* norms, const int* list, const i64* first, TYPE* d_a, TYPE* d_b, i64 S, i64 H, i64 G,
+        i64 K, double scale) {
     __shared__ float parts[4][8 * 2 * LANES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
     const int r = H / G, per_row = BY_KEY ? G : H, row = blockIdx.x / per_row, head = blockIdx.x % per_row;
@@ -2580,9 +2537,9 @@ __device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], con
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, SUMS ? 2 : 4)
-attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v, const float2* norms,
-                    const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K, double scale) {
+KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v,
+        const float2* norms, const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K,
+        double scale) {
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = H / G, parts = (r + 7) / 8;
     const int part = blockIdx.x % parts, group = blockIdx.x / parts % G, heads = min(8, r - part * 8);
@@ -2678,9 +2635,8 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
 #ifdef ATTENTION_LSE
 constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
 
-extern "C" __global__ void __launch_bounds__(256)
-attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query, i64 s_group,
-              double scale) {
+KERNEL(256) attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query,
+        i64 s_group, double scale) {
     const i64 at = blockIdx.x * 8ll + threadIdx.x / 32, m = at / H, h = at % H;
     if (m >= M) return;
     const ACC c = scale, inf = ACC(CUDART_INF_F);
@@ -2712,9 +2668,8 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
 // out   out [M, N] of ACC, every element written
 // grid  M * ceil(N / 256)  block 256: a thread a key
 #ifdef SUM_OF_HEADS
-extern "C" __global__ void __launch_bounds__(256)
-sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R, i64 s_query,
-             i64 s_group, double scale) {
+KERNEL(256) sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R,
+        i64 s_query, i64 s_group, double scale) {
     const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
     if (n >= N) return;
     x += m * s_query + n, w += m * H;
@@ -2736,9 +2691,8 @@ sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 
 // out   d_r [M, J, N] of TYPE, d_w [M, J] of ACC, every element written
 // grid  M * J  block 256: a head of a query
 #ifdef INDEXER_BACKWARD
-extern "C" __global__ void __launch_bounds__(256)
-indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
-                 TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
+KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
+        TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
     const i64 at = blockIdx.x, m = at / J;
     const ACC weight = weights[at];
     ACC sum = 0;
@@ -2763,8 +2717,7 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
 #ifdef ADD_BY_KEY
 constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
 
-extern "C" __global__ void __launch_bounds__(128)
-add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
+KERNEL(128) add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
     sums += blockIdx.x * width;
