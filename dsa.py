@@ -3082,7 +3082,7 @@ def score_kernel(chip, dtypes, real, J, E, T):
     """The kernel of (1) for index_q and index_k of dtypes, and a block's queries, keys and shared memory."""
     dtype = dtypes[0] if dtypes[0] == dtypes[1] else real
     row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
-    if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or not tiles * J * E:
+    if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or row % 4 or not tiles * J * E:
         return kernel(chip, "index_scores_fma", 256, REAL=real), 8, 512 // real.itemsize, 0
     if chip.sm == 90 and J in (32, 64, 128) and row in (128, 256):
         if T <= FEW and dtype == np.uint8 and J <= 64:
@@ -3130,6 +3130,12 @@ def score_plan(chip, batch, T, J, E, *given):
     side_by_side = len(k.strides) < 4 and k.strides[-2:] == (row, k.dtype.itemsize) and k.place == 0
     fits = fits and side_by_side and k.strides[0] % row == 0
     first, last = as_arguments(T), as_arguments(J, E) if plain else []
+    if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
+        # DeepSeek-V3.2's indexer: its attention takes longest to compile, which begins here, as a guess.
+        fp8 = k.dtype == np.uint8
+        half = np.dtype(sys.modules["ml_dtypes"].bfloat16) if fp8 else k.dtype
+        latents = (half, k.dtype, k.dtype, real, half), (128, 1, 576, 512), [(0,), (0,)], True
+        attention_kernels(chip, blocks * T, 2048, *latents, 64 if fp8 else None)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
         if not fits:
@@ -3245,8 +3251,8 @@ def attend_tile(chip, kind, shape, places, tied, rope):
     widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
     align = tuple(math.gcd(16, *place, width) for place, width in zip(places, widths))  # of rows
     stored, sizes = {"R8": rank, "ROPE": rope or 0, "TIED": int(tied)}, {"D": D, "DV": Dv, "TYPE": q}
-    alike = rank % 8 == stored["ROPE"] % 8 == 0 and align[0] >= 4 and q.name == "bfloat16"
-    tensor_cores = q.itemsize == 2 and (alike if rank else q == k == v) and chip.sm >= 80 and D * Dv
+    alike = rank % 8 == stored["ROPE"] % 8 == 0 and q.name == "bfloat16" if rank else q == k == v
+    tensor_cores = q.itemsize == 2 and alike and min(align) >= 4 and chip.sm >= 80 and D * Dv
     small = heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
     if tensor_cores and small and not rank and align == (16, 16) and D % 8 == Dv % 8 == 0:
         return "attend_few_mma", heads, 64, 0, sizes

@@ -2,8 +2,8 @@
 // dsa_kernels.cu: the CUDA kernels of dsa.py, which compiles and launches them. Copy it beside that file.
 //
 // Axes and names are dsa.py's. Arrays are C-contiguous where no strides are given; batch axes are flattened
-// into one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of a
-// batch entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
+// into one of B entries. A kernel stands in an #ifdef of its name, as its constants arrive by -D. Query t of
+// a batch entry sees keys from k_start[t] (null: 0) up to k_end[t] (null: offset + t + 1, clipped to [0, S]).
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,18 +12,18 @@
 
 // ---------------------------------------------------------------------------------------------------------
 // What kernels share
-// ---------------------------------------------------------------------------------------------------------
 
 typedef long long i64;
 typedef unsigned char u8;
 typedef __nv_bfloat16 bf16;
 
 constexpr unsigned ALL = 0xffffffff;  // the lanes of a warp
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
+#define UNROLL _Pragma("unroll")      // the loop that follows: what it indexes then stays in registers
 
 struct Window {
     i64 start, end;
     __device__ bool sees(i64 s) const { return start <= s && s < end; }
-    __device__ bool meets(i64 lo, i64 hi) const { return max(start, lo) < min(end, hi); }
 };
 
 // The window of query t of batch entry b, from what k_start and k_end hold, or their defaults.
@@ -33,14 +33,13 @@ __device__ Window window_of(const int* k_start, const int* k_end, i64 b, i64 t, 
 }
 
 // PTX, one instruction each, under the ISA's own names
+#define PTX(NAME, PARAMETERS, ...) __device__ void NAME PARAMETERS { asm volatile(__VA_ARGS__ : "memory"); }
 
 __device__ unsigned cvta_shared(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 template <int BYTES>  // 4, 8 or 16, to which both addresses are aligned
-__device__ void cp_async(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
-                 ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES) : "memory");
-}
+PTX(cp_async, (void* shared, const void* global), "cp.async.ca.shared.global [%0], [%1], %2;"
+    ::"r"(cvta_shared(shared)), "l"(global), "n"(BYTES))
 template <int BYTES>  // the same, or zeros where !there: then global is not read
 __device__ void cp_async(unsigned shared, const void* global, bool there) {
     if constexpr (BYTES == 16)
@@ -50,29 +49,27 @@ __device__ void cp_async(unsigned shared, const void* global, bool there) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                      ::"r"(shared), "l"(global), "n"(BYTES), "r"(there ? BYTES : 0));
 }
-__device__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;"); }
-template <int PENDING> __device__ void cp_async_wait_group() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+PTX(cp_async_commit_group, (), "cp.async.commit_group;" ::)
+template <int PENDING> PTX(cp_async_wait_group, (), "cp.async.wait_group %0;" ::"n"(PENDING))
+PTX(cp_async_wait_all, (), "cp.async.wait_all;" ::)
+
+// 16 bytes that nobody writes meanwhile, or zeros
+__device__ uint4 load_16(const void* from, bool there) {
+    return there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
 }
-__device__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16 bits; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ void ldmatrix_x4(unsigned (&d)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
-}
-__device__ void ldmatrix_x2(unsigned& d0, unsigned& d1, unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(d0), "=r"(d1) : "r"(row) : "memory");
-}
-__device__ void ldmatrix_x4_trans(unsigned (&d)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row) : "memory");
-}
-__device__ void stmatrix_x4(unsigned row, const unsigned (&d)[4]) {  // sm_90
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(row), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]) : "memory");
-}
+PTX(ldmatrix_x4, (unsigned (&d)[4], unsigned row),
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row))
+PTX(ldmatrix_x2, (unsigned& d0, unsigned& d1, unsigned row),
+    "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(d0), "=r"(d1) : "r"(row))
+PTX(ldmatrix_x4_trans, (unsigned (&d)[4], unsigned row),
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+    : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row))
+PTX(stmatrix_x4, (unsigned row, const unsigned (&d)[4]),  // sm_90
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+    ::"r"(row), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]))
 
 // An 8 x 8 matrix of 16 bits, a row of it in four lanes, becomes its transpose.
 __device__ unsigned movmatrix_trans(unsigned x) {
@@ -81,97 +78,65 @@ __device__ unsigned movmatrix_trans(unsigned x) {
     return d;
 }
 
-// d [16, 8] += a [16, 16] b [16, 8]; the last argument says of which type
-__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ unsigned cvt_rn_x2(float lo, float hi, bf16) {
-    unsigned d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-    return d;
-}
-__device__ unsigned cvt_rn_x2(float lo, float hi, __half) {
-    unsigned d;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
-    return d;
-}
+// d [16, 8] += a [16, 16] b [16, 8], and two numbers in a register; the last argument says of which type
+#define SIXTEEN_BITS(TYPE, BITS)                                                                          \
+    __device__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, TYPE) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." BITS "." BITS ".f32 "                                \
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                             \
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                              \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                              \
+    }                                                                                                     \
+    __device__ unsigned cvt_rn_x2(float lo, float hi, TYPE) {                                             \
+        unsigned d;                                                                                       \
+        asm("cvt.rn." BITS "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));                            \
+        return d;                                                                                         \
+    }
+SIXTEEN_BITS(bf16, "bf16")
+SIXTEEN_BITS(__half, "f16")
 
 // Hopper (sm_90a): products that a warpgroup of 128 threads starts and waits for, and barriers that copies
 // and threads arrive at. A warpgroup's warp w holds rows 16 w .. 16 w + 15 of d, laid out as by mma_m16n8k16.
 
 typedef unsigned long long u64;
 
-__device__ void mbarrier_init(u64* bar, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(cvta_shared(bar)), "r"(arrivals) : "memory");
-}
-__device__ void mbarrier_arrive(u64* bar) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(cvta_shared(bar)) : "memory");
-}
-__device__ void cp_async_mbarrier_arrive(u64* bar) {  // once what this thread has copied so far is there
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(cvta_shared(bar)) : "memory");
-}
-__device__ void mbarrier_wait(u64* bar, int parity) {  // until its phase 0, 1, 2.. of this parity is complete
-    asm volatile("{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;"
-                 " @!done bra AGAIN; }" ::"r"(cvta_shared(bar)), "r"(parity) : "memory");
-}
-__device__ void bar_sync(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ void bar_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-template <int N> __device__ void setmaxnreg_inc() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N> __device__ void setmaxnreg_dec() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
+PTX(mbarrier_init, (u64* bar, int arrivals), "mbarrier.init.shared.b64 [%0], %1;"
+    ::"r"(cvta_shared(bar)), "r"(arrivals))
+PTX(mbarrier_arrive, (u64* bar), "mbarrier.arrive.shared.b64 _, [%0];" ::"r"(cvta_shared(bar)))
+PTX(cp_async_mbarrier_arrive, (u64* bar),  // once what this thread has copied so far is there
+    "cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(cvta_shared(bar)))
+PTX(mbarrier_wait, (u64* bar, int parity),  // until its phase 0, 1, 2.. of this parity is complete
+    "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @!done bra AGAIN; }"
+    ::"r"(cvta_shared(bar)), "r"(parity))
+PTX(bar_sync, (int id, int threads), "bar.sync %0, %1;" ::"r"(id), "r"(threads))
+PTX(bar_arrive, (int id, int threads), "bar.arrive %0, %1;" ::"r"(id), "r"(threads))
+PTX(fence_proxy_async, (), "fence.proxy.async.shared::cta;" ::)
+template <int N> PTX(setmaxnreg_inc, (), "setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N))
+template <int N> PTX(setmaxnreg_dec, (), "setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N))
 
 // A cluster of blocks (sm_90 on). mapa gives an address in another block's shared memory; words stored there
 // count their bytes on a barrier beside them.
-__device__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ void barrier_cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-__device__ void barrier_cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+PTX(fence_mbarrier_init, (), "fence.mbarrier_init.release.cluster;" ::)
+PTX(barrier_cluster_arrive_relaxed, (), "barrier.cluster.arrive.relaxed.aligned;" ::)
+PTX(barrier_cluster_wait, (), "barrier.cluster.wait.aligned;" ::)
 __device__ unsigned mapa(const void* shared, int rank) {
     unsigned d;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(cvta_shared(shared)), "r"(rank));
     return d;
 }
-__device__ void st_async(unsigned at, int x, unsigned bar) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 ::"r"(at), "r"(x), "r"(bar) : "memory");
-}
-__device__ void st_async(unsigned at, int4 x, unsigned bar) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(bar) : "memory");
-}
-__device__ void mbarrier_arrive_expect_tx(u64* bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
-                 ::"r"(cvta_shared(bar)), "r"(bytes) : "memory");
-}
-__device__ void cp_async_bulk(void* shared, const void* global, int bytes, u64* bar) {  // all multiples of 16
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(cvta_shared(shared)), "l"(global), "r"(bytes), "r"(cvta_shared(bar)) : "memory");
-}
+PTX(st_async, (unsigned at, int x, unsigned bar),
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at), "r"(x), "r"(bar))
+PTX(st_async, (unsigned at, int4 x, unsigned bar),
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+    ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(bar))
+PTX(mbarrier_arrive_expect_tx, (u64* bar, int bytes), "mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;"
+    ::"r"(cvta_shared(bar)), "r"(bytes))
+PTX(cp_async_bulk, (void* shared, const void* global, int bytes, u64* bar),  // all multiples of 16
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+    ::"r"(cvta_shared(shared)), "l"(global), "r"(bytes), "r"(cvta_shared(bar)))
 
-__device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> __device__ void wgmma_wait_group() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
+PTX(wgmma_fence, (), "wgmma.fence.sync.aligned;" ::)
+PTX(wgmma_commit_group, (), "wgmma.commit_group.sync.aligned;" ::)
+template <int PENDING> PTX(wgmma_wait_group, (), "wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING))
 
 // A matrix in shared memory, in panels of 128 bytes of each row: [panel][row][128], 1,024-byte aligned, with
 // 16-byte chunks at chunk ^ row % 8. n bytes further are + n / 16; panel_bytes matters where it is transposed.
@@ -185,33 +150,24 @@ __device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
               "+f"(d[i + 6]), "+f"(d[i + 7])
 #define F32(i) F8(i), F8(i + 8), F8(i + 16), F8(i + 24)
 
-// d [64, 64] += or = a [64, 16] b [16, 64], both contiguous along the 16; d [64, 128] += a [64, 16] b [16, 128]
-// with b contiguous along the 128, a in registers or in shared memory
-#define WGMMA(TYPE, PTX)                                                                                   \
+// Products d = a b, + d if `add`; the last argument says of which type. Of a and b 32 bytes of each row, in
+// registers as mma_m16n8k16 has them, or matrices in shared memory; `trans`: b is contiguous along d's columns.
+#define WGMMA(TYPE, BITS)                                                                                  \
     __device__ void wgmma_m64n64k16(float (&d)[32], u64 a, u64 b, bool add, TYPE) {                        \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." PTX                                    \
+                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." BITS                                   \
                      " {" TEN() TEN(1) TEN(2) "%30, %31}, %32, %33, p, 1, 1, 0, 0; }"                      \
                      : F32(0) : "l"(a), "l"(b), "r"((int)add));                                            \
     }                                                                                                      \
-    __device__ void wgmma_m64n128k16(float (&d)[64], const unsigned (&a)[4], u64 b, TYPE) {                \
-        asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;"                                                \
-                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63},"                  \
-                     " {%64, %65, %66, %67}, %68, p, 1, 1, 1; }"                                           \
-                     : F32(0), F32(32) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));              \
-    }                                                                                                      \
-    __device__ void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, TYPE) {                                 \
-        asm volatile("{ .reg .pred p; setp.eq.b32 p, 0, 0;"                                                \
-                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." PTX                                   \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60, %61, %62, %63},"                  \
+    __device__ void wgmma_m64n128_trans(float (&d)[64], u64 a, u64 b, bool add, TYPE) {                    \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;"                                              \
+                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." BITS                                  \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
                      " %64, %65, p, 1, 1, 0, 1; }"                                                         \
-                     : F32(0), F32(32) : "l"(a), "l"(b));                                                  \
+                     : F32(0), F32(32) : "l"(a), "l"(b), "r"((int)add));                                   \
     }
 WGMMA(bf16, "bf16.bf16")
 WGMMA(__half, "f16.f16")
-// d [64, 64] = a [64, 32] b [32, 64] of e4m3 codes, + d if `add`; a in registers, four codes in each where
-// mma_m16n8k16 has two values; b [64][32] in shared memory
 __device__ void wgmma_m64n64k32_e4m3(float (&d)[32], const unsigned (&a)[4], u64 b, bool add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
                  "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
@@ -222,19 +178,19 @@ __device__ void wgmma_wait_group(float (&d)[32]) {  // for all; as an operand, d
     asm volatile("wgmma.wait_group.sync.aligned 0;" : F32(0) :: "memory");
 }
 
-// d [64, 128] += a b: of a, 32 bytes of each row, laid out as by mma_m16n8k16; of b, a matrix [128, 32 bytes]
-// in shared memory. Without `add`, d = a b. The last argument says of which type.
-#define WGMMA_M64N128(TYPE, SHAPE, TRANSPOSED)                                                           \
-    __device__ void wgmma_m64n128(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {       \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                   \
-                     " {%64,%65,%66,%67}, %68, p, 1, 1" TRANSPOSED "; }"                                 \
-                     : F32(0), F32(32)                                                                   \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));               \
+#define WGMMA_M64N128(NAME, TYPE, SHAPE, ORDER)                                                            \
+    __device__ void NAME(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {                  \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE   \
+                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
+                     " {%64,%65,%66,%67}, %68, p, 1, 1" ORDER "; }"                                        \
+                     : F32(0), F32(32)                                                                     \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                 \
     }
-WGMMA_M64N128(u8, "k32.f32.e4m3.e4m3", "")
-WGMMA_M64N128(bf16, "k16.f32.bf16.bf16", ", 0")
-WGMMA_M64N128(__half, "k16.f32.f16.f16", ", 0")
+WGMMA_M64N128(wgmma_m64n128, u8, "k32.f32.e4m3.e4m3", "")
+WGMMA_M64N128(wgmma_m64n128, bf16, "k16.f32.bf16.bf16", ", 0")
+WGMMA_M64N128(wgmma_m64n128, __half, "k16.f32.f16.f16", ", 0")
+WGMMA_M64N128(wgmma_m64n128_trans, bf16, "k16.f32.bf16.bf16", ", 1")
+WGMMA_M64N128(wgmma_m64n128_trans, __half, "k16.f32.f16.f16", ", 1")
 
 template <int PENDING> __device__ void wgmma_wait_group(float (&d)[64]) {  // d is read from here on
     asm volatile("wgmma.wait_group.sync.aligned %64;" : F32(0), F32(32) : "n"(PENDING) : "memory");
@@ -242,21 +198,12 @@ template <int PENDING> __device__ void wgmma_wait_group(float (&d)[64]) {  // d 
 
 // Types
 
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(bf16 x) { return __bfloat162float(x); }
-__device__ float widen(float x) { return x; }
+template <class T> __device__ float widen(T x) { return float(x); }
 __device__ double widen(double x) { return x; }
-__device__ float widen(u8 x) { return x; }
-
-template <class T> struct Rounded {
-    template <class A> __device__ static T of(A x) { return T(x); }
-};
-template <> struct Rounded<__half> {
-    template <class A> __device__ static __half of(A x) { return __float2half_rn(float(x)); }
-};
-template <> struct Rounded<bf16> {
-    template <class A> __device__ static bf16 of(A x) { return __float2bfloat16_rn(float(x)); }
-};
+template <class T, class A> __device__ T rounded(A x) {
+    if constexpr (sizeof(T) == 2) return T(float(x));
+    else return T(x);
+}
 
 // Two e4m3 codes to two halves, exact, NaN too; by hardware from sm_89 on.
 __device__ unsigned e4m3x2_to_half2(unsigned codes) {
@@ -325,9 +272,10 @@ __device__ unsigned swizzled(int row, int chunk) {
     return ((chunk >> 3) << 7) | (((chunk ^ row) & 7) << 4);
 }
 
-// softmax(z, lse): the share of its out that a row with sink z keeps
-template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
-    return z == -A(CUDART_INF_F) ? A(1) : A(1) / (A(1) + exp(z - lse));
+// What a row's sums are multiplied by in the end: 1 / total, less what a sink takes
+template <class A> __device__ __forceinline__ A share_of(A total, const A* sink, int head, A lse) {
+    const auto kept = [&](A z) { return z == -A(CUDART_INF_F) ? A(1) : A(1) / (A(1) + exp(z - lse)); };
+    return (total == 0 ? A(0) : 1 / total) * (sink ? kept(sink[head]) : A(1));
 }
 
 // ---------------------------------------------------------------------------------------------------------
@@ -340,15 +288,14 @@ template <class A> __device__ __forceinline__ A kept_share(A z, A lse) {
 // block 256: a warp a query, a lane OWN keys
 // smem  24 KB: 32 values of a tile of keys, and of 8 heads of each warp's query
 // cost  2*J*E FLOP a (t,s); bound by FMA, shared memory close behind
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FMA
 constexpr int OWN = 16 / sizeof(REAL), KEYS = 32 * OWN, HEADS = 8, DEPTH = 32;
 static_assert(DEPTH == 32, "a lane, and 8 times 4 warps, each load one value of a key");
 struct alignas(16) Vec { REAL x[OWN]; };
 
-extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
-        const REAL* index_q, const REAL* index_k, const REAL* weights, const int* k_start, const int* k_end,
-        REAL* scores, i64 T, i64 S, i64 offset, i64 apart, i64 J, i64 E) {
+KERNEL(256, 2) index_scores_fma(const REAL* index_q, const REAL* index_k, const REAL* weights,
+        const int* k_start, const int* k_end, REAL* scores, i64 T, i64 S, i64 offset, i64 apart, i64 J,
+        i64 E) {
     __shared__ Vec keys[DEPTH][32 + 1];  // [e][lane]: transposed, and padded against bank conflicts
     __shared__ Vec heads[8][HEADS][DEPTH / OWN];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -356,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
     const i64 s0 = blockIdx.x % tiles * KEYS, b = blockIdx.x / tiles / blocks_t;
     const i64 t = blockIdx.x / tiles % blocks_t * 8 + warp;
     const Window window = t < T ? window_of(k_start, k_end, b, t, T, S, offset) : Window{0, 0};
-    const bool live = __syncthreads_or(window.meets(s0, s0 + KEYS));
+    const bool live = __syncthreads_or(max(window.start, s0) < min(window.end, s0 + KEYS));
 
     const REAL* q = index_q + (b * T + t) * J * E;
     const REAL* k = index_k + (b * apart + s0) * E;
@@ -372,8 +319,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) index_scores_fma(
                 const int s = key + 8 * i;
                 keys[e][s / OWN].x[s % OWN] = s < num_keys && e0 + e < E ? k[s * E + e0 + e] : 0;
             }
-#pragma unroll
-            for (int j = 0; j < HEADS; j++) {
+            UNROLL for (int j = 0; j < HEADS; j++) {
                 const bool real = t < T && j0 + j < J && e0 + lane < E;
                 heads[warp][j][lane / OWN].x[lane % OWN] = real ? q[(j0 + j) * E + e0 + lane] : 0;
             }
@@ -457,7 +403,6 @@ template <int MANY, int TOGETHER> struct Visible {
 // block 128: each warp keeps TILES * 16 keys in registers, fragments of A, while heads of B stream past
 // smem  2 stages of HEADS heads, a multiple of 8: 35 KB at J=64, E=128 in bf16
 // cost  2*J*E FLOP a (t,s). A warp reads a head once for its 64 keys: 2*E bytes for 128*E FLOP.
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_MMA
 template <class T> struct Operand { using type = T; };
 template <> struct Operand<unsigned char> { using type = __half; };  // which holds every code
@@ -470,6 +415,7 @@ constexpr int LOADS = (E + SPAN - 1) / SPAN, STEPS = SPAN / 16, DEPTH = LOADS * 
 constexpr int ROW = LOADS * 64 + 16;              // bytes of a head in shared memory; 16 more shift the banks
 constexpr int ENTRY = FP8 ? E + 4 : E;            // of ELEMENT, of a key
 static_assert(PITCH * sizeof(ELEMENT) % 16 == 0 && PITCH >= E, "cp.async moves 16 bytes of index_q");
+static_assert(E * sizeof(ELEMENT) % 4 == 0, "two values of a key are read at a time, and its scale");
 static_assert(HEADS % 8 == 0, "a fragment of B is 8 heads");
 static_assert(TILES <= 4, "each of a quad's four lanes stores one tile");
 
@@ -481,22 +427,13 @@ static_assert(sizeof(Stage) == HEADS * (ROW + 4), "dsa.py asks for two of these"
 
 // The pair of values e, e + 1 of a key as two of the 16 bit type that is multiplied; zero beyond E.
 __device__ unsigned key_pair(const ELEMENT* key, int e) {
-    if constexpr (E % 2 == 0) {
-        if (e >= E) return 0;
-        if constexpr (FP8) return e4m3x2_to_half2(*(const unsigned short*)(key + e));
-        else return *(const unsigned*)(key + e);
-    } else if constexpr (FP8) {
-        const unsigned char* codes = (const unsigned char*)key;
-        return e4m3x2_to_half2((e < E ? codes[e] : 0) | (e + 1 < E ? codes[e + 1] : 0) << 8);
-    } else {
-        const unsigned short* bits = (const unsigned short*)key;
-        return (e < E ? bits[e] : 0u) | (e + 1 < E ? (unsigned)bits[e + 1] : 0u) << 16;
-    }
+    if (e >= E) return 0;
+    if constexpr (FP8) return e4m3x2_to_half2(*(const unsigned short*)(key + e));
+    else return *(const unsigned*)(key + e);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
-        const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+KERNEL(128, 2) index_scores_mma(const ELEMENT* index_q, const ELEMENT* index_k, const float* weights,
+        const int* k_start, const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(16) unsigned char shared[];
     Stage* stages = (Stage*)shared;
     __shared__ Visible<QUERIES, 1> seen;
@@ -531,14 +468,11 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 
     // Keys to registers. With codes, a lane's four values of a step stand side by side, in heads as in keys.
     unsigned keys[TILES][DEPTH][4];
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+    UNROLL for (int m = 0; m < TILES; m++)
+        UNROLL for (int half = 0; half < 2; half++) {
             const i64 s = min(tile + warp * TILES * 16 + 16 * m + 8 * half + g, S - 1);
             const ELEMENT* key = index_k + (b * apart + s) * ENTRY;
-#pragma unroll
-            for (int step = 0; step < DEPTH; step++) {
+            UNROLL for (int step = 0; step < DEPTH; step++) {
                 keys[m][step][half] = key_pair(key, 16 * step + (FP8 ? 4 * i : 2 * i));
                 keys[m][step][half + 2] = key_pair(key, 16 * step + (FP8 ? 4 * i + 2 : 2 * i + 8));
             }
@@ -547,9 +481,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
     if constexpr (FP8)
         for (int half = 0; half < 2; half++) {
             const i64 s = min(tile + warp * TILES * 16 + 16 * i + 8 * half + g, S - 1);
-            const unsigned char* bytes = (const unsigned char*)(index_k + (b * apart + s) * ENTRY + E);
-            const unsigned low = bytes[0] | bytes[1] << 8, high = bytes[2] | bytes[3] << 8;
-            scale[half] = __uint_as_float(low | high << 16);
+            scale[half] = *(const float*)(index_k + (b * apart + s) * ENTRY + E);
         }
 
     for (int query = 0, job = 0; query < num_live; query++) {
@@ -562,12 +494,10 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 #pragma unroll 2
             for (int j = 0; j < HEADS && group * HEADS + j < J; j += 8) {
                 float product[TILES][4] = {};
-#pragma unroll
-                for (int load = 0; load < LOADS; load++) {
+                UNROLL for (int load = 0; load < LOADS; load++) {
                     unsigned heads[4];
                     ldmatrix_x4(heads, cvta_shared(&stage.heads[j + lane % 8][load * 64 + lane / 8 * 16]));
-#pragma unroll
-                    for (int step = 0; step < STEPS; step++) {
+                    UNROLL for (int step = 0; step < STEPS; step++) {
                         unsigned head[2] = {heads[2 * step % 4], heads[(2 * step + 1) % 4]};
                         if constexpr (FP8) {
                             head[0] = e4m3x2_to_half2(heads[step] & 0xffff);
@@ -578,8 +508,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
                                          Multiplied());
                     }
                 }
-#pragma unroll
-                for (int c = 0; c < 2; c++) {  // heads j + 2 i and j + 2 i + 1
+                UNROLL for (int c = 0; c < 2; c++) {  // heads j + 2 i and j + 2 i + 1
                     if (J % 8 && group * HEADS + j + 2 * i + c >= J) continue;
                     const float weight = stage.weights[j + 2 * i + c];
                     for (int m = 0; m < TILES; m++)
@@ -593,8 +522,7 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
         float* row = scores + (first + t) * S + tile;
         for (int half = 0; half < 2; half++) {
             float own = 0;
-#pragma unroll
-            for (int m = 0; m < TILES; m++) {
+            UNROLL for (int m = 0; m < TILES; m++) {
                 const float x = sum_of_quad(sum[m][half]);
                 own = m == i ? x : own;
             }
@@ -616,7 +544,6 @@ extern "C" __global__ void __launch_bounds__(128, 2) index_scores_mma(
 // smem  struct Few, 42 KB, five blocks' on a multiprocessor; 50 where two queries share operands, TOGETHER
 // cost  132 bytes and T * 2*J*E FLOP a key: bound by memory at T = 1. Tensor cores add up e4m3 products in
 //       fewer bits than float32 has: scores are right to about 1e-4 of the largest.
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_FEW_WGMMA
 constexpr int E = 128, ENTRY = E + 4, HEADS = 64, TILES = 4, KEYS = TILES * 64;
 static_assert(J == 32 || J == HEADS, "the heads of a query are one operand; others have other sums");
@@ -629,9 +556,8 @@ struct Few {
 };
 static_assert(sizeof(Few) == 34816 + 8192 * TOGETHER, "dsa.py asks for as much");
 
-extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few_wgmma(
-        const u8* index_q, const u8* index_k, const float* weights, const int* k_start, const int* k_end,
-        float* scores, i64 T, i64 S, i64 offset, i64 apart) {
+KERNEL(128, 6 - TOGETHER) index_scores_few_wgmma(const u8* index_q, const u8* index_k, const float* weights,
+        const int* k_start, const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Few& sh = *(Few*)shared;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, i = lane % 4;  // as in PTX
@@ -675,15 +601,13 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
         cp_async_wait_all();
         __syncthreads();
         float weight[TOGETHER][16];
-#pragma unroll
-        for (int x = 0; x < 16 * TOGETHER; x++)
+        UNROLL for (int x = 0; x < 16 * TOGETHER; x++)
             weight[x / 16][x % 16] = sh.weights[x / 16][x % 16 / 2 * 8 + 2 * i + x % 2];
 
         // 3. 64 keys at a time: products, then their weighted sum, whose quad's lane i keeps that of tile i.
         //    A lane reads the steps of a key from step g on, so that few read from one bank, and turns them.
         float own[TOGETHER][2] = {};
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
+        UNROLL for (int tile = 0; tile < TILES; tile++) {
             unsigned a[4][4];
             const unsigned* key = (const unsigned*)(sh.keys + (tile * 64 + warp * 16 + g) * ENTRY) + i;
             mbarrier_wait(&sh.here[tile], 0);
@@ -694,8 +618,7 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
                 for (int y = 0; y < 4; y++) turned[y] = g & 1 ? read[(y + 3) % 4] : read[y];
                 for (int y = 0; y < 4; y++) a[y][x] = g & 2 ? turned[(y + 2) % 4] : turned[y];
             }
-#pragma unroll
-            for (int q = 0; q < TOGETHER; q++) {
+            UNROLL for (int q = 0; q < TOGETHER; q++) {
                 if (q >= queries) break;
                 const u64 heads = wgmma_matrix(cvta_shared(sh.heads[q]));
                 float d[32];
@@ -714,8 +637,7 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
                 }
             }
         }
-#pragma unroll
-        for (int q = 0; q < TOGETHER; q++) {
+        UNROLL for (int q = 0; q < TOGETHER; q++) {
             if (q >= queries) break;
             const Window window = TOGETHER == 1 ? alone : window_at(q);
             for (int half = 0; half < 2; half++) {
@@ -737,7 +659,6 @@ extern "C" __global__ void __launch_bounds__(128, 6 - TOGETHER) index_scores_few
 // block 384: two warpgroups, each with TILES * 64 keys in registers, as A, and one that copies heads as B
 // smem  STAGES times 128 heads, those of TOGETHER queries: 66 KB in fp8 at E=128
 // cost  2*J*E FLOP a (t,s), and for 2*E of them an FMNMX and an FFMA, which set the pace in fp8
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEX_SCORES_WGMMA
 constexpr bool FP8 = sizeof(ELEMENT) == 1;
 constexpr int ENTRY = FP8 ? E + 4 : E;  // of ELEMENT, of a key
@@ -757,9 +678,8 @@ struct Shared {
 static_assert(sizeof(Shared) == (STAGES * PANELS * HEADS * 128 + 3780 + 13 * J / 2 + 1023) / 1024 * 1024,
               "dsa.py asks for as much");
 
-extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
-        const ELEMENT* index_q, const ELEMENT* index_k, const float* weights, const int* k_start,
-        const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart, i64 most) {
+KERNEL(384, 1) index_scores_wgmma(const ELEMENT* index_q, const ELEMENT* index_k, const float* weights,
+        const int* k_start, const int* k_end, float* scores, i64 T, i64 S, i64 offset, i64 apart, i64 most) {
     extern __shared__ __align__(1024) unsigned char shared[];
     Shared& sh = *(Shared*)shared;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
@@ -785,8 +705,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
             const i64 row = (first + t) * J;
             const uint4* from = (const uint4*)(index_q + row * E) + thread;
             mbarrier_wait(&sh.empty[stage], job / STAGES % 2 ^ 1);
-#pragma unroll
-            for (int x = 0; x < CHUNKS; x++)
+            UNROLL for (int x = 0; x < CHUNKS; x++)
                 cp_async<16>(cvta_shared(sh.heads[stage]) + at + x * COPIED * 128, from + x * 128,
                              x * COPIED / J < queries - t);
             float* weight = &sh.weights[stage][thread / 16][thread % 8 / 2][thread / 8 % 2 * 2 + thread % 2];
@@ -803,13 +722,11 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
     const ELEMENT* entries = index_k + (b * apart + tile) * ENTRY;
     unsigned keys[TILES][STEPS][4];
     float scale[TILES / 2];
-#pragma unroll
-    for (int m = 0; m < TILES; m++)
+    UNROLL for (int m = 0; m < TILES; m++)
         for (int half = 0; half < 2; half++) {
             const int s = min(own + m / 2 * 32 + 4 * g + m % 2 * 2 + half, num_keys - 1);
             const unsigned* key = (const unsigned*)(entries + s * ENTRY);
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {
+            UNROLL for (int step = 0; step < STEPS; step++) {
                 keys[m][step][half] = key[8 * step + i];
                 keys[m][step][half + 2] = key[8 * step + 4 + i];
             }
@@ -838,8 +755,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
         float sum[TOGETHER][4];  // over this thread's heads, of four keys
         const auto add_up = [&](int m, int begin, int end) {  // 16 heads at a time
             const float(&p)[64] = product[m % 2];
-#pragma unroll
-            for (int x = begin; x < end; x++) {
+            UNROLL for (int x = begin; x < end; x++) {
                 const float4 w = *(float4*)sh.weights[stage][x][i];
                 for (int half = 0; half < 2; half++) {
                     float& to = sum[16 * x / J][m % 2 * 2 + half];
@@ -854,9 +770,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
             const int key = own + 32 * pair + lane;
             const bool high = i & 2, odd = i & 1;
             float* row = scores + (first + t) * S + tile + key;
-#pragma unroll
-            for (int q = 0; q < TOGETHER; q++) {  // lane i of a quad gets the sum over its lanes of x[i]
-                const float* x = sum[q];
+            UNROLL for (int q = 0; q < TOGETHER; q++) {
+                const float* x = sum[q];  // lane i of a quad gets the sum over its lanes of x[i]
                 const float x02 = (high ? x[2] : x[0]) + __shfl_xor_sync(ALL, high ? x[0] : x[2], 2);
                 const float x13 = (high ? x[3] : x[1]) + __shfl_xor_sync(ALL, high ? x[1] : x[3], 2);
                 const float total = (odd ? x13 : x02) + __shfl_xor_sync(ALL, odd ? x02 : x13, 1);
@@ -864,12 +779,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) index_scores_wgmma(
                 if (key < num_keys && t + q < queries) row[q * S] = score;
             }
         };
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
+        UNROLL for (int m = 0; m < TILES; m++) {
             if (m == TILES - 1) await(next);
             wgmma_wait_group<0>(product[m % 2]);
-#pragma unroll
-            for (int step = 0; step < STEPS; step++) {  // in vain where this is the last job's last tile
+            UNROLL for (int step = 0; step < STEPS; step++) {  // in vain for the last job's last tile
                 multiply((m + 1) % TILES, m + 1 < TILES ? job : next, step);
                 add_up(m, step * 8 / STEPS, (step + 1) * 8 / STEPS);
             }
@@ -1282,7 +1195,6 @@ __launch_bounds__(BLOCK, RESIDENT) select_topk(
 // cost  2 * (D + DV) FLOP for each head and key; a block reads its keys once for HEADS heads
 // macros  HEADS (of one group), COLUMNS = ceil(DV / 128), TIED, QT, KT, VT, OUT, ACC, R8 and ROPE
 //         (R8 = 0: k is not packed)
-// ---------------------------------------------------------------------------------------------------------
 #if defined(ATTEND) || defined(ATTEND_FEW_MMA) || defined(ATTEND_MMA) || defined(ATTEND_WGMMA)
 struct Shape {
     i64 T, S, H, G, slots, chunk;  // slots: of indices, -1: windows
@@ -1320,8 +1232,7 @@ struct Job {
 // 8 e4m3 codes times a scale, as bfloat16; exact where it is a power of two, as a code has 4 significant bits
 __device__ uint4 decode8(uint2 codes, float scale) {
     unsigned r[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         const unsigned two = e4m3x2_to_half2((i < 2 ? codes.x : codes.y) >> i % 2 * 16 & 0xFFFF);
         const float2 x = __half22float2(*(const __half2*)&two);
         r[i] = cvt_rn_x2(x.x * scale, x.y * scale, bf16());
@@ -1345,10 +1256,10 @@ __device__ ACC key_value(const KT* row, int d) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, sizeof(ACC) == 8 ? 2 : 4)
-attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_start, const int* k_end,
-       const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G, i64 slots, i64 chunk, i64 k_batch,
-       i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale, i64 D, i64 DV) {
+KERNEL(128, sizeof(ACC) == 8 ? 2 : 4) attend(const QT* q, const KT* k, const VT* v, const int* indices,
+        const int* k_start, const int* k_end, const ACC* sink, OUT* out, ACC* lse, i64 T, i64 S, i64 H, i64 G,
+        i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+        double scale, i64 D, i64 DV) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(16) char shared[];
     ACC* q_s = (ACC*)shared;  // [HEADS][D]
@@ -1374,12 +1285,10 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
             if (ids[j] >= 0)
                 for (int d = lane; d < D; d += 32) {
                     const ACC x = key_value(k + ids[j] * n.k_key, d);
-#pragma unroll
-                    for (int h = 0; h < HEADS; h++) dot[h] += q_s[h * D + d] * x;
+                    UNROLL for (int h = 0; h < HEADS; h++) dot[h] += q_s[h * D + d] * x;
                 }
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                for (int w = 16; w; w /= 2) dot[h] += __shfl_xor_sync(ALL, dot[h], w);
+            UNROLL for (int h = 0; h < HEADS; h++) {
+                dot[h] = sum_of_warp(dot[h]);
                 if (lane == 0) p[h][j] = ids[j] < 0 ? -inf : dot[h] * c;
             }
         }
@@ -1388,45 +1297,37 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
             const ACC x = p[h][lane], before = m[h];
             const ACC top = fmax(max_of_warp(x), before);
             const ACC safe = top == -inf ? ACC(0) : top, share = exp2(x - safe), factor = exp2(before - safe);
-            ACC sum = share;
-            for (int w = 16; w; w /= 2) sum += __shfl_xor_sync(ALL, sum, w);
+            const ACC sum = sum_of_warp(share);
             __syncwarp();
             p[h][lane] = share;
             if (lane == 0) m[h] = top, rescale[h] = factor, total[h] = total[h] * factor + sum;
         }
         __syncthreads();
-#pragma unroll
-        for (int h = 0; h < HEADS; h++)
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) o[h][j] *= rescale[h];
+        UNROLL for (int h = 0; h < HEADS; h++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) o[h][j] *= rescale[h];
 #pragma unroll 4
         for (int s = 0; s < ATTEND_KEYS; s++) {
             if (ids[s] < 0) continue;
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
+            UNROLL for (int j = 0; j < COLUMNS; j++) {
                 const int d = tid + 128 * j;
                 if (d >= DV) continue;
                 ACC x;
                 if constexpr (TIED) x = key_value(k + ids[s] * n.k_key, d);
                 else x = widen(v[ids[s] * n.v_key + d]);
-#pragma unroll
-                for (int h = 0; h < HEADS; h++) o[h][j] += p[h][s] * x;
+                UNROLL for (int h = 0; h < HEADS; h++) o[h][j] += p[h][s] * x;
             }
         }
     }
     __syncthreads();
     const i64 rows = (i64)gridDim.x / ((n.H / n.G + HEADS - 1) / HEADS) / n.G, first = blockIdx.y * rows;
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
+    UNROLL for (int h = 0; h < HEADS; h++) {
         if (h >= job.heads) continue;
         const i64 at = (first + job.row) * n.H + job.head + h;
         const ACC log_sum = total[h] == 0 ? -inf : (m[h] + log2(total[h])) / log2e;
-        const ACC share = (total[h] == 0 ? ACC(0) : 1 / total[h])
-                          * (sink ? kept_share(sink[job.head + h], log_sum) : ACC(1));
+        const ACC share = share_of(total[h], sink, job.head + h, log_sum);
         if (tid == 0) lse[at] = log_sum;
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++)
-            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = Rounded<OUT>::of(o[h][j] * share);
+        UNROLL for (int j = 0; j < COLUMNS; j++)
+            if (tid + 128 * j < DV) out[at * DV + tid + 128 * j] = rounded<OUT>(o[h][j] * share);
     }
 }
 #endif
@@ -1442,7 +1343,6 @@ attend(const QT* q, const KT* k, const VT* v, const int* indices, const int* k_s
 // 2 i + 1, + 8, + 9 and pairs them; row g of step j is value 8 g + 2 j, row g + 8 the next. A lane's columns
 // are heads 2 i and 2 i + 1 in both, so that maxima and sums stay where they are.
 // macros  HEADS (all of a group), D, DV, TYPE, OUT
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_FEW_MMA
 constexpr int NT = (HEADS + 7) / 8, CHUNKS = (D + 31) / 32, BLOCKS = (DV + 63) / 64;
 constexpr int RESIDENT = NT * (D + DV) <= 128 ? 4 : NT * (D + DV) <= 256 ? 3 : 2;
@@ -1451,16 +1351,13 @@ static_assert(HEADS <= 16 && D % 8 == 0 && DV % 8 == 0, "16 bytes are read at a 
 union Four {
     uint4 all;
     unsigned x[4];
-    __device__ void load(const TYPE* from, bool there) {
-        all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
-    }
+    __device__ void load(const TYPE* from, bool there) { all = load_16(from, there); }
 };
 
-extern "C" __global__ void __launch_bounds__(128, RESIDENT)
-attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, const int* k_start,
-               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
-               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
-               double scale) {
+KERNEL(128, RESIDENT) attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices,
+        const int* k_start, const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H,
+        i64 G, i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+        double scale) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     __shared__ float kept[4][HEADS], sums[4][HEADS], parts[4][HEADS][DV];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, i = lane % 4;  // as in PTX
@@ -1471,78 +1368,62 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
     k += job.b * k_batch + job.group * k_group, v += job.b * v_batch + job.group * v_group;
 
     Four q_s[NT][CHUNKS], k_s[CHUNKS][2];
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int x = 0; x < CHUNKS; x++)
+    UNROLL for (int t = 0; t < NT; t++)
+        UNROLL for (int x = 0; x < CHUNKS; x++)
             q_s[t][x].load(q + (first + t * 8 + g) * D + 32 * x + 8 * i,
                            t * 8 + g < HEADS && 32 * x + 8 * i < D);
     const auto look_up = [&](int tile) { return job.key(job.lo + tile * 16 + lane % 16, S); };
     const auto load_keys = [&](int id) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             const i64 key = __shfl_sync(ALL, id, g + 8 * half);
-#pragma unroll
-            for (int x = 0; x < CHUNKS; x++)
+            UNROLL for (int x = 0; x < CHUNKS; x++)
                 k_s[x][half].load(k + key * k_key + 32 * x + 8 * i, key >= 0 && 32 * x + 8 * i < D);
         }
     };
     float o[NT][4 * BLOCKS][4] = {}, m[NT][2], total[NT][2] = {};
-#pragma unroll
-    for (int t = 0; t < NT; t++) m[t][0] = m[t][1] = -CUDART_INF_F;
+    UNROLL for (int t = 0; t < NT; t++) m[t][0] = m[t][1] = -CUDART_INF_F;
     const int tiles = (job.hi - job.lo + 15) / 16;
     int id = look_up(warp), next = look_up(warp + 4);
     load_keys(id);
     for (int tile = warp; tile < tiles; tile += 4) {
         const unsigned there = __ballot_sync(ALL, id >= 0) >> g;
         Four v_s[BLOCKS][4];
-#pragma unroll
-        for (int y = 0; y < 4; y++) {
+        UNROLL for (int y = 0; y < 4; y++) {
             const i64 key = __shfl_sync(ALL, id, y / 2 * 8 + 2 * i + y % 2);
-#pragma unroll
-            for (int x = 0; x < BLOCKS; x++)
+            UNROLL for (int x = 0; x < BLOCKS; x++)
                 v_s[x][y].load(v + key * v_key + 64 * x + 8 * g, key >= 0 && 64 * x + 8 * g < DV);
         }
         // 1. s = k . q in base 2, absent keys -inf; then the next keys may come
         float s[NT][4] = {};
         bool grows = false;
-#pragma unroll
-        for (int x = 0; x < 2 * CHUNKS; x++) {
+        UNROLL for (int x = 0; x < 2 * CHUNKS; x++) {
             const Four &a = k_s[x / 2][0], &b = k_s[x / 2][1];
             const int y = x % 2 * 2;
             const unsigned keys[4] = {a.x[y], b.x[y], a.x[y + 1], b.x[y + 1]};
-#pragma unroll
-            for (int t = 0; t < NT; t++)
+            UNROLL for (int t = 0; t < NT; t++)
                 mma_m16n8k16(s[t], keys, q_s[t][x / 2].x[y], q_s[t][x / 2].x[y + 1], TYPE());
         }
         id = next, next = look_up(tile + 8);
         load_keys(id);
-#pragma unroll
-        for (int t = 0; t < NT; t++)
-#pragma unroll
-            for (int x = 0; x < 4; x++) {
+        UNROLL for (int t = 0; t < NT; t++)
+            UNROLL for (int x = 0; x < 4; x++) {
                 s[t][x] = there >> x / 2 * 8 & 1 ? s[t][x] * c : -CUDART_INF_F;
                 grows |= s[t][x] > m[t][x % 2] + 8;  // p up to 2^8 spares rescaling o
             }
         // 2. the new maxima
         if (__any_sync(ALL, grows))
-#pragma unroll
-            for (int t = 0; t < NT; t++)
-#pragma unroll
-                for (int z = 0; z < 2; z++) {
+            UNROLL for (int t = 0; t < NT; t++)
+                UNROLL for (int z = 0; z < 2; z++) {
                     float top = fmaxf(fmaxf(s[t][z], s[t][z + 2]), m[t][z]);
                     for (int d = 4; d < 32; d *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, d));
                     const float factor = top == m[t][z] ? 1 : exp2f(m[t][z] - top);
                     m[t][z] = top, total[t][z] *= factor;
-#pragma unroll
-                    for (int x = 0; x < 4 * BLOCKS; x++) o[t][x][z] *= factor, o[t][x][z + 2] *= factor;
+                    UNROLL for (auto& x : o[t]) x[z] *= factor, x[z + 2] *= factor;
                 }
         // 3. p = exp2(s - max), and o += p v
         unsigned p[NT][2];
-#pragma unroll
-        for (int t = 0; t < NT; t++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
+        UNROLL for (int t = 0; t < NT; t++)
+            UNROLL for (int half = 0; half < 2; half++) {
                 float share[2];
                 for (int z = 0; z < 2; z++) {
                     share[z] = exp2f(s[t][2 * half + z] - (m[t][z] == -CUDART_INF_F ? 0 : m[t][z]));
@@ -1550,29 +1431,24 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
                 }
                 p[t][half] = movmatrix_trans(cvt_rn_x2(share[0], share[1], TYPE()));
             }
-#pragma unroll
-        for (int x = 0; x < 4 * BLOCKS; x++) {
+        UNROLL for (int x = 0; x < 4 * BLOCKS; x++) {
             const Four(&y)[4] = v_s[x / 4];
             unsigned values[4];
             for (int z = 0; z < 4; z++) {
                 const unsigned lo = y[z / 2 * 2].x[x % 4], hi = y[z / 2 * 2 + 1].x[x % 4];
                 values[z] = __byte_perm(lo, hi, z % 2 ? 0x7632 : 0x5410);
             }
-#pragma unroll
-            for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
+            UNROLL for (int t = 0; t < NT; t++) mma_m16n8k16(o[t][x], values, p[t][0], p[t][1], TYPE());
         }
     }
     // 4. What the warps found; what a head keeps of each warp's sums, in place of their maximum; all together
-#pragma unroll
-    for (int t = 0; t < NT; t++)
-#pragma unroll
-        for (int z = 0; z < 2; z++) {
+    UNROLL for (int t = 0; t < NT; t++)
+        UNROLL for (int z = 0; z < 2; z++) {
             for (int d = 4; d < 32; d *= 2) total[t][z] += __shfl_xor_sync(ALL, total[t][z], d);
             const int h = t * 8 + 2 * i + z;
             if (h >= HEADS) continue;
             if (g == 0) kept[warp][h] = m[t][z], sums[warp][h] = total[t][z];
-#pragma unroll
-            for (int x = 0; x < 4 * BLOCKS; x++) {
+            UNROLL for (int x = 0; x < 4 * BLOCKS; x++) {
                 const int d = x / 4 * 64 + 8 * g + x % 4 * 2;
                 if (d < DV) *(float2*)&parts[warp][h][d] = make_float2(o[t][x][z], o[t][x][z + 2]);
             }
@@ -1588,7 +1464,7 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
             sum += sums[w][h] * kept[w][h];
         }
         const float log_sum = sum == 0 ? -CUDART_INF_F : (top + log2f(sum)) * 0.6931471805599453f;
-        const float share = (sum == 0 ? 0 : 1 / sum) * (sink ? kept_share(sink[job.head + h], log_sum) : 1);
+        const float share = share_of(sum, sink, job.head + h, log_sum);
         for (int w = 0; w < 4; w++) kept[w][h] *= share;
         lse[at + h] = log_sum;
     }
@@ -1597,21 +1473,20 @@ attend_few_mma(const TYPE* q, const TYPE* k, const TYPE* v, const int* indices, 
     for (int x = threadIdx.x; x < HEADS * DV; x += 128) {
         float value = 0;
         for (int w = 0; w < 4; w++) value += kept[w][x / DV] * (&parts[w][0][0])[x];
-        out[at * DV + x] = Rounded<OUT>::of(value);
+        out[at * DV + x] = rounded<OUT>(value);
     }
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
 // attend_mma                                                          eq. (3), as attend, on tensor cores
-// in    q, k, v of TYPE, float16 or bfloat16; packed keys are decoded to bfloat16, exactly
+// in    q, k, v of TYPE, float16 or bfloat16, D and DV even; packed keys are decoded to bfloat16, exactly
 // grid  (B * T * G * head tiles, Z)  block 256: 8 warps
 // smem  Q | two tiles of K (packed: one, and one of bytes) | two of V unless TIED | P | row maxima | rescale
 //       HEADS = KEYS = 64, D = 576, tied: 72 + 144 + 8 + 1.8 KB
 // S = Q K^T: WM x WN warps, each MT * 16 heads by NT * 8 keys. O += P V: each warp all heads by PAIRS * 16 of
 // DV, so that a value is read from shared memory once. While a tile is multiplied the next one is copied.
-// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes: alignment of rows of k, v)
-// ---------------------------------------------------------------------------------------------------------
+// macros  HEADS, KEYS, D, DV, TIED, TYPE, OUT, R8, ROPE, VEC, VVEC (bytes, 4 to 16: alignment of rows of k, v)
 #ifdef ATTEND_MMA
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;  // values of a row in shared memory
 constexpr int STEPS = (D + 15) / 16;  // of 16 values of q . k
@@ -1623,36 +1498,27 @@ constexpr int OM = HEADS / 16, OCTETS = (DV + 15) / 16, PAIRS = (OCTETS + 7) / 8
 constexpr int PASSES = KEYS / 32;
 static_assert(KEYS == 32 || KEYS == 64, "a copy takes 32 keys at a time, a row of P is 128 bytes");
 static_assert(NT == 1 || NT == 2, "a warp reads keys with one ldmatrix");
+static_assert(D % 2 == 0 && DV % 2 == 0, "values are copied and written two at a time");
 static_assert(!PACKED || (TIED && R8 % 8 == 0 && ROPE % 8 == 0), "packed keys are decoded 8 at a time");
 
 // N bytes from src, or zeros, by the 8 threads of a row.
 template <int N, int ALIGN, bool SWIZZLE>
-__device__ void copy_row(char* tile, int row, int stride, const void* src, bool there,
-                                         int part) {
+__device__ void copy_row(char* tile, int row, int stride, const void* src, bool there, int part) {
     const unsigned base = cvta_shared(tile) + row * stride;
     const char* from = (const char*)src + part * ALIGN;
-#pragma unroll
-    for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
+    UNROLL for (int i = 0; i < (N + 8 * ALIGN - 1) / (8 * ALIGN); i++) {
         const int at = i * 8 * ALIGN + part * ALIGN;
         if (N % (8 * ALIGN) != 0 && at >= N) continue;
-        const unsigned dst = base
-                             + (!SWIZZLE      ? at
-                                : ALIGN == 16 ? i * 128 + swizzled(row, part)
-                                              : swizzled(row, at / 16) + at % 16);
-        if constexpr (ALIGN >= 4) {
-            cp_async<ALIGN>(dst, from + i * 8 * ALIGN, there);
-        } else if constexpr (ALIGN == 2) {
-            const unsigned short x = there ? *(const unsigned short*)(from + i * 8 * ALIGN) : 0;
-            asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst), "h"(x) : "memory");
-        }
+        const unsigned to = !SWIZZLE      ? at
+                            : ALIGN == 16 ? i * 128 + swizzled(row, part)
+                                          : swizzled(row, at / 16) + at % 16;
+        cp_async<ALIGN>(base + to, from + i * 8 * ALIGN, there);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
-    attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start,
-               const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
-               i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
-               double scale) {
+KERNEL(256, 1) attend_mma(const TYPE* q, const void* k, const TYPE* v, const int* indices, const int* k_start,
+        const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G, i64 slots,
+        i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group, double scale) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(128) char shared[];
     char* q_s = shared;  // [HEADS][ROW]
@@ -1679,19 +1545,17 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         __syncthreads();
     }
     for (int h = tid / 8; h < HEADS; h += 32)
-        copy_row<D * 2, D % 8 == 0 ? 16 : 2, true>(
+        copy_row<D * 2, D % 8 == 0 ? 16 : 4, true>(
             q_s, h, ROW * 2, q + (job.row * n.H + job.head + (h < job.heads ? h : 0)) * D, h < job.heads,
             tid % 8);
 
     int ids[PASSES];
     const auto look_up = [&](int i) {
-#pragma unroll
-        for (int p = 0; p < PASSES; p++) ids[p] = job.key(job.lo + i * KEYS + p * 32 + tid / 8, n.S);
+        UNROLL for (int p = 0; p < PASSES; p++) ids[p] = job.key(job.lo + i * KEYS + p * 32 + tid / 8, n.S);
     };
     const auto copy = [&](int i) {  // starts the copy of tile i; says whether any key of this thread is there
         bool any = false;
-#pragma unroll
-        for (int p = 0; p < PASSES; p++) {
+        UNROLL for (int p = 0; p < PASSES; p++) {
             const int row = p * 32 + tid / 8;
             const bool there = ids[p] >= 0;
             const i64 id = there ? ids[p] : 0;
@@ -1713,8 +1577,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     const auto decode = [&]() {
         if constexpr (PACKED) {
             constexpr int CODES = R8 / 8, UNITS = CODES + ROPE / 8;
-#pragma unroll
-            for (int p = 0; p < PASSES; p++) {
+            UNROLL for (int p = 0; p < PASSES; p++) {
                 const int row = p * 32 + tid / 8;
                 const char* entry = byte_s + row * BYTE_ROW;
                 char* to = k_s + row * ROW * 2;
@@ -1733,8 +1596,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     };
 
     float o[OM][2 * PAIRS][4] = {}, m[MT][2], total[MT][2] = {};
-#pragma unroll
-    for (int i = 0; i < MT; i++) m[i][0] = m[i][1] = -CUDART_INF_F;
+    UNROLL for (int i = 0; i < MT; i++) m[i][0] = m[i][1] = -CUDART_INF_F;
     const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
     bool any = false;
     if (tiles > 0) look_up(0), any = copy(0), look_up(1);
@@ -1762,40 +1624,30 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             const unsigned k_at = k_tile + k_row * ROW * 2 + swizzled(k_row, lane / 8 % 2);
 #pragma unroll 3
             for (int panel = 0; panel < (STEPS + 3) / 4; panel++)
-#pragma unroll
-                for (int step = 0; step < 4; step++) {
+                UNROLL for (int step = 0; step < 4; step++) {
                     if (STEPS % 4 != 0 && panel * 4 + step >= STEPS) continue;
                     unsigned a[MT][4], b[4];
-#pragma unroll
-                    for (int x = 0; x < MT; x++)
+                    UNROLL for (int x = 0; x < MT; x++)
                         ldmatrix_x4(a[x], (q_at ^ step << 5) + panel * 128 + x * 16 * ROW * 2);
                     if constexpr (NT == 2) ldmatrix_x4(b, (k_at ^ step << 5) + panel * 128);
                     else ldmatrix_x2(b[0], b[1], (k_at ^ step << 5) + panel * 128);
-#pragma unroll
-                    for (int x = 0; x < MT; x++)
-#pragma unroll
-                        for (int y = 0; y < NT; y++)
+                    UNROLL for (int x = 0; x < MT; x++)
+                        UNROLL for (int y = 0; y < NT; y++)
                             mma_m16n8k16(s[x][y], a[x], b[2 * y], b[2 * y + 1], TYPE());
                 }
             // 2. row maxima of this warp's keys
-#pragma unroll
-            for (int y = 0; y < NT; y++)
-#pragma unroll
-                for (int z = 0; z < 2; z++) {
+            UNROLL for (int y = 0; y < NT; y++)
+                UNROLL for (int z = 0; z < 2; z++) {
                     const bool there = there_s[i % 2 * KEYS + wn * NT * 8 + y * 8 + lane % 4 * 2 + z];
-#pragma unroll
-                    for (int x = 0; x < MT; x++) {
+                    UNROLL for (int x = 0; x < MT; x++) {
                         s[x][y][z] = there ? s[x][y][z] * c : -CUDART_INF_F;
                         s[x][y][z + 2] = there ? s[x][y][z + 2] * c : -CUDART_INF_F;
                     }
                 }
-#pragma unroll
-            for (int x = 0; x < MT; x++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
+            UNROLL for (int x = 0; x < MT; x++)
+                UNROLL for (int half = 0; half < 2; half++) {
                     float top = -CUDART_INF_F;
-#pragma unroll
-                    for (int y = 0; y < NT; y++)
+                    UNROLL for (int y = 0; y < NT; y++)
                         top = fmaxf(top, fmaxf(s[x][y][2 * half], s[x][y][2 * half + 1]));
                     top = max_of_quad(top);
                     if (lane % 4 == 0) max_s[wn * HEADS + (wm * MT + x) * 16 + half * 8 + lane / 4] = top;
@@ -1804,18 +1656,14 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         __syncthreads();
         if (scores) {
             // 3. p = exp2(s - max), the sum, and how much o shrinks
-#pragma unroll
-            for (int x = 0; x < MT; x++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
+            UNROLL for (int x = 0; x < MT; x++)
+                UNROLL for (int half = 0; half < 2; half++) {
                     const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
                     float top = m[x][half];
-#pragma unroll
-                    for (int w = 0; w < WN; w++) top = fmaxf(top, max_s[w * HEADS + row]);
+                    UNROLL for (int w = 0; w < WN; w++) top = fmaxf(top, max_s[w * HEADS + row]);
                     const float safe = top == -CUDART_INF_F ? 0 : top, factor = exp2f(m[x][half] - safe);
                     float sum = 0;
-#pragma unroll
-                    for (int y = 0; y < NT; y++) {
+                    UNROLL for (int y = 0; y < NT; y++) {
                         const float p0 = exp2f(s[x][y][2 * half] - safe),
                                     p1 = exp2f(s[x][y][2 * half + 1] - safe);
                         sum += p0 + p1;
@@ -1829,29 +1677,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         }
         __syncthreads();
         // 4. o = o * factor + p v
-#pragma unroll
-        for (int x = 0; x < OM; x++) {
+        UNROLL for (int x = 0; x < OM; x++) {
             const float f0 = rescale_s[x * 16 + lane / 4], f1 = rescale_s[x * 16 + 8 + lane / 4];
             if (__any_sync(ALL, f0 != 1 || f1 != 1))
-#pragma unroll
-                for (int y = 0; y < 2 * PAIRS; y++)
+                UNROLL for (int y = 0; y < 2 * PAIRS; y++)
                     o[x][y][0] *= f0, o[x][y][1] *= f0, o[x][y][2] *= f1, o[x][y][3] *= f1;
         }
         const unsigned p_at = cvta_shared(p_s) + lane % 16 * 128 + swizzled(lane, lane / 16);
         const unsigned v_at = v_tile + lane % 16 * V_ROW * 2;
-#pragma unroll
-        for (int step = 0; step < KEYS / 16; step++) {
+        UNROLL for (int step = 0; step < KEYS / 16; step++) {
             unsigned a[OM][4];
-#pragma unroll
-            for (int x = 0; x < OM; x++) ldmatrix_x4(a[x], (p_at ^ step << 5) + x * 16 * 128);
-#pragma unroll
-            for (int y = 0; y < PAIRS; y++) {
+            UNROLL for (int x = 0; x < OM; x++) ldmatrix_x4(a[x], (p_at ^ step << 5) + x * 16 * 128);
+            UNROLL for (int y = 0; y < PAIRS; y++) {
                 if (warp * PAIRS + y >= OCTETS) continue;
                 unsigned b[4];
                 ldmatrix_x4_trans(
                     b, v_at + swizzled(lane, (warp * PAIRS + y) * 2 + lane / 16) + step * 16 * V_ROW * 2);
-#pragma unroll
-                for (int x = 0; x < OM; x++) {
+                UNROLL for (int x = 0; x < OM; x++) {
                     mma_m16n8k16(o[x][2 * y], a[x], b[0], b[1], TYPE());
                     mma_m16n8k16(o[x][2 * y + 1], a[x], b[2], b[3], TYPE());
                 }
@@ -1862,10 +1704,8 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     cp_async_wait_all();
     __syncthreads();
     if (scores)
-#pragma unroll
-        for (int x = 0; x < MT; x++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
+        UNROLL for (int x = 0; x < MT; x++)
+            UNROLL for (int half = 0; half < 2; half++) {
                 const int row = (wm * MT + x) * 16 + half * 8 + lane / 4;
                 const float sum = sum_of_quad(total[x][half]);
                 if (lane % 4 == 0) max_s[wn * HEADS + row] = sum;
@@ -1878,34 +1718,23 @@ extern "C" __global__ void __launch_bounds__(256, 1)
         float sum = 0;
         for (int w = 0; w < WN; w++) sum += max_s[w * HEADS + tid];
         const float log_sum = sum == 0 ? -CUDART_INF_F : (rescale_s[tid] + log2f(sum)) * 0.6931471805599453f;
-        float share = sum == 0 ? 0 : 1 / sum;
-        if (tid < job.heads) {
-            lse[first + tid] = log_sum;
-            if (sink) share *= kept_share(sink[job.head + tid], log_sum);
-        }
-        rescale_s[tid] = share;
+        const bool there = tid < job.heads;
+        if (there) lse[first + tid] = log_sum;
+        rescale_s[tid] = share_of(sum, there ? sink : nullptr, job.head + tid, log_sum);
     }
     __syncthreads();
-#pragma unroll
-    for (int x = 0; x < OM; x++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+    UNROLL for (int x = 0; x < OM; x++)
+        UNROLL for (int half = 0; half < 2; half++) {
             const int row = x * 16 + half * 8 + lane / 4;
             const float share = rescale_s[row];
             if (row >= job.heads) continue;
-#pragma unroll
-            for (int y = 0; y < 2 * PAIRS; y++) {
+            UNROLL for (int y = 0; y < 2 * PAIRS; y++) {
                 const int d = warp * PAIRS * 16 + y * 8 + lane % 4 * 2;
                 const float x0 = o[x][y][2 * half] * share, x1 = o[x][y][2 * half + 1] * share;
                 OUT* at = out + (first + row) * DV + d;
-                if constexpr (DV % 2 == 0) {
-                    if (d >= DV) continue;
-                    if constexpr (sizeof(OUT) == 4) *(float2*)at = make_float2(x0, x1);
-                    else *(unsigned*)at = cvt_rn_x2(x0, x1, TYPE());
-                } else {
-                    if (d < DV) at[0] = Rounded<OUT>::of(x0);
-                    if (d + 1 < DV) at[1] = Rounded<OUT>::of(x1);
-                }
+                if (d >= DV) continue;
+                if constexpr (sizeof(OUT) == 4) *(float2*)at = make_float2(x0, x1);
+                else *(unsigned*)at = cvt_rn_x2(x0, x1, TYPE());
             }
         }
 }
@@ -1923,7 +1752,6 @@ extern "C" __global__ void __launch_bounds__(256, 1)
 // tile i + 2 when the last one to read it is done, so that copies hardly pause.
 // cost  of a tile: 2,176 cycles of products, 1,800 of L2 (74 KB; 2,700 where it lacks them); measured 2,950
 // macros  HEADS = 64, D, DV, TYPE, OUT, R8, ROPE
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_WGMMA
 constexpr int KEYS = 64, PANELS = D / 64, HALF = DV / 2, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 constexpr bool PACKED = R8 > 0;
@@ -1960,8 +1788,7 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
     const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
     int slots[4];
     const auto look_up = [&](int tile) {
-#pragma unroll
-        for (int r = 0; r < 4; r++) slots[r] = job.slot(job.lo + tile * KEYS + r * 16 + row);
+        UNROLL for (int r = 0; r < 4; r++) slots[r] = job.slot(job.lo + tile * KEYS + r * 16 + row);
     };
     look_up(0);
     if (half == 0) {
@@ -1969,8 +1796,7 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         for (int h = row; h < HEADS; h += 16) {
             const bool there = h < job.heads;
             const TYPE* from = q + (job.row * n.H + job.head + (there ? h : 0)) * D + column * 8;
-#pragma unroll
-            for (int panel = 0; panel < PANELS; panel++)
+            UNROLL for (int panel = 0; panel < PANELS; panel++)
                 cp_async<16>(cvta_shared(plan.q[panel]) + h * 128 + swizzle, from + panel * 64, there);
         }
         cp_async_mbarrier_arrive(&plan.q_full);
@@ -1981,27 +1807,23 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
     const char* first = k + job.b * n.k_batch * SIZE + unsigned(half * HALF * SIZE + column * 16);
     int buffer;
     const auto copy = [&](int panel_0, int panels, int at) {  // bytes of each key, `at` from this half on
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
+        UNROLL for (int r = 0; r < 4; r++) {
             const bool there = is_key(slots[r], n.S);
             const char* from = first + (there ? (i64)slots[r] : 0) * bytes + at;
             const unsigned to = cvta_shared(plan.k[buffer][panel_0]) + (r * 16 + row) * 128 + swizzle;
-#pragma unroll
-            for (int panel = 0; panel < panels; panel++)
+            UNROLL for (int panel = 0; panel < panels; panel++)
                 cp_async<16>(to + panel * PANEL, from + panel * 128, there);
         }
     };
     uint4 codes[2][2];  // of packed keys: two of the four rows, two blocks of 128 each
     float2 scales[2];
     const auto load = [&](int r0) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
+        UNROLL for (int r = 0; r < 2; r++) {
             const bool there = is_key(slots[r0 + r], n.S);
             const char* from = first + (there ? (i64)slots[r0 + r] : 0) * bytes;
             scales[r] = make_float2(0, 0);
             if (there) scales[r] = *(const float2*)(from + (R8 + half * (8 - HALF) - column * 16));
-#pragma unroll
-            for (int block = 0; block < 2; block++) {
+            UNROLL for (int block = 0; block < 2; block++) {
                 codes[r][block] = make_uint4(0, 0, 0, 0);
                 if (there) codes[r][block] = *(const uint4*)(from + block * 128);
             }
@@ -2011,10 +1833,8 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         char* const to = plan.k[buffer][half * HALF / 64 + column / 4] + (r0 * 16 + row) * 128;
         const int odd = column / 4;  // these threads begin with the second of their two chunks: other banks
         const int chunk = swizzled(row, column % 4 * 2 + odd);
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-#pragma unroll
-            for (int block = 0; block < 2; block++) {
+        UNROLL for (int r = 0; r < 2; r++)
+            UNROLL for (int block = 0; block < 2; block++) {
                 const uint4 x = codes[r][block];
                 const uint2 lo = make_uint2(x.x, x.y), hi = make_uint2(x.z, x.w);
                 const float scale = block ? scales[r].y : scales[r].x;
@@ -2033,8 +1853,7 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
         if (half == 1) {
             acquire(2);
             if (column == 0) {
-#pragma unroll
-                for (int r = 0; r < 4; r++) plan.there[buffer][r * 16 + row] = is_key(slots[r], n.S);
+                UNROLL for (int r = 0; r < 4; r++) plan.there[buffer][r * 16 + row] = is_key(slots[r], n.S);
                 mbarrier_arrive(&plan.full[buffer][2]);
             }
             copy(DV / 64, PANELS - DV / 64, PACKED ? HALF + R8 / 128 * 4 : HALF * 2);
@@ -2059,11 +1878,9 @@ __device__ __forceinline__ void copy_job(Plan& plan, const Job& job, const TYPE*
 
 // x[j] of lane i of four becomes x[i] of lane j.
 __device__ void transpose_quad(unsigned (&x)[4]) {
-#pragma unroll
-    for (int d = 1; d <= 2; d *= 2) {
+    UNROLL for (int d = 1; d <= 2; d *= 2) {
         const bool high = threadIdx.x & d;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
+        UNROLL for (int j = 0; j < 4; j++) {
             if (j & d) continue;
             const unsigned got = __shfl_xor_sync(ALL, high ? x[j] : x[j + d], d);
             if (high) x[j] = got;
@@ -2072,11 +1889,10 @@ __device__ void transpose_quad(unsigned (&x)[4]) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1)
-    attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const int* indices, const int* k_start,
-                 const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H, i64 G,
-                 i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key,
-                 i64 v_group, double scale, i64 rows, i64 splits) {
+KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const int* indices,
+        const int* k_start, const int* k_end, const float* sink, OUT* out, float* lse, i64 T, i64 S, i64 H,
+        i64 G, i64 slots, i64 chunk, i64 k_batch, i64 k_key, i64 k_group, i64 v_batch, i64 v_key, i64 v_group,
+        double scale, i64 rows, i64 splits) {
     const Shape n = {T, S, H, G, slots, chunk, k_batch, k_key, k_group, v_batch, v_key, v_group};
     extern __shared__ __align__(1024) char shared[];
     Plan& plan = *(Plan*)shared;
@@ -2121,23 +1937,19 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             if (!__any_sync(ALL, top[0] != m[0] || top[1] != m[1])) return;
             wgmma_wait_group<0>();
             float factor[2];
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
+            UNROLL for (int half = 0; half < 2; half++) {
                 factor[half] = m[half] == top[half] ? 1 : exp2f(m[half] - top[half]);
                 m[half] = top[half];
                 total[half] *= factor[half];
             }
-#pragma unroll
-            for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= factor[i / 2 % 2];
+            UNROLL for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= factor[i / 2 % 2];
         };
         const auto start_adding = [&](auto weights, u64 values) {  // o += p v: 16 keys a step, 128 of v a side
             wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < 4; step++)
-#pragma unroll
-                for (int side = 0; side < 2; side++) {
+            UNROLL for (int step = 0; step < 4; step++)
+                UNROLL for (int side = 0; side < 2; side++) {
                     const int at = (step * 2048 + side * 2 * PANEL) / 16;
-                    wgmma_m64n128k16(o[side], weights(step), values + at, TYPE());
+                    wgmma_m64n128_trans(o[side], weights(step), values + at, true, TYPE());
                 }
         };
         const auto take = [&](int tile) {  // of the other warpgroup
@@ -2159,10 +1971,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                 fence_proxy_async();
                 wgmma_fence();
                 const u64 skip = part * (HALF / 64 * PANEL / 16), q_part = q_at + skip, k_part = k_at + skip;
-#pragma unroll
-                for (int panel = 0; panel < panels; panel++)
-#pragma unroll
-                    for (int step = 0; step < 4; step++) {
+                UNROLL for (int panel = 0; panel < panels; panel++)
+                    UNROLL for (int step = 0; step < 4; step++) {
                         const int at = panel * (PANEL / 16) + step * 2;
                         wgmma_m64n64k16(s, q_part + at, k_part + at, !first || panel > 0 || step > 0, TYPE());
                     }
@@ -2179,16 +1989,14 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             wgmma_wait_group<0>();
             release(group, 2);
             if ((there[0] & there[1]) != ALL)
-#pragma unroll
-                for (int i = 0; i < 32; i++)
+                UNROLL for (int i = 0; i < 32; i++)
                     if (!(there[i % 2] >> (i / 4 * 4 + lane % 4) & 1)) s[i] = copysignf(CUDART_INF_F, -c);
             // 2. p = exp2(c s - m), of the maximum so far: p up to 2^8 spares rescaling o. Else once more
             unsigned p[4][4];
             float sum[2], most;
             const auto weigh = [&] {
                 sum[0] = sum[1] = most = 0;
-#pragma unroll
-                for (int i = 0; i < 32; i += 2) {
+                UNROLL for (int i = 0; i < 32; i += 2) {
                     const int half = i / 2 % 2;
                     const float safe = m[half] == -CUDART_INF_F ? 0 : m[half];
                     const float p0 = exp2f(fmaf(s[i], c, -safe)), p1 = exp2f(fmaf(s[i + 1], c, -safe));
@@ -2199,10 +2007,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
             };
             const auto raise = [&] {  // m, to the largest score where that is above by more than 8
                 float top[2] = {-CUDART_INF_F, -CUDART_INF_F};
-#pragma unroll
-                for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i] * c);
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
+                UNROLL for (int i = 0; i < 32; i++) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i] * c);
+                UNROLL for (int half = 0; half < 2; half++) {
                     top[half] = max_of_quad(top[half]);
                     if (top[half] <= m[half] + 8) top[half] = m[half];
                 }
@@ -2218,8 +2024,7 @@ extern "C" __global__ void __launch_bounds__(512, 1)
                 wgmma_commit_group();
             };
             if (any) {  // else as where rows of indices end in -1
-#pragma unroll
-                for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p[step]);
+                UNROLL for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p[step]);
                 if constexpr (!PACKED) add();
             }
             if (lane % 4 == 0) plan.max[row] = m[0], plan.max[row + 8] = m[1];
@@ -2236,28 +2041,23 @@ extern "C" __global__ void __launch_bounds__(512, 1)
         if (lane == 0) mbarrier_arrive(&plan.q_free);
         // 4. Each row's sum of both warpgroups; then the division, the sink and the cast
         bar_sync(1, 256);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             total[half] = sum_of_quad(total[half]);
             if (lane % 4 == 0) plan.sum[group][row + half * 8] = total[half];
         }
         bar_sync(1, 256);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
+        UNROLL for (int half = 0; half < 2; half++) {
             const int h = row + half * 8;
             const bool there = h < job.heads;
             const i64 at = (x / per_split * rows + job.row) * H + job.head + h;
             const float sum = plan.sum[0][h] + plan.sum[1][h];
             const float log_sum = sum == 0 ? -CUDART_INF_F : (m[half] + log2f(sum)) * 0.6931471805599453f;
-            float share = sum == 0 ? 0 : 1 / sum;
-            if (sink && there) share *= kept_share(sink[job.head + h], log_sum);
+            const float share = share_of(sum, there ? sink : nullptr, job.head + h, log_sum);
             if (group == 0 && lane % 4 == 0 && there) lse[at] = log_sum;
             OUT* to = out + at * DV + group * HALF;
-#pragma unroll
-            for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
+            UNROLL for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
                 unsigned x[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
+                UNROLL for (int j = 0; j < 4; j++) {
                     const float *at = &o[i / 64][i % 64 + 4 * j], y0 = at[0] * share, y1 = at[1] * share;
                     if constexpr (sizeof(OUT) == 2) x[j] = cvt_rn_x2(y0, y1, TYPE());
                     else if (there) *(float2*)(to + i / 4 * 8 + j * 8 + lane % 4 * 2) = make_float2(y0, y1);
@@ -2280,20 +2080,16 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 // out   out [rows, DV] OUT, lse [rows] ACC
 // grid  rows  block 128.   The order of the sum is that of the splits, so runs agree bit for bit.
 // macros  ACC, OUT, COLUMNS = ceil(DV / 128), LOADS: splits that are read at a time
-// ---------------------------------------------------------------------------------------------------------
 #ifdef MERGE_ATTENTION
-extern "C" __global__ void __launch_bounds__(128)
-merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits, i64 rows,
-                i64 H, i64 DV) {
+KERNEL(128) merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC* lse, i64 splits,
+        i64 rows, i64 H, i64 DV) {
     __shared__ ACC weights[128];
     const i64 row = blockIdx.x;
     const ACC inf = ACC(CUDART_INF_F);
     ACC top = -inf, total = 0, o[COLUMNS] = {}, part[LOADS][COLUMNS];
     const auto load = [&](int first) {
-#pragma unroll
-        for (int i = 0; i < LOADS; i++)
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
+        UNROLL for (int i = 0; i < LOADS; i++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) {
                 const int d = threadIdx.x + 128 * j;
                 part[i][j] = first + i < splits && d < DV ? outs[((first + i) * rows + row) * DV + d] : 0;
             }
@@ -2308,22 +2104,18 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
     __syncthreads();
     for (int first = 0; first < splits; first += LOADS) {
         if (first > 0) load(first);
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
+        UNROLL for (int i = 0; i < LOADS; i++) {
             const ACC weight = first + i < splits ? weights[first + i] : 0;
             total += weight;
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) o[j] += weight * part[i][j];
+            UNROLL for (int j = 0; j < COLUMNS; j++) o[j] += weight * part[i][j];
         }
     }
     const ACC log_sum = total == 0 ? -inf : top + log(total);
-    const ACC share =
-        (total == 0 ? ACC(0) : 1 / total) * (sink ? kept_share(sink[row % H], log_sum) : ACC(1));
+    const ACC share = share_of(total, sink, row % H, log_sum);
     if (threadIdx.x == 0) lse[row] = log_sum;
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++)
+    UNROLL for (int j = 0; j < COLUMNS; j++)
         if (threadIdx.x + 128 * j < DV)
-            out[row * DV + threadIdx.x + 128 * j] = Rounded<OUT>::of(o[j] * share);
+            out[row * DV + threadIdx.x + 128 * j] = rounded<OUT>(o[j] * share);
 }
 #endif
 
@@ -2334,12 +2126,8 @@ merge_attention(const ACC* outs, const ACC* lses, const ACC* sink, OUT* out, ACC
 //       at scales + row * scale_stride + scale_offset; all in bytes. In a cache entry scales is out.
 // grid  ceil(rows * (ceil(width / BLOCK) + (rope > 0)) / 8)  block 256: a warp takes a block or tail of a row
 // macros  BLOCK, UE8M0, XT, ACC (double for float64)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef QUANTIZE_FP8
-__device__ bool sign_bit(__half x) { return __half_as_ushort(x) >> 15; }
-__device__ bool sign_bit(bf16 x) { return __bfloat16_as_ushort(x) >> 15; }
-__device__ bool sign_bit(float x) { return __float_as_uint(x) >> 31; }
-__device__ bool sign_bit(double x) { return __double_as_longlong(x) < 0; }
+__device__ u8 sign_of(XT x) { return ((const u8*)&x)[sizeof(XT) - 1] & 128; }
 
 // With -ftz=true a cast would make subnormal results 0.
 __device__ float to_float(float x) { return x; }
@@ -2350,20 +2138,12 @@ __device__ float to_float(double x) {
 }
 
 __device__ u8 e4m3_code(XT raw, float scale) {
-    const ACC x = widen(raw), size = fmin(fabs(x / ACC(scale)), ACC(448));
-    if (isnan(x)) return 127 | sign_bit(raw) << 7;
-    int exponent;
-    frexp(size, &exponent);
-    const int digits = min(4 - exponent, 9);  // after the binary point; 9 for subnormals
-    const float rounded = float(ldexp(rint(ldexp(size, digits)), -digits));
-    const int code =
-        rounded < 0x1p-6f ? int(rounded * 512) : int((__float_as_uint(rounded) >> 20) - (120 << 3));
-    return u8(code) | sign_bit(raw) << 7;
+    const double size = fabs(ACC(widen(raw)) / ACC(scale));
+    return __nv_cvt_double_to_fp8(size, __NV_SATFINITE, __NV_E4M3) | sign_of(raw);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-    quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride,
-                 i64 out_stride, i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
+KERNEL(256) quantize_fp8(const XT* x, u8* out, u8* scales, i64 rows, i64 width, i64 rope, i64 x_stride,
+        i64 out_stride, i64 scale_stride, i64 scale_offset, i64 tail_offset, float least) {
     const i64 blocks = (width + BLOCK - 1) / BLOCK, parts = blocks + (rope > 0);
     const i64 job = blockIdx.x * 8ll + threadIdx.x / 32, row = job / parts, part = job % parts;
     const int lane = threadIdx.x % 32;
@@ -2401,18 +2181,16 @@ extern "C" __global__ void __launch_bounds__(256)
 // grid  (rows, 2, or 3 with an indexer)   block 256
 // rotate   RoPE of x [tokens, H, 2 * half] TYPE, apart and next_head numbers to the next, to y, which may be x
 // grid  (tokens, ceil(H * half / 256))   block 256: a thread a pair, (2i, 2i + 1) or (i, i + half)
-// ---------------------------------------------------------------------------------------------------------
 template <class T, class A> __device__ void turn(const T* x, T* y, i64 i, i64 half, bool pairs, A c, A s) {
     const i64 a = pairs ? 2 * i : i, b = a + (pairs ? 1 : half);
     const A p = widen(x[a]), q = widen(x[b]);
-    y[a] = Rounded<T>::of(p * c - q * s), y[b] = Rounded<T>::of(p * s + q * c);
+    y[a] = rounded<T>(p * c - q * s), y[b] = rounded<T>(p * s + q * c);
 }
 
 #ifdef MADE_OF_X
-extern "C" __global__ void __launch_bounds__(256)
-    made_of_x(ACC* x, OUT* normed, const ACC* q_norm, const ACC* kv_norm, const ACC* k_norm, const ACC* bias,
-              const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 apart, i64 Q, i64 R, i64 rope, i64 E,
-              i64 interleaved, double eps, double index_eps) {
+KERNEL(256) made_of_x(ACC* x, OUT* normed, const ACC* q_norm, const ACC* kv_norm, const ACC* k_norm,
+        const ACC* bias, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 apart, i64 Q, i64 R,
+        i64 rope, i64 E, i64 interleaved, double eps, double index_eps) {
     const bool of_q = blockIdx.y == 0, of_key = blockIdx.y == 2;
     const i64 N = of_q ? Q : of_key ? E : R, at = (first + blockIdx.x % positions) * (rope / 2);
     const ACC* weight = of_q ? q_norm : of_key ? k_norm : kv_norm;
@@ -2424,7 +2202,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const ACC r = 1 / sqrt(sum_of_block(squares) / N + ACC(of_key ? index_eps : eps));
     for (i64 i = threadIdx.x; i < N; i += 256) {
         const ACC y = weight[i] * (x[i] - mean) * r + (of_key ? bias[i] : ACC(0));
-        if (of_q) normed[blockIdx.x * Q + i] = Rounded<OUT>::of(y);
+        if (of_q) normed[blockIdx.x * Q + i] = rounded<OUT>(y);
         else x[i] = y;
     }
     __syncthreads();
@@ -2435,9 +2213,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #endif
 
 #ifdef ROTATE
-extern "C" __global__ void __launch_bounds__(256)
-    rotate(const TYPE* x, TYPE* y, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 H, i64 half,
-           i64 apart, i64 next_head, i64 y_apart, i64 y_next_head, i64 interleaved) {
+KERNEL(256) rotate(const TYPE* x, TYPE* y, const ACC* cos, const ACC* sin, i64 first, i64 positions, i64 H,
+        i64 half, i64 apart, i64 next_head, i64 y_apart, i64 y_next_head, i64 interleaved) {
     const unsigned n = blockIdx.y * 256 + threadIdx.x, head = n / (unsigned)half, i = n % (unsigned)half;
     const i64 at = (first + blockIdx.x % (unsigned)positions) * half + i;
     x += blockIdx.x * apart + head * next_head, y += blockIdx.x * y_apart + head * y_next_head;
@@ -2448,17 +2225,15 @@ extern "C" __global__ void __launch_bounds__(256)
 // ---------------------------------------------------------------------------------------------------------
 // Training, section 13 of dsa.py. Its products are cuBLAS's, over keys that `gather` puts side by side, for M
 // queries at a time; what stands between them is here. `ACC` is float, or double for float64.
-// ---------------------------------------------------------------------------------------------------------
 
 // ---------------------------------------------------------------------------------------------------------
 // gather                                                                 the keys of each query, side by side
 // in    x [S, G, width] of UNIT, 2 to 16 bytes; rows [M, K] i32
 // out   out [M, G, K, width] of UNIT, every element written: zeros where a row is no key
 // grid  (ceil(K / 8), M * G)  block 256: a warp copies a key    (M * G on y: at most 65,535)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef GATHER
-extern "C" __global__ void __launch_bounds__(256)
-gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 K, i64 S, i64 G, i64 width) {
+KERNEL(256) gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 K, i64 S, i64 G,
+        i64 width) {
     const i64 slot = blockIdx.x * 8 + threadIdx.x / 32, at = blockIdx.y * K + slot;
     if (slot >= K) return;
     const i64 g = blockIdx.y % (unsigned)G, key = rows[blockIdx.y / (unsigned)G * K + slot];
@@ -2477,11 +2252,10 @@ gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict__ out, i64 
 // out   pairs [M, G, 2, H / G, K] of TYPE: ds, then p, 0 where absent
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD
-extern "C" __global__ void __launch_bounds__(256)
-attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int* __restrict__ rows,
-                const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G, double scale) {
+KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp,
+        const int* __restrict__ rows, const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G,
+        double scale) {
     const i64 at = blockIdx.x, m = at / H, r = H / G;
     norms += 2 * at;
     TYPE* to = pairs + (at / r * 2 * r + at % r) * K;
@@ -2489,8 +2263,8 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
     for (i64 i = threadIdx.x; i < K; i += 256) {
         const bool there = rows[m * K + i] >= 0;
         const ACC p = there ? exp(ACC(scale) * s[at * K + i] - norms[0]) : 0;
-        to[i] = Rounded<TYPE>::of(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
-        to[r * K + i] = Rounded<TYPE>::of(p);
+        to[i] = rounded<TYPE>(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
+        to[r * K + i] = rounded<TYPE>(p);
     }
 }
 #endif
@@ -2505,7 +2279,6 @@ attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp, const int
 // A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
 // by one for the next tile. Products have keys for rows, or sum over them: no part needs another.
 // cost  of a tile: 3,456 cycles of products, 4,600 of shared memory, 3,000 of L2 (74 KB)
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_WGMMA
 constexpr int PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 static_assert(D % 64 == 0 && D <= 576, "two parts and a tile of keys fit in shared memory");
@@ -2522,9 +2295,8 @@ __device__ void wgmma_m64n32k16(float (&d)[16], u64 a, u64 b) {
                  : F8(0), F8(8) : "l"(a), "l"(b));
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows, bf16* dq,
-                      bf16* pairs, i64 S, i64 H, i64 K, double scale) {
+KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows,
+        bf16* dq, bf16* pairs, i64 S, i64 H, i64 K, double scale) {
     extern __shared__ __align__(1024) char shared[];
     Plan& plan = *(Plan*)shared;
     const int tid = threadIdx.x, warp = tid % 128 / 32, lane = tid % 32;
@@ -2584,8 +2356,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         const int keys[2] = {key_at(slots[0]), key_at(slots[1])};
         // 1. s, and in s[16] .. dp, of the same keys and heads, panel by panel as they come
         float s[32];
-#pragma unroll
-        for (int panel = 0; panel < PANELS; panel++) {
+        UNROLL for (int panel = 0; panel < PANELS; panel++) {
             mbarrier_wait(&plan.full[panel], tile & 1);
             fence_proxy_async();
             wgmma_fence();
@@ -2597,8 +2368,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         wgmma_wait_group(s);
         // 2. p and ds; nobody reads the last ds any more, as the last panel was free
         unsigned p[2][4], ds[2][4];  // of two heads each
-#pragma unroll
-        for (int i = 0; i < 16; i += 2) {
+        UNROLL for (int i = 0; i < 16; i += 2) {
             const int e = i / 2 % 2, h = i / 4;
             float x[2], y[2];
             for (int j = 0; j < 2; j++) {
@@ -2614,8 +2384,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         bar_sync(1 + group, 128);
         // 3. dq^T += k^T ds; p and ds go out meanwhile
         wgmma_fence();
-#pragma unroll
-        for (int panel = 0; panel < PANELS; panel++) {
+        UNROLL for (int panel = 0; panel < PANELS; panel++) {
             for (int step = 0; step < 4; step++)
                 wgmma_m64n32k16(sum[panel], k_at + (panel * PANEL + step * 2048) / 16, ds_at + step * 128);
             wgmma_commit_group();
@@ -2630,8 +2399,7 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
         wgmma_wait_group<0>();
         release(PANELS - 1);
     }
-#pragma unroll
-    for (int i = 0; i < PANELS * 16; i += 2) {  // transposed, 8 x 8 values at a time
+    UNROLL for (int i = 0; i < PANELS * 16; i += 2) {  // transposed, 8 x 8 values at a time
         const float* const x = &sum[i / 16][i % 16];
         const int head = first + lane / 8 * 8 + i % 16 / 4 * 2 + lane / 4 % 2;
         const int d = i / 16 * 64 + warp * 16 + i / 2 % 2 * 8 + lane % 4 * 2;
@@ -2651,7 +2419,6 @@ attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, cons
 // out   d_a, and BY_KEY d_b, of TYPE, every element written; runs agree bit for bit, as no sum is by atomics
 // grid  rows of a  block 128: a warp takes 32 / LANES others at a time, a lane 8 values of each
 // cost  2 * (D + DV) bytes a pair out of L2
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_ROWS
 constexpr int LANES = D > 64 || DV > 64 ? 16 : 8;
 static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "LANES lanes read 16 bytes each");
@@ -2659,15 +2426,13 @@ union Eight { uint4 all; TYPE x[8]; };
 
 __device__ void widened(float (&to)[8], const TYPE* from, bool there) {
     Eight eight;
-    eight.all = there ? __ldg((const uint4*)from) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-    for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
+    eight.all = load_16(from, there);
+    UNROLL for (int x = 0; x < 8; x++) to[x] = widen(eight.x[x]);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 6)
-attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TYPE* other_b,
-                     const float2* norms, const int* list, const i64* first, TYPE* d_a, TYPE* d_b, i64 S,
-                     i64 H, i64 G, i64 K, double scale) {
+KERNEL(128, 6) attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TYPE* other_b,
+        const float2* norms, const int* list, const i64* first, TYPE* d_a, TYPE* d_b, i64 S, i64 H, i64 G,
+        i64 K, double scale) {
     __shared__ float parts[4][8 * 2 * LANES];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
     const int r = H / G, per_row = BY_KEY ? G : H, row = blockIdx.x / per_row, head = blockIdx.x % per_row;
@@ -2687,20 +2452,17 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
         widened(p, other_a + other * D + at, there && at < D);
         widened(q, other_b + other * DV + at, there && at < DV);
         const float2 norm = BY_KEY ? norms[other] : own_norm;
-#pragma unroll
-        for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
-#pragma unroll
-        for (int d = LANES / 2; d; d /= 2) s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
+        UNROLL for (int i = 0; i < 8; i++) s += x[i] * p[i], dp += y[i] * q[i];
+        UNROLL for (int d = LANES / 2; d; d /= 2)
+            s += __shfl_xor_sync(ALL, s, d), dp += __shfl_xor_sync(ALL, dp, d);
         const float weight = there ? __expf(c * s - norm.x) : 0;
         const float ds = there ? c * weight * (dp - norm.y) : 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
+        UNROLL for (int i = 0; i < 8; i++) {
             sum_a[i] += ds * p[i];
             if (BY_KEY) sum_b[i] += weight * q[i];
         }
     }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
+    UNROLL for (int i = 0; i < 8; i++) {
         for (int d = LANES; d < 32; d *= 2) {
             sum_a[i] += __shfl_xor_sync(ALL, sum_a[i], d);
             if (BY_KEY) sum_b[i] += __shfl_xor_sync(ALL, sum_b[i], d);
@@ -2711,8 +2473,8 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
     for (int d = threadIdx.x; d < (BY_KEY ? 16 : 8) * LANES; d += 128) {
         const float sum = parts[0][d] + parts[1][d] + parts[2][d] + parts[3][d];
         const int v = d - 8 * LANES;
-        if (d < D) d_a[own * D + d] = Rounded<TYPE>::of(sum);
-        if (v >= 0 && v < DV) d_b[own * DV + v] = Rounded<TYPE>::of(sum);
+        if (d < D) d_a[own * D + d] = rounded<TYPE>(sum);
+        if (v >= 0 && v < DV) d_b[own * DV + v] = rounded<TYPE>(sum);
     }
 }
 #endif
@@ -2726,7 +2488,6 @@ attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* other_a, const TY
 // smem  struct Tiles for each warp: 32 KB at D = DV = 64
 // cost  2 * (D + DV) bytes a slot out of L2, with SUMS 4 * (D + DV) bytes of atomics
 // All products but those of SUMS have heads for columns: of s [16 keys, 8 heads] nothing is padding.
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTEND_BACKWARD_MMA
 constexpr int STEPS = (D + 15) / 16, VSTEPS = (DV + 15) / 16;  // of 16 values
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;
@@ -2746,8 +2507,7 @@ __device__ void atomic_add_x2(float* at, float x, float y) {
 // The operand b of a product with x^T, x [heads, WIDTH] of up to 8 heads: of every 16 values two registers.
 template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], const bf16* x, int heads) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 2 * N; i++) {
+    UNROLL for (int i = 0; i < 2 * N; i++) {
         const int at = i * 8 + lane % 4 * 2;
         b[i / 2][i % 2] = lane / 4 < heads && at < WIDTH ? *(const unsigned*)(x + lane / 4 * WIDTH + at) : 0;
     }
@@ -2757,8 +2517,7 @@ template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], cons
 template <int N>
 __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsigned (&b)[N][2]) {
     const int row = threadIdx.x % 16, chunk = threadIdx.x % 32 / 16;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
+    UNROLL for (int i = 0; i < N; i++) {
         unsigned a[4];
         ldmatrix_x4(a, tile + row * row_bytes + swizzled(row, i * 2 + chunk));
         mma_m16n8k16(d, a, b[i][0], b[i][1], bf16());
@@ -2769,8 +2528,7 @@ __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsi
 template <int WIDTH, int N>
 __device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], const unsigned (&b)[N][2]) {
     const unsigned a[4] = {x[0], x[1], 0, 0};  // of 16 columns the last 8 are no heads
-#pragma unroll
-    for (int i = 0; i < WIDTH / 8; i++) {
+    UNROLL for (int i = 0; i < WIDTH / 8; i++) {
         float d[4] = {};
         mma_m16n8k16(d, a, movmatrix_trans(b[i / 2][i % 2]), 0, bf16());
         for (int e = 0; e < 2; e++)
@@ -2778,9 +2536,9 @@ __device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], con
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128, SUMS ? 2 : 4)
-attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v, const float2* norms,
-                    const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K, double scale) {
+KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v,
+        const float2* norms, const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K,
+        double scale) {
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = H / G, parts = (r + 7) / 8;
     const int part = blockIdx.x % parts, group = blockIdx.x / parts % G, heads = min(8, r - part * 8);
@@ -2804,8 +2562,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
         return key < S ? key : -1;
     };
     const auto copy = [&](auto& tile, const bf16* from, int width, int key) {
-#pragma unroll
-        for (int j = 0; j < width / 16 + width % 16 / 8; j++) {
+        UNROLL for (int j = 0; j < width / 16 + width % 16 / 8; j++) {
             const int chunk = j * 32 + lane, row = chunk / (width / 8), column = chunk % (width / 8);
             const int own = __shfl_sync(ALL, key, row % 16);
             const unsigned to = cvta_shared(&tile[row % 16]) + swizzled(row % 16, column);
@@ -2829,8 +2586,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
         multiply(s, k_tile, 2 * ROW, q_b), multiply(dp, v_tile, 2 * VROW, dout_b);
         unsigned p_a[2], ds_a[2];  // of keys lane / 4 and lane / 4 + 8
         float* sums[2];
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             const int own = __shfl_sync(ALL, key, lane / 4 + e * 8);
             float p[2], ds[2];
             for (int h = 0; h < 2; h++) {
@@ -2841,8 +2597,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
             sums[e] = own < 0 ? nullptr : dkv + (i64(own) * G + group) * (D + DV);
         }
         const unsigned b[2] = {movmatrix_trans(ds_a[0]), movmatrix_trans(ds_a[1])};
-#pragma unroll
-        for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
+        UNROLL for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
             unsigned a[4];
             const int row = lane / 16 * 8 + lane % 8;
             ldmatrix_x4_trans(a, k_tile + row * 2 * ROW + swizzled(row, j * 2 + lane / 8 % 2));
@@ -2858,8 +2613,7 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
     cp_async_wait_all();
     __syncthreads();
     float* all = (float*)shared;  // [4 warps][8 heads][D]
-#pragma unroll
-    for (int j = 0; j < STEPS; j++)
+    UNROLL for (int j = 0; j < STEPS; j++)
         for (int e = 0; e < 4; e++) {
             const int d = j * 16 + lane / 4 + e / 2 * 8;
             if (d < D) all[(warp * 8 + lane % 4 * 2 + e % 2) * D + d] = sum[j][e];
@@ -2877,13 +2631,11 @@ attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* 
 //       sees [M, N] bool
 // out   lse [M, H] of ACC, every element written
 // grid  ceil(M * H / 8)  block 256: a warp a head of a query
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ATTENTION_LSE
 constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
 
-extern "C" __global__ void __launch_bounds__(256)
-attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query, i64 s_group,
-              double scale) {
+KERNEL(256) attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query,
+        i64 s_group, double scale) {
     const i64 at = blockIdx.x * 8ll + threadIdx.x / 32, m = at / H, h = at % H;
     if (m >= M) return;
     const ACC c = scale, inf = ACC(CUDART_INF_F);
@@ -2892,18 +2644,15 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
     ACC top = -inf, total = 0;  // of this lane: the maximum so far, and the sum of exp(logit - top)
     for (i64 n0 = threadIdx.x % 32; n0 < N; n0 += 32 * LOADS) {
         ACC logit[LOADS], before = top;
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) {
+        UNROLL for (int i = 0; i < LOADS; i++) {
             const i64 n = min(n0 + 32 * i, N - 1);
             const ACC x = c * s[n];
             logit[i] = n0 + 32 * i < N && sees[n] ? x : -inf;
         }
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
+        UNROLL for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
         if (top == -inf) continue;
         total *= exp(before - top);
-#pragma unroll
-        for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
+        UNROLL for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
     }
     const ACC all = max_of_warp(top);
     total = sum_of_warp(top == -inf ? ACC(0) : total * exp(top - all));
@@ -2917,11 +2666,9 @@ attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64
 // in    x = q . k as attention_lse has it, and of each head w [M, H]: its lse, or a weight; sees, with TARGET
 // out   out [M, N] of ACC, every element written
 // grid  M * ceil(N / 256)  block 256: a thread a key
-// ---------------------------------------------------------------------------------------------------------
 #ifdef SUM_OF_HEADS
-extern "C" __global__ void __launch_bounds__(256)
-sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R, i64 s_query,
-             i64 s_group, double scale) {
+KERNEL(256) sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R,
+        i64 s_query, i64 s_group, double scale) {
     const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
     if (n >= N) return;
     x += m * s_query + n, w += m * H;
@@ -2942,12 +2689,9 @@ sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 
 // in    r = index_q . index_k [M, J, N], d_scores [M, N], weights [M, J] of ACC
 // out   d_r [M, J, N] of TYPE, d_w [M, J] of ACC, every element written
 // grid  M * J  block 256: a head of a query
-// ---------------------------------------------------------------------------------------------------------
 #ifdef INDEXER_BACKWARD
-extern "C" __global__ void __launch_bounds__(256)
-indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
-                 TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
-    __shared__ ACC parts[8];
+KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
+        TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
     const i64 at = blockIdx.x, m = at / J;
     const ACC weight = weights[at];
     ACC sum = 0;
@@ -2956,12 +2700,9 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
         const ACC x = r[at * N + n], d = d_scores[m * N + n];
         const bool on = x > 0;
         sum += on ? d * x : 0;
-        d_r[at * N + n] = Rounded<TYPE>::of(on ? d * weight : 0);
+        d_r[at * N + n] = rounded<TYPE>(on ? d * weight : 0);
     }
-    sum = sum_of_warp(sum);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-    __syncthreads();
-    for (int w = 1; w < 8; w++) sum += parts[w];
+    sum = sum_of_block(sum);
     if (threadIdx.x == 0) d_w[at] = sum;
 }
 #endif
@@ -2972,39 +2713,31 @@ indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, co
 //       in the order of the queries; first [S + 1] i64: where each key's begin
 // out   sums [S, G, width] of ACC grow by it, one row after the other, so that runs agree bit for bit
 // grid  S * G  block 128
-// ---------------------------------------------------------------------------------------------------------
 #ifdef ADD_BY_KEY
 constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
 
-extern "C" __global__ void __launch_bounds__(128)
-add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
+KERNEL(128) add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
     sums += blockIdx.x * width;
     x += g * K * width;
     ACC sum[COLUMNS], part[LOADS][COLUMNS];
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++) {
+    UNROLL for (int j = 0; j < COLUMNS; j++) {
         const int d = threadIdx.x + 128 * j;
         sum[j] = d < width ? sums[d] : 0;
     }
     for (i64 i = begin; i < end; i += LOADS) {
-#pragma unroll
-        for (int l = 0; l < LOADS; l++) {
+        UNROLL for (int l = 0; l < LOADS; l++) {
             const ACC* row = x + order[min(i + l, end - 1)] * width;
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) {
+            UNROLL for (int j = 0; j < COLUMNS; j++) {
                 const int d = threadIdx.x + 128 * j;
                 part[l][j] = i + l < end && d < width ? row[d] : 0;
             }
         }
-#pragma unroll
-        for (int l = 0; l < LOADS; l++)
-#pragma unroll
-            for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
+        UNROLL for (int l = 0; l < LOADS; l++)
+            UNROLL for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
     }
-#pragma unroll
-    for (int j = 0; j < COLUMNS; j++) {
+    UNROLL for (int j = 0; j < COLUMNS; j++) {
         const int d = threadIdx.x + 128 * j;
         if (d < width) sums[d] = sum[j];
     }

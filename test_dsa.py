@@ -4121,7 +4121,7 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
     *(("index_scores_fma", {"REAL": x}) for x in (FLOAT, DOUBLE)),
     *(("index_scores_mma", {"ELEMENT": x, "J": 64, "E": 128, "PITCH": 128, "HEADS": 64, "TILES": 4})
       for x in (BF16, HALF, CODES)),
-    ("index_scores_mma", {"ELEMENT": BF16, "J": 3, "E": 31, "PITCH": 32, "HEADS": 8, "TILES": 4}),
+    ("index_scores_mma", {"ELEMENT": BF16, "J": 3, "E": 30, "PITCH": 32, "HEADS": 8, "TILES": 4}),
     *(("index_scores_few_wgmma", {"J": J, "TOGETHER": many}) for J in (32, 64) for many in (1, 2)),
     *(("index_scores_wgmma", {"ELEMENT": x, "J": J, "E": E}) for x, J, E in (
         (CODES, 64, 128), (CODES, 32, 128), (BF16, 64, 128), (BF16, 32, 128), (HALF, 128, 64))),
