@@ -3041,10 +3041,10 @@ def scratch(chip, nbytes):
     return memory
 
 
-def launch(name, block, grid, arrays, sizes, place=(), **constants):
+def launch(name, block, grid, arrays, sizes, place=(), shared=0, **constants):
     """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
     numbers = as_arguments(*place) + as_arguments(*sizes)
-    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers)
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers, shared)
 
 
 def aligned(x, multiple=1):
@@ -3055,12 +3055,6 @@ def aligned(x, multiple=1):
     padded = sys.modules["cupy"].zeros((*x.shape[:-1], x.shape[-1] + more), x.dtype)
     padded[..., : x.shape[-1]] = x
     return padded
-
-
-def straight(shape, x):
-    """Does x, of a shape, stand as `aligned` leaves it?"""
-    steps = [x.dtype.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    return x.place == 0 and all(n == 1 or a == b for n, a, b in zip(shape, x.strides, steps))
 
 
 def standing(x, axes):
@@ -3122,13 +3116,8 @@ def score_plan(chip, batch, T, J, E, *given):
     q, k, w = (Like(*x) for x in given)
     real, blocks = accumulator(q, k, w), math.prod(batch)
     found, queries, keys, shared = score_kernel(chip, (q.dtype, k.dtype), real, J, E, T)
-    plain = found.name == "index_scores_fma"
+    plain, of_fitting = found.name == "index_scores_fma", None  # by how many rows sequences of keys are apart
     dtype, vector = (real, 1) if plain else (q.dtype, 16 // q.dtype.itemsize)
-    fits = q.dtype == k.dtype == dtype and E % vector == 0 and straight((*batch, T, J, E), q)
-    fits = fits and w.dtype == real and straight((*batch, T, J), w)
-    row = k.dtype.itemsize * max(1, E + 4 * (k.dtype == np.uint8))  # rows are read side by side
-    side_by_side = len(k.strides) < 4 and k.strides[-2:] == (row, k.dtype.itemsize) and k.place == 0
-    fits = fits and side_by_side and k.strides[0] % row == 0
     first, last = as_arguments(T), as_arguments(J, E) if plain else []
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
         # DeepSeek-V3.2's indexer: its attention takes longest to compile, which begins here, as a guess.
@@ -3138,11 +3127,14 @@ def score_plan(chip, batch, T, J, E, *given):
         attention_kernels(chip, blocks * T, 2048, *latents, 64 if fp8 else None)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
-        if not fits:
-            index_q, index_k, weights = fitted(index_q, index_k, weights)
-        S = index_k.shape[-2]
-        apart = index_k.strides[0] // max(1, index_k.shape[-1] * index_k.itemsize)
-        arrays = index_q, index_k, weights, k_start, k_end, scores
+        nonlocal of_fitting
+        if (apart := of_fitting) is None:
+            given = index_q, index_k, weights
+            index_q, index_k, weights = fitted(*given)
+            apart = index_k.strides[0] // max(1, index_k.shape[-1] * index_k.itemsize)
+            if index_q is given[0] and index_k is given[1] and weights is given[2]:
+                of_fitting = apart  # nothing was to be done, nor will be for arrays like these
+        S, arrays = index_k.shape[-2], (index_q, index_k, weights, k_start, k_end, scores)
         offset, many, more = S - T if offset is None else offset, queries, last
         if found.name == "index_scores_wgmma":
             many = queries_of_block(chip.processors, blocks, T, min(S, offset + T), queries, keys)
@@ -3298,9 +3290,12 @@ def attention_kernels(chip, rows, slots, kind, shape, *how):
 
 
 @plan
-def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tied, *given):
-    """What launches (3) for q, k and v like those given. dtype: out's. slots: a query's, or all its keys."""
-    (q, k, v), (H, _, D, Dv), rows = (Like(*x) for x in given), shape, math.prod(batch) * T
+def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *given):
+    """What launches (3) for q, k and v like those given; v is None where k holds the values, too. dtype:
+    out's. slots: a query's, or all its keys.
+    """
+    (H, _, D, Dv), rows, tied = shape, math.prod(batch) * T, given[2] is None
+    q, k, v = (Like(*(x or given[1])) for x in given)
     *_, real, out_dtype = kind = q.dtype, k.dtype, v.dtype, accumulator(q, k, v), np.dtype(dtype or q.dtype)
     places = [(x.place, *(0, *x.strides)[-4:-1]) for x in (k, v)]
     how = kind, shape, places, tied, rope
@@ -3309,11 +3304,15 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, tie
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
     first, merged = as_arguments(T), as_arguments(splits, rows * H, H, Dv)
     last = as_arguments(*shape[:2], slots if sparse else -1, chunk, *strides, np.float64(scale), *more)
-    q_fits, results, lse_bytes = straight((*batch, T, H, D), q), (*batch, T, H, Dv), rows * H * real.itemsize
+    results, lse_bytes, q_fits = (*batch, T, H, Dv), rows * H * real.itemsize, False
     lse_at = -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
 
     def run(q, k, v, num_keys, indices, k_start, k_end, sink):
-        xp, q = sys.modules["cupy"], q if q_fits else aligned(q)
+        nonlocal q_fits
+        if not q_fits:
+            given, q = q, aligned(q)
+            q_fits = q is given  # as in score_plan
+        xp = sys.modules["cupy"]
         sink = None if sink is None else xp.ascontiguousarray(sink, real)
         numbers = first + as_arguments(num_keys) + last
         memory = scratch(chip, lse_at + lse_bytes)  # for both, as it costs half as much as a launch
@@ -3343,7 +3342,7 @@ def gpu_attention(
     k = standing(k, 3)
     v = k if tied else standing(v, 3)
     shape, slots = (n["H"], k.shape[-2], D, Dv), n["S"] if indices is None else indices.shape[-1]
-    how = slots, indices is not None, scale, out_dtype, rope, tied, like(q), like(k), like(v)
+    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), None if tied else like(v)
     indices = None if indices is None else slot_indices(indices)
     run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
     return run(q, k, v, n["S"], indices, k_start, k_end, sink)
@@ -3418,10 +3417,8 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
     if alike and narrow and (at_once or r <= (4, 16)[by_mma]):
         grads = gradients_by_rows(n, q, k, v, *rest, by_mma, at_once)
-    elif alike and latent and by_mma and chip(q).sm == 90:
-        grads = gradients_of_latents(n, q, k, *rest)
     else:
-        grads = gradients_of_slots(n, q, k, v, *rest)
+        grads = gradients_of_slots(n, q, k, v, *rest, alike and latent and by_mma and chip(q).sm == 90)
     return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in zip(grads, (q, k, v, sink)))
 
 
@@ -3433,61 +3430,55 @@ def norms_of(out, lse, dout, z):
     return cupy.stack([np.logaddexp(lse, z), delta], -1), -from_z.sum(tuple(range(lse.ndim - 1)))
 
 
-def gradients_of_slots(n, q, k, v, indices, out, lse, dout, z, scale):
+def gradients_of_slots(n, q, k, v, indices, out, lse, dout, z, scale, latent):
     """dq, dk, dv and dz of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
     xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], out.shape[-1]
     r, tied, acc, dz = H // G, v is None, z.dtype, xp.zeros_like(z)
-    width, dq = D if tied else D + Dv, xp.empty(q.shape, acc)
-    dkv = xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
+    width, heads = D if tied else D + Dv, -(-H // 32) * 32
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
-    both_bytes = kind.itemsize + acc.itemsize
-    bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * both_bytes + 32)
+    dq, dkv = xp.empty(q.shape, kind if latent else acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
+    bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
+    bytes_each = 4 * heads * D + N * (4 * D + 4 * heads + 32) if latent else bytes_each
     for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
-        M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
-        values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
-        q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
-        s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
-        pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
-        norms, from_z = norms_of(out[b][t], lse[b][t], dout[b][t], z)
-        arrays, sizes = (s, dp, rows, norms, pairs), (N, H, G, np.float64(scale))
-        launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
-        product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        M, (norms, from_z) = len(rows), norms_of(out[b][t], lse[b][t], dout[b][t], z)
         dz += from_z
-        by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
-        if tied:  # one product: [dS, P]^T [q, dout]
-            both = xp.zeros((M * G, 2, r, D), kind)
-            both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
-            slots = product(by_key, both.reshape(M * G, 2 * r, D))
-        else:  # [dS^T q, P^T dout]
-            slots = xp.empty((M * G, N, width), acc)
-            product(by_key[..., :r], q_t, slots[..., :D])
-            product(by_key[..., r:], dout_t, slots[..., D:])
+        if latent:
+            slots = slots_of_latents(q[b][t], k[b], dout[b][t], rows, norms, scale, dq[b][t])
+        else:
+            keys = gathered_slots(k[b], rows)  # [M * G, N, D]
+            values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
+            q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
+            s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
+            pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
+            arrays, sizes = (s, dp, rows, norms, pairs), (N, H, G, np.float64(scale))
+            launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
+            product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+            by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
+            if tied:  # one product: [dS, P]^T [q, dout]
+                both = xp.zeros((M * G, 2, r, D), kind)
+                both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
+                slots = product(by_key, both.reshape(M * G, 2 * r, D))
+            else:  # [dS^T q, P^T dout]
+                slots = xp.empty((M * G, N, width), acc)
+                product(by_key[..., :r], q_t, slots[..., :D])
+                product(by_key[..., r:], dout_t, slots[..., D:])
         add_by_key(rows, slots, dkv[b])
     return dq, dkv[..., :D], dkv[..., D:], dz
 
 
-def gradients_of_latents(n, q, k, indices, out, lse, dout, z, scale):
-    """The same for latents in bfloat16 on Hopper, where one kernel does all but the product of a slot,
-    [dS, P]^T [q, dout]. Heads come in parts of 32, or all in one.
+def slots_of_latents(q, k, dout, rows, norms, scale, dq):
+    """[dS, P]^T [q, dout] of each slot, and dq, for latents in bfloat16 on Hopper, where one kernel does all
+    but that product. Heads come in parts of 32, or all in one.
     """
-    xp, (S, H, D), N = n["xp"], (n[axis] for axis in "SHD"), indices.shape[-1]
-    parts, heads, dz = -(-H // 32), min(H, 32), xp.zeros_like(z)
-    q, k, dout = map(aligned, (q, k, dout))
-    dq, dk = xp.empty(q.shape, q.dtype), xp.zeros(k.shape, z.dtype)
-    run, shared = kernel(chip(q), "attend_backward_wgmma", 384, D=D), 384 * D + 8192 + D // 4  # struct Plan
-    bytes_each = 128 * parts * D + N * (4 * D + 128 * parts + 32)
-    for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
-        M, (norms, from_z) = len(rows), norms_of(out[b][t], lse[b][t], dout[b][t], z)
-        both = xp.zeros((M, parts, 2, 32, D), q.dtype)
-        for i, x in enumerate((q[b][t], dout[b][t])):  # 16 bytes at a time
-            wide = x.view(np.complex128).reshape(M, parts, heads, -1)
-            both.view(np.complex128)[:, :, i, :heads, : wide.shape[-1]] = wide
-        pairs = xp.empty((M, N, parts * 64), q.dtype)  # dS and P
-        arrays, numbers = (both, k[b], norms, rows, dq[b][t], pairs), (S, H, N, np.float64(scale))
-        run((M * -(-parts // 2),), arrays, as_arguments(*numbers), shared)
-        dz += from_z
-        add_by_key(rows, product(pairs, both.reshape(M, parts * 64, D)), dk[b])
-    return dq, dk, None, dz
+    xp, (M, H, D), N, parts = sys.modules["cupy"], q.shape, rows.shape[1], -(-q.shape[1] // 32)
+    both, pairs = xp.zeros((M, parts, 2, 32, D), q.dtype), xp.empty((M, N, parts * 64), q.dtype)
+    for i, x in enumerate((q, dout)):  # 16 bytes at a time
+        wide = x.view(np.complex128).reshape(M, parts, min(H, 32), -1)
+        both.view(np.complex128)[:, :, i, : wide.shape[2], : wide.shape[3]] = wide
+    arrays, sizes = (both, k, norms, rows, dq, pairs), (len(k), H, N, np.float64(scale))
+    grid, shared = (M * -(-parts // 2),), 384 * D + 8192 + D // 4  # struct Plan of the kernel
+    launch("attend_backward_wgmma", 384, grid, arrays, sizes, shared=shared, D=D)
+    return product(pairs, both.reshape(M, parts * 64, D))
 
 
 def gradients_by_rows(n, q, k, v, indices, out, lse, dout, z, scale, by_mma, at_once):
@@ -3496,25 +3487,24 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, z, scale, by_mma, at_
     """
     xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
     (norms, dz), (q, k, v, dout) = norms_of(out, lse, dout, z), map(aligned, (q, k, v, dout))
-    widths, sizes = {"D": D, "DV": v.shape[-1]}, as_arguments(S, H, G, K, np.float64(scale))
-    by_rows = functools.partial(kernel, chip(q), "attend_backward_rows", 128, TYPE=q.dtype, **widths)
-    by_key: Any = None if at_once else by_rows(BY_KEY=1)
-    mma = functools.partial(kernel, chip(q), "attend_backward_mma", 128, SUMS=int(at_once), **widths)
-    by_query = mma() if by_mma else by_rows(BY_KEY=0)
+    widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
+    by_rows = functools.partial(launch, "attend_backward_rows", 128, sizes=sizes, TYPE=q.dtype, **widths)
     sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
             shared = 2**8 * sum(-(-width // 64) * 64 for width in widths.values())  # struct Tiles of 4 warps
-            grid = (T * G * -(-H // G // 8),)
-            by_query(grid, (*pairs, rows, dq[b], sums[b] if at_once else None), sizes, shared)
+            grid, to = (T * G * -(-H // G // 8),), (dq[b], sums[b] if at_once else None)
+            how = widths | {"shared": shared, "SUMS": int(at_once)}
+            launch("attend_backward_mma", 128, grid, (*pairs, rows, *to), sizes, **how)
         else:
-            by_query((T * H,), (*pairs, rows, None, dq[b], None), sizes)
+            by_rows(grid=(T * H,), arrays=(*pairs, rows, None, dq[b], None), BY_KEY=0)
         if not at_once:
             queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
-            arrays = k[b], v[b], q[b], dout[b], norms[b], queries.astype(np.int32), first
-            by_key((S * G,), (*arrays, *(x[b] for x in dk_dv)), sizes)
+            places = queries.astype(np.int32), first
+            arrays = k[b], v[b], q[b], dout[b], norms[b], *places, *(x[b] for x in dk_dv)
+            by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
     return dq, *((sums[..., :D], sums[..., D:]) if at_once else dk_dv), dz
 
 
@@ -3586,14 +3576,14 @@ def query_chunks(n, indices, windows, bytes_each):
 
 
 def factors(acc, *arrays):
-    """A dtype that cuBLAS multiplies and sums in acc, and the arrays in it, contiguous: theirs, or acc.
+    """A dtype that cuBLAS multiplies and sums in acc, and the arrays in it, `aligned`: theirs, or acc.
 
     Not float16: gradients of its scores are often so small that it would round them to 0.
     """
     kind, *others = {x.dtype for x in arrays}
     if others or kind.name != "bfloat16" or acc != np.float32 or chip(arrays[0]).sm < 80:
         kind = acc
-    return kind, [sys.modules["cupy"].ascontiguousarray(x, kind) for x in arrays]
+    return kind, [aligned(x.astype(kind, copy=False)) for x in arrays]
 
 
 def gathered_slots(x, rows):
@@ -3609,11 +3599,12 @@ def gathered_slots(x, rows):
 def product(a, b, out=None):
     """a [N, m, k] @ b [N, k, n] of one dtype, by cuBLAS -> [N, m, n], or out, in the dtype of its sums.
 
-    Of each of the last two axes of a and b one is contiguous; the rows of out may stand further apart.
+    Of the last two axes of a and b one is contiguous; the rows of out may stand further apart. a and out may
+    be [B, T, N, k or n], of evenly spaced rows m = B * T: to make views of them takes time.
     """
-    cupy, shape = sys.modules["cupy"], (*a.shape[:2], b.shape[2])
-    out = cupy.empty(shape, accumulator(a)) if out is None else out
-    if 0 in shape or not a.shape[2]:
+    cupy = sys.modules["cupy"]
+    out = cupy.empty((*a.shape[:2], b.shape[2]), accumulator(a)) if out is None else out
+    if not a.size * out.size:
         out[...] = 0
         return out
     before, between, after, how = product_plan(*((x.shape, x.strides, x.dtype) for x in (a, b, out)))
@@ -3626,16 +3617,18 @@ def product(a, b, out=None):
 def product_plan(a, b, out):
     """What cuBLAS is told of such arrays: in front of their pointers, between them and behind."""
 
-    def operand(shape, strides, dtype):  # is it transposed?, the type, the lengths of a row and of a matrix
+    def operand(shape, strides, dtype):  # [N, m, k], transposed?, type, the lengths of a row and of a matrix
+        if len(shape) == 4:
+            shape, strides = (shape[2], shape[0] * shape[1], shape[3]), (strides[2], strides[1], strides[3])
         (_, rows, columns), (matrix, row, column) = shape, (stride // dtype.itemsize for stride in strides)
         straight = (column == 1 or columns == 1) and (row >= columns or rows == 1)
         row = max(row, columns) if straight else column
-        return int(not straight), CUDA_R[dtype.char], row, matrix
+        return shape, int(not straight), CUDA_R[dtype.char], row, matrix
 
     # cuBLAS goes by columns, to which our rows are the transpose: out^T = b^T a^T.
-    (a_t, *a_is), (b_t, *b_is), (_, *out_is) = (operand(*x) for x in (a, b, out))
-    (N, m, k), n, (one, zero, how) = a[0], b[0][2], SUMS[F64 if a[2] == F64 else F32]
-    return (b_t, a_t, n, m, k, one), b_is, (*a_is, zero), (*out_is, N, *how)
+    ((N, m, k), a_t, *a_is), (b_shape, b_t, *b_is), (_, _, *out_is) = (operand(*x) for x in (a, b, out))
+    one, zero, how = SUMS[F64 if a[2] == F64 else F32]
+    return (b_t, a_t, b_shape[2], m, k, one), b_is, (*a_is, zero), (*out_is, N, *how)
 
 
 def add_by_key(rows, slots, sums):
@@ -3740,12 +3733,6 @@ def gpu_projected(x, weight, dtype=None):
     return y.astype(dtype or acc, copy=False)
 
 
-def gpu_by_heads(x, weight, out):
-    heads, found = (z.reshape(-1, *z.shape[2:]).swapaxes(0, 1) for z in (x, out))  # [H, B * T, in or out]
-    product(heads, weight, found)
-    return out
-
-
 @functools.lru_cache(maxsize=8)
 def turn_table(d, length, dtype, device):
     """cos and sin at the first positions, [length, 1, rope / 2]; all layers of a model share it."""
@@ -3777,6 +3764,6 @@ def gpu_rotate(x, turn, interleaved, out=None):
 
 # gpu_x runs x where the arrays are CuPy's.
 gpu_dense_attention = gpu_sparse_attention = gpu_attention
-gpu_by_rows = gpu_projected
+gpu_by_heads, gpu_by_rows = product, gpu_projected
 KERNELS |= {(name[4:], "cupy"): run for name, run in [*globals().items()] if name.startswith("gpu_")}
 KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place
