@@ -638,6 +638,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
 
 
 ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int")  # what a cache attends with
+ANY_ARRAY = ("...",), ()  # of a stream, whose shape is checked apart
 STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
 
 
@@ -701,7 +702,7 @@ class KVCache:
         expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, x in tokens.items():
-            dims(self.xp, **{name: (x, "...")})
+            sizes({name: ANY_ARRAY}, tokens, (), self.xp)
             expected = (self.batch, *count, *self.streams[name])
             if x.shape != expected:
                 raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
@@ -853,12 +854,14 @@ def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    arrays = [(name, given[name]) for name in declared if given[name] is not None or name not in optional]
-    for name, x in arrays:
-        xp = library(name, x, xp)
-        if not x.dtype.isnative:
-            given[name] = x.astype(native(x))
-    return {**sizes_of(tuple([(name, declared[name], x.dtype, x.shape) for name, x in arrays])), "xp": xp}
+    arrays = []
+    for name, axes in declared.items():
+        if (x := given[name]) is not None or name not in optional:
+            xp = library(name, x, xp)
+            arrays.append((name, axes, x.dtype, x.shape))
+            if not x.dtype.isnative:
+                given[name] = x.astype(native(x))
+    return {**sizes_of(tuple(arrays)), "xp": xp}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -999,9 +1002,9 @@ def check_options(n, given):
         expect(fits, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
-        names = ("top_k", "local_window", "num_sink_tokens")
-        given.update(zip(names, quota(*(given[name] for name in names))))
-        n["K"] = min(given["top_k"], n["S"])
+        forced = given["local_window"], given["num_sink_tokens"]
+        top_k, given["local_window"], given["num_sink_tokens"] = quota(given["top_k"], *forced)
+        given["top_k"], n["K"] = top_k, min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
@@ -2968,6 +2971,7 @@ plan = functools.lru_cache(maxsize=4096)
 
 COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
 say_once = functools.cache(print)
+several_devices = functools.cache(lambda: sys.modules["cupy"].cuda.runtime.getDeviceCount() > 1)
 
 
 class Kernel:
@@ -3011,7 +3015,7 @@ class Kernel:
         An array arrives as a pointer to where it begins, None as a null pointer; numbers: as_arguments.
         """
         array, device, (null,) = sys.modules["cupy"].ndarray, self.chip.device, as_arguments(0)
-        for x in arrays:
+        for x in arrays if several_devices() else ():
             if isinstance(x, array) and x.data.device_id != device:
                 raise ValueError(f"an array is on device {x.data.device_id}, expected {device}")
         if min(grid) > 0:
@@ -3194,7 +3198,7 @@ def blocks_of_row(chip, rows, num_keys):
 def ranked(chip, real, batch, T, S, offset, quota, scores, k_start, k_end, indices=None):
     """(2) for scores, an array or a pointer, as indices. offset: S - T, or of all queries."""
     rows, shape = math.prod(batch) * T, (*batch, T, min(quota[0], S))
-    found, blocks, shared = topk_kernel(chip, real, rows, min(S, 2**15), quota)  # one for all S from there on
+    found, blocks, shared = topk_kernel(chip, real, rows, min(S, 2**14 + 1), quota)  # one for all longer rows
     indices = sys.modules["cupy"].ndarray(shape, np.int32) if indices is None else indices
     numbers = as_arguments(T, S, shape[-1], offset, quota[0], *(min(x, S) for x in quota[1:]))
     found((rows * blocks,), (scores, k_start, k_end, indices), numbers, shared)
@@ -3218,7 +3222,7 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     if rows <= most:
         memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
-        topk_kernel(scored.chip, real, rows, min(S, 2**15), quota)  # is compiled beside that of the scores
+        topk_kernel(scored.chip, real, rows, min(S, 2**14 + 1), quota)  # compiles beside the scores
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
         return ranked(scored.chip, real, batch, T, S, S - T, quota, scores, k_start, k_end)
     indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
