@@ -1640,36 +1640,28 @@ LM = SimpleNamespace(
 TOY = SimpleNamespace(
     d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
     dense=40, warm=32, more=16, last=24, K=[2, 8, 16], text=2**20)  # fmt: skip
-WARM, FIRST, SECOND = "DSA, warm-up alone", "DSA, trained at 6%", "DSA, then at 1.6%"
-MORE, AGAIN, BEGUN, SCRATCH = (
-    "dense, continued",
-    "dense, continued twice",
-    "window, begun",
-    "window, from scratch",
-)
+WARM, FIRST, SCRATCH = "DSA, warm-up alone", "DSA, trained at 6%", "window, from scratch"
+MORE, AGAIN = "dense, continued", "dense, continued twice"
 RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.5, 0))
 FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
-Function = torch.autograd.Function if torch else object
+MATRICES, OTHERS = ("qkv", "out", "up", "down"), ("gain", "index", "embed", "head")
+F = torch and torch.nn.functional
 
 
 def methods(z) -> dict[str, Any]:
-    """Whose weights each begins with, the dense one that has read as much, how it chooses keys, how many of
-    them (or, up to 1, which share), steps of training, and their rates.
-    """
+    """Whose weights it begins with, which dense read as much, how it chooses keys; how many, steps, rates."""
     one = z.contexts[1] // 16
     return {
         "dense": ("", "", "dense", 1, z.dense, RISE),
-        BEGUN: ("", "dense", "window", one, z.dense, RISE),
+        "window, begun": ("", "dense", "window", one, z.dense, RISE),
         WARM: ("dense", "dense", "lightning", 1, z.warm, FALL),
         MORE: ("dense", "", "dense", 1, z.more, LAST),
         AGAIN: (MORE, "", "dense", 1, z.last, LAST),
         "window, trained": ("dense", MORE, "window", one, z.more, LAST),
-        SCRATCH: (BEGUN, MORE, "window", one, z.more, LAST),
+        SCRATCH: ("window, begun", MORE, "window", one, z.more, LAST),
         FIRST: (WARM, MORE, "lightning", 1 / 16, z.more, LAST),
-        SECOND: (FIRST, AGAIN, "lightning", 1 / 64, z.last, LAST),
+        "DSA, then at 1.6%": (FIRST, AGAIN, "lightning", 1 / 64, z.last, LAST),
         "random and window, trained": ("dense", MORE, "random", one, z.more, LAST),
-        "random and window": ("dense", "dense", "random", one, 0, LAST),
-        "window": ("dense", "dense", "window", one, 0, LAST),
         "oracle's keys": ("dense", "dense", "oracle", one, 0, LAST),
         "before warm-up": ("dense", "dense", "lightning", one, 0, LAST),
     }
@@ -1680,7 +1672,7 @@ def give(x):
     return sys.modules["cupy"].from_dlpack(x.detach()) if x.is_cuda else x.detach().numpy()
 
 
-class Ours(Function):  # type: ignore[misc, valid-type]
+class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
     """run(*arrays) -> a result, and what makes the arrays' gradients of the result's: both are dsa's."""
 
     @staticmethod
@@ -1699,35 +1691,34 @@ def fused(run):
     return lambda x, *rest: (compiled() if x.is_cuda and len(x) > 99 else run)(x, *rest)
 
 
-def normed(x):
-    return torch.nn.functional.rms_norm(x, x.shape[-1:])
-
-
-def turned(x, turn):
-    """RoPE of the first half of x [N, heads, D]; turn [N, 1, D / 2]: cosines, then sines."""
-    (cos, sin), (a, b, rest) = turn.chunk(2, -1), x.tensor_split((x.shape[-1] // 4, x.shape[-1] // 2), -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
-
-
 @fused
-def before(x, turn, qkv, gain, index):
-    """Of states [N, d]: q, k, v; and index_q, index_k, weights, which teach the states nothing, if asked."""
-    x, H, D = normed(x), len(gain), 2 * turn.shape[-1]
+def before(x, turn, gain, qkv, index):
+    """Of states [N, d]: q, k, v, and if asked index_q, index_k, weights, which teach the states nothing.
+
+    RoPE turns the first half of each head; turn [N, 1, D / 2]: cosines, then sines.
+    """
+    H, D, (cos, sin) = len(gain), 2 * turn.shape[-1], turn.chunk(2, -1)
+
+    def turned(x):
+        a, b, rest = x.tensor_split((D // 4, D // 2), -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
+
+    x = F.rms_norm(x, x.shape[-1:])
     q, k, v = (x @ qkv.T).view(len(x), -1, D).split((H, 1, 1), 1)
-    found = turned(normed(q) * gain[:, None], turn), turned(normed(k), turn), v.contiguous()
+    found = turned(F.rms_norm(q, (D,)) * gain[:, None]), turned(F.rms_norm(k, (D,))), v.contiguous()
     if index is None:
         return found
     J = len(index) // (D + 1)
     y, weights = (x.detach() @ index.T).tensor_split(((J + 1) * D,), -1)
-    y = turned(y.view(len(x), J + 1, D), turn)
-    return *found, y[:, :J].contiguous(), normed(y[:, J]), weights.float() * (J * D) ** -0.5
+    y = turned(y.view(len(x), J + 1, D))
+    return *found, y[:, :J].contiguous(), F.rms_norm(y[:, J], (D,)), weights.float() * (J * D) ** -0.5
 
 
 @fused
 def after(x, y, out, up, down):
     """The rest of a layer, y [N, H * D] being attention's: an MLP that squares what is positive."""
     x = x + y @ out.T
-    return x + torch.relu(normed(x) @ up.T).square() @ down.T
+    return x + torch.relu(F.rms_norm(x, x.shape[-1:]) @ up.T).square() @ down.T
 
 
 def begin(z, device: str) -> dict[str, Any]:
@@ -1738,58 +1729,54 @@ def begin(z, device: str) -> dict[str, Any]:
     weights = {x: torch.randn(y) * d**-0.5 for x, y in (shapes | {"up": (L, 4 * d, d)}).items()}
     weights |= {"out": torch.zeros(L, d, n), "down": torch.zeros(L, d, 4 * d)}
     weights |= {"head": torch.zeros(1, 256, d), "gain": torch.full((L, z.H), 1.5)}
-    return {x: [part.to(device, copy=True) for part in y] for x, y in weights.items()}
+    return {x: [w.to(device, copy=True) for w in layers] for x, layers in weights.items()}
 
 
 def decoder(z, weights, ids, by, top_k, rows=0, past=()):
-    """Bytes [B, T] behind a past -> logits [B, T, 256], the indexers' KL, and the new past: k, v, index_k.
-
-    Multi-query attention with normed q and k; an indexer beside each layer, which learns at `rows` queries.
-    """
+    """Bytes [B, T] -> logits [B, T, 256], the indexers' KL at `rows` queries, as past k, v, index_k."""
     (B, T), kind = ids.shape, torch.bfloat16 if ids.is_cuda else torch.float32
     places = torch.arange(T, device=ids.device) + (past[0][0].shape[1] if past else 0)
     angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
     turn = torch.cat([angles.cos(), angles.sin()], -1).repeat(B, 1)[:, None]
-    x = normed(torch.nn.functional.embedding(ids.flatten(), weights["embed"][0])).to(kind)
-    kl, now = torch.zeros((), device=ids.device), []
-    for i, layer in enumerate(zip(*map(weights.get, ("gain", "index", "qkv", "out", "up", "down")))):
-        gain, asks, qkv, *rest = (w.to(kind) for w in layer)
-        found = before(x, turn, qkv, gain, asks if by == "lightning" else None)
+    x, kl, now = F.embedding(ids.flatten(), weights["embed"][0]), torch.zeros((), device=ids.device), []
+    x = F.rms_norm(x, (z.d,)).to(kind)
+    for i, layer in enumerate(zip(*(weights[name] for name in ("gain", "index", *MATRICES)))):
+        gain, index, qkv, *rest = (w.to(kind) for w in layer)
+        found = before(x, turn, gain, qkv, index if by == "lightning" else None)
         q, k, v, *index = (y.view(B, T, *y.shape[1:]) for y in found)
         if past:
             k, v, *index[1:2] = (torch.cat(y, 1) for y in zip(past[i], (k, v, *index[1:2])))
         now.append((k, v, *index[1:2]))
         y, loss = attention(q, k, v, index, by, top_k, rows)
         x, kl = after(x, y.reshape(B * T, -1), *rest), kl + loss
-    return (normed(x) @ weights["head"][0].to(kind).T).view(B, T, 256).float(), kl / z.layers, now
+    return (F.rms_norm(x, (z.d,)) @ weights["head"][0].to(kind).T).view(B, T, 256).float(), kl / z.layers, now
 
 
 def bits(z, weights, ids, *how):
     """Of each byte but the first, [B, T]; and the KL."""
     (logits, kl, _), want = decoder(z, weights, ids[:, :-1], *how), ids[:, 1:].long()
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), want.flatten(), reduction="none")
+    each = F.cross_entropy(logits.flatten(0, 1), want.flatten(), reduction="none")
     return each.view(want.shape) / math.log(2), kl
 
 
-def sdpa(q, k, v, seen=None):
-    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it."""
-    by, causal = torch.nn.attention.SDPBackend, seen is None and q.shape[1] > 1
-    fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
-    q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
+def sdpa(q, k, v, width: int = 0):
+    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it.
+
+    To the last `width` keys alone, blocks of as many queries see their own block and the one before.
+    """
+    (B, T, H, D), by, seen = q.shape, torch.nn.attention.SDPBackend, None
+    if width:
+        k, v = (F.pad(x, (0, 0, 0, 0, width, 0)).unfold(1, 2 * width, width) for x in (k, v))
+        k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [B * T / width, 2 * width, 1, D]
+        seen = torch.ones(width, 2 * width, dtype=torch.bool, device=q.device).tril(width).triu(1)
+        seen = seen.repeat(B, T // width, 1, 1)
+        seen[:, 0, :, :width] = False  # nothing stands before the first block
+        q, seen = q.reshape(-1, width, H, D), seen.flatten(0, 1)[:, None]
+    fast = [by.EFFICIENT_ATTENTION] if width else [by.CUDNN_ATTENTION, by.FLASH_ATTENTION]
+    q, k, v = (x.expand(-1, -1, H, -1).transpose(1, 2) for x in (q, k, v))
     with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
-    return out.transpose(1, 2)
-
-
-def newest(q, k, v, width: int):
-    """sdpa to the last `width` keys: blocks of as many queries see their own block and the one before."""
-    (B, T, *_), heads = q.shape, q.shape[2:]
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, width, 0)).unfold(1, 2 * width, width) for x in (k, v))
-    k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [B * T / width, 2 * width, 1, D]
-    seen = torch.ones(width, 2 * width, dtype=torch.bool, device=q.device).tril(width).triu(1)
-    seen = seen.repeat(B, T // width, 1, 1)
-    seen[:, 0, :, :width] = False  # nothing stands before the first block
-    return sdpa(q.reshape(-1, width, *heads), k, v, seen.flatten(0, 1)[:, None]).reshape(q.shape)
+        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and T > 1)
+    return out.transpose(1, 2).reshape(B, T, H, D)
 
 
 def as_one(kept, S: int):
@@ -1799,24 +1786,21 @@ def as_one(kept, S: int):
     return give(torch.where(kept < 0, -1, kept + begin).flatten(0, 1))
 
 
-def select(q, k, index, by, top_k):
-    """The indexer's keys, those of most attention, or half the newest and half any, by random scores."""
-    if by == "lightning":
-        return dsa.lightning_select(*map(give, index), top_k)
-    if by == "oracle":
-        return dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
-    scores, ends = torch.rand(*q.shape[:2], k.shape[1], device=q.device), torch.arange(q.shape[1]) + 1
-    return dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends.to(q.device)))
-
-
 def attention(q, k, v, index, by, top_k, rows):
-    """torch's, to all keys or the newest, or dsa's, to those selected; and the KL at `rows` queries."""
-    S = k.shape[1]
+    """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
+    (B, T), S = q.shape[:2], k.shape[1]
     top_k = math.ceil(top_k * S) if top_k <= 1 else top_k
-    kl = learn(q, k, *index, rows, top_k < S) if rows else 0
+    kl = learn(q, k, index, rows, top_k < S) if rows else 0
     if by == "window" or top_k >= S:
-        return newest(q, k, v, top_k) if top_k < S else sdpa(q, k, v), kl
-    kept = as_one(select(q, k, index, by, top_k), S)
+        return sdpa(q, k, v, top_k if top_k < S else 0), kl
+    if by == "lightning":
+        kept = dsa.lightning_select(*map(give, index), top_k)
+    elif by == "oracle":
+        kept = dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
+    else:
+        scores, ends = torch.rand(B, T, S, device=q.device), torch.arange(1, T + 1, device=q.device)
+        kept = dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends))
+    kept = as_one(kept, S)
 
     def run(q, k, v):
         out, lse = dsa.sparse_attention(q, k, v, kept)
@@ -1826,18 +1810,18 @@ def attention(q, k, v, index, by, top_k, rows):
     return Ours.apply(run, *(x.flatten(0, 1) for x in (q, k, v))), kl
 
 
-def learn(q, k, index_q, index_k, weights, rows, few):
+def learn(q, k, index, rows, few):
     """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
     at = torch.randperm(q.shape[1], device=q.device)[:rows]
-    some = [q[:, at], k, index_q[:, at], index_k, weights[:, at]]
+    some = [q[:, at], k, index[0][:, at], index[1], index[2][:, at]]
     where = {"k_end": give((at + 1).repeat(len(q), 1))}
     if few:
         kept = dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where)
         where, some = {"indices": as_one(kept, k.shape[1])}, [x.flatten(0, 1) for x in some]
     target = dsa.attention_target(*map(give, some[:2]), **where)
 
-    def run(*index):
-        loss, grads = dsa.indexer_loss(*index, target, **where, deterministic=False)
+    def run(index_q, index_k, weights):
+        loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
         return loss, lambda slope: [slope * x.astype(np.float32) for x in grads]
 
     return Ours.apply(run, *some[2:]).float() / (len(q) * rows)
@@ -1845,13 +1829,11 @@ def learn(q, k, index_q, index_k, weights, rows, few):
 
 def check_gradients(bench: Bench, z, device: str) -> None:
     """Of attention and the KL of all queries: dsa's, and plain torch's over the same keys; and a window."""
-    n, by = z.contexts[0], torch.manual_seed(0)
-    shapes = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)
-    inputs = [torch.randn(2, n, *x, generator=by).to(device).requires_grad_() for x in shapes]
-    q, k, v, *index = inputs
+    n, shapes = z.contexts[0], ((z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,))
+    q, k, v, *index = inputs = [torch.randn(2, n, *x, device=device, requires_grad=True) for x in shapes]
     out, kl = attention(q, k, v, index, "lightning", 1 / 16, n)
     ours = torch.autograd.grad(out.square().sum() + 2 * n * kl, inputs)
-    kept = tensor(select(q, k, index, "lightning", n // 16)).long()  # [2, n, K]
+    kept = tensor(dsa.lightning_select(*map(give, index), n // 16)).long()  # [2, n, K]
     hidden = torch.ones(2, n, n + 1, dtype=torch.bool, device=device)  # with a column for what is absent
     hidden = hidden.scatter(2, kept % (n + 1), False)[..., :n]
     scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
@@ -1863,35 +1845,33 @@ def check_gradients(bench: Bench, z, device: str) -> None:
         bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
     kept = dsa.SELECTORS["window"](give(q), give(k), n // 16)
     want, _ = dsa.sparse_attention(*map(give, (q, k, v)), kept)
-    bench.check("lm: a window", exact(newest(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
+    bench.check("lm: a window", exact(sdpa(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
 
 
 def fit(bench: Bench, name: str, z, weights, text, by, top_k, steps: int, rates):
     """Train all, or the indexers where rates FALL; matrices by Muon -> [step, bits a byte, KL]s, weights."""
-    curve, sums, each, device = list[list[float]](), 0, 8 * -(-steps // 400), text.device
-    kinds = [], []
+    curve, losses, device, each = list[list[float]](), list[Any](), text.device, 8 * -(-steps // 400)
     for x, w in ((x, w) for x, layers in weights.items() for w in layers):
-        kinds[x in ("qkv", "out", "up", "down")].append(w.requires_grad_(rates is not FALL or x == "index"))
-    both = torch.optim.AdamW(kinds[0], 2e-3, (0.9, 0.95)), torch.optim.Muon(kinds[1], 0.015, 0)
-    paces = [
-        torch.optim.lr_scheduler.LambdaLR(x, lambda i: float(np.interp(i / steps, *rates))) for x in both
-    ]
-    draw, learns = torch.Generator(device).manual_seed(steps), z.rows if by == "lightning" else 0
+        w.requires_grad_(rates is not FALL or x == "index")
+    muons, others = ([w for x in names for w in weights[x]] for names in (MATRICES, OTHERS))
+    both = torch.optim.AdamW(others, 2e-3, (0.9, 0.95)), torch.optim.Muon(muons, 0.015, 0)
+    paces = [torch.optim.lr_scheduler.LambdaLR(x, lambda i: np.interp(i / steps, *rates)) for x in both]
+    draw, rows = torch.Generator(device).manual_seed(steps), z.rows if by == "lightning" else 0
     torch.manual_seed(0)
     for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
         at = np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else (0, 1, 0, 2, 0, 1, 0, 0)[i % 8]
         n = z.contexts[at]
         at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
-        found, kl = bits(z, weights, text[at + torch.arange(n + 1, device=device)].int(), by, top_k, learns)
-        (found.mean() + kl).backward()
-        sums = sums + torch.stack([found.mean(), kl]).detach() / each
-        for x in (*both, *paces):
-            x.step()
-        for x in both:
-            x.zero_grad()
+        found, kl = bits(z, weights, text[at + torch.arange(n + 1, device=device)].int(), by, top_k, rows)
+        losses.append(torch.stack([found.mean(), kl]))
+        losses[-1].sum().backward()
+        losses[-1].detach_()
+        for pace in paces:
+            pace.optimizer.step()
+            pace.optimizer.zero_grad()
+            pace.step()
         if (i + 1) % each == 0:
-            curve.append([i + 1, *sums.tolist()])
-            sums = 0
+            curve.append([i + 1, *torch.stack(losses[-each:]).mean(0).tolist()])
             if len(curve) % 5 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
     return curve, weights
@@ -1923,21 +1903,19 @@ def sources(folder: Path, z):
     return text, torch.from_numpy(windows), note
 
 
-def with_secrets(z, windows):
-    """Windows in which random names are assigned to at distances FAR, and at the end; where these end."""
-    rng, letters = np.random.default_rng(0), list(b"abcdefghijklmnopqrstuvwxyz0123456789")
-    ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
-    own = np.where(line == ord("#"), rng.choice(letters, (z.cues, len(FAR), len(line))), line)
-    body = ids.shape[1] - len(FAR) * len(line)
-    for i, far in enumerate(FAR):
-        for at in (body - int(far * body), body + i * len(line)):
-            ids[:, at : at + len(line)] = own[:, i]
-    return torch.from_numpy(ids).to(windows.device), range(body + len(line), ids.shape[1] + 1, len(line))
-
-
 def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
-    """At every length and K: bits a byte of the windows' last halves; by position, and the secrets found."""
-    (_, middle, most), (asked, ends), cells = z.contexts, with_secrets(z, windows), list[dict[str, Any]]()
+    """At each length and K: bits a byte of the windows' last halves; at most by position, and secrets found.
+
+    Random names are assigned to at distances FAR of the end, where they are asked for.
+    """
+    (_, middle, most), cells, line = z.contexts, list[dict[str, Any]](), np.frombuffer(SECRET, np.uint8)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+    letters = np.random.default_rng(0).choice(letters, (z.cues, len(FAR), len(line)))
+    own = torch.from_numpy(np.where(line == ord("#"), letters, line)).to(windows.device)
+    asked, body = windows.repeat(-(-z.cues // len(windows)), 1)[: z.cues], most + 1 - own[0].numel()
+    ends = [body + i * len(line) for i in range(len(FAR))]
+    for i, at in enumerate(ends):
+        asked[:, body - int(FAR[i] * body) :][:, : len(line)] = asked[:, at : at + len(line)] = own[:, i]
     for n, k in itertools.product(z.contexts, sizes):
         parts = windows[:, -n - 1 :].int().split(z.batch // n)
         found = torch.cat([bits(z, weights, x, by, k)[0] for x in parts]).cpu().numpy()
@@ -1945,8 +1923,10 @@ def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
         if n == most and (k == middle // 16 or k not in z.K):
             places = np.split(found, [n >> i for i in range(5, 0, -1)], 1)
             parts = asked.int().split(z.batch // n)
-            right = [decoder(z, weights, x[:, :-1], by, k)[0].argmax(-1) == x[:, 1:] for x in parts]
-            hits = (torch.cat(right)[:, end - 11 : end - 3].all(1) for end in ends)
+            right = torch.cat(
+                [decoder(z, weights, x[:, :-1], by, k)[0].argmax(-1) == x[:, 1:] for x in parts]
+            )
+            hits = (right[:, at + len(line) - 11 : at + len(line) - 3].all(1) for at in ends)
             cells[-1] |= {"by position": [float(x.mean()) for x in places]}
             cells[-1] |= {"secrets": [hit.float().mean().item() for hit in hits]}
     return cells
@@ -1956,38 +1936,38 @@ def costs(z, weights, windows) -> list[dict[str, Any]]:
     """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
     (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
     some, long = windows[: z.batch // middle, :middle].int(), windows[: z.batch // n, :n].int()
+    work = {f"training {middle:,}": some, f"prefill {n:,}": long, f"a token at {n:,}": long[:, -1:]}
 
-    def run(ids, learns, *how):
-        with torch.set_grad_enabled(learns):
+    def run(ids, *how):
+        with torch.set_grad_enabled(ids is some):
             logits, kl, past = decoder(z, weights, ids, *how)
-        if learns:
+        if ids is some:
             (logits.square().mean() + kl).backward()
         logits.sum().item()  # waits for the GPU
         return past
 
-    def room(work):
-        pool = sys.modules["cupy"].get_default_memory_pool()
-        pool.free_all_blocks()
+    def room(run):
+        run()  # compiles
+        if not windows.is_cuda:
+            return 0
+        (pool := sys.modules["cupy"].get_default_memory_pool()).free_all_blocks()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() + pool.total_bytes()
-        work()
+        run()
         return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
 
-    work = {f"training {middle:,}": some, f"prefill {n:,}": long, f"a token at {n:,}": long[:, -1:]}
     for what, ids in work.items():
-        ways, learns = dict[str, Any](), ids is some
-        for name, *how in (("dense", "dense", 1, 0), ("DSA", "lightning", middle // 16, z.rows * learns)):
-            past = run(long, False, *how[:2]) if ids.shape[1] == 1 else ()
-            ways[name] = functools.partial(run, ids, learns, *how, past)
-            ways[name]()  # compiles
-        memory = {name: room(work) for name, work in ways.items()} if ids.is_cuda else {}
+        ways, rows = dict[str, Any](), z.rows if ids is some else 0
+        for name, *how in (("dense", "dense", 1, 0), ("DSA", "lightning", middle // 16, rows)):
+            ways[name] = functools.partial(run, ids, *how, run(long, *how) if ids.shape[1] == 1 else ())
+        memory = {name: room(way) for name, way in ways.items()}
         laps = {name: Laps(t / ids.numel() for t in lap) for name, lap in race(ways).items()}
         cells.append({"what": what, "laps": laps, "bytes": memory})
     return cells
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="17 minutes of an H100, and weeks", options={
+      "lm_presets", default=False, takes="16 minutes of an H100, and weeks", options={
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 })  # fmt: skip
@@ -2013,18 +1993,18 @@ def lm(bench: Bench) -> None:
     text, windows, note = once("text", sources, bench.args.source or Path(sysconfig.get_path("purelib")), z)
     check_gradients(bench, z, device)
     models, curves, cells = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
-    for name, (start, _, by, top_k, steps, rates) in methods(z).items():
+    for name, (start, beside, by, top_k, steps, rates) in methods(z).items():
         models[name] = copy.deepcopy(models[start]) if start else begin(z, device)
         if steps:
-            how = bench, name, z, models[name], text, by, top_k, steps, rates
-            curves[name], models[name] = once(name, fit, *how)
+            how = models[name], text, by, top_k, steps, rates
+            curves[name], models[name] = once(name, fit, bench, name, z, *how)
             (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
             if not new[name == WARM] < old[name == WARM] * (1.5 if rates is LAST else 0.9):
                 raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
-        sizes = z.K if by in ("lightning", "window") else [top_k]
-        sizes = [*sizes, *(dsa.SELECTION_RATIOS.values() if name == FIRST else ())]
+        sizes = [*(z.K if by in ("lightning", "window") else [top_k])]
+        sizes += dsa.SELECTION_RATIOS.values() if name == FIRST else []
         judged = once(f"{name}, judged", torch.no_grad()(judge), z, models[name], by, sizes, windows)
-        cells += [{"method": name} | cell for cell in judged]
+        cells += [{"method": name, "beside": beside} | cell for cell in judged]
     found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
     found |= {"judged": cells, "costs": once("costs", costs, z, models[FIRST], windows)}
     report_lm(bench, z, found)
@@ -2038,27 +2018,23 @@ def over(bits, reference):
 
 
 def report_lm(bench: Bench, z, found) -> None:
-    (_, middle, most), one, plan = z.contexts, z.contexts[1] // 16, methods(z)
+    (_, middle, most), one = z.contexts, z.contexts[1] // 16
     cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    beside = {at: cells[plan[at[0]][1], 1, at[2]] for at in cells if plan[at[0]][1]}
-    gaps = {at: over(cells[at]["bits"], dense["bits"]) for at, dense in beside.items()}
-    found["over dense"] = [[*at, *x] for at, x in gaps.items()]
+    dense = {at: cells[c["beside"], 1, c["n"]]["bits"] for at, c in cells.items() if c["beside"]}
+    gaps = {at: over(cells[at]["bits"], reference) for at, reference in dense.items()}
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
     rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, k, n in gaps if k == one]
     level = ", ".join(f"{np.mean(cells[x, 1, middle]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}, bytes as tokens. Steps of {z.batch:,} tokens: dense {z.dense:,}; warm-up {z.warm}, at "
-        f"{z.rows:,} queries a sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others "
-        f"{z.more} with {one}. Each stands over the dense model that has read as much: {level} bits a byte "
-        f"at {middle:,}. In brackets the middle 95 % over draws of packages. One seed; from run to run "
-        "differ cuBLAS's choices and atomics' sums."
+        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: dense {z.dense:,}; warm-up {z.warm}, {z.rows} queries a "
+        f"sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others {z.more} with {one}. "
+        f"Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets the "
+        "middle 95 % over draws of packages. One seed; cuBLAS and atomics differ from run to run."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)], rows, note)
-    far = {
-        f"{m}, K = {k}" if k > 1 else m: c for (m, k, n), c in cells.items() if n == most and k in (1, one)
-    }
+    far = {f"{m}, K = {k}" if k > 1 else m: c for (m, k, _), c in cells.items() if "secrets" in c and k >= 1}
     rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in far.items()]
     columns = ["method", *(f"from {most >> i if i < 6 else 0:,}" for i in range(6, 0, -1))]
     bench.table("lm_position", f"Bits a byte in {most:,} tokens, by position", columns, rows)
@@ -2066,24 +2042,15 @@ def report_lm(bench: Bench, z, found) -> None:
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
     rows = []
-    for c in found["costs"]:
-        dense, ours = c["laps"].values()
-        speed = [str(dense), str(ours), f"{dense.median / ours.median:.2f}x"]
-        rows.append([c["what"], *speed, *(map(size, c["bytes"].values()) or ("", ""))])
+    for what, laps, memory in (c.values() for c in found["costs"]):
+        faster = f"{laps['dense'].median / laps['DSA'].median:.2f}x"
+        rows.append([what, *map(str, laps.values()), faster, *map(size, memory.values())])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
     rows = []
-    for preset, share in dsa.SELECTION_RATIOS.items():
-        hits = np.mean(cells[FIRST, share, most]["secrets"])
-        rows.append(
-            [
-                preset,
-                f"{share:.0%}",
-                f"{math.ceil(share * middle):,}",
-                texts[FIRST, share, middle],
-                f"{hits:.0%}",
-            ]
-        )
+    for name, share in dsa.SELECTION_RATIOS.items():
+        hits, kept = np.mean(cells[FIRST, share, most]["secrets"]), math.ceil(share * middle)
+        rows.append([name, f"{share:.0%}", f"{kept:,}", texts[FIRST, share, middle], f"{hits:.0%}"])
     note = f"{FIRST}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
@@ -2091,13 +2058,14 @@ def report_lm(bench: Bench, z, found) -> None:
 
 
 def draw_lm(bench: Bench, z, curves, gaps) -> None:
-    """Quality against K of all methods; loss against step, from where the weights come from on."""
-    middle, one = z.contexts[1], z.contexts[1] // 16
-    look = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(methods(z))}
+    """Quality against K of all methods; loss against step, on from those of the weights it began with."""
+    middle, one, plan, ends = z.contexts[1], z.contexts[1] // 16, methods(z), {"": 0.0}
+    look: dict[str, Any] = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(plan)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
     for name in dict.fromkeys(name for name, *_ in gaps):
-        own = [k for k in z.K if (name, k, middle) in gaps]
-        ax.plot(own, [gaps[name, k, middle][0] for k in own], **look[name])
+        ax.plot(
+            *zip(*((k, gaps[name, k, middle][0]) for k in z.K if (name, k, middle) in gaps)), **look[name]
+        )
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -2108,14 +2076,13 @@ def draw_lm(bench: Bench, z, curves, gaps) -> None:
     )
     bench.figure("lm", "lm.png", finding, fig)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    ends = {"": 0}
     for name, curve in curves.items():
-        step, *losses = np.array(curve).T
-        first = ends[methods(z)[name][0]]
-        ends[name] = first + step[-1]
+        steps, *losses = np.array(curve).T
+        steps += ends[plan[name][0]]
+        ends[name] = steps[-1]
         for ax, loss in zip(axes, losses):
             if loss.any():
-                ax.plot(first + step, loss, marker="", **look[name])
+                ax.plot(steps, loss, marker="", **look[name])
     for ax, title in zip(axes, ("bits a byte", "KL of the indexers, nats")):
         ax.set(title=title, yscale="log", xlabel=f"steps of {z.batch:,} tokens")
         ax.legend()
