@@ -1904,9 +1904,8 @@ def sources(folder: Path, z):
 
 
 def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
-    """At each length and K: bits a byte of the windows' last halves; at most by position, and secrets found.
-
-    Random names are assigned to at distances FAR of the end, where they are asked for.
+    """At each length and K, bits a byte of the windows' last halves; in the longest, also by position, and how
+    many random names, assigned to at distances FAR, it knows when asked at the end.
     """
     (_, middle, most), cells, line = z.contexts, list[dict[str, Any]](), np.frombuffer(SECRET, np.uint8)
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
@@ -1914,8 +1913,9 @@ def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
     own = torch.from_numpy(np.where(line == ord("#"), letters, line)).to(windows.device)
     asked, body = windows.repeat(-(-z.cues // len(windows)), 1)[: z.cues], most + 1 - own[0].numel()
     ends = [body + i * len(line) for i in range(len(FAR))]
-    for i, at in enumerate(ends):
-        asked[:, body - int(FAR[i] * body) :][:, : len(line)] = asked[:, at : at + len(line)] = own[:, i]
+    for i, far in enumerate(FAR):
+        for at in (body - int(far * body), ends[i]):
+            asked[:, at : at + len(line)] = own[:, i]
     for n, k in itertools.product(z.contexts, sizes):
         parts = windows[:, -n - 1 :].int().split(z.batch // n)
         found = torch.cat([bits(z, weights, x, by, k)[0] for x in parts]).cpu().numpy()
@@ -1923,10 +1923,8 @@ def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
         if n == most and (k == middle // 16 or k not in z.K):
             places = np.split(found, [n >> i for i in range(5, 0, -1)], 1)
             parts = asked.int().split(z.batch // n)
-            right = torch.cat(
-                [decoder(z, weights, x[:, :-1], by, k)[0].argmax(-1) == x[:, 1:] for x in parts]
-            )
-            hits = (right[:, at + len(line) - 11 : at + len(line) - 3].all(1) for at in ends)
+            right = [decoder(z, weights, x[:, :-1], by, k)[0].argmax(-1) == x[:, 1:] for x in parts]
+            hits = (torch.cat(right)[:, at + len(line) - 11 : at + len(line) - 3].all(1) for at in ends)
             cells[-1] |= {"by position": [float(x.mean()) for x in places]}
             cells[-1] |= {"secrets": [hit.float().mean().item() for hit in hits]}
     return cells
@@ -1967,7 +1965,7 @@ def costs(z, weights, windows) -> list[dict[str, Any]]:
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="16 minutes of an H100, and weeks", options={
+      "lm_presets", default=False, takes="17 minutes of an H100, and weeks", options={
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 })  # fmt: skip
