@@ -1649,7 +1649,7 @@ F = torch and torch.nn.functional
 
 
 def methods(z) -> dict[str, Any]:
-    """Whose weights it begins with, which dense read as much, how it chooses keys; how many, steps, rates."""
+    """Whose weights it begins with, which dense read as much; keys: by what, and how many; steps, rates."""
     one = z.contexts[1] // 16
     return {
         "dense": ("", "", "dense", 1, z.dense, RISE),
@@ -1733,7 +1733,7 @@ def begin(z, device: str) -> dict[str, Any]:
 
 
 def decoder(z, weights, ids, by, top_k, rows=0, past=()):
-    """Bytes [B, T] -> logits [B, T, 256], the indexers' KL at `rows` queries, as past k, v, index_k."""
+    """Bytes [B, T] -> logits [B, T, 256], the indexers' KL at `rows` queries, and a past for what follows."""
     (B, T), kind = ids.shape, torch.bfloat16 if ids.is_cuda else torch.float32
     places = torch.arange(T, device=ids.device) + (past[0][0].shape[1] if past else 0)
     angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
@@ -1904,9 +1904,7 @@ def sources(folder: Path, z):
 
 
 def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
-    """At each length and K, bits a byte of the windows' last halves; in the longest, also by position, and how
-    many random names, assigned to at distances FAR, it knows when asked at the end.
-    """
+    """Of length and K: bits a byte of the windows' last halves; in the longest by position; secrets found."""
     (_, middle, most), cells, line = z.contexts, list[dict[str, Any]](), np.frombuffer(SECRET, np.uint8)
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
     letters = np.random.default_rng(0).choice(letters, (z.cues, len(FAR), len(line)))
@@ -2018,8 +2016,7 @@ def over(bits, reference):
 def report_lm(bench: Bench, z, found) -> None:
     (_, middle, most), one = z.contexts, z.contexts[1] // 16
     cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    dense = {at: cells[c["beside"], 1, c["n"]]["bits"] for at, c in cells.items() if c["beside"]}
-    gaps = {at: over(cells[at]["bits"], reference) for at, reference in dense.items()}
+    gaps = {x: over(c["bits"], cells[c["beside"], 1, x[2]]["bits"]) for x, c in cells.items() if c["beside"]}
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
     rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, k, n in gaps if k == one]
     level = ", ".join(f"{np.mean(cells[x, 1, middle]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
@@ -2061,9 +2058,8 @@ def draw_lm(bench: Bench, z, curves, gaps) -> None:
     look: dict[str, Any] = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(plan)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
     for name in dict.fromkeys(name for name, *_ in gaps):
-        ax.plot(
-            *zip(*((k, gaps[name, k, middle][0]) for k in z.K if (name, k, middle) in gaps)), **look[name]
-        )
+        points = [(k, gap[0]) for (m, k, n), gap in gaps.items() if (m, n) == (name, middle) and k in z.K]
+        ax.plot(*zip(*points), **look[name])
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
