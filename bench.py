@@ -1640,17 +1640,31 @@ LM = SimpleNamespace(
 TOY = SimpleNamespace(
     d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
     dense=40, warm=32, more=16, last=24, K=[2, 8, 16], text=2**20)  # fmt: skip
-LM_OPTIONS: dict[str, dict[str, Any]] = {
-    "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
-    "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
-}
-WARM, FIRST, SECOND = "DSA, warm-up alone", "DSA, trained at 6%", "DSA, then at 1.6%"
+WARM, FIRST, SCRATCH = "DSA, warm-up alone", "DSA, trained at 6%", "window, from scratch"
 MORE, AGAIN = "dense, continued", "dense, continued twice"
-BEGUN, SCRATCH = "window, begun", "window, from scratch"
-UNTRAINED = {WARM: "lightning", "window": "window", "random and window": "random", "oracle's keys": "oracle"}
-MATRICES, Function = ("qkv", "out", "up", "down"), torch.autograd.Function if torch else object
-FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
 RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.5, 0))
+FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
+MATRICES, OTHERS = ("qkv", "out", "up", "down"), ("gain", "index", "embed", "head")
+F = torch and torch.nn.functional
+
+
+def methods(z) -> dict[str, Any]:
+    """Whose weights it begins with, which dense read as much; keys: by what, and how many; steps, rates."""
+    one = z.contexts[1] // 16
+    return {
+        "dense": ("", "", "dense", 1, z.dense, RISE),
+        "window, begun": ("", "dense", "window", one, z.dense, RISE),
+        WARM: ("dense", "dense", "lightning", 1, z.warm, FALL),
+        MORE: ("dense", "", "dense", 1, z.more, LAST),
+        AGAIN: (MORE, "", "dense", 1, z.last, LAST),
+        "window, trained": ("dense", MORE, "window", one, z.more, LAST),
+        SCRATCH: ("window, begun", MORE, "window", one, z.more, LAST),
+        FIRST: (WARM, MORE, "lightning", 1 / 16, z.more, LAST),
+        "DSA, then at 1.6%": (FIRST, AGAIN, "lightning", 1 / 64, z.last, LAST),
+        "random and window, trained": ("dense", MORE, "random", one, z.more, LAST),
+        "oracle's keys": ("dense", "dense", "oracle", one, 0, LAST),
+        "before warm-up": ("dense", "dense", "lightning", one, 0, LAST),
+    }
 
 
 def give(x):
@@ -1658,7 +1672,7 @@ def give(x):
     return sys.modules["cupy"].from_dlpack(x.detach()) if x.is_cuda else x.detach().numpy()
 
 
-class Ours(Function):  # type: ignore[misc, valid-type]
+class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
     """run(*arrays) -> a result, and what makes the arrays' gradients of the result's: both are dsa's."""
 
     @staticmethod
@@ -1677,89 +1691,92 @@ def fused(run):
     return lambda x, *rest: (compiled() if x.is_cuda and len(x) > 99 else run)(x, *rest)
 
 
-def normed(x):
-    return torch.nn.functional.rms_norm(x, x.shape[-1:])
-
-
-def turned(x, turn):
-    """RoPE of the first half of x [N, heads, D]; turn [N, 1, D / 2]: cosines, then sines."""
-    (cos, sin), (a, b, rest) = turn.chunk(2, -1), x.tensor_split((x.shape[-1] // 4, x.shape[-1] // 2), -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
-
-
 @fused
-def before(x, turn, qkv, gain, index):
-    """Of states [N, d]: q, k, v; and index_q, index_k, weights, which teach the states nothing, if asked."""
-    x, H, D = normed(x), len(gain), 2 * turn.shape[-1]
+def before(x, turn, gain, qkv, index):
+    """Of states [N, d]: q, k, v, and if asked index_q, index_k, weights, which teach the states nothing.
+
+    RoPE turns the first half of each head; turn [N, 1, D / 2]: cosines, then sines.
+    """
+    H, D, (cos, sin) = len(gain), 2 * turn.shape[-1], turn.chunk(2, -1)
+
+    def turned(x):
+        a, b, rest = x.tensor_split((D // 4, D // 2), -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
+
+    x = F.rms_norm(x, x.shape[-1:])
     q, k, v = (x @ qkv.T).view(len(x), -1, D).split((H, 1, 1), 1)
-    found = turned(normed(q) * gain[:, None], turn), turned(normed(k), turn), v.contiguous()
+    found = turned(F.rms_norm(q, (D,)) * gain[:, None]), turned(F.rms_norm(k, (D,))), v.contiguous()
     if index is None:
         return found
     J = len(index) // (D + 1)
     y, weights = (x.detach() @ index.T).tensor_split(((J + 1) * D,), -1)
-    y = turned(y.view(len(x), J + 1, D), turn)
-    return *found, y[:, :J].contiguous(), normed(y[:, J]), weights.float() * (J * D) ** -0.5
+    y = turned(y.view(len(x), J + 1, D))
+    return *found, y[:, :J].contiguous(), F.rms_norm(y[:, J], (D,)), weights.float() * (J * D) ** -0.5
 
 
 @fused
 def after(x, y, out, up, down):
     """The rest of a layer, y [N, H * D] being attention's: an MLP that squares what is positive."""
     x = x + y @ out.T
-    return x + torch.relu(normed(x) @ up.T).square() @ down.T
+    return x + torch.relu(F.rms_norm(x, x.shape[-1:]) @ up.T).square() @ down.T
 
 
-class Decoder:
-    """Bytes to logits: multi-query attention with normed q and k; an indexer beside each layer."""
-
-    def __init__(self, z, device: str, weights=None):
-        self.z, self.device, d, L, n = z, device, z.d, z.layers, z.H * z.D
-        if weights is None:  # a layer begins as nothing, and is sharp enough to choose
-            torch.manual_seed(0)
-            shapes = {"embed": (256, d), "index": (L, (z.J + 1) * z.D + z.J, d), "qkv": (L, n + 2 * z.D, d)}
-            weights = {x: torch.randn(y) * d**-0.5 for x, y in (shapes | {"up": (L, 4 * d, d)}).items()}
-            weights |= {"out": torch.zeros(L, d, n), "down": torch.zeros(L, d, 4 * d)}
-            weights |= {"head": torch.zeros(256, d), "gain": torch.full((L, z.H), 1.5)}
-        self.weights = {x: y.detach().to(device, copy=True) for x, y in weights.items()}
-        angles = torch.arange(z.contexts[-1]).outer(1e5 ** -torch.linspace(0, 1, z.D // 4))[:, None]
-        self.turn = torch.cat([angles.cos(), angles.sin()], -1).to(device)  # [positions, 1, D / 2]
-
-    def __call__(self, ids, attend, first: int = 0):
-        """Logits [B, T, 256] of ids [B, T], which stand at position `first` and after."""
-        (B, T), kind = ids.shape, torch.bfloat16 if self.device == "cuda" else torch.float32
-        w = {name: self.weights[name].to(kind).unbind() for name in (*MATRICES, "gain", "index")}
-        x = normed(torch.nn.functional.embedding(ids.flatten(), self.weights["embed"])).to(kind)
-        turn, asks = self.turn[first : first + T].repeat(B, 1, 1), attend.by == "lightning" or attend.rows
-        for i in range(self.z.layers):
-            found = before(x, turn, w["qkv"][i], w["gain"][i], w["index"][i] if asks else None)
-            q, k, v, *index = (y.view(B, T, *y.shape[1:]) for y in found)
-            x = after(x, attend(i, q, k, v, index).reshape(B * T, -1), w["out"][i], w["up"][i], w["down"][i])
-        return (normed(x) @ self.weights["head"].to(kind).T).view(B, T, 256).float()
-
-    def bits(self, ids, attend):
-        """Of each byte but the first, [B * T]."""
-        logits, want = self(ids[:, :-1], attend).flatten(0, 1), ids[:, 1:].flatten().long()
-        return torch.nn.functional.cross_entropy(logits, want, reduction="none") / math.log(2)
+def begin(z, device: str) -> dict[str, Any]:
+    """A matrix of each name for each layer, which begins as nothing, and is sharp enough to choose."""
+    torch.manual_seed(0)
+    d, L, n = z.d, z.layers, z.H * z.D
+    shapes = {"embed": (1, 256, d), "index": (L, (z.J + 1) * z.D + z.J, d), "qkv": (L, n + 2 * z.D, d)}
+    weights = {x: torch.randn(y) * d**-0.5 for x, y in (shapes | {"up": (L, 4 * d, d)}).items()}
+    weights |= {"out": torch.zeros(L, d, n), "down": torch.zeros(L, d, 4 * d)}
+    weights |= {"head": torch.zeros(1, 256, d), "gain": torch.full((L, z.H), 1.5)}
+    return {x: [w.to(device, copy=True) for w in layers] for x, layers in weights.items()}
 
 
-def sdpa(q, k, v, seen=None):
-    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it."""
-    by, causal = torch.nn.attention.SDPBackend, seen is None and q.shape[1] > 1
-    fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
-    q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
+def decoder(z, weights, ids, by, top_k, rows=0, past=()):
+    """Bytes [B, T] -> logits [B, T, 256], the indexers' KL at `rows` queries, and a past for what follows."""
+    (B, T), kind = ids.shape, torch.bfloat16 if ids.is_cuda else torch.float32
+    places = torch.arange(T, device=ids.device) + (past[0][0].shape[1] if past else 0)
+    angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
+    turn = torch.cat([angles.cos(), angles.sin()], -1).repeat(B, 1)[:, None]
+    x, kl, now = F.embedding(ids.flatten(), weights["embed"][0]), torch.zeros((), device=ids.device), []
+    x = F.rms_norm(x, (z.d,)).to(kind)
+    for i, layer in enumerate(zip(*(weights[name] for name in ("gain", "index", *MATRICES)))):
+        gain, index, qkv, *rest = (w.to(kind) for w in layer)
+        found = before(x, turn, gain, qkv, index if by == "lightning" else None)
+        q, k, v, *index = (y.view(B, T, *y.shape[1:]) for y in found)
+        if past:
+            k, v, *index[1:2] = (torch.cat(y, 1) for y in zip(past[i], (k, v, *index[1:2])))
+        now.append((k, v, *index[1:2]))
+        y, loss = attention(q, k, v, index, by, top_k, rows)
+        x, kl = after(x, y.reshape(B * T, -1), *rest), kl + loss
+    return (F.rms_norm(x, (z.d,)) @ weights["head"][0].to(kind).T).view(B, T, 256).float(), kl / z.layers, now
+
+
+def bits(z, weights, ids, *how):
+    """Of each byte but the first, [B, T]; and the KL."""
+    (logits, kl, _), want = decoder(z, weights, ids[:, :-1], *how), ids[:, 1:].long()
+    each = F.cross_entropy(logits.flatten(0, 1), want.flatten(), reduction="none")
+    return each.view(want.shape) / math.log(2), kl
+
+
+def sdpa(q, k, v, width: int = 0):
+    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it.
+
+    To the last `width` keys alone, blocks of as many queries see their own block and the one before.
+    """
+    (B, T, H, D), by, seen = q.shape, torch.nn.attention.SDPBackend, None
+    if width:
+        k, v = (F.pad(x, (0, 0, 0, 0, width, 0)).unfold(1, 2 * width, width) for x in (k, v))
+        k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [B * T / width, 2 * width, 1, D]
+        seen = torch.ones(width, 2 * width, dtype=torch.bool, device=q.device).tril(width).triu(1)
+        seen = seen.repeat(B, T // width, 1, 1)
+        seen[:, 0, :, :width] = False  # nothing stands before the first block
+        q, seen = q.reshape(-1, width, H, D), seen.flatten(0, 1)[:, None]
+    fast = [by.EFFICIENT_ATTENTION] if width else [by.CUDNN_ATTENTION, by.FLASH_ATTENTION]
+    q, k, v = (x.expand(-1, -1, H, -1).transpose(1, 2) for x in (q, k, v))
     with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
-    return out.transpose(1, 2)
-
-
-def newest(q, k, v, width: int):
-    """sdpa to the last `width` keys: blocks of as many queries see their own block and the one before."""
-    (B, T, *_), place = q.shape, torch.arange(2 * width, device=q.device)
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 0, width, 0)).unfold(1, 2 * width, width) for x in (k, v))
-    k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [B * T / width, 2 * width, 1, D]
-    behind = place[width:, None] - place
-    begun = place + width * torch.arange(T // width, device=q.device)[:, None, None] >= width
-    seen = ((behind >= 0) & (behind < width) & begun).repeat(B, 1, 1)[:, None]
-    return sdpa(q.reshape(-1, width, *q.shape[2:]), k, v, seen).reshape(q.shape)
+        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and T > 1)
+    return out.transpose(1, 2).reshape(B, T, H, D)
 
 
 def as_one(kept, S: int):
@@ -1769,75 +1786,56 @@ def as_one(kept, S: int):
     return give(torch.where(kept < 0, -1, kept + begin).flatten(0, 1))
 
 
-@dataclass
-class Attend:
-    """A Decoder's attention: torch's, to all keys or a window, or ours to the top_k selected `by` something.
+def attention(q, k, v, index, by, top_k, rows):
+    """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
+    (B, T), S = q.shape[:2], k.shape[1]
+    top_k = math.ceil(top_k * S) if top_k <= 1 else top_k
+    kl = learn(q, k, index, rows, top_k < S) if rows else 0
+    if by == "window" or top_k >= S:
+        return sdpa(q, k, v, top_k if top_k < S else 0), kl
+    if by == "lightning":
+        kept = dsa.lightning_select(*map(give, index), top_k)
+    elif by == "oracle":
+        kept = dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
+    else:
+        scores, ends = torch.rand(B, T, S, device=q.device), torch.arange(1, T + 1, device=q.device)
+        kept = dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends))
+    kept = as_one(kept, S)
 
-    top_k below 1 is a share. Indexers learn at `rows` queries a sequence: kl. A past is filled, then read.
-    """
+    def run(q, k, v):
+        out, lse = dsa.sparse_attention(q, k, v, kept)
+        args = q, k, v, kept, out, lse
+        return out, lambda dout: dsa.sparse_attention_backward(*args, dout, deterministic=False)[:3]
 
-    by: str = ""
-    top_k: float = 0
-    rows: int = 0
-    past: dict[int, Any] | None = None
-    kl: list[Any] = field(default_factory=list)
+    return Ours.apply(run, *(x.flatten(0, 1) for x in (q, k, v))), kl
 
-    def __call__(self, layer, q, k, v, index):
-        if self.past is not None:
-            first = self.past.setdefault(layer, new := (k, v, *index[1:2]))
-            if first is not new:
-                k, v, *keys = (torch.cat(x, 1) for x in zip(first, new, strict=True))
-                index = [*index[:1], *keys, *index[2:]]
-        if self.rows:
-            self.kl.append(self.learn(q, k, *index))
-        if self.by in ("", "window"):
-            return newest(q, k, v, int(self.top_k)) if self.by else sdpa(q, k, v)
-        kept = as_one(self.select(q, k, index), k.shape[1])
 
-        def run(q, k, v):
-            out, lse = dsa.sparse_attention(q, k, v, kept)
-            args = q, k, v, kept, out, lse
-            return out, lambda dout: dsa.sparse_attention_backward(*args, dout, deterministic=False)[:3]
+def learn(q, k, index, rows, few):
+    """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
+    at = torch.randperm(q.shape[1], device=q.device)[:rows]
+    some = [q[:, at], k, index[0][:, at], index[1], index[2][:, at]]
+    where = {"k_end": give((at + 1).repeat(len(q), 1))}
+    if few:
+        kept = dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where)
+        where, some = {"indices": as_one(kept, k.shape[1])}, [x.flatten(0, 1) for x in some]
+    target = dsa.attention_target(*map(give, some[:2]), **where)
 
-        return Ours.apply(run, *(x.flatten(0, 1) for x in (q, k, v)))
+    def run(index_q, index_k, weights):
+        loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
+        return loss, lambda slope: [slope * x.astype(np.float32) for x in grads]
 
-    def select(self, q, k, index):
-        """The indexer's keys, those of most attention, or half the newest and half any, by random scores."""
-        top_k = int(self.top_k * k.shape[1] if self.top_k < 1 else self.top_k)
-        if self.by == "lightning":
-            return dsa.lightning_select(*map(give, index), top_k)
-        if self.by == "oracle":
-            return dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
-        scores, ends = torch.rand(*q.shape[:2], k.shape[1], device=q.device), torch.arange(q.shape[1]) + 1
-        return dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends.to(q.device)))
-
-    def learn(self, q, k, index_q, index_k, weights):
-        """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
-        at = torch.randperm(q.shape[1], device=q.device)[: self.rows]
-        some = [q[:, at], k, index_q[:, at], index_k, weights[:, at]]
-        where = {"k_end": give((at + 1).repeat(len(q), 1))}
-        if self.by:
-            kept = dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where)
-            where, some = {"indices": as_one(kept, k.shape[1])}, [x.flatten(0, 1) for x in some]
-        target, each = dsa.attention_target(*map(give, some[:2]), **where), 1 / some[4][..., 0].numel()
-
-        def run(index_q, index_k, weights):
-            loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
-            return loss * each, lambda slope: [each * slope * x.astype(np.float32) for x in grads]
-
-        return Ours.apply(run, *some[2:]).float()
+    return Ours.apply(run, *some[2:]).float() / (len(q) * rows)
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:
     """Of attention and the KL of all queries: dsa's, and plain torch's over the same keys; and a window."""
-    n, by = z.contexts[0], torch.manual_seed(0)
-    shapes = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)
-    inputs = [torch.randn(2, n, *x, generator=by).to(device).requires_grad_() for x in shapes]
-    (q, k, v, *index), attend = inputs, Attend("lightning", 1 / 16, n)
-    ours = torch.autograd.grad(attend(0, q, k, v, index).square().sum() + 2 * n * attend.kl[0], inputs)
-    kept = tensor(attend.select(q, k, index)).long()  # [2, n, K]
-    hidden = torch.ones(2, n, n + 1, device=device)  # with a column for what is absent
-    hidden = hidden.scatter(2, torch.where(kept < 0, n, kept), 0)[..., :n].bool()
+    n, shapes = z.contexts[0], ((z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,))
+    q, k, v, *index = inputs = [torch.randn(2, n, *x, device=device, requires_grad=True) for x in shapes]
+    out, kl = attention(q, k, v, index, "lightning", 1 / 16, n)
+    ours = torch.autograd.grad(out.square().sum() + 2 * n * kl, inputs)
+    kept = tensor(dsa.lightning_select(*map(give, index), n // 16)).long()  # [2, n, K]
+    hidden = torch.ones(2, n, n + 1, dtype=torch.bool, device=device)  # with a column for what is absent
+    hidden = hidden.scatter(2, kept % (n + 1), False)[..., :n]
     scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
     logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
     p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
@@ -1846,173 +1844,129 @@ def check_gradients(bench: Bench, z, device: str) -> None:
     for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
         bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
     kept = dsa.SELECTORS["window"](give(q), give(k), n // 16)
-    want = dsa.sparse_attention(*map(give, (q, k, v)), kept)[0]
-    bench.check("lm: a window", exact(newest(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
+    want, _ = dsa.sparse_attention(*map(give, (q, k, v)), kept)
+    bench.check("lm: a window", exact(sdpa(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
 
 
-@fused
-def orthogonal(x):
-    """Muon's step: about the orthogonal matrices nearest to x [L, m, n], by five of Newton and Schulz."""
-    tall = x.shape[1] / x.shape[2]
-    x = x.bfloat16() / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = x.mT if tall > 1 else x
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
-    return x.mT * tall**0.5 if tall > 1 else x
-
-
-def fit(bench: Bench, name: str, model: Decoder, text, attend, steps: int, rates):
+def fit(bench: Bench, name: str, z, weights, text, by, top_k, steps: int, rates):
     """Train all, or the indexers where rates FALL; matrices by Muon -> [step, bits a byte, KL]s, weights."""
-    z, device, curve, each = model.z, model.device, list[list[float]](), 8 * -(-steps // 400)
-    some = {x: y.requires_grad_() for x, y in model.weights.items() if rates is not FALL or x == "index"}
-    moments = {x: torch.zeros_like(some[x]) for x in some if x in MATRICES}
-    adam = torch.optim.AdamW([y for x, y in some.items() if x not in moments], betas=(0.9, 0.95))
-    draw, sums = torch.Generator(device).manual_seed(steps), torch.zeros(2, device=device)
+    curve, losses, device, each = list[list[float]](), list[Any](), text.device, 8 * -(-steps // 400)
+    for x, w in ((x, w) for x, layers in weights.items() for w in layers):
+        w.requires_grad_(rates is not FALL or x == "index")
+    muons, others = ([w for x in names for w in weights[x]] for names in (MATRICES, OTHERS))
+    both = torch.optim.AdamW(others, 2e-3, (0.9, 0.95)), torch.optim.Muon(muons, 0.015, 0)
+    paces = [torch.optim.lr_scheduler.LambdaLR(x, lambda i: np.interp(i / steps, *rates)) for x in both]
+    draw, rows = torch.Generator(device).manual_seed(steps), z.rows if by == "lightning" else 0
     torch.manual_seed(0)
     for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
         at = np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else (0, 1, 0, 2, 0, 1, 0, 0)[i % 8]
-        n, rate = z.contexts[at], float(np.interp(i / steps, *rates))
+        n = z.contexts[at]
         at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
-        bits = model.bits(text[at + torch.arange(n + 1, device=device)].int(), attend).mean()
-        kl = sum(attend.kl, torch.zeros_like(bits)) / z.layers
-        attend.kl.clear()
-        (bits + kl).backward()
-        with torch.no_grad():
-            sums += torch.stack([bits, kl]) / each
-            for x, moment in moments.items():
-                moment.mul_(0.95).add_(some[x].grad)
-                some[x].sub_(orthogonal(some[x].grad + 0.95 * moment), alpha=0.015 * rate)
-        adam.param_groups[0]["lr"] = 2e-3 * rate
-        adam.step()
-        for y in some.values():
-            y.grad = None
+        found, kl = bits(z, weights, text[at + torch.arange(n + 1, device=device)].int(), by, top_k, rows)
+        losses.append(torch.stack([found.mean(), kl]))
+        losses[-1].sum().backward()
+        losses[-1].detach_()
+        for pace in paces:
+            pace.optimizer.step()
+            pace.optimizer.zero_grad()
+            pace.step()
         if (i + 1) % each == 0:
-            curve.append([i + 1, *sums.tolist()])
-            sums.zero_()
+            curve.append([i + 1, *torch.stack(losses[-each:]).mean(0).tolist()])
             if len(curve) % 5 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
-    return curve, model.weights
+    return curve, weights
 
 
 def sources(folder: Path, z):
     """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words."""
-    packages, held, judged, rest = dict[str, list[bytes]](), list[bytes](), set[int](), list[bytes]()
+    packages, n = dict[str, list[bytes]](), z.contexts[-1]
     for path in filter(Path.is_file, sorted(folder.rglob("*.py"))):
         packages.setdefault(path.relative_to(folder).parts[0], []).append(path.read_bytes())
+    order = {x: packages[x] for x in sorted(packages, key=lambda name: zlib.crc32(name.encode()))}
+    middling = [x for x, files in order.items() if 4 * n <= sum(map(len, files)) <= 128 * n]
+    held, rest = [b"\0".join(order.pop(x)) for x in middling[: z.held]], list[bytes]()
+    for files in order.values():
+        rest += files if sum(map(len, rest)) < z.text else []
 
     def lines(text):
         return {hash(line) for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
 
-    for name in sorted(packages, key=lambda name: zlib.crc32(name.encode())):
-        if len(held) < z.held and 4 * z.contexts[-1] <= sum(map(len, packages[name])) <= 128 * z.contexts[-1]:
-            held.append(b"\0".join(packages[name]))
-            judged |= lines(held[-1])
-        elif sum(map(len, rest)) < z.text:
-            rest += packages[name]
     # A file of whose longer lines most stand in what is held out, packages of middling size, may be a copy.
+    judged = set[int]().union(*map(lines, held))
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
     if not (held and learned):
         raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
-    n, text = z.contexts[-1] + 1, np.frombuffer(b"\0".join(learned), np.uint8).copy()
-    windows = np.stack([np.frombuffer(x, np.uint8, n, (len(x) - n) // 2) for x in held])
+    text = torch.frombuffer(bytearray(b"\0".join(learned)), dtype=torch.uint8)
+    windows = np.stack([np.frombuffer(x, np.uint8, n + 1, (len(x) - n - 1) // 2) for x in held])
     note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
     note += f"packages held out, and {len(rest) - len(learned)} files that repeat these left out."
-    return torch.from_numpy(text), torch.from_numpy(windows), note
+    return text, torch.from_numpy(windows), note
 
 
-def with_secrets(z, windows):
-    """Windows in which random names are assigned to at distances FAR, and at the end; where these end."""
-    rng, letters = np.random.default_rng(0), list(b"abcdefghijklmnopqrstuvwxyz0123456789")
-    ids, line = windows[np.arange(z.cues) % len(windows)].cpu().numpy(), np.frombuffer(SECRET, np.uint8)
-    body = ids.shape[1] - len(FAR) * len(line)
-    ends = [body + (i + 1) * len(line) for i in range(len(FAR))]
-    for row, (end, far) in itertools.product(ids, zip(ends, FAR)):
-        own = np.where(line == ord("#"), rng.choice(letters, len(line)), line)
-        for at in (body - int(far * body), end - len(line)):
-            row[at : at + len(line)] = own[: len(row) - at]
-    return torch.from_numpy(ids).to(windows.device), ends
-
-
-@torch.no_grad() if torch else lambda run: run
-def judge(bench: Bench, models, methods, z, windows) -> list[dict[str, Any]]:
-    """Of every method, length and K: bits a byte of the windows' last halves; by position; secrets found."""
-    (_, middle, most), (some, ends), cells = z.contexts, with_secrets(z, windows), list[dict[str, Any]]()
-    asked = [(*x, n) for x in methods.items() for n in z.contexts if n == middle or x[1][2] != "dense"]
-    for name, (whose, by, beside), n in bench.steps(asked, "lm: judging"):
-        sizes = z.K if by == "lightning" or name == "window" else [middle // 16 if by else 0]
-        presets = {math.ceil(share * n): x for x, share in dsa.SELECTION_RATIOS.items() if name == FIRST}
-        for k in dict.fromkeys([*sizes, *presets]):
-            model, attend, many = models[whose], Attend(by, k), z.batch // n
-            parts = [model.bits(x, attend).view(-1, n) for x in windows[:, -n - 1 :].int().split(many)]
-            bits = torch.cat(parts).cpu().numpy()
-            cells.append({"method": name, "beside": beside, "K": k, "n": n, "preset": presets.get(k)})
-            cells[-1]["bits"] = bits[:, n // 2 :].mean(1).tolist()
-            if n == most and k in (0, middle // 16, *presets):
-                places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
-                cells[-1]["by position"] = [float(place.mean()) for place in places]
-                few = some[: z.cues // 5 if presets.get(k) else z.cues].int().split(many)
-                right = torch.cat([model(x[:, :-1], attend).argmax(-1) == x[:, 1:] for x in few])
-                hits = (right[:, end - 11 : end - 3].all(1) for end in ends)
-                cells[-1]["secrets"] = [hit.float().mean().item() for hit in hits]
+def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
+    """Of length and K: bits a byte of the windows' last halves; in the longest by position; secrets found."""
+    (_, middle, most), cells, line = z.contexts, list[dict[str, Any]](), np.frombuffer(SECRET, np.uint8)
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
+    letters = np.random.default_rng(0).choice(letters, (z.cues, len(FAR), len(line)))
+    own = torch.from_numpy(np.where(line == ord("#"), letters, line)).to(windows.device)
+    asked, body = windows.repeat(-(-z.cues // len(windows)), 1)[: z.cues], most + 1 - own[0].numel()
+    ends = [body + i * len(line) for i in range(len(FAR))]
+    for i, far in enumerate(FAR):
+        for at in (body - int(far * body), ends[i]):
+            asked[:, at : at + len(line)] = own[:, i]
+    for n, k in itertools.product(z.contexts, sizes):
+        parts = windows[:, -n - 1 :].int().split(z.batch // n)
+        found = torch.cat([bits(z, weights, x, by, k)[0] for x in parts]).cpu().numpy()
+        cells.append({"K": k, "n": n, "bits": found[:, n // 2 :].mean(1).tolist()})
+        if n == most and (k == middle // 16 or k not in z.K):
+            places = np.split(found, [n >> i for i in range(5, 0, -1)], 1)
+            parts = asked.int().split(z.batch // n)
+            right = [decoder(z, weights, x[:, :-1], by, k)[0].argmax(-1) == x[:, 1:] for x in parts]
+            hits = (torch.cat(right)[:, at + len(line) - 11 : at + len(line) - 3].all(1) for at in ends)
+            cells[-1] |= {"by position": [float(x.mean()) for x in places]}
+            cells[-1] |= {"secrets": [hit.float().mean().item() for hit in hits]}
     return cells
 
 
-def costs(model: Decoder, windows, z) -> list[dict[str, Any]]:
+def costs(z, weights, windows) -> list[dict[str, Any]]:
     """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
     (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
     some, long = windows[: z.batch // middle, :middle].int(), windows[: z.batch // n, :n].int()
+    work = {f"training {middle:,}": some, f"prefill {n:,}": long, f"a token at {n:,}": long[:, -1:]}
 
-    def run(learns, attend, ids, first=0):
-        with torch.set_grad_enabled(learns):
-            loss = model(ids, attend, first).square().mean() + sum(attend.kl)
-        if learns:
-            loss.backward()
-        attend.kl.clear()
-        loss.item()  # waits for the GPU
+    def run(ids, *how):
+        with torch.set_grad_enabled(ids is some):
+            logits, kl, past = decoder(z, weights, ids, *how)
+        if ids is some:
+            (logits.square().mean() + kl).backward()
+        logits.sum().item()  # waits for the GPU
+        return past
 
-    def room(work):
-        if model.device == "cpu":
+    def room(run):
+        run()  # compiles
+        if not windows.is_cuda:
             return 0
-        pool = sys.modules["cupy"].get_default_memory_pool()
-        pool.free_all_blocks()
+        (pool := sys.modules["cupy"].get_default_memory_pool()).free_all_blocks()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() + pool.total_bytes()
-        work()
+        run()
         return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
 
-    for what, ids, past in (("training", some, 0), ("prefill", long, 0), ("a token at", long[:, -1:], n - 1)):
-        ways, learns = dict[str, Any](), what == "training"
-        for name, by in (("dense", ""), ("DSA", "lightning")):
-            attend = Attend(by, middle // 16, z.rows * learns * bool(by), {} if past else None)
-            run(learns, attend, ids if learns else long)  # fills the past
-            ways[name] = functools.partial(run, learns, attend, ids, past)
-            ways[name]()  # compiles
-        memory = {name: room(work) for name, work in ways.items()}
+    for what, ids in work.items():
+        ways, rows = dict[str, Any](), z.rows if ids is some else 0
+        for name, *how in (("dense", "dense", 1, 0), ("DSA", "lightning", middle // 16, rows)):
+            ways[name] = functools.partial(run, ids, *how, run(long, *how) if ids.shape[1] == 1 else ())
+        memory = {name: room(way) for name, way in ways.items()}
         laps = {name: Laps(t / ids.numel() for t in lap) for name, lap in race(ways).items()}
-        cells.append({"what": f"{what} {past + ids.shape[1]:,}", "laps": laps, "bytes": memory})
+        cells.append({"what": what, "laps": laps, "bytes": memory})
     return cells
 
 
-def stages(z) -> dict[str, Any]:
-    """What is trained: whose weights it begins with, which dense read as much, attention, steps, rates."""
-    window, rows = Attend("window", z.contexts[1] // 16), z.rows
-    return {
-        "dense": (None, "", Attend(), z.dense, RISE),
-        BEGUN: (None, "dense", window, z.dense, RISE),
-        WARM: ("dense", "dense", Attend(rows=rows), z.warm, FALL),
-        FIRST: (WARM, MORE, Attend("lightning", 1 / 16, rows), z.more, LAST),
-        SECOND: (FIRST, AGAIN, Attend("lightning", 1 / 64, rows), z.last, LAST),
-        MORE: ("dense", "", Attend(), z.more, LAST),
-        AGAIN: (MORE, "", Attend(), z.last, LAST),
-        "window, trained": ("dense", MORE, window, z.more, LAST),
-        SCRATCH: (BEGUN, MORE, window, z.more, LAST),
-        "random and window, trained": ("dense", MORE, Attend("random", window.top_k), z.more, LAST),
-    }
-
-
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="14 minutes of an H100, and weeks", options=LM_OPTIONS)  # fmt: skip
+      "lm_presets", default=False, takes="17 minutes of an H100, and weeks", options={
+    "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
+    "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
+})  # fmt: skip
 def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
@@ -2022,32 +1976,33 @@ def lm(bench: Bench) -> None:
     if device == "cuda":
         bench.results["provenance"]["gpu"] = Chip(bench).name
 
-    def once(name, run):
-        """run(), or what it returned in an earlier run."""
+    def once(name, run, *args):
+        """run(*args), or what it returned in an earlier run."""
         file = bench.args.out / f"lm, {name}.pt"
         if not (bench.args.resume and file.exists()):
             start = time.perf_counter()
-            torch.save((run(), time.perf_counter() - start), file)
+            torch.save((run(*args), time.perf_counter() - start), file)
         result, seconds[name] = torch.load(file, map_location=device, weights_only=False)
         bench.say(f"lm, {name}: {seconds[name]:.1f} s")
         return result
 
-    folder = bench.args.source or Path(sysconfig.get_path("purelib"))
-    text, windows, note = once("text", lambda: sources(folder, z))
+    text, windows, note = once("text", sources, bench.args.source or Path(sysconfig.get_path("purelib")), z)
     check_gradients(bench, z, device)
-    models, curves, methods = dict[str, Decoder](), dict[str, Any](), dict[str, Any]()
-    for name, (start, beside, *how) in stages(z).items():
-        model = models[name] = Decoder(z, device, start and models[start].weights)
-        curves[name], model.weights = once(name, functools.partial(fit, bench, name, model, text, *how))
-        (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
-        if not new[name == WARM] < old[name == WARM] * (1.5 if how[-1] is LAST else 0.9):
-            raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
-        methods[name] = name, how[0].by, beside
-    methods |= {x: (WARM, by, "dense") for x, by in UNTRAINED.items()}
-    methods["before warm-up"] = "dense", "lightning", "dense"
+    models, curves, cells = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
+    for name, (start, beside, by, top_k, steps, rates) in methods(z).items():
+        models[name] = copy.deepcopy(models[start]) if start else begin(z, device)
+        if steps:
+            how = models[name], text, by, top_k, steps, rates
+            curves[name], models[name] = once(name, fit, bench, name, z, *how)
+            (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
+            if not new[name == WARM] < old[name == WARM] * (1.5 if rates is LAST else 0.9):
+                raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
+        sizes = [*(z.K if by in ("lightning", "window") else [top_k])]
+        sizes += dsa.SELECTION_RATIOS.values() if name == FIRST else []
+        judged = once(f"{name}, judged", torch.no_grad()(judge), z, models[name], by, sizes, windows)
+        cells += [{"method": name, "beside": beside} | cell for cell in judged]
     found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
-    found["judged"] = once("judged", lambda: judge(bench, models, methods, z, windows))
-    found["costs"] = once("costs", lambda: costs(models[FIRST], windows, z))
+    found |= {"judged": cells, "costs": once("costs", costs, z, models[FIRST], windows)}
     report_lm(bench, z, found)
 
 
@@ -2061,53 +2016,50 @@ def over(bits, reference):
 def report_lm(bench: Bench, z, found) -> None:
     (_, middle, most), one = z.contexts, z.contexts[1] // 16
     cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    beside = {at: cells[c["beside"], 0, c["n"]] for at, c in cells.items() if c["beside"]}
-    gaps = {at: over(cells[at]["bits"], dense["bits"]) for at, dense in beside.items()}
+    gaps = {x: over(c["bits"], cells[c["beside"], 1, x[2]]["bits"]) for x, c in cells.items() if c["beside"]}
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
-    rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, kept, n in gaps if kept == one]
-    level = ", ".join(f"{np.mean(cells[x, 0, middle]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
+    rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, k, n in gaps if k == one]
+    level = ", ".join(f"{np.mean(cells[x, 1, middle]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}, bytes as tokens. Steps of {z.batch:,} tokens: dense {z.dense:,}; warm-up {z.warm}, at "
-        f"{z.rows:,} queries a sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others "
-        f"{z.more} with {one}. Each stands over the dense model that has read as much: {level} bits a byte "
-        f"at {middle:,}. In brackets the middle 95 % over draws of packages. One seed; from run to run "
-        "differ cuBLAS's choices and atomics' sums."
+        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: dense {z.dense:,}; warm-up {z.warm}, {z.rows} queries a "
+        f"sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others {z.more} with {one}. "
+        f"Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets the "
+        "middle 95 % over draws of packages. One seed; cuBLAS and atomics differ from run to run."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)], rows, note)
-    draw_lm(bench, z, found["curves"], gaps)
-    far = {f"{m}, K = {k}" if k else m: c for (m, k, n), c in cells.items() if n == most and k in (0, one)}
-    places = [f"from {most >> i if i < 6 else 0:,}" for i in range(6, 0, -1)]
+    far = {f"{m}, K = {k}" if k > 1 else m: c for (m, k, _), c in cells.items() if "secrets" in c and k >= 1}
     rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in far.items()]
-    bench.table("lm_position", f"Bits a byte in {most:,} tokens, by position", ["method", *places], rows)
+    columns = ["method", *(f"from {most >> i if i < 6 else 0:,}" for i in range(6, 0, -1))]
+    bench.table("lm_position", f"Bits a byte in {most:,} tokens, by position", columns, rows)
     rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
     rows = []
-    for c in found["costs"]:
-        (dense, ours), memory = c["laps"].values(), [size(n) if n else "" for n in c["bytes"].values()]
-        rows.append([c["what"], str(dense), str(ours), f"{dense.median / ours.median:.2f}x", *memory])
+    for what, laps, memory in (c.values() for c in found["costs"]):
+        faster = f"{laps['dense'].median / laps['DSA'].median:.2f}x"
+        rows.append([what, *map(str, laps.values()), faster, *map(size, memory.values())])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
-    rows, at = [], {(c["preset"], c["n"]): c for c in cells.values()}
-    for preset, share in dsa.SELECTION_RATIOS.items():
-        k, hits = at[preset, middle]["K"], np.mean(at[preset, most]["secrets"])
-        rows.append([preset, f"{share:.0%}", f"{k:,}", texts[FIRST, k, middle], f"{hits:.0%}"])
-    dense = f"{np.mean(far[MORE]['secrets']):.0%}"
-    note = f"{FIRST}. Secrets: {z.cues // 5} at each distance; of {z.cues}, dense finds {dense}."
+    rows = []
+    for name, share in dsa.SELECTION_RATIOS.items():
+        hits, kept = np.mean(cells[FIRST, share, most]["secrets"]), math.ceil(share * middle)
+        rows.append([name, f"{share:.0%}", f"{kept:,}", texts[FIRST, share, middle], f"{hits:.0%}"])
+    note = f"{FIRST}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
+    draw_lm(bench, z, found["curves"], gaps)
 
 
 def draw_lm(bench: Bench, z, curves, gaps) -> None:
-    """Quality against K of all methods; loss against step."""
-    middle, one, names = z.contexts[1], z.contexts[1] // 16, dict.fromkeys(name for name, *_ in gaps)
-    look = {x: {"color": plt.get_cmap("tab20")(2 * i % 19), "label": x} for i, x in enumerate(names | curves)}
+    """Quality against K of all methods; loss against step, on from those of the weights it began with."""
+    middle, one, plan, ends = z.contexts[1], z.contexts[1] // 16, methods(z), {"": 0.0}
+    look: dict[str, Any] = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(plan)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name in names:
-        own = [k for k in z.K if (name, k, middle) in gaps]
-        ax.plot(own, [gaps[name, k, middle][0] for k in own], **look[name])
+    for name in dict.fromkeys(name for name, *_ in gaps):
+        points = [(k, gap[0]) for (m, k, n), gap in gaps.items() if (m, n) == (name, middle) and k in z.K]
+        ax.plot(*zip(*points), **look[name])
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -2117,17 +2069,16 @@ def draw_lm(bench: Bench, z, curves, gaps) -> None:
         f"attention, {good:+.2f} % with {one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
     )
     bench.figure("lm", "lm.png", finding, fig)
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.4))
-    for name, (_, beside, *_) in stages(z).items():
-        step, bits, kl = np.array(curves[name]).T
-        if same := beside in (MORE, AGAIN):  # the same text
-            bits = 100 * bits / np.array(curves[beside])[:, 1] - 100
-        axes[int(same)].plot(step, bits, marker="", **look[name])
-        if kl.any():
-            axes[2].plot(step, kl, marker="", **look[name])
-    titles = "bits a byte", "bits over dense on the same text, %", "KL of the indexers, nats"
-    for ax, title, scale in zip(axes, titles, ("log", "symlog", "log")):
-        ax.set(title=title, yscale=scale, xlabel=f"steps of {z.batch:,} tokens")
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    for name, curve in curves.items():
+        steps, *losses = np.array(curve).T
+        steps += ends[plan[name][0]]
+        ends[name] = steps[-1]
+        for ax, loss in zip(axes, losses):
+            if loss.any():
+                ax.plot(steps, loss, marker="", **look[name])
+    for ax, title in zip(axes, ("bits a byte", "KL of the indexers, nats")):
+        ax.set(title=title, yscale="log", xlabel=f"steps of {z.batch:,} tokens")
         ax.legend()
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
 
