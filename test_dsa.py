@@ -1111,6 +1111,13 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, error, changes, fragment
 # 2. What only a whole module, or a long one, shows: bits, tiles, errors -------------------------------------
 
 
+def test_no_streams_and_more_keys_than_int32_counts_are_errors(dsa):
+    """Of no queries, so that not even a check that is missing takes memory."""
+    refused("streams is empty", dsa.KVCache, 4)
+    index_k = np.broadcast_to(np.float32(1), (2**31, 4))
+    refused("S is 2147483648", dsa.lightning_select, np.ones((0, 2, 4)), index_k, np.ones((0, 2)), 1)
+
+
 @given(p=problems(windows=False), wrong=one_of([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds)
 def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wrong, at):
     """In any row; the index not clipped, not wrapped, not Python's -2, also where int32 would wrap to 0.
