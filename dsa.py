@@ -58,7 +58,7 @@ __all__ = [  # noqa: RUF022, in the order of the file
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[str, str], Any] = {}  # (stage, library): what runs a stage on the arrays of that library
-CODES: dict[Any, Any] = {}  # (stage, dtype): the axes of arrays in a code, and what decodes them
+CODES: dict[Any, Any] = {}  # (stage, dtype), as of fp8 codes: the arrays' axes then, and what decodes them
 
 
 def stage(declared, most=lambda n: 64):
@@ -566,7 +566,7 @@ def dsa_attention(
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
     def attend_to_cache():
-        by_scores = candidates is not None or config.selector() == "lightning"  # which read no number of k
+        by_scores = candidates is not None or config.selector() == "lightning"  # for which k may stay encoded
         keys = {"k": (cache.stored if by_scores else cache.read)("k"), "index_k": cache.read("index_k")}
         indices = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
@@ -646,8 +646,8 @@ class KVCache:
     """What the tokens so far left behind, for a batch of sequences, each of its own length.
 
     capacity: tokens per sequence; grow doubles it when it is full, otherwise a full cache raises ValueError.
-    storage: "float64", "float32", "float16", "bfloat16", or another of STORAGES, which may treat the last
-    qk_rope_head_dim values of "k" apart. streams: what a token leaves, name=shape.
+    storage: "float64", "float32", "float16", "bfloat16", or another of STORAGES, which may keep the last
+    qk_rope_head_dim values of "k", those RoPE turns, more exactly. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
     xp: the library of the arrays. Any number of threads may read and attend; what changes the cache, such as
     append, truncate and close, is the caller's to lock.
@@ -1030,7 +1030,10 @@ BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (se
 
 
 def set_num_threads(n):
-    """Work on blocks of queries, or tiles of keys, with n threads, by default (None) one per CPU."""
+    """Work on blocks of queries, or tiles of keys, with n threads, by default (None) one per CPU.
+
+    Without threadpoolctl one thread works, whatever n is: see get_num_threads.
+    """
     THREADS[0] = None if n is None else integer("n", n, 1)
 
 

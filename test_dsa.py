@@ -834,7 +834,7 @@ def pytest_cmdline_main(config):
     """Another module than dsa is reported on, and dsa with an option of the report; else the suite runs."""
     name, strict = config.getoption("--impl", "dsa"), config.getoption("strict", False)
     given = {key: x for key in REPORT if (x := config.getoption(key, None)) is not None}
-    if config.option.help or (name == "dsa" and not given):
+    if config.option.help or (name == "dsa" and not given and importlib.util.find_spec(name)):
         return None
     sys.path.insert(0, os.getcwd())
     given["dtypes"] = [x for x in DTYPES if str(x) in given.get("dtypes", map(str, DTYPES))]
@@ -842,7 +842,7 @@ def pytest_cmdline_main(config):
     try:
         return conform(importlib.import_module(name), stages, arrays, LIMITS | given, strict)
     except ImportError as error:
-        print(f"NOTHING WAS TESTED: {error}")
+        print(f"NOTHING WAS TESTED: {error} (--impl names the module to test, without .py)")
         return 2
 
 
