@@ -121,27 +121,22 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     (T, J, E), S, (lo, hi) = index_q.shape, len(index_k), span(k_start, k_end)
     dtype = accumulator(index_q, index_k, weights)
     scores, weights = np.full((T, S), -np.inf, dtype), weights.astype(dtype, "C")
-    zero = np.zeros(KEY_TILE, dtype)  # as a scalar it is slow
-    heads, some = min(8, J), KEY_TILE // 4  # by keys, of a product; the last heads may be zeros
-    groups = -(-J // max(1, heads))
-    q_parts = np.zeros((T, groups, 1, heads, E), dtype)
-    q_parts.reshape(T, groups * heads, E)[:, :J] = index_q
+    tile = KEY_TILE // 2 if J >= 8 else 2 * KEY_TILE  # keys of a product
+    index_q, zero = index_q.astype(dtype, "C"), np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
 
     def score(first):
-        # The order in which BLAS adds up a product may depend on its shape and on the place in it; OpenBLAS's
-        # for AVX2 is one up to 8 heads by 320 keys. So all products are alike, of `heads` by `some` keys, and
-        # a score has the same bits in any block or chunk.
-        keys, r = np.empty((E, KEY_TILE), dtype), np.empty((T, groups * heads, KEY_TILE), dtype)
-        k_parts = keys.reshape(E, 4, some).swapaxes(0, 1)  # [4, E, some]
-        r_parts = r.reshape(T, groups, heads, 4, some).swapaxes(2, 3)  # [T, groups, 4, heads, some]
-        for s in range(first, min(first + 8 * KEY_TILE, hi), KEY_TILE):
-            tile = index_k[s : s + KEY_TILE]  # [N, E]
-            keys[:, : len(tile)], keys[:, len(tile) :] = tile.T, 0
-            np.matmul(q_parts, k_parts, out=r_parts)
-            np.maximum(r, zero, out=r)
-            scores[:, s : s + KEY_TILE] = (weights[:, None] @ r[:, :J])[:, 0, : len(tile)]  # [T, N]      (1)
+        # The order in which BLAS adds up a product may depend on its shape and on the place in it: OpenBLAS's
+        # for AVX2 is another one for the first and the last 8 keys, and beyond 320 from 8 heads on. So all
+        # products are alike, between 8 keys that are nobody's, and a score has the same bits in any chunk.
+        keys, r = np.zeros((E, tile + 16), dtype), np.empty((T, J, tile + 16), dtype)
+        for s in range(first, min(first + 8 * KEY_TILE, hi), tile):
+            k_s = index_k[s : s + tile]  # [N, E]
+            own = slice(8, 8 + len(k_s))
+            keys[:, own] = k_s.T
+            np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, tile + 16]
+            scores[:, s : s + tile] = (weights[:, None] @ r)[:, 0, own]  # [T, N]                         (1)
 
-    for _ in spread(score, range(lo - lo % KEY_TILE, hi, 8 * KEY_TILE)):
+    for _ in spread(score, range(lo - lo % tile, hi, 8 * KEY_TILE)):
         pass
     return hidden(scores, k_start, k_end)
 
@@ -162,7 +157,7 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     """
     (T, S), (lo, hi) = scores.shape, span(k_start, k_end)
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
-    for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):
+    for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # a NaN comes through min
         raise FloatingPointError(int(t))  # of the block; in_blocks names the query
     seen = x > -np.inf
     count, indices = np.count_nonzero(seen, axis=1), np.full((T, min(top_k, S)), -1, np.int32)
@@ -176,7 +171,7 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         kept = seen[more] & ((place <= num_sink_tokens) | (place > count[more, None] - local_window))
         best = first_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
         np.put_along_axis(kept, best, True, axis=1)
-        indices[more] = lo + np.flatnonzero(kept).reshape(len(more), top_k) % (hi - lo)
+        indices[more] = lo + np.flatnonzero(kept).reshape(len(more), top_k) % x.shape[1]  # columns, by row
     return indices
 
 
@@ -486,7 +481,7 @@ class DSAConfig:
             quota(self.top_k, window, self.num_sink_tokens)
         else:
             fits = is_number(ratio) and 0 < ratio <= 1
-            expect(fits, "sparse_ratio", repr(ratio), "None or a number above 0 and up to 1")
+            expect(fits, "sparse_ratio", repr(ratio), "None, or above 0 and up to 1 as SELECTION_RATIOS")
             object.__setattr__(self, "sparse_ratio", float(ratio))
         expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
         expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
@@ -840,7 +835,7 @@ def library(name, x, others=None):
     home, kind = type(x).__module__.partition(".")[0], f"a {type(x).__module__}.{type(x).__name__}"
     plain = type(x) is np.memmap or home != "numpy"  # not a matrix, nor masked
     fits = home in known and plain and isinstance(x, sys.modules[home].ndarray)
-    expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}", TypeError)
+    expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}, as by asarray({name})", TypeError)
     return LIBRARIES.setdefault(type(x), sys.modules[home])
 
 
@@ -877,14 +872,14 @@ def sizes_of(arrays):
         if lead < 0 or (lead != 1 and not batch):
             raise ValueError(f"{name} is of shape {shape}, expected axes [{', '.join(axes)}]")
         for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
-            if "+" in axis:
+            if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
                 axis, size = axis.split("+")[0], size - int(axis.split("+")[1])
             if n.setdefault(axis, size) != size:
                 what = "batch axes" if axis == "..." else f"{axis} ="
                 raise ValueError(f"{name} has {what} {size}, but {owner[axis]} has {what} {n[axis]}")
             owner.setdefault(axis, name)
     if "G" in n and "H" in n and (n["G"] == 0 or n["H"] % n["G"]):
-        raise ValueError(f"G is {n['G']} in k, expected a divisor of H = {n['H']} in q")
+        raise ValueError(f"G is {n['G']} in k [S, G, D], expected a divisor of H = {n['H']} in q [T, H, D]")
     if n.get("S", 0) >= 2**31:
         raise ValueError(f"S is {n['S']} in {owner['S']}, expected less than 2**31, as indices are int32")
     return n
@@ -2793,7 +2788,7 @@ def select_over_shards(at, quota, windows, q, k, weights):
     if quota is None:
         with together(at.comm):
             return xp.asarray(every_key(windows, at.num_keys))
-    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
+    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), 2 * KEY_TILE)
     place = at.first % tile  # of key 0 in a tile of all keys, as it decides on bits
     base = xp.asarray(at.first - place, np.int32 if at.num_keys <= 2**31 else np.int64)[..., None]
     lo, hi = (xp.asarray(np.clip(w, at.first, at.end) - at.first + place, np.int32) for w in windows)
