@@ -121,7 +121,7 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     (T, J, E), S, (lo, hi) = index_q.shape, len(index_k), span(k_start, k_end)
     dtype = accumulator(index_q, index_k, weights)
     scores, weights = np.full((T, S), -np.inf, dtype), weights.astype(dtype, "C")
-    tile = KEY_TILE // 2 if J >= 8 else 2 * KEY_TILE  # keys of a product
+    tile = KEY_TILE // 2 if J >= 8 else KEY_TILE  # keys of a product
     index_q, zero = index_q.astype(dtype, "C"), np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
 
     def score(first):
@@ -286,7 +286,10 @@ def attend(q, k, v, seen=None):
     (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)  # odd: keys with values that are not finite
     rows = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)  # [G, R, D]
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    x = rows @ keys.swapaxes(1, 2)  # [G, R, N]
+    if D > 256 and keys.shape[1] > rows.shape[1]:  # BLAS is faster with a longer side first
+        x = np.ascontiguousarray((keys @ rows.swapaxes(1, 2)).swapaxes(1, 2))  # [G, R, N]
+    else:
+        x = rows @ keys.swapaxes(1, 2)
     if seen is not None:
         sees = np.repeat(seen.T, H // G, axis=0)  # [R, N]
         np.copyto(x, -np.inf, where=~sees)
@@ -2788,7 +2791,7 @@ def select_over_shards(at, quota, windows, q, k, weights):
     if quota is None:
         with together(at.comm):
             return xp.asarray(every_key(windows, at.num_keys))
-    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), 2 * KEY_TILE)
+    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
     place = at.first % tile  # of key 0 in a tile of all keys, as it decides on bits
     base = xp.asarray(at.first - place, np.int32 if at.num_keys <= 2**31 else np.int64)[..., None]
     lo, hi = (xp.asarray(np.clip(w, at.first, at.end) - at.first + place, np.int32) for w in windows)

@@ -3476,7 +3476,7 @@ def ranks_select(dsa, comm, xp=np):
             actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
         assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
         first, S = comm.exscan(index_k.shape[-2]) or 0, index_k.shape[-2]
-        place = first % (2 * dsa.KEY_TILE) if xp is np else 0
+        place = first % dsa.KEY_TILE if xp is np else 0
         expected = stages.index_scores(*p.index, **p.windows)[..., first : first + S]
         assert_same(np.concatenate(scores, axis=-2)[..., place : place + S], expected)
         scores.clear()
