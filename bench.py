@@ -1788,18 +1788,17 @@ def as_one(kept, S: int):
 
 def attention(q, k, v, index, by, top_k, rows):
     """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
-    (B, T), S = q.shape[:2], k.shape[1]
+    (B, T), S, device = q.shape[:2], k.shape[1], q.device
     top_k = math.ceil(top_k * S) if top_k <= 1 else top_k
     kl = learn(q, k, index, rows, top_k < S) if rows else 0
     if by == "window" or top_k >= S:
         return sdpa(q, k, v, top_k if top_k < S else 0), kl
     if by == "lightning":
         kept = dsa.lightning_select(*map(give, index), top_k)
-    elif by == "oracle":
-        kept = dsa.select_topk(dsa.attention_target(give(q), give(k)), top_k)
     else:
-        scores, ends = torch.rand(B, T, S, device=q.device), torch.arange(1, T + 1, device=q.device)
-        kept = dsa.select_topk(give(scores), top_k, local_window=top_k // 2, k_end=give(ends))
+        ends, near = give(torch.arange(1, T + 1, device=device)), top_k // 2 * (by == "random")
+        scores = give(torch.rand(B, T, S, device=device)) if near else dsa.attention_target(give(q), give(k))
+        kept = dsa.select_topk(scores, top_k, local_window=near, k_end=ends)
     kept = as_one(kept, S)
 
     def run(q, k, v):
@@ -1846,6 +1845,8 @@ def check_gradients(bench: Bench, z, device: str) -> None:
     kept = dsa.SELECTORS["window"](give(q), give(k), n // 16)
     want, _ = dsa.sparse_attention(*map(give, (q, k, v)), kept)
     bench.check("lm: a window", exact(sdpa(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
+    early = (attention(q, k, v, index, "oracle", x, 0)[0].view(q.shape)[:, : n // 16] for x in (1 / 16, 1))
+    bench.check("lm: the oracle reads nothing later", *map(exact, early), 1e-4)
 
 
 def fit(bench: Bench, name: str, z, weights, text, by, top_k, steps: int, rates):
