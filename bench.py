@@ -352,14 +352,13 @@ class Part:
 
 
 PARTS: dict[str, Part] = {}
-NO_OPTIONS: dict[str, dict[str, Any]] = {}
 
 
-def part(help: str, *tables: str, default: bool = True, takes: str = "", options=NO_OPTIONS):
+def part(help: str, *tables: str, default: bool = True, takes: str = "", options=None):
     """Make a function a part of the command line."""
 
     def register(run):
-        PARTS[run.__name__] = Part(run, help, tables, default, takes, options)
+        PARTS[run.__name__] = Part(run, help, tables, default, takes, options or {})
         return run
 
     return register
@@ -656,8 +655,7 @@ def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
         ratios = [f"{c['ratio']:.1f}x", f"{c['flops ratio']:.1f}x"]
         noisy = f"{c['spread']:.0%}" + " noisy" * (c["spread"] > NOISY)
         rows.append([f"{c['kind']} {c['n']:,}", *times, *ratios, noisy])
-    columns = ["newest of", "dense", *peers, "DSA", *STAGES]
-    columns += ["faster", "by FLOPs", "spread"]
+    columns = ["newest of", "dense", *peers, "DSA", *STAGES, "faster", "by FLOPs", "spread"]
     chunk, last = of_kind(cells, "chunk"), cells[0]
     cross = {kind: crossover(of_kind(cells, kind)) for kind in shapes}
     dense, sparse = whole_prompt(chunk, min(PROMPT, chunk[-1]["n"]))
@@ -681,8 +679,8 @@ def report_speed(bench: Bench, cells, shapes: dict[str, str]) -> None:
     ]  # fmt: skip
     note = (
         "Memory: the most beyond inputs and outputs, by tracemalloc. Reads: keys and values, or index keys "
+        "and what is kept, four bytes a number, computed."
     )
-    note += "and what is kept, four bytes a number, computed."
     columns = ["context", "chunk, dense", "DSA", "token, dense", "DSA", "reads, dense", "DSA", "less"]
     title = "Working memory of a chunk and of a token, and the bytes of the cache that a token reads"
     bench.table("reads", title, columns, rows, note)
