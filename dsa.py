@@ -1253,9 +1253,13 @@ def predictive_select(
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
     seen = near(candidates, widen, block, len(index_k), k_start, k_end, **forced)
     scores = np.full(seen.shape, -np.inf, accumulator(index_q, index_k, weights))
-    for t, keys in enumerate(map(np.flatnonzero, seen)):
-        row, window = slice(t, t + 1), {"k_start": np.zeros(1, int), "k_end": np.array([len(keys)])}
-        scores[t, keys] = index_scores.block(index_q[row], index_k[keys], weights[row], **window)
+    more = len(seen) * seen.any(0).sum() - seen.sum()  # scores, if the queries share their keys; else calls
+    together = more * index_q[:1].size <= 2**20 * len(seen)
+    for own in [slice(None)] if together else [slice(t, t + 1) for t in range(len(seen))]:
+        keys = np.flatnonzero(seen[own].any(0))
+        ends = np.full(len(seen[own]), len(keys))
+        x = index_scores.block(index_q[own], index_k[keys], weights[own], k_start=0 * ends, k_end=ends)
+        scores[own, keys] = np.where(seen[own, keys], x, -np.inf)
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
 
 
@@ -1287,11 +1291,116 @@ def select_by(q, k, score, *, top_k, local_window=0, num_sink_tokens=0, k_start=
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **rest)
 
 
-def selector(choose):
-    """Register choose(n, q, k, index, rest, **options): all selectors have one signature, take what they need
-    of it and return what lightning_select does; with a local_window each is a hybrid of that and itself.
+class Selection:
+    """A call of one of SELECTORS, checked. These are its methods: each takes what it needs of the call and
+    returns what lightning_select does; with a local_window it is a hybrid of that and itself.
     """
-    known = choose.__kwdefaults__ or {}
+
+    def __init__(self, given):
+        self.n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
+        check_options(self.n, given)
+        self.q, self.k, *self.index = (given[x] for x in ("q", "k", "index_q", "index_k", "weights"))
+        self.rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
+
+    def _drawn(self, seed, *shapes, dtype=np.float64):
+        rng = np.random.default_rng(integer("seed", seed, 0))
+        return [self.n["xp"].asarray(rng.standard_normal(shape, dtype)) for shape in shapes]
+
+    def lightning(self):
+        """Equations (1) and (2), as lightning_select."""
+        return lightning_select(*self.index, **self.rest)
+
+    def hierarchical(self, *, block=64, oversample=4):
+        """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
+
+        The first and the last visible block are always in, since they may be visible only in part.
+        """
+        (index_q, x, weights), n, oversample = self.index, self.n, integer("oversample", oversample, 1)
+        dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
+        block = min(integer("block", block, 1), max(1, n["S"]))
+        pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
+        pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
+        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        last, most = (end - 1) // block, -(-oversample * self.rest["top_k"] // block)
+        first = np.minimum(start // block, last)
+        best = lightning_select(index_q, pooled, weights, most, k_start=first + 1, k_end=last)
+        blocks = np.concatenate([first[..., None], best, last[..., None]], -1)
+        return predictive_select(*self.index, candidates=blocks, block=block, **self.rest)
+
+    def approximate(self, *, dim=64, seed=0, projection=None):
+        """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
+        if projection is None:
+            (projection,) = self._drawn(seed, (self.n["D"], integer("dim", dim, 1)))
+        n = dims(k=(self.k, "... S G D"), projection=(projection, "D R"))
+        grouped = (x.reshape(*x.shape[:-1], n["G"], n["D"]) for x in features(self.q, self.k))
+        projected = (x @ projection.astype(x.dtype) for x in grouped)  # [..., G, R]
+        both = (x.reshape(*x.shape[:-2], n["G"] * n["R"]) for x in projected)
+        return lightning_select(*logits(*both), **self.rest)
+
+    def lsh(self, *, bits=64, oversample=4, seed=0):
+        """Random hyperplanes: the oversample * top_k keys nearest by Hamming distance, then by logits."""
+        many, both = integer("oversample", oversample, 1) * self.rest["top_k"], features(self.q, self.k)
+        (planes,) = self._drawn(seed, (both[0].shape[-1], integer("bits", bits, 1)), dtype=np.float32)
+        sides = (by_rows(x, planes.T.astype(x.dtype, "C")) for x in both)
+        signs = [np.where(x == 0, 1, np.sign(x)) for x in sides]  # whose product falls with the distance
+        windows = {x: self.rest[x] for x in ("k_start", "k_end")}
+        nearest = lightning_select(*logits(*signs), many, **windows)
+        return predictive_select(*logits(*both), candidates=nearest, **self.rest)
+
+    def learned(self, *, mlp=None, seed=0):
+        """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
+
+        mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
+        """
+        q, k = features(self.q, self.k)
+        if mlp is None:
+            mlp = self._drawn(seed, *[(16, k.shape[-1])] * 2, 16, 16)
+        return lightning_select(*as_indexer(q, k, mlp), **self.rest)
+
+    def window(self):
+        """The last top_k keys."""
+        return select_by(self.q, self.k, lambda q, k, s, *window: 1.0 * s, **self.rest)
+
+    def global_(self):
+        """The first top_k keys, as global tokens that every query sees."""
+        return select_by(self.q, self.k, lambda q, k, s, *window: -1.0 * s, **self.rest)
+
+    def strided(self):
+        """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
+
+        def place(q, k, s, start, end):
+            return -1.0 * ((end - 1 - s) % np.maximum(1, -((start - end) // max(1, self.n["K"]))))
+
+        return select_by(self.q, self.k, place, **self.rest)
+
+    def random(self, *, seed=0):
+        """Any top_k keys, by a hash (splitmix64) of the seed and of both places in the sequence."""
+        seed, n = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64), self.n
+
+        def order(place, k, s, start, end):
+            x = ((end - start << 32) + s - start).astype(np.uint64)  # [T, N]
+            x += place[:, 0].astype(np.int64).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+            x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+            return (x >> np.uint64(11)).astype(np.float64)
+
+        # A causal window ends at its query, however the sequence is cut, or all end as far before it. Else
+        # that place goes into the hash, as queries that see the same keys are to choose differently.
+        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
+        least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
+        causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
+        return select_by(np.where(causal, 0.0, place)[..., None, None], self.k, order, **self.rest)
+
+    def oracle(self, *, scale=None):
+        """The keys of largest attention mass, to rounding, over all heads: the most that a set can hold."""
+        check_options(self.n, given := {"scale": scale})
+        return select_by(self.q, self.k, functools.partial(mass, **given), **self.rest)
+
+
+def selector(choose):
+    """One of SELECTORS, out of a method of Selection."""
 
     def select(
         q, k, top_k,
@@ -1299,40 +1408,14 @@ def selector(choose):
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
         given = {"v": None, "sink": None, **locals()}
-        n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
-        check_options(n, given)
-        q, k, *index = (given[name] for name in ("q", "k", "index_q", "index_k", "weights"))
-        rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
-        return on_one_blas_thread(lambda: choose(n, q, k, index, rest, **options))
+        return on_one_blas_thread(lambda: choose(Selection(given), **options))
 
+    select.options = known = choose.__kwdefaults__ or {}  # type: ignore[attr-defined]
     select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
-    select.__name__ = select.__qualname__ = choose.__name__
-    SELECTORS[choose.__name__], select.options = select, known  # type: ignore[attr-defined]
     return select
 
 
-@selector
-def lightning(n, q, k, index, rest):
-    """Equations (1) and (2), as lightning_select."""
-    return lightning_select(*index, **rest)
-
-
-@selector
-def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
-    """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
-
-    The first and the last visible block are always in, since they may be visible only in part.
-    """
-    (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
-    dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
-    pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
-    pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
-    start, end = filled(n, (rest["k_start"], rest["k_end"]))
-    last, most = (end - 1) // block, -(-integer("oversample", oversample, 1) * rest["top_k"] // block)
-    first = np.minimum(start // block, last)
-    best = lightning_select(index_q, pooled, weights, most, k_start=first + 1, k_end=last)
-    blocks = np.concatenate([first[..., None], best, last[..., None]], -1)
-    return predictive_select(*index, candidates=blocks, block=block, **rest)
+SELECTORS |= {name.strip("_"): selector(x) for name, x in vars(Selection).items() if name[0] != "_"}
 
 
 def features(q, k):
@@ -1348,54 +1431,6 @@ def logits(q, k):
     return np.stack([q, -q], -2), k, np.broadcast_to(signs, (*q.shape[:-1], 2))
 
 
-def drawn(xp, seed, *shapes, dtype=np.float64):
-    rng = np.random.default_rng(integer("seed", seed, 0))
-    return [xp.asarray(rng.standard_normal(shape, dtype)) for shape in shapes]
-
-
-@selector
-def approximate(n, q, k, index, rest, *, dim=64, seed=0, projection=None):
-    """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
-    if projection is None:
-        (projection,) = drawn(n["xp"], seed, (n["D"], integer("dim", dim, 1)))
-    dims(k=(k, "... S G D"), projection=(projection, "D R"))
-    both = [x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k)]
-    both = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in both]  # [..., G * R]
-    return lightning_select(*logits(*both), **rest)
-
-
-@selector
-def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
-    """Random hyperplanes: the oversample * top_k keys nearest in Hamming distance, then by their logits."""
-    bits, many = integer("bits", bits, 1), integer("oversample", oversample, 1) * rest["top_k"]
-    (planes,) = drawn(n["xp"], seed, (n["G"] * n["D"], bits), dtype=np.float32)
-
-    def with_signs(x):
-        side = by_rows(x, planes.T.astype(x.dtype, "C"))
-        return np.concatenate([x, np.where(side >= 0, 1, -1).astype(x.dtype)], -1)[..., None, :]
-
-    def score(q, k, s, start, end):
-        parts, window = (slice(-bits), slice(-bits, None)), {"k_start": start[:, 0], "k_end": end[:, 0]}
-        x, agree = (index_scores(*logits(q[:, 0, own], k[:, 0, own]), **window) for own in parts)  # [T, N]
-        best, candidate = select_topk(agree, many), n["xp"].zeros(x.shape, bool)
-        candidate[n["xp"].arange(len(x))[:, None], best] = True  # also at -1, but then every key is one
-        return np.where(candidate | np.isnan(x), x, np.finfo(x.dtype).min)  # NaN is an error
-
-    return select_by(*map(with_signs, features(q, k)), score, **rest)
-
-
-@selector
-def learned(n, q, k, index, rest, *, mlp=None, seed=0):
-    """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
-
-    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
-    """
-    if mlp is None:
-        mlp = drawn(n["xp"], seed, *[(16, n["G"] * n["D"])] * 2, 16, 16)
-    q, k = features(q, k)
-    return lightning_select(*as_indexer(q, k, mlp), **rest)
-
-
 def as_indexer(q, k, mlp):
     """index_q, index_k and weights by which (1) is w_out . relu(w_q q + w_k k + b), of features q and k."""
     shapes = {"w_q": "F GD", "w_k": "F GD", "b": "F", "w_out": "F"}
@@ -1408,53 +1443,6 @@ def as_indexer(q, k, mlp):
     index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]: unit f, then hidden f
     index_k = np.pad(by_rows(k, w_k), [(0, 0)] * (k.ndim - 1) + [(0, 1)], constant_values=1)  # [..., F + 1]
     return index_q, index_k, np.broadcast_to(w_out, hidden_q.shape)
-
-
-for name, what, place in (  # the static patterns: the top_k keys s of the largest place(s, start, end, top_k)
-    ("window", "The last top_k keys.", lambda s, *_: s),
-    ("global", "The first top_k keys, as global tokens that every query sees.", lambda s, *_: -s),
-    (
-        "strided",
-        "Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys.",
-        lambda s, start, end, top_k: -((end - 1 - s) % np.maximum(1, -((start - end) // top_k))),
-    ),
-):
-
-    def static(n, q, k, index, rest, place=place, /):
-        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
-
-    static.__name__, static.__qualname__, static.__doc__ = name, name, what
-    selector(static)
-
-
-@selector
-def random(n, q, k, index, rest, *, seed=0):
-    """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
-    seed = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
-
-    def order(place, k, s, start, end):
-        place = place[:, 0].astype(np.int64)  # [T, 1]
-        length, s, place = (x.astype(np.uint64) for x in (end - start, s - start, place))
-        x = (length << np.uint64(32)) + s + place * np.uint64(0xD1342543DE82EF95)
-        x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return (x >> np.uint64(11)).astype(np.float64)
-
-    # A causal window ends at its query, however the sequence is cut, or all end as far before it. Elsewhere
-    # that place goes into the hash, as queries that see the same keys are to choose differently.
-    start, end = filled(n, (rest["k_start"], rest["k_end"]))
-    place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
-    least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
-    causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
-    return select_by(np.where(causal, 0.0, place)[..., None, None], k, order, **rest)
-
-
-@selector
-def oracle(n, q, k, index, rest, *, scale=None):
-    """The keys of largest attention mass, to rounding, over all heads: the most that one set can capture."""
-    check_options(n, given := {"scale": scale})
-    return select_by(q, k, functools.partial(mass, **given), **rest)
 
 
 def mass(q, k, s, start, end, scale):
