@@ -1633,8 +1633,8 @@ def decoded(n, given):
     return {**given, "index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
 
 
+axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
 for name in ("index_scores", "lightning_select", "predictive_select"):
-    axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
     CODES[name, np.dtype(np.uint8)] = axes, decoded
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
@@ -1653,11 +1653,12 @@ class Session(KVCache):
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
         path = os.path.realpath(os.fsdecode(path))
-        expect(path != getattr(self, "path", None), "path", repr(path), "another than the cache's own file")
+        meta = {key: getattr(self, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
+        data = {f"stream_{name}": on_host(self.stored(name)) for name in self.streams}
         part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
         try:
             with part.open("wb") as file:
-                write_session(self, file, self.streams)
+                np.savez(file, meta=json.dumps(meta), lengths=self.lengths, **data)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -1665,10 +1666,17 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with open(path, "rb") as file:
-            return resumed(
-                file, lambda _, meta: KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-            )
+        with session_in(path) as (meta, data):
+            cache: Any = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
+            cache._fill(data)
+            return cache
+
+    def _fill(self, data):
+        lengths = check_lengths(data["lengths"], self.batch, self.capacity)
+        for name, x in self._data.items():
+            rows = x[:, : lengths.max()]
+            rows[...] = self.xp.asarray(data[f"stream_{name}"].view(self.dtype).reshape(rows.shape))
+        self._set_lengths(lengths)
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1689,50 +1697,38 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
+for method in ("save", "load", "_fill", "reorder", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
 
 
-def write_session(cache, file, names):
-    """What describes a cache, and some of its streams, to a file that can seek: a zip, with checksums."""
-    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
-    data = {f"stream_{name}": on_host(cache.stored(name)) for name in names}
-    np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
-
-
-def resumed(file, made):
-    """The cache of what write_session put at the end of a file: made(how many bytes stand before it, what
-    describes the cache), filled. ValueError where that is nothing, or made finds something wrong.
+@contextlib.contextmanager
+def session_in(path):
+    """What describes the cache that was saved, and its arrays. ValueError where the file is none, or where
+    who reads it finds something wrong.
     """
     try:
-        data: Any = np.lib.npyio.NpzFile(file)
-        meta = json.loads(data["meta"].item())
-        meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
-        expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
-        cache = made(data.zip.filelist[0].header_offset, meta)
-        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
-        for name in getattr(cache, "_index", cache.streams):  # of two tiers the others are in the file itself
-            rows = cache._data[name][:, : lengths.max()]
-            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
-        cache._set_lengths(lengths)
-        return cache
+        with np.load(path) as data:
+            meta = json.loads(data["meta"].item())
+            meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
+            expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
+            yield meta, data
     except Exception as error:  # a zip that is cut or changed has many kinds
         if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
             raise
-        raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
+        raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
 
 
-class HybridKVCache(KVCache):
+class HybridKVCache(Session):
     """A KVCache in two tiers, with the same results to the bit, whatever is evicted.
 
     The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: the file to make, which stays; close adds to it what else the session
-    needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
-    hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it reads, of
-    all sequences, two or three times while it works. Of threads that attend at once, one has the fast tier,
-    and the others miss. A forked process can read the cache, but not append to it.
+    step, stay in memory besides. path: where close saves the session, with which the same call then goes on;
+    the slow tier is an unnamed file in that folder, by default the temporary one. It is not copied, nor
+    reordered. hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it
+    reads, of all sequences, two or three times while it works. Of threads that attend at once, one has the
+    fast tier, and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
@@ -1747,25 +1743,31 @@ class HybridKVCache(KVCache):
         self.path = None if path is None else os.path.realpath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
+        self._slow: Any = None
+        self._file: Any = tempfile.SpooledTemporaryFile(1, dir=self.path and os.path.dirname(self.path))  # noqa: SIM115
         super().__init__(capacity, **kwargs)
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
-        names = sorted(self._stored.keys() - self._index.keys())  # a file has them in this order
+        names = [name for name in self._stored if name not in self._index]
         expect("k" in names, "streams", sorted(self.streams), "k among them")
-        ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
-        self._columns = dict(zip(names, map(slice, ends, ends[1:])))  # of a record, by streams
+        ends = list(itertools.accumulate(math.prod(self._stored[name]) for name in names))
+        self._columns = names, ends  # of a record
         least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
         slots = self.fast_bytes // record
-        self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
+        self._fast, self._slot_of = self.xp.zeros((slots, ends[-1]), self.dtype), np.zeros(0, np.int64)
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
-        self._slot_of = self._window = np.zeros(0, np.int64)  # where a row was last; rows of local windows
-        self._slow: Any = None
-        self._open(capacity)
+        self._allocate(capacity)
+        if self.path and os.path.exists(self.path):
+            with session_in(self.path) as (meta, data):
+                for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+                    expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
+                self._allocate(max(capacity, meta["capacity"]))
+                self._fill(data)
 
     @property
     def nbytes(self):
         """Bytes of memory held, without the slow tier."""
-        more = self._fast, self._stamp, self._owner, self._slot_of, self._window
+        more = self._fast, self._stamp, self._owner, self._slot_of
         return super().nbytes - self._slow.nbytes + sum(x.nbytes for x in more)
 
     def append(self, **kwargs):
@@ -1783,112 +1785,79 @@ class HybridKVCache(KVCache):
 
     def close(self):
         if self.path and not self.closed and os.getpid() == self._process:
-            self._file.seek(self._file.truncate(self._slow.nbytes))  # before half a session of an earlier try
-            write_session(self, self._file, self._index)
+            self.save(self.path)
         super().close()
         nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
-        self._slow = self._fast = self._stamp = self._owner = self._slot_of = self._window = nothing
+        self._slow = self._fast = self._stamp = self._owner = self._slot_of = nothing
         self._file.close()
-
-    def _open(self, capacity):
-        """The slow tier in a new file, or in that of a session, which then goes on."""
-        again = self.path is not None and os.path.exists(self.path)
-        mode = "r+b" if again else "x+b"  # without a path a file is made when one is asked for
-        self._file: Any = open(self.path, mode) if self.path else tempfile.SpooledTemporaryFile(1)  # noqa: SIM115
-
-        def with_room(at, meta):
-            for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-                expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
-            room = meta["capacity"]
-            expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
-            whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
-            expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
-            self._allocate(room)
-            return self
-
-        try:
-            if again:
-                resumed(self._file, with_room)
-                self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
-            else:
-                self._allocate(capacity)
-        except BaseException:
-            self._file.close()
-            if self.path and not again:
-                os.unlink(self.path)
-            raise
 
     def _allocate(self, capacity):
         if not hasattr(self, "_fast"):  # in KVCache's __init__, after which the tiers are made
             return
-        rows = capacity * self.batch
-        slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+        rows, slow_tier = capacity * self.batch, KERNELS.get(("slow_tier", self.xp.__name__), mapped)
         slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
-        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
+        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))  # where a row was last
         streams = self._split(slow.reshape(capacity, self.batch, -1)).items()
         data = {name: x.swapaxes(0, 1) for name, x in streams} | self._in_memory(self._index, capacity)
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
     def _split(self, records):
         """The streams in records [..., W], views [..., *shape]."""
-        columns = {name: records[..., own] for name, own in self._columns.items()}
-        return {name: x.reshape(*x.shape[:-1], *self._stored[name]) for name, x in columns.items()}
+        names, ends = self._columns
+        columns = zip(names, np.split(records, ends[:-1], axis=-1))
+        return {name: x.reshape(*x.shape[:-1], *self._stored[name]) for name, x in columns}
 
     def _rows(self, starts, ends):
         """The rows of the tokens starts[b]..ends[b] of each sequence b."""
         return np.concatenate([np.arange(*span) * self.batch + b for b, span in enumerate(zip(starts, ends))])
 
+    def _set_lengths(self, lengths):
+        """Forget the tokens between the old lengths and the new, also what an interrupted call left there."""
+        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
+        slots = self._slot_of[rows]
+        slots = slots[self._owner[slots] == rows]
+        self._owner[slots] = self._stamp[slots] = -1
+        self._lengths = lengths
+
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
-        tokens, b = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None]
-        used, own = among_used(np.where(tokens < 0, -1, tokens + b * self.capacity))  # by sequences
-        rows = used % self.capacity * self.batch + used // self.capacity
+        tokens, b, at = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None], self.xp.asarray
+        rows, own = among_used(np.where(tokens < 0, -1, tokens * self.batch + b))
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
-            records, misses = self._slow[self.xp.asarray(rows)], len(rows)  # [N, W]
+            records, misses = self._slow[at(rows)], len(rows)  # [N, W]
         else:
             with self._lock:
                 self._clock += 1
-                self._stamp[self._slot_of[self._window]] = self._clock  # is never unused
-                records, misses = self._fetch(rows)
+                self._fetch(self._rows(np.maximum(self._lengths - self.local_window, 0), self._lengths))
+                slots, there, missed = self._fetch(rows)
+                records, misses = self._fast[at(slots)], len(there)
+                records[at(there)] = missed
         self.hits += len(rows) - misses
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
         near, streams = KVCache.__new__(KVCache), self._split(records).items()
         data = {x: np.broadcast_to(self.xp.ascontiguousarray(y), (self.batch, *y.shape)) for x, y in streams}
         near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([len(rows)]))
-        return near._attend(q, self.xp.asarray(own), kwargs)
+        return near._attend(q, at(own), kwargs)
 
     def _fetch(self, rows):
-        """The records [N, W] of rows [N], and how many of these the fast tier did not have, but has now.
-
-        They go to the slots unused for longest, of too many the last.
+        """See to it that rows [N] are in the fast tier, of too many the last, in the slots unused for longest
+        -> the slots of those that were there, which were not, and the records of these.
         """
         slots, at = self._slot_of[rows], self.xp.asarray
         hit = self._owner[slots] == rows
         self._stamp[slots[hit]] = self._clock
-        records, there = self._fast[at(slots)], np.flatnonzero(~hit)
+        there = np.flatnonzero(~hit)
+        missed = self._slow[at(rows[there])]
         if most := min(len(there), len(self._stamp)):
-            records[at(there)] = missed = self._slow[at(rows[there])]
             free = np.argpartition(self._stamp, most - 1)[:most]
-            free = free[self._stamp[free] < self._clock]
-            late = len(missed) - len(free)
-            new = rows[there[late:]]
+            free = free[self._stamp[free] < self._clock]  # what was asked for just now stays
+            late = len(there) - len(free)
             self._owner[free] = -1
             self._fast[at(free)] = missed[late:]
-            self._slot_of[new] = free
-            self._owner[free], self._stamp[free] = new, self._clock
-        return records, len(there)
-
-    def _set_lengths(self, lengths):
-        """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
-        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = self._slot_of[rows]
-        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
-        self._owner[slots] = self._stamp[slots] = -1
-        self._clock += 1
-        self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
-        self._fetch(self._window)
-        self._lengths = lengths
+            self._slot_of[rows[there[late:]]] = free
+            self._owner[free], self._stamp[free] = rows[there[late:]], self._clock
+        return slots, there, missed
 
 
 def mapped(cache, shape, before):
