@@ -1253,9 +1253,8 @@ def predictive_select(
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
     seen = near(candidates, widen, block, len(index_k), k_start, k_end, **forced)
     scores = np.full(seen.shape, -np.inf, accumulator(index_q, index_k, weights))
-    more = len(seen) * seen.any(0).sum() - seen.sum()  # scores, if the queries share their keys; else calls
-    together = more * index_q[:1].size <= 2**20 * len(seen)
-    for own in [slice(None)] if together else [slice(t, t + 1) for t in range(len(seen))]:
+    alone = [slice(t, t + 1) for t in range(len(seen))]
+    for own in alone if len(index_k) > KEY_TILE else [slice(None)]:  # few more scores cost less than calls do
         keys = np.flatnonzero(seen[own].any(0))
         ends = np.full(len(seen[own]), len(keys))
         x = index_scores.block(index_q[own], index_k[keys], weights[own], k_start=0 * ends, k_end=ends)
@@ -1666,17 +1665,22 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with session_in(path) as (meta, data):
-            cache: Any = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-            cache._fill(data)
-            return cache
-
-    def _fill(self, data):
-        lengths = check_lengths(data["lengths"], self.batch, self.capacity)
-        for name, x in self._data.items():
-            rows = x[:, : lengths.max()]
-            rows[...] = self.xp.asarray(data[f"stream_{name}"].view(self.dtype).reshape(rows.shape))
-        self._set_lengths(lengths)
+        try:
+            with np.load(path) as data:
+                meta = json.loads(data["meta"].item())
+                expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
+                streams = {name: tuple(shape) for name, shape in meta["streams"].items()}
+                cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **streams)
+                lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+                for name, x in cache._data.items():
+                    rows = x[:, : lengths.max()]
+                    rows[...] = xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+                cache._set_lengths(lengths)
+                return cache
+        except Exception as error:  # a zip that is cut or changed has many kinds
+            if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):
+                raise
+            raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1697,25 +1701,8 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "_fill", "reorder", "__copy__", "__getstate__", "__setstate__"):
+for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
-
-
-@contextlib.contextmanager
-def session_in(path):
-    """What describes the cache that was saved, and its arrays. ValueError where the file is none, or where
-    who reads it finds something wrong.
-    """
-    try:
-        with np.load(path) as data:
-            meta = json.loads(data["meta"].item())
-            meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
-            expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
-            yield meta, data
-    except Exception as error:  # a zip that is cut or changed has many kinds
-        if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
-            raise
-        raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
 
 
 class HybridKVCache(Session):
@@ -1745,6 +1732,7 @@ class HybridKVCache(Session):
         self._lock, self._process = threading.Lock(), os.getpid()
         self._slow: Any = None
         self._file: Any = tempfile.SpooledTemporaryFile(1, dir=self.path and os.path.dirname(self.path))  # noqa: SIM115
+        before = Session.load(self.path) if self.path and os.path.exists(self.path) else None
         super().__init__(capacity, **kwargs)
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
         names = [name for name in self._stored if name not in self._index]
@@ -1756,13 +1744,14 @@ class HybridKVCache(Session):
         slots = self.fast_bytes // record
         self._fast, self._slot_of = self.xp.zeros((slots, ends[-1]), self.dtype), np.zeros(0, np.int64)
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
-        self._allocate(capacity)
-        if self.path and os.path.exists(self.path):
-            with session_in(self.path) as (meta, data):
-                for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-                    expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
-                self._allocate(max(capacity, meta["capacity"]))
-                self._fill(data)
+        if before is None:
+            return self._allocate(capacity)
+        for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+            expect(getattr(self, key) == getattr(before, key), key, getattr(self, key), getattr(before, key))
+        self._allocate(max(capacity, before.capacity))
+        for name, x in before._data.items():
+            self._data[name][:, : before.capacity] = x
+        self._set_lengths(before.lengths)
 
     @property
     def nbytes(self):
@@ -1821,43 +1810,41 @@ class HybridKVCache(Session):
 
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
-        tokens, b, at = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None], self.xp.asarray
+        tokens, b = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None]
         rows, own = among_used(np.where(tokens < 0, -1, tokens * self.batch + b))
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
-            records, misses = self._slow[at(rows)], len(rows)  # [N, W]
+            records, misses = self._slow[self.xp.asarray(rows)], len(rows)  # [N, W]
         else:
             with self._lock:
                 self._clock += 1
                 self._fetch(self._rows(np.maximum(self._lengths - self.local_window, 0), self._lengths))
-                slots, there, missed = self._fetch(rows)
-                records, misses = self._fast[at(slots)], len(there)
-                records[at(there)] = missed
+                records, misses = self._fetch(rows)
         self.hits += len(rows) - misses
         self.misses += misses
         self.bytes_moved += misses * self._fast[0].nbytes
         near, streams = KVCache.__new__(KVCache), self._split(records).items()
         data = {x: np.broadcast_to(self.xp.ascontiguousarray(y), (self.batch, *y.shape)) for x, y in streams}
         near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([len(rows)]))
-        return near._attend(q, at(own), kwargs)
+        return near._attend(q, self.xp.asarray(own), kwargs)
 
     def _fetch(self, rows):
-        """See to it that rows [N] are in the fast tier, of too many the last, in the slots unused for longest
-        -> the slots of those that were there, which were not, and the records of these.
+        """The records [N, W] of rows [N], and how many of these the fast tier did not have, but has now.
+
+        They go to the slots unused for longest, of too many the last.
         """
         slots, at = self._slot_of[rows], self.xp.asarray
         hit = self._owner[slots] == rows
         self._stamp[slots[hit]] = self._clock
-        there = np.flatnonzero(~hit)
-        missed = self._slow[at(rows[there])]
+        records, there = self._fast[at(slots)], np.flatnonzero(~hit)
         if most := min(len(there), len(self._stamp)):
+            records[at(there)] = missed = self._slow[at(rows[there])]
             free = np.argpartition(self._stamp, most - 1)[:most]
             free = free[self._stamp[free] < self._clock]  # what was asked for just now stays
             late = len(there) - len(free)
-            self._owner[free] = -1
-            self._fast[at(free)] = missed[late:]
-            self._slot_of[rows[there[late:]]] = free
-            self._owner[free], self._stamp[free] = rows[there[late:]], self._clock
-        return slots, there, missed
+            self._owner[free], new = -1, rows[there[late:]]
+            self._fast[at(free)], self._slot_of[new] = missed[late:], free
+            self._owner[free], self._stamp[free] = new, self._clock
+        return records, len(there)
 
 
 def mapped(cache, shape, before):

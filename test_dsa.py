@@ -1425,6 +1425,16 @@ def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen, bl
     assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
 
 
+@pytest.mark.parametrize("S", [500, 700])  # up to 512 the queries of a block share their keys
+def test_predictive_select_scores_bit_for_bit(dsa, S):
+    """As index_scores, of keys of which half are one ulp apart, whoever else looks at them."""
+    index, candidates = index_rows(S, 30, S, F32), np.random.default_rng(S).integers(-1, S, (30, S // 3))
+    seen = np.zeros((30, S + 1), bool)
+    np.put_along_axis(seen, candidates, True, 1)
+    scores = np.where(seen[:, :-1], dsa.index_scores(*index), -INF)
+    assert_same(dsa.predictive_select(*index, 20, candidates), dsa.select_topk(scores, 20))
+
+
 OPTIONS: dict[str, dict] = {  # small, so that blocks and projections mean something at these sizes
     "lightning": {}, "approximate": {"dim": 2}, "lsh": {"bits": 5, "oversample": 2}, "learned": {"seed": 3},
     "hierarchical": {"block": 4, "oversample": 1}, "window": {}, "strided": {}, "global": {},
