@@ -1730,28 +1730,25 @@ class HybridKVCache(Session):
         self.path = None if path is None else os.path.realpath(os.fsdecode(path))
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
-        self._slow: Any = None
-        self._file: Any = tempfile.SpooledTemporaryFile(1, dir=self.path and os.path.dirname(self.path))  # noqa: SIM115
-        before = Session.load(self.path) if self.path and os.path.exists(self.path) else None
         super().__init__(capacity, **kwargs)
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
-        names = [name for name in self._stored if name not in self._index]
-        expect("k" in names, "streams", sorted(self.streams), "k among them")
-        ends = list(itertools.accumulate(math.prod(self._stored[name]) for name in names))
-        self._columns = names, ends  # of a record
-        least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
+        self._kept = {name: x for name, x in self._stored.items() if name not in self._index}  # in a record
+        expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
+        width = sum(map(math.prod, self._kept.values()))
+        least = max(1, self.batch * self.local_window) * width * self.dtype.itemsize
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
-        slots = self.fast_bytes // record
-        self._fast, self._slot_of = self.xp.zeros((slots, ends[-1]), self.dtype), np.zeros(0, np.int64)
+        slots = self.fast_bytes // (width * self.dtype.itemsize)
+        self._fast: Any = self.xp.zeros((slots, width), self.dtype)
+        self._slow, self._slot_of = self._fast[:0], np.zeros(0, np.int64)
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
-        if before is None:
-            return self._allocate(capacity)
-        for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-            expect(getattr(self, key) == getattr(before, key), key, getattr(self, key), getattr(before, key))
-        self._allocate(max(capacity, before.capacity))
-        for name, x in before._data.items():
-            self._data[name][:, : before.capacity] = x
-        self._set_lengths(before.lengths)
+        before = Session.load(self.path) if self.path and os.path.exists(self.path) else None
+        self._allocate(max(capacity, before.capacity if before else 0))
+        if before:
+            for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
+                expect(getattr(self, key) == (of := getattr(before, key)), key, getattr(self, key), of)
+            for name in self.streams:
+                self._data[name][:, : before.lengths.max()] = before.stored(name)
+            self._set_lengths(before.lengths)
 
     @property
     def nbytes(self):
@@ -1778,7 +1775,6 @@ class HybridKVCache(Session):
         super().close()
         nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
         self._slow = self._fast = self._stamp = self._owner = self._slot_of = nothing
-        self._file.close()
 
     def _allocate(self, capacity):
         if not hasattr(self, "_fast"):  # in KVCache's __init__, after which the tiers are made
@@ -1792,9 +1788,9 @@ class HybridKVCache(Session):
 
     def _split(self, records):
         """The streams in records [..., W], views [..., *shape]."""
-        names, ends = self._columns
-        columns = zip(names, np.split(records, ends[:-1], axis=-1))
-        return {name: x.reshape(*x.shape[:-1], *self._stored[name]) for name, x in columns}
+        ends = [*itertools.accumulate(map(math.prod, self._kept.values()))]
+        columns = zip(self._kept.items(), np.split(records, ends[:-1], axis=-1))
+        return {name: x.reshape(*x.shape[:-1], *shape) for (name, shape), x in columns}
 
     def _rows(self, starts, ends):
         """The rows of the tokens starts[b]..ends[b] of each sequence b."""
@@ -1848,19 +1844,21 @@ class HybridKVCache(Session):
 
 
 def mapped(cache, shape, before):
-    """The slow tier as its file in memory, which holds what it held before."""
-    file, nbytes = cache._file, math.prod(shape) * cache.dtype.itemsize
+    """The slow tier in an unnamed file, mapped to memory, which begins with what it held before."""
+    nbytes, folder = math.prod(shape) * cache.dtype.itemsize, cache.path and os.path.dirname(cache.path)
     try:
-        # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        file.seek(0, os.SEEK_END)
-        while (missing := nbytes - file.tell()) > 0:
-            file.write(bytes(min(missing, 2**20)))
-        file.flush()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            for at in range(file.seek(0, os.SEEK_END), nbytes, 2**20):
+                file.write(bytes(min(nbytes - at, 2**20)))
+            file.flush()
+            slow = np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
     except OSError as e:
         raise OSError(e.errno, f"the slow tier cannot hold {nbytes} bytes: {e.strerror}", cache.path) from e
-    return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
+    slow[: len(before)] = before
+    return slow
 
 
 # 12. One DeepSeek-V3.2 layer ------------------------------------------------------------------------------
