@@ -1711,8 +1711,8 @@ class HybridKVCache(Session):
     The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: where close saves the session, with which the same call then goes on;
-    the slow tier is an unnamed file in that folder, by default the temporary one. It is not copied, nor
+    step, stay in memory besides. path: where close saves the session, which the same call then loads to go
+    on; the slow tier is an unnamed file in that folder, by default the temporary one. It is not copied, nor
     reordered. hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it
     reads, of all sequences, two or three times while it works. Of threads that attend at once, one has the
     fast tier, and the others miss. A forked process can read the cache, but not append to it.
@@ -1734,21 +1734,16 @@ class HybridKVCache(Session):
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
         self._kept = {name: x for name, x in self._stored.items() if name not in self._index}  # in a record
         expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
-        width = sum(map(math.prod, self._kept.values()))
-        least = max(1, self.batch * self.local_window) * width * self.dtype.itemsize
+        record = sum(map(math.prod, self._kept.values())) * self.dtype.itemsize  # its bytes
+        slots, least = self.fast_bytes // record, max(1, self.batch * self.local_window) * record
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
-        slots = self.fast_bytes // (width * self.dtype.itemsize)
-        self._fast: Any = self.xp.zeros((slots, width), self.dtype)
+        self._fast: Any = self.xp.zeros((slots, record // self.dtype.itemsize), self.dtype)
         self._slow, self._slot_of = self._fast[:0], np.zeros(0, np.int64)
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
-        before = Session.load(self.path) if self.path and os.path.exists(self.path) else None
-        self._allocate(max(capacity, before.capacity if before else 0))
-        if before:
-            for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-                expect(getattr(self, key) == (of := getattr(before, key)), key, getattr(self, key), of)
-            for name in self.streams:
-                self._data[name][:, : before.lengths.max()] = before.stored(name)
-            self._set_lengths(before.lengths)
+        self._allocate(capacity)
+        if self.path and os.path.exists(self.path):
+            before = Session.load(self.path)
+            self.append(lengths=before.lengths, **{name: before.read(name) for name in before.streams})
 
     @property
     def nbytes(self):

@@ -2135,7 +2135,7 @@ def test_a_session_of_two_tiers_goes_on(dsa, tmp_path):
         with again(local_window=1, grow=True) as cache:
             cache.append(**streams_of(p, np.s_[:, start:end]))
             assert cache.lengths.tolist() == [end] * 2
-    with new_cache(dsa, "HybridKVCache", p, 1, path=os.fsencode(path)) as cache:
+    with new_cache(dsa, "HybridKVCache", p, 1, path=os.fsencode(path), grow=True) as cache:
         for name, x in streams_of(p).items():
             np.testing.assert_array_equal(cache.read(name), x)
         found = cache.attend(p.q[:, :1], indices)
@@ -2143,19 +2143,22 @@ def test_a_session_of_two_tiers_goes_on(dsa, tmp_path):
         assert cache.capacity >= 6 and snapshot(dsa.KVCache.load(path)) == snapshot(cache)
         cache.truncate(np.array([2, 3])), cache.save(path)
         assert snapshot(dsa.KVCache.load(path)) == snapshot(cache)
-    for kwargs in ({"storage": "float32"}, {"qk_rope_head_dim": 3}):
-        refused(next(iter(kwargs)), again, **kwargs)
-    refused("streams", new_cache, dsa, "HybridKVCache", replace(p, index_k=p.index_k[..., 1:]), 5, path=path)
+    wrong = replace(p, index_k=p.index_k[..., 1:]), tokens(0, (2,), 6, tied=True), tokens(0, (3,), 6)
+    for words, other in zip(("index_k", "streams", r"\(3, "), wrong, strict=True):
+        refused(words, new_cache, dsa, "HybridKVCache", other, 5, path=path)
+    refused("full", new_cache, dsa, "HybridKVCache", p, 1, path=path)
     whole = path.read_bytes()
     for cut in (whole[:-8], whole[8:], whole[:64] + whole[72:], b"of another program", b""):
         path.write_bytes(cut)
         refused("slow", again)
         assert path.read_bytes() == cut and len([*tmp_path.iterdir()]) == 1
     path.write_bytes(whole)
-    with again(grow=True) as cache:
+    with again(grow=True, storage="float32") as cache:
         cache.append(**streams_of(p))
         assert path.read_bytes() == whole
-    assert dsa.KVCache.load(path).lengths.tolist() == [8, 9]
+    cache = dsa.KVCache.load(path)
+    assert cache.storage == "float32" and cache.lengths.tolist() == [8, 9]
+    np.testing.assert_array_equal(cache.read("k")[0, :2], p.k[0, :2].astype(F32))
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
