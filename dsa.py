@@ -1247,8 +1247,8 @@ def predictive_select(
     """lightning_select that scores only candidates, such as the indices of the previous layer, or blocks.
 
     Each candidate brings `widen` neighbours on both sides; window and sink tokens are always among them.
-    T*C scores instead of T*S. Equal to lightning_select where the candidates hold every visible key.
-    A candidate c stands for the keys from c * block to c * block + block - 1.
+    Of many keys it takes T*C scores instead of T*S. Equal to lightning_select where the candidates hold every
+    visible key. A candidate c stands for the keys from c * block to c * block + block - 1.
     """
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
     seen = near(candidates, widen, block, len(index_k), k_start, k_end, **forced)
@@ -1332,8 +1332,7 @@ class Selection:
             (projection,) = self._drawn(seed, (self.n["D"], integer("dim", dim, 1)))
         n = dims(k=(self.k, "... S G D"), projection=(projection, "D R"))
         grouped = (x.reshape(*x.shape[:-1], n["G"], n["D"]) for x in features(self.q, self.k))
-        projected = (x @ projection.astype(x.dtype) for x in grouped)  # [..., G, R]
-        both = (x.reshape(*x.shape[:-2], n["G"] * n["R"]) for x in projected)
+        both = ((x @ projection.astype(x.dtype)).reshape(*x.shape[:-2], n["G"] * n["R"]) for x in grouped)
         return lightning_select(*logits(*both), **self.rest)
 
     def lsh(self, *, bits=64, oversample=4, seed=0):
@@ -1432,10 +1431,10 @@ def logits(q, k):
 
 def as_indexer(q, k, mlp):
     """index_q, index_k and weights by which (1) is w_out . relu(w_q q + w_k k + b), of features q and k."""
-    shapes = {"w_q": "F GD", "w_k": "F GD", "b": "F", "w_out": "F"}
-    fits = isinstance(mlp, (tuple, list)) and len(mlp) == len(shapes)
+    fits = isinstance(mlp, (tuple, list)) and len(mlp) == 4
     expect(fits, "mlp", repr(mlp), "(w_q [F, G*D], w_k [F, G*D], b [F], w_out [F])", TypeError)
-    n = dims(q=(q, "... T GD"), **{name: (x, axes) for x, (name, axes) in zip(mlp, shapes.items())})
+    w_q, w_k, b, w_out = mlp
+    n = dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(b, "F"), w_out=(w_out, "F"))
     w_q, w_k, b, w_out = (x.astype(q.dtype, order="C") for x in mlp)
     hidden_q = by_rows(q, w_q) + b  # [..., T, F]
     unit = np.broadcast_to(n["xp"].eye(n["F"], dtype=q.dtype), (*hidden_q.shape, n["F"]))
@@ -1519,8 +1518,7 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     """
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
     block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
-    shape = (*n["..."], -(-n["N"] // block))
-    expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
+    expect(n["M"] == -(-n["N"] // block), "scales", f"of shape {scales.shape}", f"one for {block} codes each")
     scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
     with np.errstate(over="ignore"):  # of what was near float32's largest number
         return n["xp"].asarray(E4M3)[codes] * scales
@@ -1685,10 +1683,8 @@ class Session(KVCache):
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
         self._check_open()
-        batch = np.asarray(batch)
-        check_integers("batch", batch)
-        fits = batch.ndim == 1 and batch.size and ((batch >= 0) & (batch < self.batch)).all()
-        expect(fits, "batch", batch.tolist(), f"one or more sequences in [0, {self.batch})")
+        batch = check_lengths(np.asarray(batch), most=self.batch - 1, name="batch")
+        expect(len(batch), "batch", "empty", "at least one sequence")
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
 
@@ -1742,7 +1738,7 @@ class HybridKVCache(Session):
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
         self._allocate(capacity)
         if self.path and os.path.exists(self.path):
-            before = Session.load(self.path)
+            before = Session.load(self.path, xp=self.xp)
             self.append(lengths=before.lengths, **{name: before.read(name) for name in before.streams})
 
     @property
