@@ -1652,10 +1652,9 @@ class Session(KVCache):
         path = os.path.realpath(os.fsdecode(path))
         meta = {key: getattr(self, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
         data = {f"stream_{name}": on_host(self.stored(name)) for name in self.streams}
-        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
+        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.npz")
         try:
-            with part.open("wb") as file:
-                np.savez(file, meta=json.dumps(meta), lengths=self.lengths, **data)
+            np.savez(part, meta=json.dumps(meta), lengths=self.lengths, **data)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
