@@ -1291,8 +1291,8 @@ def select_by(q, k, score, *, top_k, local_window=0, num_sink_tokens=0, k_start=
 
 
 class Selection:
-    """A call of one of SELECTORS, checked. These are its methods: each takes what it needs of the call and
-    returns what lightning_select does; with a local_window it is a hybrid of that and itself.
+    """A call of one of SELECTORS, checked. Its methods are these selectors: each takes what it needs of the
+    call and returns what lightning_select does; with a local_window it is a hybrid of that and itself.
     """
 
     def __init__(self, given):
@@ -1359,15 +1359,16 @@ class Selection:
         """The last top_k keys."""
         return select_by(self.q, self.k, lambda q, k, s, *window: 1.0 * s, **self.rest)
 
-    def global_(self):
+    def global_(self):  # `global` is a word of Python's own
         """The first top_k keys, as global tokens that every query sees."""
-        return select_by(self.q, self.k, lambda q, k, s, *window: -1.0 * s, **self.rest)
+        return select_by(self.q, self.k, lambda q, k, s, *window: 1.0 * -s, **self.rest)
 
     def strided(self):
         """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
 
         def place(q, k, s, start, end):
-            return -1.0 * ((end - 1 - s) % np.maximum(1, -((start - end) // max(1, self.n["K"]))))
+            stride = np.maximum(1, -((start - end) // max(1, self.n["K"])))
+            return 1.0 * -((end - 1 - s) % stride)
 
         return select_by(self.q, self.k, place, **self.rest)
 
