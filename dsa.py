@@ -1245,15 +1245,18 @@ def predictive_select(
     """lightning_select that scores only candidates, such as the indices of the previous layer, or blocks.
 
     Each candidate brings `widen` neighbours on both sides; window and sink tokens are always among them.
-    T*C scores instead of T*S. Equal to lightning_select where the candidates hold every visible key.
-    A candidate c stands for the keys from c * block to c * block + block - 1.
+    Of many keys it takes T*C scores instead of T*S. Equal to lightning_select where the candidates hold every
+    visible key. A candidate c stands for the keys from c * block to c * block + block - 1.
     """
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
     seen = near(candidates, widen, block, len(index_k), k_start, k_end, **forced)
     scores = np.full(seen.shape, -np.inf, accumulator(index_q, index_k, weights))
-    for t, keys in enumerate(map(np.flatnonzero, seen)):
-        row, window = slice(t, t + 1), {"k_start": np.zeros(1, int), "k_end": np.array([len(keys)])}
-        scores[t, keys] = index_scores.block(index_q[row], index_k[keys], weights[row], **window)
+    alone = [slice(t, t + 1) for t in range(len(seen))]
+    for own in alone if len(index_k) > KEY_TILE else [slice(None)]:  # few more scores cost less than calls do
+        keys = np.flatnonzero(seen[own].any(0))
+        ends = np.full(len(seen[own]), len(keys))
+        x = index_scores.block(index_q[own], index_k[keys], weights[own], k_start=0 * ends, k_end=ends)
+        scores[own, keys] = np.where(seen[own, keys], x, -np.inf)
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
 
 
@@ -1285,11 +1288,116 @@ def select_by(q, k, score, *, top_k, local_window=0, num_sink_tokens=0, k_start=
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **rest)
 
 
-def selector(choose):
-    """Register choose(n, q, k, index, rest, **options): all selectors have one signature, take what they need
-    of it and return what lightning_select does; with a local_window each is a hybrid of that and itself.
+class Selection:
+    """A call of one of SELECTORS, checked. Its methods are these selectors: each takes what it needs of the
+    call and returns what lightning_select does; with a local_window it is a hybrid of that and itself.
     """
-    known = choose.__kwdefaults__ or {}
+
+    def __init__(self, given):
+        self.n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
+        check_options(self.n, given)
+        self.q, self.k, *self.index = (given[x] for x in ("q", "k", "index_q", "index_k", "weights"))
+        self.rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
+
+    def _drawn(self, seed, *shapes, dtype=np.float64):
+        rng = np.random.default_rng(integer("seed", seed, 0))
+        return [self.n["xp"].asarray(rng.standard_normal(shape, dtype)) for shape in shapes]
+
+    def lightning(self):
+        """Equations (1) and (2), as lightning_select."""
+        return lightning_select(*self.index, **self.rest)
+
+    def hierarchical(self, *, block=64, oversample=4):
+        """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
+
+        The first and the last visible block are always in, since they may be visible only in part.
+        """
+        (index_q, x, weights), n, oversample = self.index, self.n, integer("oversample", oversample, 1)
+        dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
+        block = min(integer("block", block, 1), max(1, n["S"]))
+        pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
+        pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
+        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        last, most = (end - 1) // block, -(-oversample * self.rest["top_k"] // block)
+        first = np.minimum(start // block, last)
+        best = lightning_select(index_q, pooled, weights, most, k_start=first + 1, k_end=last)
+        blocks = np.concatenate([first[..., None], best, last[..., None]], -1)
+        return predictive_select(*self.index, candidates=blocks, block=block, **self.rest)
+
+    def approximate(self, *, dim=64, seed=0, projection=None):
+        """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
+        if projection is None:
+            (projection,) = self._drawn(seed, (self.n["D"], integer("dim", dim, 1)))
+        n = dims(k=(self.k, "... S G D"), projection=(projection, "D R"))
+        grouped = (x.reshape(*x.shape[:-1], n["G"], n["D"]) for x in features(self.q, self.k))
+        both = ((x @ projection.astype(x.dtype)).reshape(*x.shape[:-2], n["G"] * n["R"]) for x in grouped)
+        return lightning_select(*logits(*both), **self.rest)
+
+    def lsh(self, *, bits=64, oversample=4, seed=0):
+        """Random hyperplanes: the oversample * top_k keys nearest by Hamming distance, then by logits."""
+        many, both = integer("oversample", oversample, 1) * self.rest["top_k"], features(self.q, self.k)
+        (planes,) = self._drawn(seed, (both[0].shape[-1], integer("bits", bits, 1)), dtype=np.float32)
+        sides = (by_rows(x, planes.T.astype(x.dtype, "C")) for x in both)
+        signs = [np.where(x == 0, 1, np.sign(x)) for x in sides]  # whose product falls with the distance
+        windows = {x: self.rest[x] for x in ("k_start", "k_end")}
+        nearest = lightning_select(*logits(*signs), many, **windows)
+        return predictive_select(*logits(*both), candidates=nearest, **self.rest)
+
+    def learned(self, *, mlp=None, seed=0):
+        """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
+
+        mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
+        """
+        q, k = features(self.q, self.k)
+        if mlp is None:
+            mlp = self._drawn(seed, *[(16, k.shape[-1])] * 2, 16, 16)
+        return lightning_select(*as_indexer(q, k, mlp), **self.rest)
+
+    def window(self):
+        """The last top_k keys."""
+        return select_by(self.q, self.k, lambda q, k, s, *window: 1.0 * s, **self.rest)
+
+    def global_(self):  # `global` is a word of Python's own
+        """The first top_k keys, as global tokens that every query sees."""
+        return select_by(self.q, self.k, lambda q, k, s, *window: 1.0 * -s, **self.rest)
+
+    def strided(self):
+        """Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys."""
+
+        def place(q, k, s, start, end):
+            stride = np.maximum(1, -((start - end) // max(1, self.n["K"])))
+            return 1.0 * -((end - 1 - s) % stride)
+
+        return select_by(self.q, self.k, place, **self.rest)
+
+    def random(self, *, seed=0):
+        """Any top_k keys, by a hash (splitmix64) of the seed and of both places in the sequence."""
+        seed, n = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64), self.n
+
+        def order(place, k, s, start, end):
+            x = ((end - start << 32) + s - start).astype(np.uint64)  # [T, N]
+            x += place[:, 0].astype(np.int64).astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+            x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+            return (x >> np.uint64(11)).astype(np.float64)
+
+        # A causal window ends at its query, however the sequence is cut, or all end as far before it. Else
+        # that place goes into the hash, as queries that see the same keys are to choose differently.
+        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
+        least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
+        causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
+        return select_by(np.where(causal, 0.0, place)[..., None, None], self.k, order, **self.rest)
+
+    def oracle(self, *, scale=None):
+        """The keys of largest attention mass, to rounding, over all heads: the most that a set can hold."""
+        check_options(self.n, given := {"scale": scale})
+        return select_by(self.q, self.k, functools.partial(mass, **given), **self.rest)
+
+
+def selector(choose):
+    """One of SELECTORS, out of a method of Selection."""
 
     def select(
         q, k, top_k,
@@ -1297,40 +1405,14 @@ def selector(choose):
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
         given = {"v": None, "sink": None, **locals()}
-        n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
-        check_options(n, given)
-        q, k, *index = (given[name] for name in ("q", "k", "index_q", "index_k", "weights"))
-        rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
-        return on_one_blas_thread(lambda: choose(n, q, k, index, rest, **options))
+        return on_one_blas_thread(lambda: choose(Selection(given), **options))
 
+    select.options = known = choose.__kwdefaults__ or {}  # type: ignore[attr-defined]
     select.__doc__ = f"{choose.__doc__}\n\n    Options: {known or 'none'}."
-    select.__name__ = select.__qualname__ = choose.__name__
-    SELECTORS[choose.__name__], select.options = select, known  # type: ignore[attr-defined]
     return select
 
 
-@selector
-def lightning(n, q, k, index, rest):
-    """Equations (1) and (2), as lightning_select."""
-    return lightning_select(*index, **rest)
-
-
-@selector
-def hierarchical(n, q, k, index, rest, *, block=64, oversample=4):
-    """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
-
-    The first and the last visible block are always in, since they may be visible only in part.
-    """
-    (index_q, x, weights), block = index, min(integer("block", block, 1), max(1, n["S"]))
-    dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
-    pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
-    pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
-    start, end = filled(n, (rest["k_start"], rest["k_end"]))
-    last, most = (end - 1) // block, -(-integer("oversample", oversample, 1) * rest["top_k"] // block)
-    first = np.minimum(start // block, last)
-    best = lightning_select(index_q, pooled, weights, most, k_start=first + 1, k_end=last)
-    blocks = np.concatenate([first[..., None], best, last[..., None]], -1)
-    return predictive_select(*index, candidates=blocks, block=block, **rest)
+SELECTORS |= {name.strip("_"): selector(x) for name, x in vars(Selection).items() if name[0] != "_"}
 
 
 def features(q, k):
@@ -1346,113 +1428,18 @@ def logits(q, k):
     return np.stack([q, -q], -2), k, np.broadcast_to(signs, (*q.shape[:-1], 2))
 
 
-def drawn(xp, seed, *shapes, dtype=np.float64):
-    rng = np.random.default_rng(integer("seed", seed, 0))
-    return [xp.asarray(rng.standard_normal(shape, dtype)) for shape in shapes]
-
-
-@selector
-def approximate(n, q, k, index, rest, *, dim=64, seed=0, projection=None):
-    """The sum of all heads' logits, in a random (or the given [D, R]) projection to `dim` dimensions."""
-    if projection is None:
-        (projection,) = drawn(n["xp"], seed, (n["D"], integer("dim", dim, 1)))
-    dims(k=(k, "... S G D"), projection=(projection, "D R"))
-    both = [x.reshape(*x.shape[:-1], n["G"], n["D"]) @ projection.astype(x.dtype) for x in features(q, k)]
-    both = [x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]) for x in both]  # [..., G * R]
-    return lightning_select(*logits(*both), **rest)
-
-
-@selector
-def lsh(n, q, k, index, rest, *, bits=64, oversample=4, seed=0):
-    """Random hyperplanes: the oversample * top_k keys nearest in Hamming distance, then by their logits."""
-    bits, many = integer("bits", bits, 1), integer("oversample", oversample, 1) * rest["top_k"]
-    (planes,) = drawn(n["xp"], seed, (n["G"] * n["D"], bits), dtype=np.float32)
-
-    def with_signs(x):
-        side = by_rows(x, planes.T.astype(x.dtype, "C"))
-        return np.concatenate([x, np.where(side >= 0, 1, -1).astype(x.dtype)], -1)[..., None, :]
-
-    def score(q, k, s, start, end):
-        parts, window = (slice(-bits), slice(-bits, None)), {"k_start": start[:, 0], "k_end": end[:, 0]}
-        x, agree = (index_scores(*logits(q[:, 0, own], k[:, 0, own]), **window) for own in parts)  # [T, N]
-        best, candidate = select_topk(agree, many), n["xp"].zeros(x.shape, bool)
-        candidate[n["xp"].arange(len(x))[:, None], best] = True  # also at -1, but then every key is one
-        return np.where(candidate | np.isnan(x), x, np.finfo(x.dtype).min)  # NaN is an error
-
-    return select_by(*map(with_signs, features(q, k)), score, **rest)
-
-
-@selector
-def learned(n, q, k, index, rest, *, mlp=None, seed=0):
-    """An MLP on [q; k], each summed over heads: w_out . relu(w_q q + w_k k + b).
-
-    mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
-    """
-    if mlp is None:
-        mlp = drawn(n["xp"], seed, *[(16, n["G"] * n["D"])] * 2, 16, 16)
-    q, k = features(q, k)
-    return lightning_select(*as_indexer(q, k, mlp), **rest)
-
-
 def as_indexer(q, k, mlp):
     """index_q, index_k and weights by which (1) is w_out . relu(w_q q + w_k k + b), of features q and k."""
-    shapes = {"w_q": "F GD", "w_k": "F GD", "b": "F", "w_out": "F"}
-    fits = isinstance(mlp, (tuple, list)) and len(mlp) == len(shapes)
+    fits = isinstance(mlp, (tuple, list)) and len(mlp) == 4
     expect(fits, "mlp", repr(mlp), "(w_q [F, G*D], w_k [F, G*D], b [F], w_out [F])", TypeError)
-    n = dims(q=(q, "... T GD"), **{name: (x, axes) for x, (name, axes) in zip(mlp, shapes.items())})
+    w_q, w_k, b, w_out = mlp
+    n = dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(b, "F"), w_out=(w_out, "F"))
     w_q, w_k, b, w_out = (x.astype(q.dtype, order="C") for x in mlp)
     hidden_q = by_rows(q, w_q) + b  # [..., T, F]
     unit = np.broadcast_to(n["xp"].eye(n["F"], dtype=q.dtype), (*hidden_q.shape, n["F"]))
     index_q = np.concatenate([unit, hidden_q[..., None]], -1)  # [..., T, F, F + 1]: unit f, then hidden f
     index_k = np.pad(by_rows(k, w_k), [(0, 0)] * (k.ndim - 1) + [(0, 1)], constant_values=1)  # [..., F + 1]
     return index_q, index_k, np.broadcast_to(w_out, hidden_q.shape)
-
-
-for name, what, place in (  # the static patterns: the top_k keys s of the largest place(s, start, end, top_k)
-    ("window", "The last top_k keys.", lambda s, *_: s),
-    ("global", "The first top_k keys, as global tokens that every query sees.", lambda s, *_: -s),
-    (
-        "strided",
-        "Every stride-th key, back from the last, with the smallest stride that needs at most top_k keys.",
-        lambda s, start, end, top_k: -((end - 1 - s) % np.maximum(1, -((start - end) // top_k))),
-    ),
-):
-
-    def static(n, q, k, index, rest, place=place, /):
-        return select_by(q, k, lambda q, k, *window: 1.0 * place(*window, max(1, n["K"])), **rest)
-
-    static.__name__, static.__qualname__, static.__doc__ = name, name, what
-    selector(static)
-
-
-@selector
-def random(n, q, k, index, rest, *, seed=0):
-    """Any top_k keys, in the order of a hash (splitmix64) of the seed and of both places in the sequence."""
-    seed = np.random.default_rng(integer("seed", seed, 0)).integers(2**63, dtype=np.uint64)
-
-    def order(place, k, s, start, end):
-        place = place[:, 0].astype(np.int64)  # [T, 1]
-        length, s, place = (x.astype(np.uint64) for x in (end - start, s - start, place))
-        x = (length << np.uint64(32)) + s + place * np.uint64(0xD1342543DE82EF95)
-        x = (x + seed) * np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return (x >> np.uint64(11)).astype(np.float64)
-
-    # A causal window ends at its query, however the sequence is cut, or all end as far before it. Elsewhere
-    # that place goes into the hash, as queries that see the same keys are to choose differently.
-    start, end = filled(n, (rest["k_start"], rest["k_end"]))
-    place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
-    least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
-    causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
-    return select_by(np.where(causal, 0.0, place)[..., None, None], k, order, **rest)
-
-
-@selector
-def oracle(n, q, k, index, rest, *, scale=None):
-    """The keys of largest attention mass, to rounding, over all heads: the most that one set can capture."""
-    check_options(n, given := {"scale": scale})
-    return select_by(q, k, functools.partial(mass, **given), **rest)
 
 
 def mass(q, k, s, start, end, scale):
@@ -1530,8 +1517,7 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     """
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
     block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
-    shape = (*n["..."], -(-n["N"] // block))
-    expect(scales.shape == shape, "scales", f"of shape {scales.shape}", f"{shape}")
+    expect(n["M"] == -(-n["N"] // block), "scales", f"of shape {scales.shape}", f"one for {block} codes each")
     scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
     with np.errstate(over="ignore"):  # of what was near float32's largest number
         return n["xp"].asarray(E4M3)[codes] * scales
@@ -1643,8 +1629,8 @@ def decoded(n, given):
     return {**given, "index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
 
 
+axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
 for name in ("index_scores", "lightning_select", "predictive_select"):
-    axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
     CODES[name, np.dtype(np.uint8)] = axes, decoded
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
@@ -1663,11 +1649,11 @@ class Session(KVCache):
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
         path = os.path.realpath(os.fsdecode(path))
-        expect(path != getattr(self, "path", None), "path", repr(path), "another than the cache's own file")
-        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.part")
+        meta = {key: getattr(self, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
+        data = {f"stream_{name}": on_host(self.stored(name)) for name in self.streams}
+        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.npz")
         try:
-            with part.open("wb") as file:
-                write_session(self, file, self.streams)
+            np.savez(part, meta=json.dumps(meta), lengths=self.lengths, **data)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
@@ -1675,18 +1661,28 @@ class Session(KVCache):
     @classmethod
     def load(cls, path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
-        with open(path, "rb") as file:
-            return resumed(
-                file, lambda _, meta: KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **meta["streams"])
-            )
+        try:
+            with np.load(path) as data:
+                meta = json.loads(data["meta"].item())
+                expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
+                streams = {name: tuple(shape) for name, shape in meta["streams"].items()}
+                cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **streams)
+                lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
+                for name, x in cache._data.items():
+                    rows = x[:, : lengths.max()]
+                    rows[...] = xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+                cache._set_lengths(lengths)
+                return cache
+        except Exception as error:  # a zip that is cut or changed has many kinds
+            if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):
+                raise
+            raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
         self._check_open()
-        batch = np.asarray(batch)
-        check_integers("batch", batch)
-        fits = batch.ndim == 1 and batch.size and ((batch >= 0) & (batch < self.batch)).all()
-        expect(fits, "batch", batch.tolist(), f"one or more sequences in [0, {self.batch})")
+        batch = check_lengths(np.asarray(batch), most=self.batch - 1, name="batch")
+        expect(len(batch), "batch", "empty", "at least one sequence")
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
 
@@ -1703,46 +1699,17 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
     setattr(KVCache, method, vars(Session)[method])
 
 
-def write_session(cache, file, names):
-    """What describes a cache, and some of its streams, to a file that can seek: a zip, with checksums."""
-    meta = {key: getattr(cache, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
-    data = {f"stream_{name}": on_host(cache.stored(name)) for name in names}
-    np.savez(file, meta=json.dumps(meta), lengths=cache.lengths, **data)
-
-
-def resumed(file, made):
-    """The cache of what write_session put at the end of a file: made(how many bytes stand before it, what
-    describes the cache), filled. ValueError where that is nothing, or made finds something wrong.
-    """
-    try:
-        data: Any = np.lib.npyio.NpzFile(file)
-        meta = json.loads(data["meta"].item())
-        meta["streams"] = {name: tuple(shape) for name, shape in meta["streams"].items()}
-        expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
-        cache = made(data.zip.filelist[0].header_offset, meta)
-        lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
-        for name in getattr(cache, "_index", cache.streams):  # of two tiers the others are in the file itself
-            rows = cache._data[name][:, : lengths.max()]
-            rows[...] = cache.xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
-        cache._set_lengths(lengths)
-        return cache
-    except Exception as error:  # a zip that is cut or changed has many kinds
-        if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):  # a full disk
-            raise
-        raise ValueError(f"path is {file.name!r}, expected what a cache wrote at its end: {error}") from error
-
-
-class HybridKVCache(KVCache):
+class HybridKVCache(Session):
     """A KVCache in two tiers, with the same results to the bit, whatever is evicted.
 
     The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
     of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
     others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: the file to make, which stays; close adds to it what else the session
-    needs, and the same call then goes on with it. None: a temporary one. It is not copied, nor reordered.
-    hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it reads, of
-    all sequences, two or three times while it works. Of threads that attend at once, one has the fast tier,
-    and the others miss. A forked process can read the cache, but not append to it.
+    step, stay in memory besides. path: where close saves the session, which the same call then loads to go
+    on; the slow tier is an unnamed file in that folder, by default the temporary one. It is not copied, nor
+    reordered. hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it
+    reads, of all sequences, two or three times while it works. Of threads that attend at once, one has the
+    fast tier, and the others miss. A forked process can read the cache, but not append to it.
     On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
     OSError, with the cache as it was: the path cannot be written, or the disk is full.
     """
@@ -1759,23 +1726,23 @@ class HybridKVCache(KVCache):
         self._lock, self._process = threading.Lock(), os.getpid()
         super().__init__(capacity, **kwargs)
         self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
-        names = sorted(self._stored.keys() - self._index.keys())  # a file has them in this order
-        expect("k" in names, "streams", sorted(self.streams), "k among them")
-        ends = [0, *itertools.accumulate(math.prod(self._stored[name]) for name in names)]
-        self._columns = dict(zip(names, map(slice, ends, ends[1:])))  # of a record, by streams
-        least = max(1, self.batch * self.local_window) * (record := ends[-1] * self.dtype.itemsize)
+        self._kept = {name: x for name, x in self._stored.items() if name not in self._index}  # in a record
+        expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
+        record = sum(map(math.prod, self._kept.values())) * self.dtype.itemsize  # its bytes
+        slots, least = self.fast_bytes // record, max(1, self.batch * self.local_window) * record
         expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
-        slots = self.fast_bytes // record
-        self._fast = self.xp.zeros((slots, ends[-1]), self.dtype)
+        self._fast: Any = self.xp.zeros((slots, record // self.dtype.itemsize), self.dtype)
+        self._slow, self._slot_of = self._fast[:0], np.zeros(0, np.int64)
         self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
-        self._slot_of = self._window = np.zeros(0, np.int64)  # where a row was last; rows of local windows
-        self._slow: Any = None
-        self._open(capacity)
+        self._allocate(capacity)
+        if self.path and os.path.exists(self.path):
+            before = Session.load(self.path, xp=self.xp)
+            self.append(lengths=before.lengths, **{name: before.read(name) for name in before.streams})
 
     @property
     def nbytes(self):
         """Bytes of memory held, without the slow tier."""
-        more = self._fast, self._stamp, self._owner, self._slot_of, self._window
+        more = self._fast, self._stamp, self._owner, self._slot_of
         return super().nbytes - self._slow.nbytes + sum(x.nbytes for x in more)
 
     def append(self, **kwargs):
@@ -1793,72 +1760,49 @@ class HybridKVCache(KVCache):
 
     def close(self):
         if self.path and not self.closed and os.getpid() == self._process:
-            self._file.seek(self._file.truncate(self._slow.nbytes))  # before half a session of an earlier try
-            write_session(self, self._file, self._index)
+            self.save(self.path)
         super().close()
         nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
-        self._slow = self._fast = self._stamp = self._owner = self._slot_of = self._window = nothing
-        self._file.close()
-
-    def _open(self, capacity):
-        """The slow tier in a new file, or in that of a session, which then goes on."""
-        again = self.path is not None and os.path.exists(self.path)
-        mode = "r+b" if again else "x+b"  # without a path a file is made when one is asked for
-        self._file: Any = open(self.path, mode) if self.path else tempfile.SpooledTemporaryFile(1)  # noqa: SIM115
-
-        def with_room(at, meta):
-            for key in ("batch", "storage", "qk_rope_head_dim", "streams"):
-                expect(getattr(self, key) == meta[key], key, getattr(self, key), meta[key])
-            room = meta["capacity"]
-            expect(capacity <= room, "capacity", capacity, f"at most the session's {room}")
-            whole = at == room * self.batch * self._fast[0].nbytes  # of what save wrote it is none
-            expect(whole, "the slow tier", f"of {at} bytes", f"that of {room} tokens")
-            self._allocate(room)
-            return self
-
-        try:
-            if again:
-                resumed(self._file, with_room)
-                self._file.truncate(self._slow.nbytes)  # from here on no session, until it is closed
-            else:
-                self._allocate(capacity)
-        except BaseException:
-            self._file.close()
-            if self.path and not again:
-                os.unlink(self.path)
-            raise
+        self._slow = self._fast = self._stamp = self._owner = self._slot_of = nothing
 
     def _allocate(self, capacity):
         if not hasattr(self, "_fast"):  # in KVCache's __init__, after which the tiers are made
             return
-        rows = capacity * self.batch
-        slow_tier = KERNELS.get(("slow_tier", self.xp.__name__), mapped)
+        rows, slow_tier = capacity * self.batch, KERNELS.get(("slow_tier", self.xp.__name__), mapped)
         slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
-        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
+        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))  # where a row was last
         streams = self._split(slow.reshape(capacity, self.batch, -1)).items()
         data = {name: x.swapaxes(0, 1) for name, x in streams} | self._in_memory(self._index, capacity)
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
     def _split(self, records):
         """The streams in records [..., W], views [..., *shape]."""
-        columns = {name: records[..., own] for name, own in self._columns.items()}
-        return {name: x.reshape(*x.shape[:-1], *self._stored[name]) for name, x in columns.items()}
+        ends = [*itertools.accumulate(map(math.prod, self._kept.values()))]
+        columns = zip(self._kept.items(), np.split(records, ends[:-1], axis=-1))
+        return {name: x.reshape(*x.shape[:-1], *shape) for (name, shape), x in columns}
 
     def _rows(self, starts, ends):
         """The rows of the tokens starts[b]..ends[b] of each sequence b."""
         return np.concatenate([np.arange(*span) * self.batch + b for b, span in enumerate(zip(starts, ends))])
 
+    def _set_lengths(self, lengths):
+        """Forget the tokens between the old lengths and the new, also what an interrupted call left there."""
+        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
+        slots = self._slot_of[rows]
+        slots = slots[self._owner[slots] == rows]
+        self._owner[slots] = self._stamp[slots] = -1
+        self._lengths = lengths
+
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
         tokens, b = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None]
-        used, own = among_used(np.where(tokens < 0, -1, tokens + b * self.capacity))  # by sequences
-        rows = used % self.capacity * self.batch + used // self.capacity
+        rows, own = among_used(np.where(tokens < 0, -1, tokens * self.batch + b))
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
             records, misses = self._slow[self.xp.asarray(rows)], len(rows)  # [N, W]
         else:
             with self._lock:
                 self._clock += 1
-                self._stamp[self._slot_of[self._window]] = self._clock  # is never unused
+                self._fetch(self._rows(np.maximum(self._lengths - self.local_window, 0), self._lengths))
                 records, misses = self._fetch(rows)
         self.hits += len(rows) - misses
         self.misses += misses
@@ -1880,41 +1824,30 @@ class HybridKVCache(KVCache):
         if most := min(len(there), len(self._stamp)):
             records[at(there)] = missed = self._slow[at(rows[there])]
             free = np.argpartition(self._stamp, most - 1)[:most]
-            free = free[self._stamp[free] < self._clock]
-            late = len(missed) - len(free)
-            new = rows[there[late:]]
-            self._owner[free] = -1
-            self._fast[at(free)] = missed[late:]
-            self._slot_of[new] = free
+            free = free[self._stamp[free] < self._clock]  # what was asked for just now stays
+            late = len(there) - len(free)
+            self._owner[free], new = -1, rows[there[late:]]
+            self._fast[at(free)], self._slot_of[new] = missed[late:], free
             self._owner[free], self._stamp[free] = new, self._clock
         return records, len(there)
 
-    def _set_lengths(self, lengths):
-        """Forget the tokens between the old lengths and the new, and fetch the new local windows."""
-        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = self._slot_of[rows]
-        slots = slots[self._owner[slots] == rows]  # also of what an interrupted call left there
-        self._owner[slots] = self._stamp[slots] = -1
-        self._clock += 1
-        self._window = self._rows(np.maximum(lengths - self.local_window, 0), lengths)
-        self._fetch(self._window)
-        self._lengths = lengths
-
 
 def mapped(cache, shape, before):
-    """The slow tier as its file in memory, which holds what it held before."""
-    file, nbytes = cache._file, math.prod(shape) * cache.dtype.itemsize
+    """The slow tier in an unnamed file, mapped to memory, which begins with what it held before."""
+    nbytes, folder = math.prod(shape) * cache.dtype.itemsize, cache.path and os.path.dirname(cache.path)
     try:
-        # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        file.seek(0, os.SEEK_END)
-        while (missing := nbytes - file.tell()) > 0:
-            file.write(bytes(min(missing, 2**20)))
-        file.flush()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # Take room for all of it, so that a full disk is an error here, not a crash at a later write.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            for at in range(file.seek(0, os.SEEK_END), nbytes, 2**20):
+                file.write(bytes(min(nbytes - at, 2**20)))
+            file.flush()
+            slow = np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
     except OSError as e:
         raise OSError(e.errno, f"the slow tier cannot hold {nbytes} bytes: {e.strerror}", cache.path) from e
-    return np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
+    slow[: len(before)] = before
+    return slow
 
 
 # 12. One DeepSeek-V3.2 layer ------------------------------------------------------------------------------
