@@ -2245,23 +2245,46 @@ KERNEL(256) gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// attend_backward_norms                     sparse_attention_backward: what the slots of a head have in common
+//     norms[.., 0] = logaddexp(lse, z);   norms[.., 1] = dout . out
+// in    dout of TYPE and out of OUT [rows, DV], lse [rows] of ACC, rows = B * T * H; sink z [H] of ACC or null
+// out   norms [rows, 2] of ACC, every element written
+// grid  ceil(rows / 8)  block 256: a warp a head of a query
+#ifdef ATTEND_BACKWARD_NORMS
+KERNEL(256) attend_backward_norms(const TYPE* __restrict__ dout, const OUT* __restrict__ out, const ACC* lse,
+        const ACC* z, ACC* norms, i64 rows, i64 H, i64 DV) {
+    const i64 at = blockIdx.x * 8ll + threadIdx.x / 32;
+    if (at >= rows) return;
+    ACC delta = 0;
+#pragma unroll 8
+    for (i64 i = at * DV + threadIdx.x % 32; i < (at + 1) * DV; i += 32)
+        delta += ACC(widen(dout[i])) * widen(out[i]);
+    delta = sum_of_warp(delta);
+    const ACC own = lse[at], sink = z ? z[at % H] : -ACC(CUDART_INF_F);
+    const ACC gap = own == sink ? 0 : fabs(own - sink);
+    if (threadIdx.x % 32) return;
+    norms[2 * at] = max(own, sink) + log1p(exp(-gap));
+    norms[2 * at + 1] = delta;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // attend_backward                                                 sparse_attention_backward, a slot at a time
 //     p = exp(scale s - norms[.., 0]);   ds = scale p (dp - norms[.., 1])
-// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, negative where absent
-//       norms [M, H, 2] of ACC: logaddexp(lse, sink), and dout . out
+// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, absent outside [0, S); norms [M, H, 2]
 // out   pairs [M, G, 2, H / G, K] of TYPE: ds, then p, 0 where absent
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
 #ifdef ATTEND_BACKWARD
 KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp,
         const int* __restrict__ rows, const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G,
-        double scale) {
+        i64 S, double scale) {
     const i64 at = blockIdx.x, m = at / H, r = H / G;
     norms += 2 * at;
     TYPE* to = pairs + (at / r * 2 * r + at % r) * K;
 #pragma unroll 4
     for (i64 i = threadIdx.x; i < K; i += 256) {
-        const bool there = rows[m * K + i] >= 0;
+        const bool there = (unsigned)rows[m * K + i] < S;
         const ACC p = there ? exp(ACC(scale) * s[at * K + i] - norms[0]) : 0;
         to[i] = rounded<TYPE>(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
         to[r * K + i] = rounded<TYPE>(p);
@@ -2271,16 +2294,16 @@ KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ d
 
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
-// in    both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV values and H heads
-//       k [S, D] bf16, whose first DV values are v; norms and rows as above, in f32
-// out   dq [M, H, D] bf16; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
+// in    q [M, H, D], dout [M, H, DV] and k [S, D] bf16, whose first DV values are v; rows, and norms f32, as above
+// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV and H;
+//       pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
 // grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
 // smem  struct Plan: 224 KB at D = 576
 // A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
 // by one for the next tile. Products have keys for rows, or sum over them: no part needs another.
 // cost  of a tile: 3,456 cycles of products, 4,600 of shared memory, 3,000 of L2 (74 KB)
 #ifdef ATTEND_BACKWARD_WGMMA
-constexpr int PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
+constexpr int DV = 512, PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 static_assert(D % 64 == 0 && D <= 576, "two parts and a tile of keys fit in shared memory");
 struct Plan {
     char both[PANELS][2][PANEL], k[PANELS][PANEL], ds[PANEL];  // ds: of two parts
@@ -2295,8 +2318,8 @@ __device__ void wgmma_m64n32k16(float (&d)[16], u64 a, u64 b) {
                  : F8(0), F8(8) : "l"(a), "l"(b));
 }
 
-KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows,
-        bf16* dq, bf16* pairs, i64 S, i64 H, i64 K, double scale) {
+KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16* k, const float2* norms,
+        const int* rows, bf16* dq, bf16* both, bf16* pairs, i64 S, i64 H, i64 K, double scale) {
     extern __shared__ __align__(1024) char shared[];
     Plan& plan = *(Plan*)shared;
     const int tid = threadIdx.x, warp = tid % 128 / 32, lane = tid % 32;
@@ -2314,16 +2337,21 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const floa
     if (group == 2) {  // a thread copies 16 bytes of a panel for rows row, row + 16, ..
         setmaxnreg_dec<40>();
         const int row = tid % 128 / 8, column = tid % 8, at = row * 128 + swizzled(row, column);
-        both += (m * parts + part) * 64 * D + column * 8, k += column * 8;
+        both += (m * parts + part) * 64 * D + column * 8;
+        q += m * H * D + column * 8, dout += m * H * DV + column * 8, k += column * 8;
+        const auto head_of = [&](int r) {  // of 32; so that a lane has 8 heads in a row
+            return row % 8 / 2 * 8 + r % 2 * 4 + row / 8 * 2 + row % 2;
+        };
         for (int tile = 0; tile < tiles; tile++) {
             int keys[4];
             for (int r = 0; r < 4; r++) keys[r] = key_at(tile * 64 + r * 16 + row);
             for (int panel = 0; panel < PANELS; panel++) {
                 if (tile) mbarrier_wait(&plan.free[panel], tile - 1 & 1);
-                for (int r = 0; r < 4 * groups && tile == 0; r++) {  // so that a lane has 8 heads in a row
-                    const int head = row % 8 / 2 * 8 + r % 2 * 4 + row / 8 * 2 + row % 2;
-                    cp_async<16>(cvta_shared(plan.both[panel]) + r * 2048 + at,
-                                 both + (r / 2 * 32 + head) * D + panel * 64, true);
+                for (int r = 0; r < 4 * groups && tile == 0; r++) {  // q and dout of a part, of the next
+                    const int head = (part + r / 4) * 32 + head_of(r), width = r / 2 % 2 ? DV : D;
+                    const bool there = head < H && panel < width / 64;
+                    const bf16* const from = (r / 2 % 2 ? dout : q) + (there ? head * width + panel * 64 : 0);
+                    cp_async<16>(cvta_shared(plan.both[panel]) + r * 2048 + at, from, there);
                 }
                 for (int r = 0; r < 4; r++) {
                     const bool there = (unsigned)keys[r] < (unsigned)S;
@@ -2332,6 +2360,12 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const floa
                 }
                 cp_async_mbarrier_arrive(&plan.full[panel]);
             }
+        }
+        cp_async_wait_all();  // what this thread copied is written side by side, for the product that follows
+        for (int i = 0; i < PANELS * 4 * groups; i++) {
+            const int panel = i % PANELS, r = i / PANELS;
+            *(uint4*)(both + (r / 2 * 32 + head_of(r)) * D + panel * 64) =
+                *(const uint4*)(plan.both[panel][0] + r * 2048 + at);
         }
         return;
     }
@@ -2709,37 +2743,33 @@ KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ 
 
 // ---------------------------------------------------------------------------------------------------------
 // add_by_key                                       what the slots of many queries bring to their keys, added up
-// in    x [M * G * K, width] of ACC; order [N] i64: the rows of x, for the first group, by key, and of one key
-//       in the order of the queries; first [S + 1] i64: where each key's begin
-// out   sums [S, G, width] of ACC grow by it, one row after the other, so that runs agree bit for bit
-// grid  S * G  block 128
+// in    x [M, G, K, width] of WIDE values of ACC; order [M * K] i64: slots by key, and of one key in the order
+//       of the queries; first [S + 1] i64: where each key's begin
+// out   sums [S, G, width] of these grow by it, one row after the other, so that runs agree bit for bit
+// grid  S * G  block as many warps as width has, at most 32
 #ifdef ADD_BY_KEY
-constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
+constexpr int LOADS = 8;  // rows on their way at a time
+struct alignas(WIDE * sizeof(ACC)) Vec { ACC x[WIDE]; };
 
-KERNEL(128) add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
+KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G,
+        i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
     sums += blockIdx.x * width;
     x += g * K * width;
-    ACC sum[COLUMNS], part[LOADS][COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++) {
-        const int d = threadIdx.x + 128 * j;
-        sum[j] = d < width ? sums[d] : 0;
-    }
-    for (i64 i = begin; i < end; i += LOADS) {
-        UNROLL for (int l = 0; l < LOADS; l++) {
-            const ACC* row = x + order[min(i + l, end - 1)] * width;
-            UNROLL for (int j = 0; j < COLUMNS; j++) {
-                const int d = threadIdx.x + 128 * j;
-                part[l][j] = i + l < end && d < width ? row[d] : 0;
+    for (int d = threadIdx.x; d < width; d += blockDim.x) {
+        Vec sum = sums[d];
+        for (i64 i = begin; i < end; i += LOADS) {
+            Vec part[LOADS];
+            UNROLL for (int l = 0; l < LOADS; l++) {
+                const unsigned slot = order[min(i + l, end - 1)];
+                const i64 row = G == 1 ? slot : slot + slot / (unsigned)K * (G - 1) * K;
+                part[l] = i + l < end ? x[row * width + d] : Vec();
             }
+            UNROLL for (int l = 0; l < LOADS; l++)
+                UNROLL for (int j = 0; j < WIDE; j++) sum.x[j] += part[l].x[j];
         }
-        UNROLL for (int l = 0; l < LOADS; l++)
-            UNROLL for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
-    }
-    UNROLL for (int j = 0; j < COLUMNS; j++) {
-        const int d = threadIdx.x + 128 * j;
-        if (d < width) sums[d] = sum[j];
+        sums[d] = sum;
     }
 }
 #endif
