@@ -3413,32 +3413,25 @@ def gpu_packed(x, rope, out=None):
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
     (H, G, D), Dv, tied = (n[axis] for axis in "HGD"), out.shape[-1], v is None
     r, inputs = H // G, (q, k, k if tied else v)
-    alike = {x.dtype for x in inputs} == {dout.dtype}
-    norms, dz = norms_of(out, lse, dout, sink, accumulator(*inputs))
-    rest = indices, dout, norms, scale
+    acc, alike = accumulator(*inputs), {x.dtype for x in inputs} == {dout.dtype}
+    z, norms = sink if sink is None else sink.astype(acc), n["xp"].empty((*lse.shape, 2), acc)
+    lse, dout, out = map(aligned, (lse.astype(acc, copy=False), dout, out))
+    arrays, sizes, grid = (dout, out, lse, z, norms), (lse.size, H, Dv), (-(-lse.size // 8),)
+    launch("attend_backward_norms", 256, grid, arrays, sizes, TYPE=dout.dtype, OUT=out.dtype, ACC=acc)
+    given = q, k, v, indices, dout, norms, scale
     by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
     at_once = by_mma and not deterministic and r > 4  # of fewer heads atomics take longer
     narrow = not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128
     latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
     if alike and narrow and (at_once or r <= (4, 16)[by_mma]):
-        grads = gradients_by_rows(n, q, k, v, *rest, by_mma, at_once)
+        grads = gradients_by_rows(n, *given, by_mma, at_once)
     else:
-        grads = gradients_of_slots(n, q, k, v, *rest, alike and latent and by_mma and chip(q).sm == 90)
-    wanted = zip((*grads, dz), (q, k, v, sink))
+        grads = gradients_of_slots(n, *given, alike and latent and by_mma and chip(q).sm == 90)
+    if z is not None:
+        share = np.where(lse == -np.inf, 0, np.exp(z - norms[..., 0]))  # what it takes of each head
+        grads += (-(share * norms[..., 1]).sum(tuple(range(lse.ndim - 1))),)
+    wanted = itertools.zip_longest(grads, (q, k, v, sink))
     return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in wanted)
-
-
-def norms_of(out, lse, dout, sink, acc):
-    """logaddexp(lse, sink) and dout . out of each head [..., H], side by side, and sink's gradient [H]."""
-    norms, z = sys.modules["cupy"].empty((*lse.shape, 2), acc), sink if sink is None else sink.astype(acc)
-    lse, dout, out = map(aligned, (lse.astype(acc, copy=False), dout, out))
-    arrays, sizes = (dout, out, lse, z, norms), (lse.size, *out.shape[-2:])
-    types = {"TYPE": dout.dtype, "OUT": out.dtype, "ACC": acc}
-    launch("attend_backward_norms", 256, (-(-lse.size // 8),), arrays, sizes, **types)
-    if z is None:
-        return norms, None
-    from_z = np.where(lse == -np.inf, 0, norms[..., 1] * np.exp(z - norms[..., 0]))
-    return norms, -from_z.sum(tuple(range(lse.ndim - 1)))
 
 
 def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
