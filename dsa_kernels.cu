@@ -156,8 +156,8 @@ __device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
 #define R4(i) "r"(a[i]), "r"(a[i + 1]), "r"(a[i + 2]), "r"(a[i + 3])
 
 // Products d = a b, + d if `add`; the last argument says of which type. a and b are matrices in shared
-// memory, or a is in registers as mma_m16n8k16 has it. An instruction takes 32 bytes of each row; k64 is four of them in
-// one statement: where d is named once, kernels compile a twelfth faster.
+// memory, or a is in registers as mma_m16n8k16 has it. An instruction takes 32 bytes of each row; k64 is four
+// of them in one statement: where d is named once, kernels compile a twelfth faster.
 #define K16(BITS)                                                                                          \
     "wgmma.mma_async.sync.aligned.m64n64k16.f32." BITS TO_32 "a, b, p, 1, 1, 0, 0;"                        \
     "add.s64 a, a, 2; add.s64 b, b, 2;"
