@@ -2253,9 +2253,9 @@ KERNEL(256) gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// attend_backward_norms                     sparse_attention_backward: what the slots of a head have in common
+// attend_backward_norms                    sparse_attention_backward: what the slots of a head have in common
 //     norms[.., 0] = logaddexp(lse, z);   norms[.., 1] = dout . out
-// in    dout of TYPE and out of OUT [rows, DV], lse [rows] of ACC, rows = B * T * H; sink z [H] of ACC or null
+// in    dout of TYPE and out of OUT [rows, DV], lse [rows] of ACC, rows = B * T * H; z [H] of ACC or null
 // out   norms [rows, 2] of ACC, every element written
 // grid  ceil(rows / 8)  block 256: a warp a head of a query
 #ifdef ATTEND_BACKWARD_NORMS
@@ -2279,7 +2279,7 @@ KERNEL(256) attend_backward_norms(const TYPE* __restrict__ dout, const OUT* __re
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward                                                 sparse_attention_backward, a slot at a time
 //     p = exp(scale s - norms[.., 0]);   ds = scale p (dp - norms[.., 1])
-// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, absent outside [0, S); norms [M, H, 2]
+// in    s = q . k, dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, absent outside [0, S); norms [M, H, 2]
 // out   pairs [M, G, 2, H / G, K] of TYPE: ds, then p, 0 where absent
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
@@ -2302,7 +2302,7 @@ KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ d
 
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
-// in    q [M, H, D], dout [M, H, DV] and k [S, D] bf16, whose first DV values are v; rows, and norms f32, as above
+// in    q [M, H, D], dout [M, H, DV], k [S, D] bf16, whose first DV values are v; rows, norms as above, f32
 // out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV and H;
 //       pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
 // grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
@@ -2750,8 +2750,8 @@ KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ 
 
 // ---------------------------------------------------------------------------------------------------------
 // add_by_key                                       what the slots of many queries bring to their keys, added up
-// in    x [M, G, K, width] of WIDE values of ACC; order [M * K] i64: slots by key, and of one key in the order
-//       of the queries; first [S + 1] i64: where each key's begin
+// in    x [M, G, K, width] of WIDE values of ACC; order [M * K] i64: slots by key, those of one key in the
+//       order of the queries; first [S + 1] i64: where each key's begin
 // out   sums [S, G, width] of these grow by it, one row after the other, so that runs agree bit for bit
 // grid  S * G  block as many warps as width has, at most 32
 #ifdef ADD_BY_KEY
