@@ -2984,7 +2984,7 @@ class Kernel:
     """
 
     def __init__(self, chip, name, block, **constants):
-        self.chip, self.name, self.block, (self.null,) = chip, name, (block,), as_arguments(0)
+        self.chip, self.name, self.block = chip, name, (block,)
         self.function: Any = None
         named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in sorted(constants.items())}
         self.options = "-std=c++17", f"-D{name.upper()}", *(f"-D{key}={x}" for key, x in named.items())
@@ -3003,7 +3003,7 @@ class Kernel:
             raw.max_dynamic_shared_size_bytes = self.chip.shared - raw.shared_size_bytes
             if self.large_cluster:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
-            self.function = raw.kernel
+            (self.null,), self.function = as_arguments(0), raw.kernel
 
     def wait(self):
         """Until it is compiled, or anew if that failed; what takes over a second is said once."""
