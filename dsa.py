@@ -2934,7 +2934,7 @@ class Kernel:
             raw.max_dynamic_shared_size_bytes = self.chip.shared - raw.shared_size_bytes
             if self.large_cluster:
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
-            self.function = raw.kernel
+            (self.null,), self.function = as_arguments(0), raw.kernel
 
     def wait(self):
         """Until it is compiled, or anew if that failed; what takes over a second is said once."""
@@ -2948,15 +2948,14 @@ class Kernel:
 
         An array arrives as a pointer to where it begins, None as a null pointer; numbers: as_arguments.
         """
-        array, device, (null,) = sys.modules["cupy"].ndarray, self.chip.device, as_arguments(0)
         for x in arrays if several_devices() else ():
-            if isinstance(x, array) and x.data.device_id != device:
-                raise ValueError(f"an array is on device {x.data.device_id}, expected {device}")
-        if min(grid) > 0:
+            if isinstance(x, sys.modules["cupy"].ndarray) and x.data.device_id != self.chip.device:
+                raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
+        if 0 not in grid:
             if self.function is None:
                 self.wait()
-            given = [null if x is None else x for x in arrays]
-            self.function(grid, self.block, given + numbers, shared)
+            null = self.null
+            self.function(grid, self.block, [null if x is None else x for x in arrays] + numbers, shared)
 
 
 kernel = functools.cache(Kernel)
@@ -2967,8 +2966,7 @@ def as_arguments(*numbers):
     """What a launch takes for an int, as a long long, and for a number of NumPy's, as what it is."""
     # CuPy would make it anew each time, in a third of a microsecond. Kernels read what they need of 8 bytes.
     made = getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
-    bits = (x if isinstance(x, int) else int.from_bytes(x.tobytes(), "little", signed=True) for x in numbers)
-    return [made(x) for x in bits]
+    return [made(x if isinstance(x, int) else int(x.view(f"i{x.itemsize}"))) for x in numbers]
 
 
 def scratch(chip, nbytes):
@@ -3344,51 +3342,50 @@ def gpu_packed(x, rope, out=None):
 
 
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
-    xp, (H, G, D), Dv, tied = n["xp"], (n[axis] for axis in "HGD"), out.shape[-1], v is None
+    (H, G, D), Dv, tied = (n[axis] for axis in "HGD"), out.shape[-1], v is None
     r, inputs = H // G, (q, k, k if tied else v)
     acc, alike = accumulator(*inputs), {x.dtype for x in inputs} == {dout.dtype}
-    z = xp.full(H, -np.inf, acc) if sink is None else sink.astype(acc)
-    rest = indices, out, lse, dout, z, scale
+    z, norms = sink if sink is None else sink.astype(acc), n["xp"].empty((*lse.shape, 2), acc)
+    lse, dout, out = map(aligned, (lse.astype(acc, copy=False), dout, out))
+    arrays, sizes, grid = (dout, out, lse, z, norms), (lse.size, H, Dv), (-(-lse.size // 8),)
+    launch("attend_backward_norms", 256, grid, arrays, sizes, TYPE=dout.dtype, OUT=out.dtype, ACC=acc)
+    given = q, k, v, indices, dout, norms, scale
     by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
     at_once = by_mma and not deterministic and r > 4  # of fewer heads atomics take longer
     narrow = not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128
     latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
     if alike and narrow and (at_once or r <= (4, 16)[by_mma]):
-        grads = gradients_by_rows(n, q, k, v, *rest, by_mma, at_once)
+        grads = gradients_by_rows(n, *given, by_mma, at_once)
     else:
-        grads = gradients_of_slots(n, q, k, v, *rest, alike and latent and by_mma and chip(q).sm == 90)
-    return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in zip(grads, (q, k, v, sink)))
+        grads = gradients_of_slots(n, *given, alike and latent and by_mma and chip(q).sm == 90)
+    if z is not None:
+        share = np.where(lse == -np.inf, 0, np.exp(z - norms[..., 0]))  # what it takes of each head
+        grads += (-(share * norms[..., 1]).sum(tuple(range(lse.ndim - 1))),)
+    wanted = itertools.zip_longest(grads, (q, k, v, sink))
+    return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in wanted)
 
 
-def norms_of(out, lse, dout, z):
-    """logaddexp(lse, z) and dout . out of each head [..., H], side by side, and the gradient of z [H]."""
-    cupy, lse = sys.modules["cupy"], lse.astype(z.dtype, copy=False)
-    delta = cupy.multiply(dout, out, dtype=z.dtype).sum(-1)
-    from_z = np.where(lse == -np.inf, 0, delta / (1 + np.exp(lse - z)))
-    return cupy.stack([np.logaddexp(lse, z), delta], -1), -from_z.sum(tuple(range(lse.ndim - 1)))
-
-
-def gradients_of_slots(n, q, k, v, indices, out, lse, dout, z, scale, latent):
-    """dq, dk, dv and dz of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
-    xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], out.shape[-1]
-    r, tied, acc, dz = H // G, v is None, z.dtype, xp.zeros_like(z)
+def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
+    """dq, dk and dv of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
+    xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], dout.shape[-1]
+    r, tied, acc, blocks = H // G, v is None, norms.dtype, -(-H // 64) if latent else 1
     width, heads = D if tied else D + Dv, -(-H // 32) * 32
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
     dq, dkv = xp.empty(q.shape, kind if latent else acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
     bytes_each = 4 * heads * D + N * (4 * D + 4 * heads + 32) if latent else bytes_each
-    for b, t, rows in query_chunks(n, indices, (None, xp.full((*n["..."], n["T"]), S)), bytes_each):
-        M, (norms, from_z) = len(rows), norms_of(out[b][t], lse[b][t], dout[b][t], z)
-        dz += from_z
+    whole = chip(q).processors // blocks or 1  # queries whose blocks take a turn of all processors
+    for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
+        M = len(rows)
         if latent:
-            slots = slots_of_latents(q[b][t], k[b], dout[b][t], rows, norms, scale, dq[b][t])
+            slots = slots_of_latents(q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t])
         else:
             keys = gathered_slots(k[b], rows)  # [M * G, N, D]
             values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
             q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
             s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
             pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
-            arrays, sizes = (s, dp, rows, norms, pairs), (N, H, G, np.float64(scale))
+            arrays, sizes = (s, dp, rows, norms[b][t], pairs), (N, H, G, S, np.float64(scale))
             launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
             product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
             by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
@@ -3401,7 +3398,7 @@ def gradients_of_slots(n, q, k, v, indices, out, lse, dout, z, scale, latent):
                 product(by_key[..., :r], q_t, slots[..., :D])
                 product(by_key[..., r:], dout_t, slots[..., D:])
         add_by_key(rows, slots, dkv[b])
-    return dq, dkv[..., :D], dkv[..., D:], dz
+    return dq, dkv[..., :D], dkv[..., D:]
 
 
 def slots_of_latents(q, k, dout, rows, norms, scale, dq):
@@ -3409,23 +3406,20 @@ def slots_of_latents(q, k, dout, rows, norms, scale, dq):
     but that product. Heads come in parts of 32, or all in one.
     """
     xp, (M, H, D), N, parts = sys.modules["cupy"], q.shape, rows.shape[1], -(-q.shape[1] // 32)
-    both, pairs = xp.zeros((M, parts, 2, 32, D), q.dtype), xp.empty((M, N, parts * 64), q.dtype)
-    for i, x in enumerate((q, dout)):  # 16 bytes at a time
-        wide = x.view(np.complex128).reshape(M, parts, min(H, 32), -1)
-        both.view(np.complex128)[:, :, i, : wide.shape[2], : wide.shape[3]] = wide
-    arrays, sizes = (both, k, norms, rows, dq, pairs), (len(k), H, N, np.float64(scale))
+    both, pairs = (xp.empty((M, *shape), q.dtype) for shape in ((parts * 64, D), (N, parts * 64)))
+    arrays, sizes = (q, dout, k, norms, rows, dq, both, pairs), (len(k), H, N, np.float64(scale))
     grid, shared = (M * -(-parts // 2),), 384 * D + 8192 + D // 4  # struct Plan of the kernel
     launch("attend_backward_wgmma", 384, grid, arrays, sizes, shared=shared, D=D)
-    return product(pairs, both.reshape(M, parts * 64, D))
+    return product(pairs, both)
 
 
-def gradients_by_rows(n, q, k, v, indices, out, lse, dout, z, scale, by_mma, at_once):
+def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma, at_once):
     """The same for narrow heads: dq over each query's keys, then dk and dv over each key's queries, whose
     rows are read again, in their order; or all at once, by atomics. No slot is stored.
     """
     xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
-    (norms, dz), (q, k, v, dout) = norms_of(out, lse, dout, z), map(aligned, (q, k, v, dout))
     widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
+    q, k, v, dout = map(aligned, (q, k, v, dout))
     by_rows = functools.partial(launch, "attend_backward_rows", 128, sizes=sizes, TYPE=q.dtype, **widths)
     sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
     dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
@@ -3439,11 +3433,11 @@ def gradients_by_rows(n, q, k, v, indices, out, lse, dout, z, scale, by_mma, at_
         else:
             by_rows(grid=(T * H,), arrays=(*pairs, rows, None, dq[b], None), BY_KEY=0)
         if not at_once:
-            queries, first = slots_by_key(rows, xp.arange(T)[:, None], S)
-            places = queries.astype(np.int32), first
-            arrays = k[b], v[b], q[b], dout[b], norms[b], *places, *(x[b] for x in dk_dv)
+            order, first = slots_by_key(rows, S)
+            queries = (order // K).astype(np.int32)
+            arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
             by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
-    return dq, *((sums[..., :D], sums[..., D:]) if at_once else dk_dv), dz
+    return dq, *((sums[..., :D], sums[..., D:]) if at_once else dk_dv)
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
@@ -3499,18 +3493,20 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
     return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
-def query_chunks(n, indices, windows, bytes_each):
+def query_chunks(n, indices, windows, bytes_each, whole=1):
     """b, a slice of its queries, as many as SLOT_BYTES hold, and the keys that these see, [M, N] int32.
 
-    Of indices, or, where they are None, of all keys; -1 for none. M * G is a grid's y, which ends at 65,535.
+    Of indices, or, where they are None, of all keys; -1 for none. Without windows rows are what indices say.
+    M * G is a grid's y, which ends at 65,535. whole: M is a multiple of it if more queries fit.
     """
     most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
-    (start, end), every = filled(n, windows), n["xp"].arange(n["S"])[None]
+    most = most - most % whole or most
+    (start, end), every = filled(n, windows or (None, None)), n["xp"].arange(n["S"])[None]
     for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
         for t in range(0, n["T"], most):
             part = slice(t, min(t + most, n["T"]))
-            rows = visible(every if indices is None else indices[b][part], start[b][part], end[b][part])
-            yield b, part, rows.astype(np.int32)
+            rows = every if indices is None else indices[b][part]
+            yield b, part, slot_indices(visible(rows, start[b][part], end[b][part]) if windows else rows)
 
 
 def factors(acc, *arrays):
@@ -3570,19 +3566,20 @@ def product_plan(a, b, out):
 
 
 def add_by_key(rows, slots, sums):
-    """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N], -1 for none."""
-    xp, (M, N), (S, G, width), acc = sys.modules["cupy"], rows.shape, sums.shape, sums.dtype
+    """sums [S, G, W] += slots [M * G, N, W] of the keys rows [M, N]; others than 0 .. S - 1 are none."""
+    (S, G, width), acc = sums.shape, sums.dtype
     if slots.size:
-        place = xp.arange(M)[:, None] * (G * N) + xp.arange(N)  # of the first group
-        arrays, columns = (slots, *slots_by_key(rows, place, S), sums), -(-width // 128)
-        launch("add_by_key", 128, (S * G,), arrays, (N, G, width), ACC=acc, COLUMNS=columns)
+        wide = math.gcd(width, 16 // acc.itemsize)  # values that a thread takes of a row
+        arrays, sizes = (slots, *slots_by_key(rows, S), sums), (rows.shape[1], G, width // wide)
+        block = min(1024, -(-width // wide // 32) * 32)
+        launch("add_by_key", block, (S * G,), arrays, sizes, ACC=acc, WIDE=wide)
 
 
-def slots_by_key(rows, place, num_keys):
-    """The places of the slots rows [M, N], by key, ascending; and where each key's begin, [num_keys + 1]."""
-    xp = sys.modules["cupy"]
-    order = xp.sort((rows.astype(np.int64) << 32 | place).ravel())
-    return order & 2**32 - 1, xp.searchsorted(order, xp.arange(num_keys + 1) << 32)
+def slots_by_key(rows, num_keys):
+    """The slots rows [M, N] by key, and of one key in order; and where each key's begin, [num_keys + 1]."""
+    rows, keys = rows.ravel(), sys.modules["cupy"].arange(num_keys + 1)
+    order = rows.argsort(kind="stable")
+    return order, rows[order].searchsorted(keys)
 
 
 def gpu_select_by(n, q, k, score, top_k, k_start, k_end, **forced):

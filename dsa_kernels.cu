@@ -67,7 +67,7 @@ PTX(ldmatrix_x2, (unsigned& d0, unsigned& d1, unsigned row),
 PTX(ldmatrix_x4_trans, (unsigned (&d)[4], unsigned row),
     "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
     : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(row))
-PTX(stmatrix_x4, (unsigned row, const unsigned (&d)[4]),  // sm_90
+PTX(stmatrix_x4, (unsigned row, const unsigned* d),  // sm_90
     "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
     ::"r"(row), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3]))
 
@@ -144,54 +144,70 @@ __device__ u64 wgmma_matrix(unsigned shared, int panel_bytes = 16) {
     return (shared & 0x3FFFF) >> 4 | (u64)(panel_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-// The registers of d, as operands: their places, and their constraints
+// The registers of d, as operands: their places, 32, the first 64 and 64 more, and their constraints
 #define TEN(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7,%" #t "8,%" #t "9,"
+#define TO_32 " {" TEN() TEN(1) TEN(2) "%30,%31}, "
+#define TO_64 " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63}, "
+#define TO_MORE " {%64,%65,%66,%67,%68,%69," TEN(7) TEN(8) TEN(9) TEN(10) TEN(11) \
+                "%120,%121,%122,%123,%124,%125,%126,%127}, "
 #define F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
               "+f"(d[i + 6]), "+f"(d[i + 7])
 #define F32(i) F8(i), F8(i + 8), F8(i + 16), F8(i + 24)
+#define R4(i) "r"(a[i]), "r"(a[i + 1]), "r"(a[i + 2]), "r"(a[i + 3])
 
-// Products d = a b, + d if `add`; the last argument says of which type. Of a and b 32 bytes of each row, in
-// registers as mma_m16n8k16 has them, or matrices in shared memory; `trans`: b is contiguous along d's columns.
+// Products d = a b, + d if `add`; the last argument says of which type. a and b are matrices in shared
+// memory, or a is in registers as mma_m16n8k16 has it. An instruction takes 32 bytes of each row; k64 is four
+// of them in one statement: where d is named once, kernels compile a twelfth faster.
+#define K16(BITS)                                                                                          \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32." BITS TO_32 "a, b, p, 1, 1, 0, 0;"                        \
+    "add.s64 a, a, 2; add.s64 b, b, 2;"
+#define K16_BOTH_SIDES(BITS, A, ORDER)                                                                     \
+    "wgmma.mma_async.sync.aligned.m64n128k16.f32." BITS TO_64 A ", b, p, 1, 1, " ORDER ";"                 \
+    "wgmma.mma_async.sync.aligned.m64n128k16.f32." BITS TO_MORE A ", c, p, 1, 1, " ORDER ";"               \
+    "add.s64 a, a, 2; add.s64 b, b, 128; add.s64 c, c, 128;"
 #define WGMMA(TYPE, BITS)                                                                                  \
-    __device__ void wgmma_m64n64k16(float (&d)[32], u64 a, u64 b, bool add, TYPE) {                        \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0;"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n64k16.f32." BITS                                   \
-                     " {" TEN() TEN(1) TEN(2) "%30, %31}, %32, %33, p, 1, 1, 0, 0; }"                      \
+    __device__ void wgmma_m64n64k64(float (&d)[32], u64 a, u64 b, bool add, TYPE) {                        \
+        asm volatile("{ .reg .pred p; .reg .b64 a, b; mov.b64 a, %32; mov.b64 b, %33;"                     \
+                     "setp.ne.b32 p, %34, 0;" K16(BITS)                                                    \
+                     "setp.eq.b32 p, 0, 0;" K16(BITS) K16(BITS) K16(BITS) "}"                              \
                      : F32(0) : "l"(a), "l"(b), "r"((int)add));                                            \
     }                                                                                                      \
-    __device__ void wgmma_m64n128_trans(float (&d)[64], u64 a, u64 b, bool add, TYPE) {                    \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;"                                              \
-                     " wgmma.mma_async.sync.aligned.m64n128k16.f32." BITS                                  \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
-                     " %64, %65, p, 1, 1, 0, 1; }"                                                         \
-                     : F32(0), F32(32) : "l"(a), "l"(b), "r"((int)add));                                   \
+    /* d [64, 256] += a b, b [64, 256] contiguous along the 256, in panels of 64 */                        \
+    __device__ void wgmma_m64n256k64(float (&d)[128], u64 a, u64 b, TYPE) {                                \
+        asm volatile("{ .reg .pred p; .reg .b64 a, b, c; setp.eq.b32 p, 0, 0;"                             \
+                     " mov.b64 a, %129; mov.b64 b, %128; add.s64 c, b, 1024;"                              \
+                     K16_BOTH_SIDES(BITS, "a", "0, 1") K16_BOTH_SIDES(BITS, "a", "0, 1")                   \
+                     K16_BOTH_SIDES(BITS, "a", "0, 1") K16_BOTH_SIDES(BITS, "a", "0, 1") "}"               \
+                     : F32(0), F32(32), F32(64), F32(96) : "l"(b), "l"(a));                                \
+    }                                                                                                      \
+    __device__ void wgmma_m64n256k64(float (&d)[128], const unsigned (&a)[16], u64 b, TYPE) {              \
+        asm volatile("{ .reg .pred p; .reg .b64 a, b, c; setp.eq.b32 p, 0, 0;"                             \
+                     " mov.b64 a, 0; mov.b64 b, %128; add.s64 c, b, 1024;"                                 \
+                     K16_BOTH_SIDES(BITS, "{%129,%130,%131,%132}", "1")                                    \
+                     K16_BOTH_SIDES(BITS, "{%133,%134,%135,%136}", "1")                                    \
+                     K16_BOTH_SIDES(BITS, "{%137,%138,%139,%140}", "1")                                    \
+                     K16_BOTH_SIDES(BITS, "{%141,%142,%143,%144}", "1") "}"                                \
+                     : F32(0), F32(32), F32(64), F32(96) : "l"(b), R4(0), R4(4), R4(8), R4(12));           \
     }
 WGMMA(bf16, "bf16.bf16")
 WGMMA(__half, "f16.f16")
 __device__ void wgmma_m64n64k32_e4m3(float (&d)[32], const unsigned (&a)[4], u64 b, bool add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; "
-                 "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
-                 TEN() TEN(1) TEN(2) "%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1; }"
-                 : F32(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"
+                 TO_32 "{%32,%33,%34,%35}, %36, p, 1, 1; }" : F32(0) : R4(0), "l"(b), "r"((int)add));
 }
+#define WGMMA_M64N128(TYPE, SHAPE, ORDER)                                                                  \
+    __device__ void wgmma_m64n128(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {         \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE   \
+                     TO_64 "{%64,%65,%66,%67}, %68, p, 1, 1" ORDER "; }"                                   \
+                     : F32(0), F32(32) : R4(0), "l"(b), "r"((int)add));                                    \
+    }
+WGMMA_M64N128(u8, "k32.f32.e4m3.e4m3", "")
+WGMMA_M64N128(bf16, "k16.f32.bf16.bf16", ", 0")
+WGMMA_M64N128(__half, "k16.f32.f16.f16", ", 0")
+
 __device__ void wgmma_wait_group(float (&d)[32]) {  // for all; as an operand, d is not read before
     asm volatile("wgmma.wait_group.sync.aligned 0;" : F32(0) :: "memory");
 }
-
-#define WGMMA_M64N128(NAME, TYPE, SHAPE, ORDER)                                                            \
-    __device__ void NAME(float (&d)[64], const unsigned (&a)[4], u64 b, bool add, TYPE) {                  \
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128" SHAPE   \
-                     " {" TEN() TEN(1) TEN(2) TEN(3) TEN(4) TEN(5) "%60,%61,%62,%63},"                     \
-                     " {%64,%65,%66,%67}, %68, p, 1, 1" ORDER "; }"                                        \
-                     : F32(0), F32(32)                                                                     \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));                 \
-    }
-WGMMA_M64N128(wgmma_m64n128, u8, "k32.f32.e4m3.e4m3", "")
-WGMMA_M64N128(wgmma_m64n128, bf16, "k16.f32.bf16.bf16", ", 0")
-WGMMA_M64N128(wgmma_m64n128, __half, "k16.f32.f16.f16", ", 0")
-WGMMA_M64N128(wgmma_m64n128_trans, bf16, "k16.f32.bf16.bf16", ", 1")
-WGMMA_M64N128(wgmma_m64n128_trans, __half, "k16.f32.f16.f16", ", 1")
-
 template <int PENDING> __device__ void wgmma_wait_group(float (&d)[64]) {  // d is read from here on
     asm volatile("wgmma.wait_group.sync.aligned %64;" : F32(0), F32(32) : "n"(PENDING) : "memory");
 }
@@ -1932,7 +1948,7 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
     for (int x = blockIdx.x; x < all; x += gridDim.x, jobs++) {
         const Job job(n, indices, k_start, k_end, x % per_split, x / per_split);
         const int tiles = (job.hi - job.lo + KEYS - 1) / KEYS;
-        float o[2][64] = {}, m[2] = {-CUDART_INF_F, -CUDART_INF_F}, total[2] = {};
+        float o[128] = {}, m[2] = {-CUDART_INF_F, -CUDART_INF_F}, total[2] = {};
         const auto rescale = [&](const float (&top)[2]) {
             if (!__any_sync(ALL, top[0] != m[0] || top[1] != m[1])) return;
             wgmma_wait_group<0>();
@@ -1942,15 +1958,7 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
                 m[half] = top[half];
                 total[half] *= factor[half];
             }
-            UNROLL for (int i = 0; i < 128; i++) o[i / 64][i % 64] *= factor[i / 2 % 2];
-        };
-        const auto start_adding = [&](auto weights, u64 values) {  // o += p v: 16 keys a step, 128 of v a side
-            wgmma_fence();
-            UNROLL for (int step = 0; step < 4; step++)
-                UNROLL for (int side = 0; side < 2; side++) {
-                    const int at = (step * 2048 + side * 2 * PANEL) / 16;
-                    wgmma_m64n128_trans(o[side], weights(step), values + at, true, TYPE());
-                }
+            UNROLL for (int i = 0; i < 128; i++) o[i] *= factor[i / 2 % 2];
         };
         const auto take = [&](int tile) {  // of the other warpgroup
             mbarrier_wait(&plan.full[other][group], uses.before(tile) & 1);
@@ -1958,7 +1966,7 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
             bar_sync(2 + other, 256);
             rescale({plan.max[row], plan.max[row + 8]});
             if (__any_sync(ALL, plan.any[row / 16]))
-                start_adding([&](int step) { return p_at + 2 * step; }, other_v_at);
+                wgmma_fence(), wgmma_m64n256k64(o, p_at, other_v_at, TYPE());
             wgmma_commit_group();
         };
         mbarrier_wait(&plan.q_full, jobs & 1);
@@ -1971,11 +1979,10 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
                 fence_proxy_async();
                 wgmma_fence();
                 const u64 skip = part * (HALF / 64 * PANEL / 16), q_part = q_at + skip, k_part = k_at + skip;
-                UNROLL for (int panel = 0; panel < panels; panel++)
-                    UNROLL for (int step = 0; step < 4; step++) {
-                        const int at = panel * (PANEL / 16) + step * 2;
-                        wgmma_m64n64k16(s, q_part + at, k_part + at, !first || panel > 0 || step > 0, TYPE());
-                    }
+                UNROLL for (int panel = 0; panel < panels; panel++) {
+                    const int at = panel * (PANEL / 16);
+                    wgmma_m64n64k64(s, q_part + at, k_part + at, !first || panel > 0, TYPE());
+                }
                 wgmma_commit_group();
             };
             score(2, PANELS - DV / 64, true);
@@ -1992,7 +1999,7 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
                 UNROLL for (int i = 0; i < 32; i++)
                     if (!(there[i % 2] >> (i / 4 * 4 + lane % 4) & 1)) s[i] = copysignf(CUDART_INF_F, -c);
             // 2. p = exp2(c s - m), of the maximum so far: p up to 2^8 spares rescaling o. Else once more
-            unsigned p[4][4];
+            unsigned p[16];
             float sum[2], most;
             const auto weigh = [&] {
                 sum[0] = sum[1] = most = 0;
@@ -2002,7 +2009,7 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
                     const float p0 = exp2f(fmaf(s[i], c, -safe)), p1 = exp2f(fmaf(s[i + 1], c, -safe));
                     sum[half] += p0 + p1;
                     most = fmaxf(most, fmaxf(p0, p1));
-                    p[i / 8][i / 2 % 4] = cvt_rn_x2(p0, p1, TYPE());
+                    p[i / 2] = cvt_rn_x2(p0, p1, TYPE());
                 }
             };
             const auto raise = [&] {  // m, to the largest score where that is above by more than 8
@@ -2020,11 +2027,12 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
             total[0] += sum[0], total[1] += sum[1];
             // 3. o += p v, and p for the other. A warp overwrites rows of p that only its own products read
             const auto add = [&] {
-                start_adding([&](int step) -> const unsigned(&)[4] { return p[step]; }, v_at);
+                wgmma_fence();
+                wgmma_m64n256k64(o, p, v_at, TYPE());
                 wgmma_commit_group();
             };
             if (any) {  // else as where rows of indices end in -1
-                UNROLL for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p[step]);
+                UNROLL for (int step = 0; step < 4; step++) stmatrix_x4(p_to ^ step * 32, p + 4 * step);
                 if constexpr (!PACKED) add();
             }
             if (lane % 4 == 0) plan.max[row] = m[0], plan.max[row + 8] = m[1];
@@ -2058,7 +2066,7 @@ KERNEL(512, 1) attend_wgmma(const TYPE* q, const char* k, const TYPE* v, const i
             UNROLL for (int i = 2 * half; i < 128; i += 16) {  // 32 values of a row by four threads
                 unsigned x[4];
                 UNROLL for (int j = 0; j < 4; j++) {
-                    const float *at = &o[i / 64][i % 64 + 4 * j], y0 = at[0] * share, y1 = at[1] * share;
+                    const float *at = &o[i + 4 * j], y0 = at[0] * share, y1 = at[1] * share;
                     if constexpr (sizeof(OUT) == 2) x[j] = cvt_rn_x2(y0, y1, TYPE());
                     else if (there) *(float2*)(to + i / 4 * 8 + j * 8 + lane % 4 * 2) = make_float2(y0, y1);
                 }
@@ -2245,23 +2253,46 @@ KERNEL(256) gather(const UNIT* __restrict__ x, const int* rows, UNIT* __restrict
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
+// attend_backward_norms                    sparse_attention_backward: what the slots of a head have in common
+//     norms[.., 0] = logaddexp(lse, z);   norms[.., 1] = dout . out
+// in    dout of TYPE and out of OUT [rows, DV], lse [rows] of ACC, rows = B * T * H; z [H] of ACC or null
+// out   norms [rows, 2] of ACC, every element written
+// grid  ceil(rows / 8)  block 256: a warp a head of a query
+#ifdef ATTEND_BACKWARD_NORMS
+KERNEL(256) attend_backward_norms(const TYPE* __restrict__ dout, const OUT* __restrict__ out, const ACC* lse,
+        const ACC* z, ACC* norms, i64 rows, i64 H, i64 DV) {
+    const i64 at = blockIdx.x * 8ll + threadIdx.x / 32;
+    if (at >= rows) return;
+    ACC delta = 0;
+#pragma unroll 8
+    for (i64 i = at * DV + threadIdx.x % 32; i < (at + 1) * DV; i += 32)
+        delta += ACC(widen(dout[i])) * widen(out[i]);
+    delta = sum_of_warp(delta);
+    const ACC own = lse[at], sink = z ? z[at % H] : -ACC(CUDART_INF_F);
+    const ACC gap = own == sink ? 0 : fabs(own - sink);
+    if (threadIdx.x % 32) return;
+    norms[2 * at] = max(own, sink) + log1p(exp(-gap));
+    norms[2 * at + 1] = delta;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
 // attend_backward                                                 sparse_attention_backward, a slot at a time
 //     p = exp(scale s - norms[.., 0]);   ds = scale p (dp - norms[.., 1])
-// in    s = q . k and dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, negative where absent
-//       norms [M, H, 2] of ACC: logaddexp(lse, sink), and dout . out
+// in    s = q . k, dp = dout . v, [M, H, K] of ACC; rows [M, K] i32, absent outside [0, S); norms [M, H, 2]
 // out   pairs [M, G, 2, H / G, K] of TYPE: ds, then p, 0 where absent
 // grid  M * H  block 256: a head of a query
 // cost  12 bytes a slot in 16 bits: bound by memory
 #ifdef ATTEND_BACKWARD
 KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ dp,
         const int* __restrict__ rows, const ACC* norms, TYPE* __restrict__ pairs, i64 K, i64 H, i64 G,
-        double scale) {
+        i64 S, double scale) {
     const i64 at = blockIdx.x, m = at / H, r = H / G;
     norms += 2 * at;
     TYPE* to = pairs + (at / r * 2 * r + at % r) * K;
 #pragma unroll 4
     for (i64 i = threadIdx.x; i < K; i += 256) {
-        const bool there = rows[m * K + i] >= 0;
+        const bool there = (unsigned)rows[m * K + i] < S;
         const ACC p = there ? exp(ACC(scale) * s[at * K + i] - norms[0]) : 0;
         to[i] = rounded<TYPE>(there ? ACC(scale) * p * (dp[at * K + i] - norms[1]) : 0);
         to[r * K + i] = rounded<TYPE>(p);
@@ -2271,16 +2302,16 @@ KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ d
 
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
-// in    both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV values and H heads
-//       k [S, D] bf16, whose first DV values are v; norms and rows as above, in f32
-// out   dq [M, H, D] bf16; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
+// in    q [M, H, D], dout [M, H, DV], k [S, D] bf16, whose first DV values are v; rows, norms as above, f32
+// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV and H;
+//       pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
 // grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
 // smem  struct Plan: 224 KB at D = 576
 // A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
 // by one for the next tile. Products have keys for rows, or sum over them: no part needs another.
 // cost  of a tile: 3,456 cycles of products, 4,600 of shared memory, 3,000 of L2 (74 KB)
 #ifdef ATTEND_BACKWARD_WGMMA
-constexpr int PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
+constexpr int DV = 512, PANELS = D / 64, PANEL = 64 * 128;  // a panel: 64 values of 64 rows
 static_assert(D % 64 == 0 && D <= 576, "two parts and a tile of keys fit in shared memory");
 struct Plan {
     char both[PANELS][2][PANEL], k[PANELS][PANEL], ds[PANEL];  // ds: of two parts
@@ -2295,8 +2326,8 @@ __device__ void wgmma_m64n32k16(float (&d)[16], u64 a, u64 b) {
                  : F8(0), F8(8) : "l"(a), "l"(b));
 }
 
-KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const float2* norms, const int* rows,
-        bf16* dq, bf16* pairs, i64 S, i64 H, i64 K, double scale) {
+KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16* k, const float2* norms,
+        const int* rows, bf16* dq, bf16* both, bf16* pairs, i64 S, i64 H, i64 K, double scale) {
     extern __shared__ __align__(1024) char shared[];
     Plan& plan = *(Plan*)shared;
     const int tid = threadIdx.x, warp = tid % 128 / 32, lane = tid % 32;
@@ -2314,16 +2345,21 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const floa
     if (group == 2) {  // a thread copies 16 bytes of a panel for rows row, row + 16, ..
         setmaxnreg_dec<40>();
         const int row = tid % 128 / 8, column = tid % 8, at = row * 128 + swizzled(row, column);
-        both += (m * parts + part) * 64 * D + column * 8, k += column * 8;
+        both += (m * parts + part) * 64 * D + column * 8;
+        q += m * H * D + column * 8, dout += m * H * DV + column * 8, k += column * 8;
+        const auto head_of = [&](int r) {  // of 32; so that a lane has 8 heads in a row
+            return row % 8 / 2 * 8 + r % 2 * 4 + row / 8 * 2 + row % 2;
+        };
         for (int tile = 0; tile < tiles; tile++) {
             int keys[4];
             for (int r = 0; r < 4; r++) keys[r] = key_at(tile * 64 + r * 16 + row);
             for (int panel = 0; panel < PANELS; panel++) {
                 if (tile) mbarrier_wait(&plan.free[panel], tile - 1 & 1);
-                for (int r = 0; r < 4 * groups && tile == 0; r++) {  // so that a lane has 8 heads in a row
-                    const int head = row % 8 / 2 * 8 + r % 2 * 4 + row / 8 * 2 + row % 2;
-                    cp_async<16>(cvta_shared(plan.both[panel]) + r * 2048 + at,
-                                 both + (r / 2 * 32 + head) * D + panel * 64, true);
+                for (int r = 0; r < 4 * groups && tile == 0; r++) {  // q and dout of a part, of the next
+                    const int head = (part + r / 4) * 32 + head_of(r), width = r / 2 % 2 ? DV : D;
+                    const bool there = head < H && panel < width / 64;
+                    const bf16* const from = (r / 2 % 2 ? dout : q) + (there ? head * width + panel * 64 : 0);
+                    cp_async<16>(cvta_shared(plan.both[panel]) + r * 2048 + at, from, there);
                 }
                 for (int r = 0; r < 4; r++) {
                     const bool there = (unsigned)keys[r] < (unsigned)S;
@@ -2332,6 +2368,12 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const floa
                 }
                 cp_async_mbarrier_arrive(&plan.full[panel]);
             }
+        }
+        cp_async_wait_all();  // what this thread copied is written side by side, for the product that follows
+        for (int i = 0; i < PANELS * 4 * groups; i++) {
+            const int panel = i % PANELS, r = i / PANELS;
+            *(uint4*)(both + (r / 2 * 32 + head_of(r)) * D + panel * 64) =
+                *(const uint4*)(plan.both[panel][0] + r * 2048 + at);
         }
         return;
     }
@@ -2360,9 +2402,8 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* both, const bf16* k, const floa
             mbarrier_wait(&plan.full[panel], tile & 1);
             fence_proxy_async();
             wgmma_fence();
-            for (int step = 0; step < 4; step++)
-                wgmma_m64n64k16(s, k_at + (panel * PANEL + step * 32) / 16,
-                                both_at + (2 * panel * PANEL + step * 32) / 16, panel + step > 0, bf16());
+            const int at = panel * (PANEL / 16);
+            wgmma_m64n64k64(s, k_at + at, both_at + 2 * at, panel > 0, bf16());
             wgmma_commit_group();
         }
         wgmma_wait_group(s);
@@ -2709,37 +2750,33 @@ KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ 
 
 // ---------------------------------------------------------------------------------------------------------
 // add_by_key                                       what the slots of many queries bring to their keys, added up
-// in    x [M * G * K, width] of ACC; order [N] i64: the rows of x, for the first group, by key, and of one key
-//       in the order of the queries; first [S + 1] i64: where each key's begin
-// out   sums [S, G, width] of ACC grow by it, one row after the other, so that runs agree bit for bit
-// grid  S * G  block 128
+// in    x [M, G, K, width] of WIDE values of ACC; order [M * K] i64: slots by key, those of one key in the
+//       order of the queries; first [S + 1] i64: where each key's begin
+// out   sums [S, G, width] of these grow by it, one row after the other, so that runs agree bit for bit
+// grid  S * G  block as many warps as width has, at most 32
 #ifdef ADD_BY_KEY
-constexpr int LOADS = COLUMNS > 8 ? 2 : 4;  // rows on their way at a time
+constexpr int LOADS = 8;  // rows on their way at a time
+struct alignas(WIDE * sizeof(ACC)) Vec { ACC x[WIDE]; };
 
-KERNEL(128) add_by_key(const ACC* x, const i64* order, const i64* first, ACC* sums, i64 K, i64 G, i64 width) {
+KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G,
+        i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
     sums += blockIdx.x * width;
     x += g * K * width;
-    ACC sum[COLUMNS], part[LOADS][COLUMNS];
-    UNROLL for (int j = 0; j < COLUMNS; j++) {
-        const int d = threadIdx.x + 128 * j;
-        sum[j] = d < width ? sums[d] : 0;
-    }
-    for (i64 i = begin; i < end; i += LOADS) {
-        UNROLL for (int l = 0; l < LOADS; l++) {
-            const ACC* row = x + order[min(i + l, end - 1)] * width;
-            UNROLL for (int j = 0; j < COLUMNS; j++) {
-                const int d = threadIdx.x + 128 * j;
-                part[l][j] = i + l < end && d < width ? row[d] : 0;
+    for (int d = threadIdx.x; d < width; d += blockDim.x) {
+        Vec sum = sums[d];
+        for (i64 i = begin; i < end; i += LOADS) {
+            Vec part[LOADS];
+            UNROLL for (int l = 0; l < LOADS; l++) {
+                const unsigned slot = order[min(i + l, end - 1)];
+                const i64 row = G == 1 ? slot : slot + slot / (unsigned)K * (G - 1) * K;
+                part[l] = i + l < end ? x[row * width + d] : Vec();
             }
+            UNROLL for (int l = 0; l < LOADS; l++)
+                UNROLL for (int j = 0; j < WIDE; j++) sum.x[j] += part[l].x[j];
         }
-        UNROLL for (int l = 0; l < LOADS; l++)
-            UNROLL for (int j = 0; j < COLUMNS; j++) sum[j] += part[l][j];
-    }
-    UNROLL for (int j = 0; j < COLUMNS; j++) {
-        const int d = threadIdx.x + 128 * j;
-        if (d < width) sums[d] = sum[j];
+        sums[d] = sum;
     }
 }
 #endif

@@ -4170,11 +4170,13 @@ KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
       for ACC, x, loads in ((FLOAT, FLOAT, 8), (FLOAT, BF16, 32), (DOUBLE, DOUBLE, 16))),
     *((name, {"TYPE": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
       for name in ("attend_backward", "indexer_backward") for x in (FLOAT, DOUBLE, BF16)),
+    *(("attend_backward_norms", {"TYPE": x, "OUT": y, "ACC": DOUBLE if x == DOUBLE else FLOAT})
+      for x, y in ((FLOAT, FLOAT), (DOUBLE, DOUBLE), (BF16, FLOAT), (HALF, HALF))),
     *(("attend_backward_wgmma", {"D": D}) for D in (512, 576)),
     *(kernel for x in (FLOAT, DOUBLE) for kernel in (
         ("attention_lse", {"ACC": x}), *(("sum_of_heads", {"ACC": x, "TARGET": y}) for y in (0, 1)))),
     *(("gather", {"UNIT": x}) for x in ("short", "int", "int2", "int4")),
-    *(("add_by_key", {"ACC": x, "COLUMNS": columns}) for x in (FLOAT, DOUBLE) for columns in (1, 5, 9)),
+    *(("add_by_key", {"ACC": x, "WIDE": wide}) for x, wide in ((FLOAT, 1), (FLOAT, 4), (DOUBLE, 2))),
     *(("quantize_fp8", {"BLOCK": 128, "UE8M0": 1, "XT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
       for x in (FLOAT, DOUBLE, HALF, BF16)),
     *(("made_of_x", {"ACC": x, "OUT": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
