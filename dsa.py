@@ -3243,17 +3243,17 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     return indices
 
 
-def attend_tile(chip, kind, shape, places, tied, rope):
+def attend_tile(chip, shape, real, rope, tied, *given):
     """Which kernel attends: its name, its block and the heads and keys of that, shared memory, constants."""
-    (q, k, v, real, _), (H, G, D, Dv) = kind, shape
+    (H, G, D, Dv), (q, k, v) = shape, (x.dtype for x in given)
     heads, rank = H // G, 0 if rope is None else D - rope  # rank: the values of packed keys in 8 bits
     widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
-    align = tuple(math.gcd(16, *place, width) for place, width in zip(places, widths))  # of rows
+    align = [math.gcd(16, x.place, *x.strides[:-1], width) for x, width in zip(given[1:], widths)]  # of rows
     stored, sizes = {"R8": rank, "ROPE": rope or 0, "TIED": int(tied)}, {"D": D, "DV": Dv, "TYPE": q}
     alike = rank % 8 == stored["ROPE"] % 8 == 0 and q.name == "bfloat16" if rank else q == k == v
     tensor_cores = q.itemsize == 2 and alike and min(align) >= 4 and chip.sm >= 80 and D * Dv
-    small = heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
-    if tensor_cores and small and not rank and align == (16, 16) and D % 8 == Dv % 8 == 0:
+    small = 0 < heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
+    if tensor_cores and small and not rank and align == [16, 16] and D % 8 == Dv % 8 == 0:
         return "attend_few_mma", 128, heads, 64, 0, sizes
     latent = tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
     if tensor_cores and latent and chip.sm == 90 and align[0] == 16:
@@ -3283,9 +3283,8 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
     """
     (H, G, D, Dv), rows, most, tied = shape, math.prod(batch) * T, max(1, slots), given[2] is None
     q, k, v = (Like(*(x or given[1])) for x in given)
-    *_, real, out_dtype = kind = q.dtype, k.dtype, v.dtype, accumulator(q, k, v), np.dtype(dtype or q.dtype)
-    places = [(x.place, *(0, *x.strides)[-4:-1]) for x in (k, v)]
-    name, block, heads, keys, shared, sizes = attend_tile(chip, kind, shape, places, tied, rope)
+    real, out_dtype = accumulator(q, k, v), np.dtype(dtype or q.dtype)
+    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q, k, v)
     blocks, columns = rows * G * -(-(H // G) // heads), -(-Dv // 128) or 1
     splits = min(max(1, 128 // max(1, blocks)), -(-most // keys))
     chunk = -(-most // (splits * keys)) * keys  # keys of a split
@@ -3295,7 +3294,7 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
     loads = min(max(1, 512 // real.itemsize // columns), 8 if splits <= 8 else 32)  # fit a thread's registers
     types = {"ACC": real, "OUT": out_dtype, "COLUMNS": columns, "LOADS": loads}
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    strides = [x // kind.itemsize for kind, place in zip(kind[1:], places) for x in place[1:]]
+    strides = [stride // x.dtype.itemsize for x in (k, v) for stride in (0, *x.strides)[-4:-1]]
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
     last = as_arguments(H, G, slots if sparse else -1, chunk, *strides, np.float64(scale), *more)
     merged, lse_bytes = as_arguments(splits, rows * H, H, Dv), rows * H * real.itemsize
