@@ -3353,8 +3353,7 @@ def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
         raise ValueError(f"(D, d_v) is {(D, d_v)}, expected the cache's D = {width}, and d_v up to that")
     scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
     n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
-    given = q, cache._data["k"], None, d_v, scale, sink, indices, None, None
-    return gpu_attention(n, *given, out_dtype, rope)
+    return gpu_attention(n, q, cache._data["k"], None, d_v, scale, sink, indices, None, None, out_dtype, rope)
 
 
 @plan
@@ -3684,14 +3683,13 @@ def gpu_rounded_to_fp8(x):
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
-def gpu_as_kept(weights, dtype):
+def gpu_as_kept(w, dtype):
     """In dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
-    xp, half = sys.modules["cupy"], {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
-    kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
-    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items()}
-    own = [name for name in OF_X if name in kept]
-    ends = list(itertools.accumulate(len(kept[name]) for name in own))
-    return kept | dict(zip(own, xp.split(xp.concatenate([kept[name] for name in own]), ends[:-1])))
+    xp, half = sys.modules["cupy"], {x.dtype.name for x in w.values() if x.ndim == 2} == {"bfloat16"}
+    kept = {x: xp.ascontiguousarray(w[x], w[x].dtype if half and w[x].ndim == 2 else dtype) for x in w}
+    own = {name: kept[name] for name in OF_X if name in kept}
+    *ends, _ = itertools.accumulate(map(len, own.values()))
+    return kept | dict(zip(own, xp.split(xp.concatenate([*own.values()]), ends)))
 
 
 def gpu_made_of_x(x, w, turn, d):
