@@ -3281,14 +3281,13 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
     out's. slots: a query's, or all its keys. Few rows of queries share these out over more blocks, as many as
     the shapes alone say, whose parts are merged.
     """
-    (H, G, D, Dv), rows, most, tied = shape, math.prod(batch) * T, max(1, slots), given[2] is None
+    (H, G, D, Dv), rows, tied = shape, math.prod(batch) * T, given[2] is None
     q, k, v = (Like(*(x or given[1])) for x in given)
     real, out_dtype = accumulator(q, k, v), np.dtype(dtype or q.dtype)
     name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q, k, v)
-    blocks, columns = rows * G * -(-(H // G) // heads), -(-Dv // 128) or 1
-    splits = min(max(1, 128 // max(1, blocks)), -(-most // keys))
-    chunk = -(-most // (splits * keys)) * keys  # keys of a split
-    splits = -(-most // chunk)
+    blocks, tiles = rows * G * -(-(H // G) // heads), max(1, -(-slots // keys))
+    each = -(-tiles // min(tiles, max(1, 128 // max(1, blocks))))  # tiles of keys in a split
+    splits, columns = -(-tiles // each), -(-Dv // 128) or 1
     grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
     attend = kernel(chip, name, block, HEADS=heads, OUT=real if splits > 1 else out_dtype, **sizes)
     loads = min(max(1, 512 // real.itemsize // columns), 8 if splits <= 8 else 32)  # fit a thread's registers
@@ -3296,16 +3295,14 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
     strides = [stride // x.dtype.itemsize for x in (k, v) for stride in (0, *x.strides)[-4:-1]]
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
-    last = as_arguments(H, G, slots if sparse else -1, chunk, *strides, np.float64(scale), *more)
+    last = as_arguments(H, G, slots if sparse else -1, each * keys, *strides, np.float64(scale), *more)
     merged, lse_bytes = as_arguments(splits, rows * H, H, Dv), rows * H * real.itemsize
     results, lse_at = (*batch, T, H, Dv), -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
-    fits = False
+    apart = itertools.accumulate((*batch, T, H, D)[:0:-1], operator.mul, initial=q.dtype.itemsize)
+    fits = q.place == 0 and q.strides[::-1] == (*apart,)  # as aligned would find, but once
 
     def run(num_keys, sink, q, *keys):
-        nonlocal fits
-        if not fits:
-            given, q = q, aligned(q)
-            fits = q is given  # as in score_plan
+        arrays = q if fits else aligned(q), *keys
         xp, numbers = sys.modules["cupy"], as_arguments(T, num_keys) + last
         memory = scratch(chip, lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
@@ -3313,10 +3310,10 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
         if merge:
             memory = scratch(chip, splits * lse_bytes * (Dv + 1))
             parts = as_arguments(memory.ptr, memory.ptr + splits * lse_bytes * Dv)
-            attend(grid, (q, *keys, None, *parts), numbers, shared)
+            attend(grid, (*arrays, None, *parts), numbers, shared)
             merge((rows * H,), (*parts, *ends), merged)
         else:
-            attend(grid, (q, *keys, *ends), numbers, shared)
+            attend(grid, (*arrays, *ends), numbers, shared)
         return out, lse
 
     return run
