@@ -3258,20 +3258,19 @@ def attend_tile(chip, shape, real, rope, tied, *given):
     latent = tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
     if tensor_cores and latent and chip.sm == 90 and align[0] == 16:
         return "attend_wgmma", 512, 64, 64, 3 * 128 * D + 9216, stored | sizes  # struct Plan of the kernel
-    row, pairs = -(-D // 64) * 64, -(-Dv // 128)
-    key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)  # bytes of shared memory
-    key += 8 if tied else 8 + 4 * (-(-Dv // 64) * 64)
-    # The first tile that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads
-    # by 16 values take 8 of a thread's 255 registers, of which it can spare 128.
+    row, columns = -(-D // 64) * 64, -(-Dv // 128) or 1
+    key = 8 + 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row) + (0 if tied else 256 * -(-Dv // 64))
+    # The first tile that fits shared memory, with keys of so many bytes: 227 KB on sm_90, 163 on sm_80, 99 on
+    # sm_86, sm_89 and sm_120; and registers: 16 heads by 16 values take 8 of 128 that a thread can spare.
     for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
         maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
         shared = block * (2 * row + 128) + keys * key + maxima
-        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
+        fits = shared <= chip.shared and block // 16 * columns * 8 <= 128
         if tensor_cores and fits and heads >= 8 and (block == 16 or block < 2 * heads):
             tile = {"KEYS": keys, "VEC": align[0], "VVEC": align[1]}
             return "attend_mma", 256, block, keys, shared, stored | sizes | tile
     some = next(x for x in (8, 4, 2, 1) if x == 1 or (x < 2 * heads and x * D * real.itemsize <= 40960))
-    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": -(-Dv // 128) or 1}
+    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": columns}
     return "attend", 128, some, 32, some * D * real.itemsize, stored | types
 
 
@@ -3672,9 +3671,7 @@ def gpu_slow_tier(cache, shape, before):
 
 def gpu_rounded_to_fp8(x):
     """rounded_to_fp8 in bfloat16, which is exact, and what tensor cores take."""
-    import ml_dtypes
-
-    return dequantize_fp8(*quantize_fp8(x)).astype(ml_dtypes.bfloat16)
+    return dequantize_fp8(*quantize_fp8(x)).astype(importlib.import_module("ml_dtypes").bfloat16)
 
 
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
