@@ -3059,8 +3059,8 @@ def score_plan(chip, batch, T, J, E, *given):
         # DeepSeek-V3.2's indexer: its attention takes longest to compile, which begins here, as a guess.
         fp8 = k.dtype == np.uint8
         half = np.dtype(sys.modules["ml_dtypes"].bfloat16) if fp8 else k.dtype
-        latents = (half, k.dtype, k.dtype, real, half), (128, 1, 576, 512), [(0,), (0,)], True
-        attention_kernels(chip, blocks * T, 2048, *latents, 64 if fp8 else None)
+        latents = 64 if fp8 else None, (half, (), 0), (k.dtype, (), 0), None
+        attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, *latents)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
         nonlocal of_fitting
@@ -3172,94 +3172,76 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     return indices
 
 
-def attend_tile(chip, kind, shape, places, tied, rope):
-    """Which kernel attends: its name, the heads and keys of a block, its shared memory and its constants."""
-    (q, k, v, real, _), (H, G, D, Dv) = kind, shape
+def attend_tile(chip, shape, real, rope, tied, *given):
+    """Which kernel attends: its name, its block and the heads and keys of that, shared memory, constants."""
+    (H, G, D, Dv), (q, k, v) = shape, (x.dtype for x in given)
     heads, rank = H // G, 0 if rope is None else D - rope  # rank: the values of packed keys in 8 bits
     widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
-    align = tuple(math.gcd(16, *place, width) for place, width in zip(places, widths))  # of rows
+    align = [math.gcd(16, x.place, *x.strides[:-1], width) for x, width in zip(given[1:], widths)]  # of rows
     stored, sizes = {"R8": rank, "ROPE": rope or 0, "TIED": int(tied)}, {"D": D, "DV": Dv, "TYPE": q}
     alike = rank % 8 == stored["ROPE"] % 8 == 0 and q.name == "bfloat16" if rank else q == k == v
     tensor_cores = q.itemsize == 2 and alike and min(align) >= 4 and chip.sm >= 80 and D * Dv
-    small = heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
-    if tensor_cores and small and not rank and align == (16, 16) and D % 8 == Dv % 8 == 0:
-        return "attend_few_mma", heads, 64, 0, sizes
+    small = 0 < heads <= 16 and D + Dv <= (512 if heads < 8 else 256) and max(D, Dv) <= 256
+    if tensor_cores and small and not rank and align == [16, 16] and D % 8 == Dv % 8 == 0:
+        return "attend_few_mma", 128, heads, 64, 0, sizes
     latent = tied and G == 1 and heads >= 32 and D in (512, 576) and Dv == 512 and rank in (0, 512)
-    row, pairs = -(-D // 64) * 64, -(-Dv // 128)
-    key = 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row)  # bytes of shared memory
-    key += 8 if tied else 8 + 4 * (-(-Dv // 64) * 64)
-    # The first tile that fits: 227 KB on sm_90, 163 on sm_80, 99 on sm_86, sm_89 and sm_120. Sums of 16 heads
-    # by 16 values take 8 of a thread's 255 registers, of which it can spare 128.
+    if tensor_cores and latent and chip.sm == 90 and align[0] == 16:
+        return "attend_wgmma", 512, 64, 64, 3 * 128 * D + 9216, stored | sizes  # struct Plan of the kernel
+    row, columns = -(-D // 64) * 64, -(-Dv // 128) or 1
+    key = 8 + 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row) + (0 if tied else 256 * -(-Dv // 64))
+    # The first tile that fits shared memory, with keys of so many bytes: 227 KB on sm_90, 163 on sm_80, 99 on
+    # sm_86, sm_89 and sm_120; and registers: 16 heads by 16 values take 8 of 128 that a thread can spare.
     for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
         maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
         shared = block * (2 * row + 128) + keys * key + maxima
-        fits = shared <= chip.shared and block // 16 * pairs * 8 <= 128
-        if tensor_cores and fits and heads >= 8 and (block == 16 or block // 2 < heads):
-            if latent and chip.sm == 90 and align[0] == 16:
-                return "attend_wgmma", 64, 64, 3 * 128 * D + 9216, stored | sizes  # struct Plan of the kernel
+        fits = shared <= chip.shared and block // 16 * columns * 8 <= 128
+        if tensor_cores and fits and heads >= 8 and (block == 16 or block < 2 * heads):
             tile = {"KEYS": keys, "VEC": align[0], "VVEC": align[1]}
-            return "attend_mma", block, keys, shared, stored | sizes | tile
-    most = next(x for x in (8, 4, 2, 1) if x == 1 or x * D * real.itemsize <= 40960)
-    block = min(most, 1 << max(0, heads - 1).bit_length())
-    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": -(-Dv // 128) or 1}
-    return "attend", block, 32, block * D * real.itemsize, stored | types
-
-
-def attention_kernels(chip, rows, slots, kind, shape, *how):
-    """The kernels that attend and merge; of the first its grid, shared memory, splits, and keys of a split.
-
-    Few rows of queries share out the keys over more blocks, whose number depends on the shapes alone.
-    """
-    (name, heads, keys, shared, sizes), (*_, real, out) = attend_tile(chip, kind, shape, *how), kind
-    (H, G, _, Dv), block = shape, {"attend_mma": 256, "attend_wgmma": 512}.get(name, 128)
-    blocks = rows * G * -(-(H // G) // heads)
-    splits = max(1, min(128 // max(1, blocks), -(-slots // keys)))
-    chunk = max(1, -(-slots // (splits * keys)) * keys)
-    splits = max(1, -(-slots // chunk))
-    grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
-    attend = kernel(chip, name, block, HEADS=heads, OUT=real if splits > 1 else out, **sizes)
-    columns = -(-Dv // 128) or 1
-    most = max(1, 512 // real.itemsize // columns)  # splits that fit a thread's registers
-    types = {"ACC": real, "OUT": out, "COLUMNS": columns, "LOADS": min(most, 8 if splits <= 8 else 32)}
-    merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    return attend, merge, grid, shared, splits, chunk
+            return "attend_mma", 256, block, keys, shared, stored | sizes | tile
+    some = next(x for x in (8, 4, 2, 1) if x == 1 or (x < 2 * heads and x * D * real.itemsize <= 40960))
+    types = {"QT": q, "KT": k, "VT": v, "ACC": real, "COLUMNS": columns}
+    return "attend", 128, some, 32, some * D * real.itemsize, stored | types
 
 
 @plan
 def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *given):
     """What launches (3) for q, k and v like those given; v is None where k holds the values, too. dtype:
-    out's. slots: a query's, or all its keys.
+    out's. slots: a query's, or all its keys. Few rows of queries share these out over more blocks, as many as
+    the shapes alone say, whose parts are merged.
     """
-    (H, _, D, Dv), rows, tied = shape, math.prod(batch) * T, given[2] is None
+    (H, G, D, Dv), rows, tied = shape, math.prod(batch) * T, given[2] is None
     q, k, v = (Like(*(x or given[1])) for x in given)
-    *_, real, out_dtype = kind = q.dtype, k.dtype, v.dtype, accumulator(q, k, v), np.dtype(dtype or q.dtype)
-    places = [(x.place, *(0, *x.strides)[-4:-1]) for x in (k, v)]
-    how = kind, shape, places, tied, rope
-    attend, merge, grid, shared, splits, chunk = attention_kernels(chip, rows, slots, *how)
-    strides = [x // kind.itemsize for kind, place in zip(kind[1:], places) for x in place[1:]]
-    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(attend.name, ())
-    first, merged = as_arguments(T), as_arguments(splits, rows * H, H, Dv)
-    last = as_arguments(*shape[:2], slots if sparse else -1, chunk, *strides, np.float64(scale), *more)
-    results, lse_bytes, q_fits = (*batch, T, H, Dv), rows * H * real.itemsize, False
-    lse_at = -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
+    real, out_dtype = accumulator(q, k, v), np.dtype(dtype or q.dtype)
+    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q, k, v)
+    blocks, tiles = rows * G * -(-(H // G) // heads), max(1, -(-slots // keys))
+    each = -(-tiles // min(tiles, max(1, 128 // max(1, blocks))))  # tiles of keys in a split
+    splits, columns = -(-tiles // each), -(-Dv // 128) or 1
+    grid = (min(blocks * splits, chip.processors),) if name == "attend_wgmma" else (blocks, splits)
+    attend = kernel(chip, name, block, HEADS=heads, OUT=real if splits > 1 else out_dtype, **sizes)
+    loads = min(max(1, 512 // real.itemsize // columns), 8 if splits <= 8 else 32)  # fit a thread's registers
+    types = {"ACC": real, "OUT": out_dtype, "COLUMNS": columns, "LOADS": loads}
+    merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
+    strides = [stride // x.dtype.itemsize for x in (k, v) for stride in (0, *x.strides)[-4:-1]]
+    more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
+    last = as_arguments(H, G, slots if sparse else -1, each * keys, *strides, np.float64(scale), *more)
+    merged, lse_bytes = as_arguments(splits, rows * H, H, Dv), rows * H * real.itemsize
+    results, lse_at = (*batch, T, H, Dv), -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
+    apart = itertools.accumulate((*batch, T, H, D)[:0:-1], operator.mul, initial=q.dtype.itemsize)
+    fits = q.place == 0 and q.strides[::-1] == (*apart,)  # as aligned would find, but once
 
-    def run(q, k, v, num_keys, indices, k_start, k_end, sink):
-        nonlocal q_fits
-        if not q_fits:
-            given, q = q, aligned(q)
-            q_fits = q is given  # as in score_plan
-        xp = sys.modules["cupy"]
-        sink = None if sink is None else xp.ascontiguousarray(sink, real)
-        numbers = first + as_arguments(num_keys) + last
+    def run(num_keys, sink, q, *keys):
+        arrays = q if fits else aligned(q), *keys
+        xp, numbers = sys.modules["cupy"], as_arguments(T, num_keys) + last
         memory = scratch(chip, lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
+        ends = None if sink is None else xp.ascontiguousarray(sink, real), out, lse
         if merge:
             memory = scratch(chip, splits * lse_bytes * (Dv + 1))
             parts = as_arguments(memory.ptr, memory.ptr + splits * lse_bytes * Dv)
-            attend(grid, (q, k, v, indices, k_start, k_end, None, *parts), numbers, shared)
-            merge((rows * H,), (*parts, sink, out, lse), merged)
+            attend(grid, (*arrays, None, *parts), numbers, shared)
+            merge((rows * H,), (*parts, *ends), merged)
         else:
-            attend(grid, (q, k, v, indices, k_start, k_end, sink, out, lse), numbers, shared)
+            attend(grid, (*arrays, *ends), numbers, shared)
         return out, lse
 
     return run
@@ -3281,7 +3263,7 @@ def gpu_attention(
     how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), None if tied else like(v)
     indices = None if indices is None else slot_indices(indices)
     run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
-    return run(q, k, v, n["S"], indices, k_start, k_end, sink)
+    return run(n["S"], sink, q, k, v, indices, k_start, k_end)
 
 
 def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
@@ -3292,46 +3274,42 @@ def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
     (_, width), (B, T, H, D) = cache.streams["k"], q.shape
     if sink is not None:
         dims(q=(q, "... T H D"), sink=(sink, "H"))
-    d_v = integer("d_v", d_v, 1)
-    if not width == D >= d_v:  # what is said of it takes time to say
-        expect(width == D, "D", f"{D} in q", f"{width}, as in the cache")
-        expect(d_v <= D, "d_v", d_v, f"at most k's D = {D}")
-    n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
+    if not width == D >= integer("d_v", d_v, 1):
+        raise ValueError(f"(D, d_v) is {(D, d_v)}, expected the cache's D = {width}, and d_v up to that")
     scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
-    rest = scale, sink, indices, None, None, out_dtype, rope
-    return gpu_attention(n, q, cache._data["k"], None, d_v, *rest)
+    n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
+    return gpu_attention(n, q, cache._data["k"], None, d_v, scale, sink, indices, None, None, out_dtype, rope)
 
 
 @plan
-def packing_plan(chip, shape, dtype, block, scale, least, rope, row=None):
-    """What launches quantized, or, with rope, packed to rows `row` bytes apart: of x, to codes and scales."""
-    (*rows, width), entries = shape, rope is not None
-    width, rows = width - (rope or 0), math.prod(rows)
-    blocks = -(-width // block)
-    strides = (shape[-1], row, row) if entries else (width, width, 4 * blocks)
-    offsets = (width, width + 4 * blocks) if entries else (0, 0)  # of scales and of what is rotated, in bytes
-    numbers = as_arguments(rows, width, rope or 0, *strides, *offsets, np.float32(least))
+def packing_plan(chip, shape, dtype, rope, place, block, scale, least):
+    """What launches quantize_fp8. place: how far apart rows of codes and of scales are, and where in them the
+    scales and the `rope` values in bfloat16 begin, in bytes.
+    """
+    rows, width = math.prod(shape[:-1]), shape[-1] - rope
     types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": dtype, "ACC": F64 if dtype == F64 else F32}
-    found, grid = kernel(chip, "quantize_fp8", 256, **types), (-(-rows * (blocks + bool(rope)) // 8),)
+    grid = (-(-rows * (-(-width // block) + (rope > 0)) // 8),)
+    numbers = as_arguments(rows, width, rope, shape[-1], *place, np.float32(least))
+    found = kernel(chip, "quantize_fp8", 256, **types)
     return lambda *arrays: found(grid, arrays, numbers)
 
 
 def gpu_quantized(x, block, scale, least):
     """quantized, byte for byte."""
-    xp = sys.modules["cupy"]
+    xp, (*rows, width), blocks = sys.modules["cupy"], x.shape, -(-x.shape[-1] // block)
     x, codes = xp.ascontiguousarray(x), xp.empty(x.shape, np.uint8)
-    scales = xp.empty((*x.shape[:-1], -(-x.shape[-1] // block)), np.float32)
-    packing_plan(chip(x), x.shape, x.dtype, block, scale, least, None)(x, codes, scales)
+    scales, place = xp.empty((*rows, blocks), np.float32), (width, 4 * blocks, 0, 0)
+    packing_plan(chip(x), x.shape, x.dtype, 0, place, block, scale, least)(x, codes, scales)
     return codes, scales
 
 
 def gpu_packed(x, rope, out=None):
     """packed, byte for byte."""
-    xp, width = sys.modules["cupy"], packed_bytes(x.shape[-1], rope)
+    xp, D, width = sys.modules["cupy"], x.shape[-1], packed_bytes(x.shape[-1], rope)
     x, own = xp.ascontiguousarray(x), xp.ndarray((*x.shape[:-1], width), np.uint8) if out is None else out
     rows, least = own.reshape(-1, width), 448e-4 if rope else 1e-4
-    how = chip(x), x.shape, x.dtype, FP8_BLOCK, "ue8m0", least, rope, rows.strides[0]
-    packing_plan(*how)(x, rows, rows)
+    place = (row := rows.strides[0]), row, D - rope, width - 2 * rope
+    packing_plan(chip(x), x.shape, x.dtype, rope, place, FP8_BLOCK, "ue8m0", least)(x, rows, rows)
     if rows.data.ptr != own.data.ptr:  # a copy, as they are not evenly apart
         own[...] = rows.reshape(own.shape)
     return own
@@ -3621,22 +3599,19 @@ def gpu_slow_tier(cache, shape, before):
 
 def gpu_rounded_to_fp8(x):
     """rounded_to_fp8 in bfloat16, which is exact, and what tensor cores take."""
-    import ml_dtypes
-
-    return dequantize_fp8(*quantize_fp8(x)).astype(ml_dtypes.bfloat16)
+    return dequantize_fp8(*quantize_fp8(x)).astype(importlib.import_module("ml_dtypes").bfloat16)
 
 
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
 
 
-def gpu_as_kept(weights, dtype):
+def gpu_as_kept(w, dtype):
     """In dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
-    xp, half = sys.modules["cupy"], {x.dtype.name for x in weights.values() if x.ndim == 2} == {"bfloat16"}
-    kinds = {name: x.dtype if half and x.ndim == 2 else dtype for name, x in weights.items()}
-    kept = {name: xp.ascontiguousarray(x, kinds[name]) for name, x in weights.items()}
-    own = [name for name in OF_X if name in kept]
-    ends = list(itertools.accumulate(len(kept[name]) for name in own))
-    return kept | dict(zip(own, xp.split(xp.concatenate([kept[name] for name in own]), ends[:-1])))
+    xp, half = sys.modules["cupy"], {x.dtype.name for x in w.values() if x.ndim == 2} == {"bfloat16"}
+    kept = {x: xp.ascontiguousarray(w[x], w[x].dtype if half and w[x].ndim == 2 else dtype) for x in w}
+    own = {name: kept[name] for name in OF_X if name in kept}
+    *ends, _ = itertools.accumulate(map(len, own.values()))
+    return kept | dict(zip(own, xp.split(xp.concatenate([*own.values()]), ends)))
 
 
 def gpu_made_of_x(x, w, turn, d):
