@@ -635,7 +635,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
 # 6. The cache ---------------------------------------------------------------------------------------------
 
 
-ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int")  # what a cache attends with
+ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int, sink [H]")  # what a cache attends with
 ANY_ARRAY = ("...",), ()  # of a stream, whose shape is checked apart
 STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
 
@@ -756,7 +756,7 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
-        n = sizes(ATTENDED, {"q": q, "indices": indices}, (), self.xp)
+        n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
         if n["B"] != self.batch:
             raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
         for b, length in enumerate(self._lengths.tolist() if isinstance(indices, np.ndarray) else ()):
@@ -3272,8 +3272,6 @@ def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
         k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
         return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink, out_dtype=out_dtype)
     (_, width), (B, T, H, D) = cache.streams["k"], q.shape
-    if sink is not None:
-        dims(q=(q, "... T H D"), sink=(sink, "H"))
     if not width == D >= integer("d_v", d_v, 1):
         raise ValueError(f"(D, d_v) is {(D, d_v)}, expected the cache's D = {width}, and d_v up to that")
     scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
@@ -3592,8 +3590,7 @@ def gpu_slow_tier(cache, shape, before):
     weakref.finalize(owner, cuda.Device().synchronize).atexit = False  # who still reads it does so until here
     at = cuda.MemoryPointer(cuda.UnownedMemory(memory.ptr, nbytes, owner), 0)
     slow = cache.xp.ndarray(shape, cache.dtype, at)
-    if before is not None:
-        slow[: len(before)] = before
+    slow[: len(before)] = before
     return slow
 
 
