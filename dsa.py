@@ -1910,15 +1910,11 @@ class LayerDims:
 
         dims: these win, also in what follows from them. ValueError for RoPE, or a layout, that is not known.
         """
-        try:
-            config = read_config(config)
-            foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
-            expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
-            said = with_rope(config, dims)
-            names = {x.name: IN_CONFIG.get(x.name, x.name) for x in fields(cls)}
-            found = {name: said[own] for name, own in names.items() if said.get(own) is not None} | dims
-        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"config is not what a checkpoint's config.json holds: {error}") from error
+        config = read_json(config)
+        foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
+        expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
+        said, names = with_rope(config, dims), {x.name: IN_CONFIG.get(x.name, x.name) for x in fields(cls)}
+        found = {name: said[own] for name, own in names.items() if said.get(own) is not None} | dims
         if "index_rope_interleaved" not in found:  # transformers drops it on saving
             model = str(config.get("model_type", "deepseek"))
             expect(model.startswith(("glm", "deepseek")), "model_type", repr(model), "GLM's or DeepSeek's")
@@ -1970,19 +1966,18 @@ class DSALayer:
     """
 
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
-        if config is not None:
-            check_type("config", config, DSAConfig)
-            expect(config.selector() == "lightning", "config", config, "one that selects by lightning")
-            given, own = dims.get("indexer_precision", "fp32"), config.indexer_precision
-            expect("fp32" in (given, own) or given == own, "indexer_precision", given, f"{own}, as in config")
-            dims["indexer_precision"] = given if own == "fp32" else own
-        self.dims = d = LayerDims(**dims)
+        d = LayerDims(**dims)
+        self.config = config = DSAConfig(top_k=d.index_topk) if config is None else config
+        check_type("config", config, DSAConfig)
+        expect(config.selector() == "lightning", "config", config, "one that selects by lightning")
+        given, own = d.indexer_precision, config.indexer_precision
+        expect("fp32" in (given, own) or given == own, "indexer_precision", given, f"{own}, as in config")
+        self.dims = d = d if own == "fp32" else LayerDims(**vars(d) | {"indexer_precision": own})
         self.weights = named_weights(weights, d)
         self.dim, self.kv_lora_rank = len(self.weights["wo"]), len(self.weights["kv_norm"])
         self.has_indexer = "indexer.wk" in self.weights
         index_k = {"index_k": (d.index_head_dim,)} if self.has_indexer else {}
         self.streams = {"k": (1, self.kv_lora_rank + d.qk_rope_head_dim), **index_k}
-        self.config = config = config or DSAConfig(top_k=d.index_topk)
         self._place = (layer, n_layers) if config.progressive_sparsity else (0, 1)
         config.top_k_at(*self._place, num_keys=0)  # raises if there is no such layer
         self._choice = DSAConfig(**vars(config) | {"indexer_precision": "fp32"})  # of what is rounded already
@@ -2001,11 +1996,8 @@ class DSALayer:
         path, known = Path(path).expanduser(), {}
         weights = read_layer(path, integer("layer", layer, 0))
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
-            known = read_config(file)
+            known = read_json(file)
             dims = vars(LayerDims.from_config(known, **dims))
-        block = known.get("quantization_config") or {}
-        block = block.get("weight_block_size") if isinstance(block, dict) else block
-        expect(block in (None, [FP8_BLOCK] * 2), "weight_block_size in config.json", block, "128 x 128")
         if shares_indexer(known, layer):
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
@@ -2036,8 +2028,7 @@ class DSALayer:
 
         x has gone through the norm before the attention, which is no part of this layer. All is computed in
         float32, or float64 if x or a weight is; if x alone is, that converts the weights at every call.
-        indices are int32, ascending, then -1, and count a sequence's real tokens from 0; K = min(index_topk,
-        keys so far).
+        indices, int32, ascending, then -1, count a sequence's real tokens; K = min(index_topk, keys so far).
         lengths [B]: how many of each sequence's T tokens are real; or starts [B]: before which they are
         padding, on the left. Padding leaves nothing in a cache, and its rows are 0, and -1.
         cache: of this layer's streams; x continues its sequences, each from its own length on, and a call
@@ -2045,13 +2036,24 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        new, start, left = self._checked(x, cache, lengths, starts, indices, core)
-        d, w = self.dims, self.weights
+        start, new = self._checked(x, cache, lengths, indices, core)
+        d, w, (B, T) = self.dims, self.weights, x.shape[:2]
+        if starts is not None:  # as if the padding stood behind
+            expect(lengths is None, "lengths", lengths, "None with starts")
+            left = check_lengths(starts, B, T, "starts")
+            own, given = (z if z is None else rolled(z, -left) for z in (x, indices))
+            y, chosen = self(own, cache, lengths=T - left, indices=given, core=core)
+            return rolled(y, left), rolled(chosen, left)
+        k_end = causal_end(start, new, T)
+        if self.xp is np:  # a GPU would wait for what is asked of the contents of arrays
+            expect(np.isfinite(x[k_end > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
+            behind = indices is None or (indices < k_end[..., None]).all()
+            expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
         if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
-        fp8 = d.indexer_precision == getattr(cache, "storage", "none") == "fp8"
-        codes = fp8 and d.index_head_dim <= FP8_BLOCK  # are compared, as the cache stores them
-        own = rolled(x, left, back=True).astype(w["wo"].dtype, copy=False)
+        fp8 = d.index_head_dim <= FP8_BLOCK and d.indexer_precision == "fp8"
+        codes = fp8 and getattr(cache, "storage", None) == "fp8"  # are compared, as the cache stores them
+        own = x.astype(w["wo"].dtype, copy=False)
         turn = turns(own, start, d)
         qr, k, *indexer = made_of_x(own, w, turn, d)
         tokens = {"k": k}
@@ -2059,45 +2061,34 @@ class DSALayer:
             tokens["index_k"] = self._compared(indexer[0], codes)[:, :, 0]
 
         def attended():
-            if indices is None:
-                heads = *qr.shape[:2], d.index_n_heads, d.index_head_dim
-                index_q = by_rows(qr, w["indexer.wq_b"]).reshape(heads)
+            chosen = indices
+            if chosen is None:
+                index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, d.index_head_dim)
                 rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
                 index = self._compared(index_q, codes), tokens["index_k"], indexer[1]
-                chosen = self._select(*index, cache, start, new, codes)
-            else:
-                chosen = rolled(indices, left, back=True)
+                chosen = self._select(*index, cache, start + new, k_end, codes)
             heads = self._core(w, qr, turn, k, chosen, cache, core)
-            return rolled(projected(heads, w["wo"], x.dtype), left), rolled(chosen, left)
+            return projected(heads, w["wo"], x.dtype), chosen
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
-    def _checked(self, x, cache, lengths, starts, indices, core):
-        """Per sequence: the number of new tokens, of those before, and of padding on the left, or None."""
+    def _checked(self, x, cache, lengths, indices, core):
+        """How many tokens each sequence has before x, and in it."""
         n = dims(self.xp, x=(x, "B T dim"))
-        B, T, xp = n["B"], n["T"], n["xp"]
         expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         able = indices is not None or self.has_indexer
         expect(able, "indices", None, "another layer's, as this one has no indexer")
-        expect(starts is None or lengths is None, "lengths", lengths, "None with starts")
-        left = None if starts is None else check_lengths(starts, B, T, "starts")
-        new, start = check_lengths(lengths, B, T) if left is None else T - left, np.zeros(B, np.int64)
+        new, start = check_lengths(lengths, n["B"], n["T"]), np.zeros(n["B"], np.int64)
         if cache is not None:
             check_type("cache", cache, KVCache)
             has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-            own = (self.streams, self.dims.qk_rope_head_dim, B)
+            own = (self.streams, self.dims.qk_rope_head_dim, n["B"])
             expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
             start = cache.lengths
         if indices is not None:
-            longest = int((start + new).max(initial=0))
-            check_indices("indices", indices, {"...": (B,), "T": T, "S": longest, "xp": xp})
-        if xp is np:  # a GPU would wait for what is asked of the contents of arrays
-            seen = rolled(causal_end(start, new, T), left)
-            expect(np.isfinite(x[seen > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
-            behind = indices is None or (indices < seen[..., None]).all()
-            expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-        return new, start, left
+            check_indices("indices", indices, n | {"...": start.shape, "S": max(start + new, default=0)})
+        return start, new
 
     def _compared(self, u, codes):
         """The indexer's vectors u [B, T, J, E] as (1) compares them, of codes what they are made of."""
@@ -2105,10 +2096,9 @@ class DSALayer:
         u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
         return u if codes else PRECISIONS[d.indexer_precision](u)
 
-    def _select(self, index_q, index_k, weights, cache, start, new, codes):
+    def _select(self, index_q, index_k, weights, cache, lengths, k_end, codes):
         """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
-        config, lengths = self._choice, start + new
-        by_length = config.sparse_ratio or config.fallback_dense_threshold  # else by the keys
+        by_length = self._choice.sparse_ratio or self._choice.fallback_dense_threshold  # else by the keys
         if codes:
             index_q, scales = quantized(index_q, FP8_BLOCK, "ue8m0", 1e-4)
             index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
@@ -2117,12 +2107,11 @@ class DSALayer:
             if index_q.dtype.name == "bfloat16":  # as a GPU compares them
                 index_k = index_k.astype(index_q.dtype, copy=False)
         T, S = index_q.shape[1], index_k.shape[1]
-        k_end = causal_end(start, new, T)
         default = T and (k_end == np.arange(S - T, S) + 1).all()  # then nothing goes to a GPU
         windows = [None, None] if default else [self.xp.asarray(w) for w in (0 * k_end, k_end)]
         arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
         arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
-        return choose_keys(config, self._place, {}, arrays, windows, lengths if by_length else None)
+        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths if by_length else None)
 
     def _core(self, w, qr, turn, k, indices, cache, core):
         """Equation (3) for qr [B, T, Q], over the cache or latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
@@ -2160,12 +2149,10 @@ class DSALayer:
         return out.reshape(B, T, H * d.v_head_dim)
 
 
-def rolled(x, by, back=False):
-    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first; or back."""
-    if by is None:
-        return x
+def rolled(x, by):
+    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
     (B, T), xp = x.shape[:2], library("x", x)
-    at = np.arange(B)[:, None], (np.arange(T) + (by if back else -by)[:, None]) % max(1, T)
+    at = np.arange(B)[:, None], (np.arange(T) - by[:, None]) % max(1, T)
     return x[tuple(map(xp.asarray, at))]
 
 
@@ -2270,7 +2257,7 @@ SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 wei
 BUFFER = re.compile(r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(cos|sin)_cached)$|inv_freq$")
 E8M0 = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32("nan"))  # the value of each code
 STORED: dict[str, Any] = {  # what a file holds: as NumPy reads it, and what makes floats of that
-    "F64": ("<f8", np.asarray), "F32": ("<f4", np.asarray), "F16": ("<f2", np.asarray),
+    "F64": ("<f8", np.array), "F32": ("<f4", np.array), "F16": ("<f2", np.array),
     "BF16": ("<u2", widened), "F8_E4M3": ("u1", E4M3.take), "F8_E8M0": ("u1", E8M0.take),
 }  # fmt: skip
 REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds only
@@ -2279,55 +2266,54 @@ REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds
     r"weight_packed | (U8|F4)$": "4 bits packed in bytes (NVFP4, MXFP4 or int4)",
     r"\b(w_)?(k_b|v_b|uk|uv|kc|vc)(_proj)?\b|embed_q|unembed_out": "a split kv_b_proj",
     r"\bq_proj\b": "queries of full rank, without q_a_proj",
+    r"(?<!scale)(?<!scale_inv) F8_E8M0$": "scales alone",
+    r" (?!(F64|F32|F16|BF16|F8_E4M3|F8_E8M0|I8|U8|F4)$)": "another dtype",
 }  # fmt: skip
 
 
-def read_json(path, text=None):
-    try:
-        found = json.loads(path.read_bytes() if text is None else text)
-    except (ValueError, RecursionError) as error:
-        found = error
-    expect(isinstance(found, dict), path, f"without a JSON object: {found!s:.99}", "it (a Git LFS pointer?)")
-    return found
-
-
-def read_config(config):
-    """A config.json, by its path, its folder's or what it holds; of a model that also sees, its text's."""
-    if not isinstance(config, dict):
-        path = Path(config).expanduser()
-        config = read_json(path / "config.json" if path.is_dir() else path)
-    return config | (config.get("text_config") or {})
+def read_json(path):
+    """A JSON file without nulls: a folder's config.json; of a model that also sees, its text's. Or a dict."""
+    config = path
+    if not isinstance(path, dict):
+        path = Path(path).expanduser()
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            config = error
+    found = f"without a JSON object: {config!s:.99}"
+    expect(isinstance(config, dict), path, found, "it (a Git LFS pointer?)")
+    return {name: x for name, x in (config | (config.get("text_config") or {})).items() if x is not None}
 
 
 def real(name, value, least=1e-99):
-    """Raise unless value is a number of which, up to 1e99, nothing overflows that is made of the dims."""
+    """value, a number of which, up to 1e99, nothing overflows that is made of the dims."""
     fits = is_number(value) and least <= (value if isinstance(value, int) else float(value)) <= 1e99
     expect(fits, name, repr(value), f"a number from {least} to 1e99")
+    return value
 
 
 def with_rope(config, given):
-    """RoPE's numbers in a config.json, or those given and what follows, by their names in IN_CONFIG."""
+    """A config.json with RoPE's numbers, or those given and what follows, by their names in IN_CONFIG."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    check_type("RoPE in config.json", rope, dict)
     kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
     known = kind in ("default", "yarn") and not any(isinstance(value, dict) for value in rope.values())
     expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
-    for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
-        value = (config | rope).get(name, 1)
-        expect(value in (None, 1), f"{name} in config.json", value, "true, or 1")
-    original, longest = "original_max_position_embeddings", config.get("max_position_embeddings")
+    original, longest = "original_max_position_embeddings", "max_position_embeddings"
     own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
-    parts = ({original: longest}, rope, own)  # as in transformers the last one wins
+    parts = ({original: config.get(longest)}, rope, own)  # as in transformers the last one wins
     said = config | {name: x for part in parts for name, x in part.items() if x is not None}
+    for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
+        expect(said.get(name, 1) == 1, f"{name} in config.json", said.get(name), "true, or 1")
     if kind == "default" or own["factor"] == 1:
         return said | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
-    length = integer(original, said.get(original), 1)
-    real("max_position_embeddings", 1 if longest is None else longest)
-    real("rope_factor", factor := said.get("factor", longest and longest / length), 1)
-    mscale, all_dim, on_rope = map(said.get, ("mscale", "mscale_all_dim", "attention_factor"))
-    if on_rope is None:
-        top, bottom = (mscale, all_dim) if mscale and all_dim else (1, 0)
-        on_rope = (0.1 * top * math.log(factor) + 1) / (0.1 * bottom * math.log(factor) + 1)
-    return said | {"factor": factor, "mscale_all_dim": all_dim or 0.0, "attention_factor": on_rope}
+    length = real(original, said.get(original), 1)
+    factor = said["factor"] if "factor" in said else real(longest, said.get(longest)) / length
+    log, m, all_dim = math.log(real("factor", factor, 1)), said.get("mscale"), said.get("mscale_all_dim", 0.0)
+    top, bottom = (real("mscale", m), real("mscale_all_dim", all_dim)) if m and all_dim else (1, 0)
+    on_rope = (0.1 * top * log + 1) / (0.1 * bottom * log + 1)
+    return {"attention_factor": on_rope} | said | {"factor": factor, "mscale_all_dim": all_dim}
 
 
 def shares_indexer(config, layer):
@@ -2336,17 +2322,21 @@ def shares_indexer(config, layer):
         known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
         expect(known, "indexer_types in config.json", kinds, "full or shared")
         return layer < len(kinds) and kinds[layer] in ("shared", "S")
-    freq = integer("index_topk_freq", config.get("index_topk_freq") or 1, 1)
-    layers = integer("num_hidden_layers", config.get("num_hidden_layers") or layer + 1, 1)
-    offset = config.get("index_skip_topk_offset")  # null as if it were not there, as transformers writes it
-    offset = integer("index_skip_topk_offset", 2 if offset is None else offset, 0)
+    freq = integer("index_topk_freq", config.get("index_topk_freq", 1), 1)
+    offset = integer("index_skip_topk_offset", config.get("index_skip_topk_offset", 2), 0)
+    layers = integer("num_hidden_layers", config.get("num_hidden_layers", layer + 1), 1)
     return layer < layers and max(layer - offset + 1, 0) % freq > 0
 
 
-def of_layer(name, layer):
-    prefix, number, own = NAME.fullmatch(name).groups()
-    ours = prefix.endswith("attn.") or own.split(".")[0] in ("indexer", *WEIGHTS, *WEIGHTS.values())
-    return ours and number in (None, str(layer)) and not BUFFER.search(name)
+def of_layer(names, layer):
+    """Those of a layer's attention, which stand behind the same words as its kv_norm; no buffers."""
+    parsed = {name: NAME.fullmatch(name).groups() for name in names if not BUFFER.search(name)}
+    own = {name: x for name, x in parsed.items() if x[1] in (None, str(layer))}
+    prefixes = {prefix for prefix, _, word in own.values() if word in ("kv_norm", "kv_a_layernorm")}
+    for name, (prefix, _, word) in own.items() if prefixes else ():
+        ours = re.match(r"indexer|w?(q|kv)_[ab]|\w+\.lora_", word)  # not a vision tower's
+        expect(prefix in prefixes or not ours, name, "beside the weights", f"it behind {sorted(prefixes)}")
+    return [name for name, (prefix, *_) in own.items() if prefix in prefixes]
 
 
 def read_layer(path, layer):
@@ -2357,68 +2347,59 @@ def read_layer(path, layer):
     if files and files[0].suffix == ".json":
         listed = read_json(files[0]).get("weight_map")
         expect(isinstance(listed, dict), f"weight_map in {files[0]}", listed, "the file of each tensor")
-        files = sorted({files[0].parent / listed[name] for name in listed if of_layer(name, layer)})
-    found: dict[str, Any] = {}
+        files = sorted({files[0].parent / listed[name] for name in of_layer(listed, layer)})
+    tensors: dict[str, Any] = {}
     for file in files:
-        for name, *tensor in read_safetensors(file, layer):
-            expect(name not in found, name, f"in {file} and another file", "in one (is it split for ranks?)")
-            found[name] = tensor
-    prefixes = {x[1] for x in map(NAME.fullmatch, found) if x[3] in ("kv_norm", "kv_a_layernorm")}
-    for name in [name for name in found if prefixes and NAME.fullmatch(name)[1] not in prefixes]:
-        ours = re.search(r"indexer|lora_|_[ab](_|\b)", NAME.fullmatch(name)[3])  # not of a vision tower
-        expect(not ours, name, "beside the weights", f"it behind {' or '.join(prefixes)}")
-        del found[name]
-    expect(found, "path", repr(str(path)), f"a checkpoint with attention weights of layer {layer}")
-    return dequantized(found)
+        for name, tensor in read_safetensors(file).items():
+            expect(name not in tensors, name, f"in {file} and another file", "in one (split for ranks?)")
+            tensors[name] = tensor
+    found = of_layer(tensors, layer)
+    expect(found, "path", repr(str(path)), f"a checkpoint with kv_a_layernorm, or kv_norm, of layer {layer}")
+    return dequantized({name: tensors[name] for name in found})
 
 
-def read_safetensors(path, layer):
-    """A layer's tensors: name, dtype, shape, bytes. A file is a length, a header in JSON, and the tensors."""
+def read_safetensors(path):
+    """A file's tensors, {name: (dtype, array)}, mapped. It is a length, a header in JSON, and the tensors."""
+    tensors = {}
     try:
         raw = np.memmap(path, np.uint8, "r")
         at = start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        header = read_json(path, raw[8:start].tobytes())
+        header = json.loads(raw[8:start].tobytes())
         header.pop("__metadata__", None)
         for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = x["dtype"], tuple(map(operator.index, x["shape"]))
-            begin, end = (start + operator.index(offset) for offset in x["data_offsets"])
-            size = np.dtype(STORED.get(dtype, ["V0"])[0]).itemsize
-            fits = begin == at <= end and (not size or end - begin == math.prod(shape) * size)
-            expect(fits and min(shape, default=0) >= 0, name, x, f"its bytes from {at - start} on")
-            if of_layer(name, layer):
-                yield name, str(dtype), shape, np.array(raw[begin:end])
-            at = end
+            dtype, (begin, end) = x["dtype"], x["data_offsets"]
+            known = dtype in STORED
+            shape, stored = (tuple(x["shape"]), STORED[dtype][0]) if known else ((end - begin,), "u1")
+            tensors[name] = dtype, (array := np.ndarray(shape, stored, raw, at))
+            fits = begin == at - start and end - begin == array.nbytes
+            expect(fits, name, x, f"its bytes from {at - start} on")
+            at += array.nbytes
         expect(at == len(raw), "it", f"of {len(raw)} bytes", at)
-    except (TypeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file (a Git LFS pointer?): {error}") from None
+    return tensors
 
 
 def dequantized(tensors):
-    """A layer's tensors (dtype, shape, bytes) as floats, fp8 multiplied by its scales, which go."""
-    floats: dict[str, Any] = {}
-    for name, (dtype, shape, x) in tensors.items():
+    """A layer's tensors (dtype, array) as floats, fp8 multiplied by its scales, which go."""
+    scales: dict[str, list] = {name: [] for name, (dtype, _) in tensors.items() if dtype == "F8_E4M3"}
+    for name, (dtype, _) in tensors.items():
         kinds = [kind for pattern, kind in REFUSED.items() if re.search(pattern, f"{name} {dtype}")]
-        other = f"{dtype}, as in a checkpoint with {' or '.join(kinds)}"
-        expect(not kinds, name, other, "floats, or fp8 with scales")
-        known = STORED.keys() - {"" if SCALE.search(name) else "F8_E8M0"}
-        expect(dtype in known, name, f"of dtype {dtype}", f"one of {sorted(known)}", TypeError)
-        stored, to_floats = STORED[dtype]
-        floats[name] = to_floats(x.view(stored).reshape(shape))
-    for name, (dtype, shape, _) in tensors.items():
-        if dtype == "F8_E4M3":
-            own = [other for other in tensors if SCALE.sub(".weight", other) == name != other]
-            one = len(own) == 1 and len(shape) == 2
-            expect(one, name, f"{dtype} of shape {shape}, with {own}", "[out, in], with one weight_scale_inv")
-            scales = floats.pop(own[0]).astype(np.float32, copy=False)
-            blocks = tuple(-(-n // FP8_BLOCK) for n in shape)
-            fits = scales.shape in (blocks, (shape[0], 1), (1, 1), (1,), ()) and np.isfinite(scales).all()
-            most = np.abs(scales).max(initial=0)
-            expect(fits, own[0], f"of shape {scales.shape}, up to {most}", f"one for {blocks}, rows, or all")
-            if scales.shape == blocks:
-                scales = scales.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: shape[0], : shape[1]]
-            floats[name] *= scales
-    alone = [*filter(SCALE.search, floats)]
-    expect(not alone, alone, "given", "fp8 weights for it")
+        expect(not kinds, name, f"{dtype}, as with {' or '.join(kinds)}", "floats, or fp8 with scales")
+        if SCALE.search(name):
+            scales.setdefault(SCALE.sub(".weight", name), []).append(name)
+    floats = {name: STORED[dtype][1](x) for name, (dtype, x) in tensors.items()}
+    for name, own in scales.items():
+        dtype, x = tensors.get(name, ("not there", np.zeros(0)))
+        one = (dtype, x.ndim, len(own)) == ("F8_E4M3", 2, 1)
+        expect(one, name, f"{dtype}, {x.shape}, with {own}", "fp8 [out, in], with one weight_scale_inv")
+        scale, blocks = floats.pop(own[0]).astype(np.float32), tuple(-(-n // FP8_BLOCK) for n in x.shape)
+        fits = scale.shape in (blocks, (len(x), 1), (1, 1), (1,), ()) and np.isfinite(scale).all()
+        found = f"of shape {scale.shape}, up to {scale.max(initial=0)}"
+        expect(fits, own[0], found, f"one for {blocks}, rows, or all")
+        if scale.shape == blocks:
+            scale = scale.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: len(x), : x.shape[1]]
+        floats[name] *= scale
     return floats
 
 

@@ -2744,7 +2744,7 @@ SPANS = b"[12288, 0]", b"[8, 12288]", b"[8, 12296]", b'["0", 8]', b"[0, 8, 9]"  
 YARN_OF_NONE = YARN_5 | {"original_max_position_embeddings": None}
 REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a file; what the error says
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
-    ({"rope_scaling": {"factor": 4.0}}, "factor"), ({"rope_scaling": "yarn"}, "^config is not what"),
+    ({"rope_scaling": {"factor": 4.0}}, "factor"), ({"rope_scaling": "yarn"}, "^RoPE in config.json is a"),
     ({"rope_parameters": {"indexed_attention": YARN_5}}, "indexed_attention"),
     ({"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
     ({"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -2768,14 +2768,13 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"), (lambda tensors: {}, "^path is"),
     (lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}, "draft"),
     (renamed("self_attn.indexer", "indexer"), r"3\.indexer"), (("adapter_config.json", "{}"), "adapter"),
-    *(({"quantization_config": x}, "weight_block_size") for x in ({"weight_block_size": [64, 64]}, "fp8")),
     *((lambda tensors, own=own: tensors | {f"base.{own}.lora_A.weight": np.ones(1)}, "lora_A")
       for own in (Q_B, Q_B.replace("q_b", "o"))),
     *(((MODEL, lambda raw, at=at: raw.replace(*at, 1)), f"{MODEL} is no whole") for at in (
         *((b"[0, 12288]", span) for span in SPANS), (b"[24, 64]", b"[24, 65]"), (b"F64", b"F16"),
         (b": [24, 64]", b":[-24,-64]"), (b"offsets", b"offset "))),
     ((MODEL, lambda raw: raw.replace(LAST, b"[%d, %d]" % (END - 120, END + 8)) + bytes(8)), "its bytes from"),
-    ((MODEL, lambda raw: raw.replace(LAST, b"[%d, %d]" % (END - 136, END - 8))[:-8]), "its bytes from"),
+    ((MODEL, lambda raw: raw.replace(LAST, b"[%d, %d]" % (END - 136, END - 8))[:-8]), "is too small"),
     *(((MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is no whole") for n in (0, 4, 100, -1)),
     ((MODEL, lambda raw: raw + b"more"), f"{MODEL} is no whole"),
     ((MODEL, lambda raw: bytes(8)), f"{MODEL} is no whole"),
@@ -2783,7 +2782,7 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     (("model-2.safetensors", lambda raw: raw), "another file"),
     *((("config.json", text), "config.json is without") for text in ("{", "[1]")),
     ((INDEX, "version https://git-lfs"), f"{INDEX} is without"), ((INDEX, "{}"), f"weight_map in .*{INDEX}"),
-    ((INDEX, json.dumps({"weight_map": {Q_B: "gone"}})), "gone"),
+    ((INDEX, json.dumps({"weight_map": {Q_B.replace("q_b_proj", "kv_a_layernorm"): "gone"}})), "gone"),
 ]  # fmt: skip
 
 
