@@ -2680,31 +2680,30 @@ def by_key(rows, *slots):
 # rank attends by (3) to the members it holds, and merges, as it decides, for its share of the rows.
 
 SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a query has more; candidates of all queries
+nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
 def sharded_select(
     index_q, index_k_shard, weights, top_k, comm,
     *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
 ):  # fmt: skip
-    """lightning_select where the keys are spread over the ranks of comm, an mpi4py communicator.
+    """lightning_select where the keys are spread over the ranks of comm, such as mpi4py's MPI.COMM_WORLD.
 
-    All ranks call with the same arguments, but for index_k_shard [..., S_r, E], keys that follow those of
-    rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
+    All ranks (mpiexec -n 4 python -m mpi4py program.py) call with the same arguments, but for index_k_shard
+    [..., S_r, E], keys that follow those of rank r - 1; k_start and k_end count keys over all ranks. What one
+    rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
     Between R ranks a query moves at most 12 * R * top_k bytes, in float64 16, with int64 8 more, never a key;
     all queries go at once, of which 2**31 bytes from one rank to another need MPI 4.
-
-        mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
-    index = {"index_q": index_q, "index_k": index_k_shard, "weights": weights}
-    quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    windows = {"k_start": k_start, "k_end": k_end}
+    call = {**locals(), "index_k": index_k_shard}
     with together(comm):
-        floats = {name: DSA_AXES[name] for name in index}
-        n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
-        check_options(dict(n), quota | windows)
-    at = layout(comm, n, n["S"], index.values(), quota | windows)
-    return select_over_shards(at, quota, windows.values(), *index.values())
+        floats = {name: DSA_AXES[name] for name in ("index_q", "index_k", "weights")}
+        n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], call, ())
+        check_options(dict(n), dict(call))
+    at = layout(comm, n, n["S"], call)
+    quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
+    return select_over_shards(at, quota, (k_start, k_end), index_q, index_k_shard, weights)
 
 
 def sharded_attention(
@@ -2726,17 +2725,15 @@ def sharded_attention(
     """
     # A long prompt goes in chunks to owner=0, 1, ...; what is decoded, short beside it, to the last rank. In
     # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
-    arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
-    call = {"config": config, "layer": (layer, n_layers), "d_v": d_v, "scale": scale, "sink": sink}
-    call |= {"k_start": k_start, "k_end": k_end, "scatter": scatter, "owner": owner}
+    call = {**locals(), "k": k_shard, "v": v_shard, "index_k": index_k_shard}
     with contextlib.ExitStack() as undo:
-        at, selection, attend = agreement(undo, comm, arrays | {"weights": weights}, call, cache, lengths)
+        at, selection, attend = agreement(undo, comm, config, cache, owner, call)
         indices = select_over_shards(at, *selection)
-        first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
+        first, end = at.xp.asarray(at.edges[comm.rank :][:2, ..., None, None])
 
         def offers():
             own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
-            out, lse = attend(q, indices=own)
+            out, lse = attend(q, indices=own, d_v=d_v, scale=scale)
             if q.dtype.name != "bfloat16":
                 return out, lse
             largest = np.maximum(out.max(-1), -out.min(-1))[..., None]  # float16 rounds a tenth as much of it
@@ -2752,63 +2749,64 @@ def sharded_attention(
     return out, lse, indices
 
 
-def agreement(undo, comm, arrays, call, cache, lengths):
+def agreement(undo, comm, config, cache, owner, call):
     """The checks of sharded_attention; new tokens are kept -> layout, what to select from, what attends."""
-    config, windows = call["config"], (call["k_start"], call["k_end"])
+    windows = call["k_start"], call["k_end"]
     with together(comm):
         check_type("config", config, DSAConfig)
         expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
         if cache is None:
-            expect(lengths is call["owner"] is None, "lengths or owner", "given", "None without a cache")
+            expect(call["lengths"] is owner is None, "lengths or owner", "given", "None without a cache")
         else:
             check_type("cache", cache, KVCache)
-        owner = comm.size - 1 if call["owner"] is None else integer("owner", call["owner"], 0)
+        owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
         expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
-        n, new = dsa_dims(arrays, call, windows, cache, lengths)
+        n, new = dsa_dims(call, {}, windows, cache, call["lengths"])
         new = np.full(n["..."], n["T"]) if new is None else new
-        held = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
-        attend, shard = functools.partial(sparse_attention, k=arrays["k"], v=arrays["v"]), n["S"]
+        held = {x: call[x] for x in ("k", "v", "index_k") if call[x] is not None}
+        attend, shard = functools.partial(sparse_attention, k=call["k"], v=call["v"]), n["S"]
         if cache is not None:
             undo.callback(cache.truncate, cache.lengths)
             cache.append(lengths=new * (comm.rank == owner), **held)
             attend, shard, held = cache.attend, cache.lengths, {"k": cache, "index_k": cache.read("index_k")}
-        index = [PRECISIONS[config.indexer_precision](x) for x in (arrays["index_q"], held.pop("index_k"))]
-    same = call | {"owner": owner, "lengths": new.tolist(), "cache": cache and cache.storage}
-    at = layout(comm, n, shard, arrays.values(), same)
-    behind = at.shards[owner + 1 :].sum(0) * new
+        index = [PRECISIONS[config.indexer_precision](x) for x in (call["index_q"], held.pop("index_k"))]
+        sums = accumulator(call["q"], *held.values())  # in which parts stay until they are merged
+    same = {"owner": owner, "lengths": new.tolist(), "cache": cache and cache.storage}
+    at = layout(comm, n, shard, call | same)
+    total, num_keys = at.edges[-1], at.n["S"]
+    behind = (total - at.edges[owner + 1]) * new
     expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
-    alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
-    expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    quota, dense = config.quota_at(*call["layer"], at.num_keys)
-    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
-    sums = accumulator(arrays["q"], *held.values())  # in which parts stay until they are merged
-    attend = functools.partial(attend, d_v=call["d_v"], scale=call["scale"], out_dtype=sums)
-    return at, (None if dense else quota, windows, *index, arrays["weights"]), attend
+    alike = (total == num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
+    expect(alike, "the lengths", total.tolist(), "all the same where config goes by the number of keys")
+    quota, dense = config.quota_at(call["layer"], call["n_layers"], num_keys)
+    windows = windows if cache is None else (None, causal_end(total - new, new, n["T"]))
+    selection = None if dense else quota, windows, *index, call["weights"]
+    return at, selection, functools.partial(attend, out_dtype=sums)
 
 
 def select_over_shards(at, quota, windows, q, k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, (*batch, T) = at.xp, at.queries
-    windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
+    xp, (*batch, T), windows = at.xp, at.queries, windows_of(at.n, *map(on_host, windows))
     if quota is None:
         with together(at.comm):
-            return xp.asarray(every_key(windows, at.num_keys))
-    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
-    place = at.first % tile  # of key 0 in a tile of all keys, as it decides on bits
-    base = xp.asarray(at.first - place, np.int32 if at.num_keys <= 2**31 else np.int64)[..., None]
-    lo, hi = (xp.asarray(np.clip(w, at.first, at.end) - at.first + place, np.int32) for w in windows)
+            return xp.asarray(every_key(windows, at.n["S"]))
+    K, tile = min(quota["top_k"], at.n["S"]), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
+    first, end = at.edges[at.comm.rank :][:2, ..., None]
+    place = first % tile  # of key 0 in a tile of all keys, as it decides on bits
+    base = xp.asarray(first - place, np.int32 if at.n["S"] <= 2**31 else np.int64)[..., None]
+    lo, hi = (xp.asarray(np.clip(w, first, end) - first + place, np.int32) for w in windows)
 
     def offers():  # what this shard selects: scores and keys [..., T, K], -inf where none is
         (S, E), shard, found = k.shape[-2:], k, []
         if place.any() or S < K:
             shard = np.zeros_like(k, shape=(*batch, max(S + tile, K), E))
-            for b, first in np.ndenumerate(place[..., 0]):
-                shard[(*b, ..., slice(first, first + S), slice(None))] = k[b]
+            for b, s in np.ndenumerate(place[..., 0]):
+                shard[(*b, ..., slice(s, s + S), slice(None))] = k[b]
         step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(batch))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
-            part = q[..., t, :, :], shard, weights[..., t, :]
-            scores = index_scores(*part, k_start=lo[..., t], k_end=hi[..., t])
+            window = {"k_start": lo[..., t], "k_end": hi[..., t]}
+            scores = index_scores(q[..., t, :, :], shard, weights[..., t, :], **window)
             try:
                 kept = select_topk(scores, **quota)[..., :K]
             except ValueError as error:
@@ -2826,9 +2824,8 @@ def select_over_shards(at, quota, windows, q, k, weights):
 
 
 def decided(at, offers, decide, scatter=False):
-    """decide(*offers [R, M, ...]) by every rank for its share of the N queries -> [..., T, ...], or [M, ...].
-
-    offers() -> arrays [..., T, ...] of a rank's own keys. scatter: each rank keeps what it decided.
+    """decide(*offers [R, M, ...]) by every rank for its share of the N queries -> [..., T, ...], or, if each
+    keeps what it decided, [M, ...]; offers() -> arrays [..., T, ...], of a rank's own keys.
     """
     R, N, queries = at.comm.size, math.prod(at.queries), len(at.queries)
     rows = [slice(N * r // R, N * (r + 1) // R) for r in range(R)]
@@ -2844,24 +2841,18 @@ def decided(at, offers, decide, scatter=False):
     return found if scatter else [at.xp.asarray(y).reshape(*at.queries, *y.shape[1:]) for y in whole]
 
 
-def layout(comm, n, shard, arrays, call):
+def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    xp, dtypes = n["xp"], [x.dtype.name for x in arrays if x is not None]
-    said = {**call, **n, "S": 0, "xp": xp.__name__, "dtypes": dtypes}
-    for name, x in said.items():
-        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
-            said[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if xp is np else "given"
+    xp, said = n["xp"], {**call, **n, "S": 0, "xp": n["xp"].__name__, "comm": 0}
+    said = {name: x.dtype if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes are in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
         raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
-    shards = gathered(comm, shard)  # keys of each rank [R], or of its sequences [R, B]
-    first, total = shards[: comm.rank].sum(0)[..., None], shards.sum(0)
+    edges = np.insert(gathered(comm, shard).cumsum(0), 0, 0, 0)  # of ranks [R + 1], or [R + 1, B]
     nccl = KERNELS.get(("ranks", xp.__name__), lambda comm: None)(comm)
     ship, move = (xp.ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
-    at = SimpleNamespace(comm=comm, n=n, xp=xp, ship=ship, move=move, shards=shards, total=total)
-    at.first, at.end, at.num_keys = first, first + shards[comm.rank, ..., None], int(total.max())
-    at.queries = (*n["..."], n["T"])
-    return at
+    n, queries = {**n, "S": int(edges[-1].max()), "xp": np}, (*n["..."], n["T"])
+    return SimpleNamespace(comm=comm, n=n, xp=xp, queries=queries, edges=edges, ship=ship, move=move)
 
 
 @contextlib.contextmanager
@@ -2876,8 +2867,7 @@ def together(comm):
     failed = gathered(comm, error is not None)
     if failed.any():
         kind, first = next((x for x in kinds if isinstance(error, x)), RuntimeError), int(failed.argmax())
-        kind, text = comm.bcast((kind, f"rank {first}: {error}"), first)
-        raise kind(text) from error
+        raise comm.bcast(kind(f"rank {first}: {error}"), first) from error
 
 
 def gathered(comm, x):
@@ -2903,9 +2893,6 @@ def by_nccl(api, pair, sent, filled):
         if x.size:
             move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
     api.groupEnd()
-
-
-nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
 @functools.partial(KERNELS.setdefault, ("ranks", "cupy"))

@@ -3466,7 +3466,7 @@ def ranks_select(dsa, comm, xp=np):
 
     def behind(*args):  # as if rank -1 held 2**31 keys, which nobody sees
         at = layout(*args)
-        at.first, at.end, at.num_keys = at.first + far, at.end + far, at.num_keys + far
+        at.edges, at.n["S"] = at.edges + far, at.n["S"] + far
         return at
 
     for seed in range(60):
@@ -3597,11 +3597,11 @@ def ranks_errors(dsa, comm):
     cached = dict(zip(shards, (few.q, *few.kv, *few.index), strict=True)) | {"config": config()}
     for what, name, here, there in (
         (selects, "top_k", 7, p.top_k), (selects, "top_k", 7, 8 + comm.rank), (selects, "k_start", end, None),
-        (selects, "index_q", p.index_q.astype(F64), p.index_q), (selects, "k_end", end, end + 1),
-        (attends, "k_end", end, None), (attends, "sink", None, sink), (attends, "sink", sink, sink + 1),
+        (selects, "index_q", p.index_q.astype(F64), p.index_q), (attends, "k_end", end, None),
+        (attends, "sink", None, sink), (attends, "q", p.q.astype(F64), p.q), (attends, "layer", 1, 0),
         ((attend, cached), "cache", new_cache(dsa, "KVCache", few, 9), None),
     ) if several else ():  # fmt: skip
-        message = f"{name.replace('index_q', 'dtypes')} is .* on rank .*expected the same on every rank"
+        message = f"{name} is .* on rank .*expected the same on every rank"
         raises(ValueError, message, what, {name: there}, **{name: here})
     for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if several else ():
         full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
