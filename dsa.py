@@ -2677,9 +2677,9 @@ def by_key(rows, *slots):
 # Rank r holds a contiguous range of the keys, which may be empty, and every rank the queries. A shard selects
 # by (2), and of these candidates, in the order of ranks and thus of keys, (2) selects again: the first top_k
 # of all keys are among the first of the shards, as are the first and last keys of all, which are forced. Each
-# rank attends by (3) to the members it holds, and merges, as it decides, for its share of the rows.
+# rank attends by (3) to the members it holds, and merges, as it decides, for its share of the queries.
 
-SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a query has more; candidates of all queries
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time, of some queries, from which an error counts them
 nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
@@ -2713,21 +2713,20 @@ def sharded_attention(
 ):  # fmt: skip
     """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
 
-    All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
-    config selects by equation (1). What one rank raises, all raise.
+    Ranks differ in k_shard [..., S_r, G, D], v_shard and index_k_shard; config selects by equation (1).
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
     Each rank attends to the members it holds, and sends H * (Dv + 1) numbers a query, those of out in float16
     beside a scale if q is bfloat16, to those that merge; these send out and lse to all. scatter=True: each
     keeps its share of all N queries, out [M, H, Dv] and lse [M, H], from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
-    behind it may hold keys. If any rank raises, every cache is as it was.
+    behind it may hold keys. What one rank raises, all raise, and every cache is as it was.
     """
     # A long prompt goes in chunks to owner=0, 1, ...; what is decoded, short beside it, to the last rank. In
     # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
     call = {**locals(), "k": k_shard, "v": v_shard, "index_k": index_k_shard}
     with contextlib.ExitStack() as undo:
-        at, selection, attend = agreement(undo, comm, config, cache, owner, call)
+        at, selection, attend = agreement(undo, comm, config, cache, owner, (k_start, k_end), call)
         indices = select_over_shards(at, *selection)
         first, end = at.xp.asarray(at.edges[comm.rank :][:2, ..., None, None])
 
@@ -2744,14 +2743,11 @@ def sharded_attention(
             out, lse = merge_attention(outs if largest is None else outs * largest, lses)
             return (out if sink is None else apply_sink(out, lse, sink)).astype(native(q), copy=False), lse
 
-        out, lse = decided(at, offers, merge, scatter)
-        undo.pop_all()
-    return out, lse, indices
+        return *decided(at, offers, merge, scatter), indices
 
 
-def agreement(undo, comm, config, cache, owner, call):
+def agreement(undo, comm, config, cache, owner, windows, call):
     """The checks of sharded_attention; new tokens are kept -> layout, what to select from, what attends."""
-    windows = call["k_start"], call["k_end"]
     with together(comm):
         check_type("config", config, DSAConfig)
         expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
@@ -2766,22 +2762,19 @@ def agreement(undo, comm, config, cache, owner, call):
         held = {x: call[x] for x in ("k", "v", "index_k") if call[x] is not None}
         attend, shard = functools.partial(sparse_attention, k=call["k"], v=call["v"]), n["S"]
         if cache is not None:
-            undo.callback(cache.truncate, cache.lengths)
+            undo.push(lambda kind, *_, before=cache.lengths: kind and cache.truncate(before))
             cache.append(lengths=new * (comm.rank == owner), **held)
             attend, shard, held = cache.attend, cache.lengths, {"k": cache, "index_k": cache.read("index_k")}
         index = [PRECISIONS[config.indexer_precision](x) for x in (call["index_q"], held.pop("index_k"))]
-        sums = accumulator(call["q"], *held.values())  # in which parts stay until they are merged
-    same = {"owner": owner, "lengths": new.tolist(), "cache": cache and cache.storage}
-    at = layout(comm, n, shard, call | same)
-    total, num_keys = at.edges[-1], at.n["S"]
-    behind = (total - at.edges[owner + 1]) * new
+        attend = functools.partial(attend, out_dtype=accumulator(call["q"], *held.values()))  # of parts
+    at = layout(comm, n, shard, call | {"lengths": new.tolist(), "cache": cache and cache.storage})
+    behind = (at.edges[-1] - at.edges[owner + 1]) * new
     expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
-    alike = (total == num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
-    expect(alike, "the lengths", total.tolist(), "all the same where config goes by the number of keys")
-    quota, dense = config.quota_at(call["layer"], call["n_layers"], num_keys)
-    windows = windows if cache is None else (None, causal_end(total - new, new, n["T"]))
-    selection = None if dense else quota, windows, *index, call["weights"]
-    return at, selection, functools.partial(attend, out_dtype=sums)
+    alike = (at.edges[-1] == at.n["S"]).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
+    expect(alike, "the lengths", at.edges[-1].tolist(), "all alike where config goes by the number of keys")
+    quota, dense = config.quota_at(call["layer"], call["n_layers"], at.n["S"])
+    windows = windows if cache is None else (None, causal_end(at.edges[-1] - new, new, n["T"]))
+    return at, (None if dense else quota, windows, *index, call["weights"]), attend
 
 
 def select_over_shards(at, quota, windows, q, k, weights):
@@ -2807,10 +2800,7 @@ def select_over_shards(at, quota, windows, q, k, weights):
         for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
             window = {"k_start": lo[..., t], "k_end": hi[..., t]}
             scores = index_scores(q[..., t, :, :], shard, weights[..., t, :], **window)
-            try:
-                kept = select_topk(scores, **quota)[..., :K]
-            except ValueError as error:
-                raise ValueError(f"counting queries from {t.start}, {error}") from None
+            kept = select_topk(scores, **quota)[..., :K]
             best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
             found.append((best, kept + base))
         return [np.concatenate(x, -2) for x in zip(*found)]
