@@ -2494,19 +2494,15 @@ def dequantized(tensors):
 # 13. Training the indexer ---------------------------------------------------------------------------------
 
 # The indexer learns to score high what the main attention looks at: first in a dense warm-up, over the
-# window, with all else frozen; then inside its own set, while the model learns through sparse attention.
-
-
-def slots(numbers):
-    """most of a stage: how many queries to work on, each of whose K slots, or S, holds numbers(n) numbers."""
-    return lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * numbers(n)))
+# window, with all else frozen; then inside its own set, while the model learns through sparse attention. The
+# slots of a block's queries, K of each, or S, hold up to 2**20 numbers.
 
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, out [..., T, H, Dv],"
     " lse [..., T, H], dout [..., T, H, Dv], sink [H]"
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
-    most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
+    most=lambda n: min(64, 2**20 // max(1, n["K"] * (n["G"] * (n["D"] + n["Dv"]) + n["H"]))),
 )
 def sparse_attention_backward(
     q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None, deterministic=True
@@ -2545,14 +2541,13 @@ def sparse_attention_backward(
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], indices [..., T, K] int -> target [..., T, K]",
-    most=slots(lambda n: n["H"] + (n["G"] * n["D"] if "K" in n else 0)),
+    most=lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * (n["H"] + n["G"] * n["D"] * ("K" in n)))),
 )
 def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None):
     """What the indexer learns: the main attention's probabilities, summed over heads, L1-normalised.
 
-    Over the window (dense warm-up: K is S); or, with indices, a softmax inside the selected set (sparse
-    stage), in which windows hide keys only if they are given. 0 for keys not seen. float32, float64 for
-    float64 input.
+    Over the window (dense warm-up: K is S), or, with indices, inside the selected set (sparse stage), where
+    windows hide keys only if given; 0 for keys not seen. float32, float64 for float64 input.
 
     >>> attention_target(np.ones((1, 2, 1)), np.log([[[1.0]], [[3.0]]])).round(6)
     array([[0.25, 0.75]])
@@ -2574,9 +2569,8 @@ def indexer_loss(
     """KL(p || softmax(I)), summed over all rows, of the scores I of (1); and its gradients, in closed form.
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
-    target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
-    that sees no key, adds nothing; NaN, or less than 0, makes the loss NaN. With rows p that sum to 1,
-    dI = softmax(I) - p.
+    target: attention_target's, [..., T, S], or with the same indices [..., T, K]; of rows p that sum to 1, dI
+    is softmax(I) - p. A row of zeros, or without keys, adds nothing; NaN, or less than 0, makes the loss NaN.
     -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
     dtype like what they belong to. deterministic: as in sparse_attention_backward.
 
@@ -2596,7 +2590,9 @@ def indexer_loss(
     "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J], target [..., T, K],"
     " indices [..., T, K] int"
     " -> losses [..., T], d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
-    most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
+    most=lambda n: min(
+        64, 2**20 // max(1, n["K"] * ((n["J"] * 16 + n["E"]) if n["K"] < n["S"] else n["J"] * 4))
+    ),
 )
 def loss_of_rows(
     index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None, deterministic=True
@@ -2610,12 +2606,9 @@ def loss_of_rows(
     q, w = (x.astype(dtype) for x in (index_q, weights))
     q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
     q = q.reshape(len(keys), T // len(keys) * J, E)  # one product for all that share the keys
-    on = (q @ keys.swapaxes(1, 2)).reshape(T, J, sees.shape[1])
-    np.maximum(on, 0, out=on)
+    on = np.maximum((q @ keys.swapaxes(1, 2)).reshape(T, J, sees.shape[1]), 0)  # [T, J, N]
     losses, d_scores = kl(target, (w[:, None] @ on)[:, 0], sees)  # [T], [T, N]                            (1)
-    d_r = d_scores[:, None] * w[..., None]  # [T, J, N]
-    d_r *= on > 0
-    d_r = d_r.reshape(*q.shape[:2], sees.shape[1])
+    d_r = (d_scores[:, None] * w[..., None] * (on > 0)).reshape(*q.shape[:2], sees.shape[1])  # as q @ keys
     d_keys = d_r.swapaxes(1, 2) @ q  # as keys
     d_k = (slice(lo, hi), d_keys[0]) if dense else by_key(rows, d_keys)[0]
     return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
@@ -2663,9 +2656,8 @@ def gather(x, rows, dtype):
 
 
 def by_key(rows, *slots):
-    """Of each array [T, K, ...] of the slots rows [T, K], its sums by key: keys [N], ascending, and [N, ...].
-
-    What a key gets from many queries is added up in their order, and so are blocks: threads change no bit.
+    """Of each array [T, K, ...] of the slots rows [T, K], its sums by key: keys [N], ascending, and [N, ...];
+    added up in the order of queries, as blocks are, so that threads change no bit.
     """
     order = np.argsort(rows, axis=None, kind="stable")
     keys = rows.ravel()[order]
@@ -2689,9 +2681,8 @@ def sharded_select(
 ):  # fmt: skip
     """lightning_select where the keys are spread over the ranks of comm, such as mpi4py's MPI.COMM_WORLD.
 
-    All ranks (mpiexec -n 4 python -m mpi4py program.py) call with the same arguments, but for index_k_shard
-    [..., S_r, E], keys that follow those of rank r - 1; k_start and k_end count keys over all ranks. What one
-    rank raises, all raise.
+    All ranks (mpiexec -n 4 python -m mpi4py program.py) call alike, but for index_k_shard [..., S_r, E], keys
+    that follow those of rank r - 1; k_start and k_end count the keys of all. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
     Between R ranks a query moves at most 12 * R * top_k bytes, in float64 16, with int64 8 more, never a key;
     all queries go at once, of which 2**31 bytes from one rank to another need MPI 4.
@@ -2751,12 +2742,9 @@ def agreement(undo, comm, config, cache, owner, windows, call):
     with together(comm):
         check_type("config", config, DSAConfig)
         expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
-        if cache is None:
-            expect(call["lengths"] is owner is None, "lengths or owner", "given", "None without a cache")
-        else:
+        if any(x is not None for x in (cache, call["lengths"], owner)):
             check_type("cache", cache, KVCache)
         owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
-        expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
         n, new = dsa_dims(call, {}, windows, cache, call["lengths"])
         new = np.full(n["..."], n["T"]) if new is None else new
         held = {x: call[x] for x in ("k", "v", "index_k") if call[x] is not None}
@@ -2768,8 +2756,8 @@ def agreement(undo, comm, config, cache, owner, windows, call):
         index = [PRECISIONS[config.indexer_precision](x) for x in (call["index_q"], held.pop("index_k"))]
         attend = functools.partial(attend, out_dtype=accumulator(call["q"], *held.values()))  # of parts
     at = layout(comm, n, shard, call | {"lengths": new.tolist(), "cache": cache and cache.storage})
-    behind = (at.edges[-1] - at.edges[owner + 1]) * new
-    expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
+    behind = (at.edges[-1] - at.edges[min(owner + 1, comm.size)]) * new
+    expect(owner < comm.size and not behind.any(), "owner", owner, "a rank behind which none holds keys")
     alike = (at.edges[-1] == at.n["S"]).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
     expect(alike, "the lengths", at.edges[-1].tolist(), "all alike where config goes by the number of keys")
     quota, dense = config.quota_at(call["layer"], call["n_layers"], at.n["S"])

@@ -3585,7 +3585,8 @@ def ranks_errors(dsa, comm):
         (selects, ValueError, "weights has J = 2, but index_q has J = 8", {"weights": p.weights[..., :2]}),
         (selects, ValueError, "top_k is 0, expected an integer of at least 1", {"top_k": 0}),
         (attends, ValueError, ".*'window', expected 'lightning'", {"config": config(strategy="fixed")}),
-        (attends, ValueError, "lengths or owner is given, expected None without", {"owner": 0}),
+        (attends, TypeError, "cache is a NoneType", {"owner": 0}),
+        (attends, TypeError, "cache is a NoneType", {"lengths": [1]}),
         (attends, TypeError, "cache is a int", {"cache": 3}),
     ):
         raises(error, f"rank {last}: {message}", what, **wrong)
