@@ -2492,7 +2492,6 @@ def dequantized(tensors):
 
 
 # 13. Training the indexer ---------------------------------------------------------------------------------
-
 # The indexer learns to score high what the main attention looks at: first in a dense warm-up, over the
 # window, with all else frozen; then inside its own set, while the model learns through sparse attention. The
 # slots of a block's queries, K of each, or S, hold up to 2**20 numbers.
@@ -2622,18 +2621,17 @@ def kl(p, scores, sees):
     return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
 
 
-def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
+def learned_loss(q, k, mlp, target, **options):
     """indexer_loss of the scorer SELECTORS["learned"], w_out . relu(w_q q + w_k k + b): see as_indexer.
 
-    q [..., T, H, D], k [..., S, G, D], mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]);
-    q and k are summed over the heads of a group, as there -> loss, (d_w_q, d_w_k, d_b, d_w_out)
+    q [..., T, H, D], k [..., S, G, D], mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); q and k are
+    summed over the heads of a group, as there; options of indexer_loss -> loss, (d_w_q, d_w_k, d_b, d_w_out)
     """
     dims(q=(q, "... T H D"), k=(k, "... S G D"))
 
     def work():
         flat_q, flat_k = features(q, k)  # [..., T, G * D], [..., S, G * D]
-        options = {"target": target, "indices": indices, "k_start": k_start, "k_end": k_end}
-        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), **options)
+        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), target, **options)
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
@@ -2671,7 +2669,7 @@ def by_key(rows, *slots):
 # of all keys are among the first of the shards, as are the first and last keys of all, which are forced. Each
 # rank attends by (3) to the members it holds, and merges, as it decides, for its share of the queries.
 
-SHARD_BUFFER = 2**28  # scores that a rank holds at a time, of some queries, from which an error counts them
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time; errors count queries from the first of these
 nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
@@ -2704,7 +2702,7 @@ def sharded_attention(
 ):  # fmt: skip
     """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
 
-    Ranks differ in k_shard [..., S_r, G, D], v_shard and index_k_shard; config selects by equation (1).
+    Ranks call alike, but for k_shard [..., S_r, G, D], v_shard and index_k_shard; config selects by (1).
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
     Each rank attends to the members it holds, and sends H * (Dv + 1) numbers a query, those of out in float16
     beside a scale if q is bfloat16, to those that merge; these send out and lse to all. scatter=True: each
