@@ -2631,7 +2631,7 @@ def learned_loss(q, k, mlp, target, **options):
 
     def work():
         flat_q, flat_k = features(q, k)  # [..., T, G * D], [..., S, G * D]
-        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), target, **options)
+        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), **options | {"target": target})
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
