@@ -2820,7 +2820,7 @@ def decided(at, offers, decide, scatter=False):
 def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     xp, said = n["xp"], {**call, **n, "S": 0, "xp": n["xp"].__name__, "comm": 0}
-    said = {name: x.dtype if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes are in n
+    said = {name: x.dtype.type if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes: in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
         raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
