@@ -2404,21 +2404,16 @@ def dequantized(tensors):
 
 
 # 13. Training the indexer ---------------------------------------------------------------------------------
-
 # The indexer learns to score high what the main attention looks at: first in a dense warm-up, over the
-# window, with all else frozen; then inside its own set, while the model learns through sparse attention.
-
-
-def slots(numbers):
-    """most of a stage: how many queries to work on, each of whose K slots, or S, holds numbers(n) numbers."""
-    return lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * numbers(n)))
+# window, with all else frozen; then inside its own set, while the model learns through sparse attention. The
+# slots of a block's queries, K of each, or S, hold up to 2**20 numbers.
 
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, out [..., T, H, Dv],"
     " lse [..., T, H], dout [..., T, H, Dv], sink [H]"
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
-    most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
+    most=lambda n: min(64, 2**20 // max(1, n["K"] * (n["G"] * (n["D"] + n["Dv"]) + n["H"]))),
 )
 def sparse_attention_backward(
     q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None, deterministic=True
@@ -2457,14 +2452,13 @@ def sparse_attention_backward(
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], indices [..., T, K] int -> target [..., T, K]",
-    most=slots(lambda n: n["H"] + (n["G"] * n["D"] if "K" in n else 0)),
+    most=lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * (n["H"] + n["G"] * n["D"] * ("K" in n)))),
 )
 def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None):
     """What the indexer learns: the main attention's probabilities, summed over heads, L1-normalised.
 
-    Over the window (dense warm-up: K is S); or, with indices, a softmax inside the selected set (sparse
-    stage), in which windows hide keys only if they are given. 0 for keys not seen. float32, float64 for
-    float64 input.
+    Over the window (dense warm-up: K is S), or, with indices, inside the selected set (sparse stage), where
+    windows hide keys only if given; 0 for keys not seen. float32, float64 for float64 input.
 
     >>> attention_target(np.ones((1, 2, 1)), np.log([[[1.0]], [[3.0]]])).round(6)
     array([[0.25, 0.75]])
@@ -2486,9 +2480,8 @@ def indexer_loss(
     """KL(p || softmax(I)), summed over all rows, of the scores I of (1); and its gradients, in closed form.
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
-    target: attention_target's, [..., T, S], or [..., T, K] with the same indices; a row of zeros, and a row
-    that sees no key, adds nothing; NaN, or less than 0, makes the loss NaN. With rows p that sum to 1,
-    dI = softmax(I) - p.
+    target: attention_target's, [..., T, S], or with the same indices [..., T, K]; of rows p that sum to 1, dI
+    is softmax(I) - p. A row of zeros, or without keys, adds nothing; NaN, or less than 0, makes the loss NaN.
     -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
     dtype like what they belong to. deterministic: as in sparse_attention_backward.
 
@@ -2508,7 +2501,9 @@ def indexer_loss(
     "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J], target [..., T, K],"
     " indices [..., T, K] int"
     " -> losses [..., T], d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
-    most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
+    most=lambda n: min(
+        64, 2**20 // max(1, n["K"] * ((n["J"] * 16 + n["E"]) if n["K"] < n["S"] else n["J"] * 4))
+    ),
 )
 def loss_of_rows(
     index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None, deterministic=True
@@ -2522,12 +2517,9 @@ def loss_of_rows(
     q, w = (x.astype(dtype) for x in (index_q, weights))
     q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
     q = q.reshape(len(keys), T // len(keys) * J, E)  # one product for all that share the keys
-    on = (q @ keys.swapaxes(1, 2)).reshape(T, J, sees.shape[1])
-    np.maximum(on, 0, out=on)
+    on = np.maximum((q @ keys.swapaxes(1, 2)).reshape(T, J, sees.shape[1]), 0)  # [T, J, N]
     losses, d_scores = kl(target, (w[:, None] @ on)[:, 0], sees)  # [T], [T, N]                            (1)
-    d_r = d_scores[:, None] * w[..., None]  # [T, J, N]
-    d_r *= on > 0
-    d_r = d_r.reshape(*q.shape[:2], sees.shape[1])
+    d_r = (d_scores[:, None] * w[..., None] * (on > 0)).reshape(*q.shape[:2], sees.shape[1])  # as q @ keys
     d_keys = d_r.swapaxes(1, 2) @ q  # as keys
     d_k = (slice(lo, hi), d_keys[0]) if dense else by_key(rows, d_keys)[0]
     return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
@@ -2541,18 +2533,17 @@ def kl(p, scores, sees):
     return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
 
 
-def learned_loss(q, k, mlp, target, *, indices=None, k_start=None, k_end=None):
+def learned_loss(q, k, mlp, target, **options):
     """indexer_loss of the scorer SELECTORS["learned"], w_out . relu(w_q q + w_k k + b): see as_indexer.
 
-    q [..., T, H, D], k [..., S, G, D], mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]);
-    q and k are summed over the heads of a group, as there -> loss, (d_w_q, d_w_k, d_b, d_w_out)
+    q [..., T, H, D], k [..., S, G, D], mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); q and k are
+    summed over the heads of a group, as there; options of indexer_loss -> loss, (d_w_q, d_w_k, d_b, d_w_out)
     """
     dims(q=(q, "... T H D"), k=(k, "... S G D"))
 
     def work():
         flat_q, flat_k = features(q, k)  # [..., T, G * D], [..., S, G * D]
-        options = {"target": target, "indices": indices, "k_start": k_start, "k_end": k_end}
-        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), **options)
+        loss, (d_q, d_k, d_w) = indexer_loss(*as_indexer(flat_q, flat_k, mlp), **options | {"target": target})
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
@@ -2575,9 +2566,8 @@ def gather(x, rows, dtype):
 
 
 def by_key(rows, *slots):
-    """Of each array [T, K, ...] of the slots rows [T, K], its sums by key: keys [N], ascending, and [N, ...].
-
-    What a key gets from many queries is added up in their order, and so are blocks: threads change no bit.
+    """Of each array [T, K, ...] of the slots rows [T, K], its sums by key: keys [N], ascending, and [N, ...];
+    added up in the order of queries, as blocks are, so that threads change no bit.
     """
     order = np.argsort(rows, axis=None, kind="stable")
     keys = rows.ravel()[order]
@@ -2589,34 +2579,32 @@ def by_key(rows, *slots):
 # Rank r holds a contiguous range of the keys, which may be empty, and every rank the queries. A shard selects
 # by (2), and of these candidates, in the order of ranks and thus of keys, (2) selects again: the first top_k
 # of all keys are among the first of the shards, as are the first and last keys of all, which are forced. Each
-# rank attends by (3) to the members it holds, and merges, as it decides, for its share of the rows.
+# rank attends by (3) to the members it holds, and merges, as it decides, for its share of the queries.
 
-SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a query has more; candidates of all queries
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time; errors count queries from the first of these
+nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
 def sharded_select(
     index_q, index_k_shard, weights, top_k, comm,
     *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
 ):  # fmt: skip
-    """lightning_select where the keys are spread over the ranks of comm, an mpi4py communicator.
+    """lightning_select where the keys are spread over the ranks of comm, such as mpi4py's MPI.COMM_WORLD.
 
-    All ranks call with the same arguments, but for index_k_shard [..., S_r, E], keys that follow those of
-    rank r - 1; k_start and k_end count keys over all ranks. What one rank raises, all raise.
+    All ranks (mpiexec -n 4 python -m mpi4py program.py) call alike, but for index_k_shard [..., S_r, E], keys
+    that follow those of rank r - 1; k_start and k_end count the keys of all. What one rank raises, all raise.
     -> indices [..., T, K] on every rank, bit for bit as on one; int64 where there are more than 2**31 keys
     Between R ranks a query moves at most 12 * R * top_k bytes, in float64 16, with int64 8 more, never a key;
     all queries go at once, of which 2**31 bytes from one rank to another need MPI 4.
-
-        mpiexec -n 4 python -m mpi4py program.py             # indices = sharded_select(..., MPI.COMM_WORLD)
     """
-    index = {"index_q": index_q, "index_k": index_k_shard, "weights": weights}
-    quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    windows = {"k_start": k_start, "k_end": k_end}
+    call = {**locals(), "index_k": index_k_shard}
     with together(comm):
-        floats = {name: DSA_AXES[name] for name in index}
-        n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], index, ())
-        check_options(dict(n), quota | windows)
-    at = layout(comm, n, n["S"], index.values(), quota | windows)
-    return select_over_shards(at, quota, windows.values(), *index.values())
+        floats = {name: DSA_AXES[name] for name in ("index_q", "index_k", "weights")}
+        n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], call, ())
+        check_options(dict(n), dict(call))
+    at = layout(comm, n, n["S"], call)
+    quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
+    return select_over_shards(at, quota, (k_start, k_end), index_q, index_k_shard, weights)
 
 
 def sharded_attention(
@@ -2626,29 +2614,26 @@ def sharded_attention(
 ):  # fmt: skip
     """dsa_attention where the keys are spread over the ranks of comm: select as sharded_select, then attend.
 
-    All ranks call with the same arguments, but for k_shard [..., S_r, G, D], v_shard and index_k_shard;
-    config selects by equation (1). What one rank raises, all raise.
+    Ranks call alike, but for k_shard [..., S_r, G, D], v_shard and index_k_shard; config selects by (1).
     -> out, lse, indices on every rank: the indices bit for bit as on one, out and lse to rounding
     Each rank attends to the members it holds, and sends H * (Dv + 1) numbers a query, those of out in float16
     beside a scale if q is bfloat16, to those that merge; these send out and lse to all. scatter=True: each
     keeps its share of all N queries, out [M, H, Dv] and lse [M, H], from N * r // R to N * (r + 1) // R.
     cache: this rank's shard. k_shard, v_shard and index_k_shard are then the new tokens, the same on every
     rank, with lengths [B] as in dsa_attention; rank `owner`, by default the last, keeps them, and no rank
-    behind it may hold keys. If any rank raises, every cache is as it was.
+    behind it may hold keys. What one rank raises, all raise, and every cache is as it was.
     """
     # A long prompt goes in chunks to owner=0, 1, ...; what is decoded, short beside it, to the last rank. In
     # blocks dealt in turn shards would grow alike, but ties, forced keys and windows go by ranges.
-    arrays = {"q": q, "k": k_shard, "v": v_shard, "index_q": index_q, "index_k": index_k_shard}
-    call = {"config": config, "layer": (layer, n_layers), "d_v": d_v, "scale": scale, "sink": sink}
-    call |= {"k_start": k_start, "k_end": k_end, "scatter": scatter, "owner": owner}
+    call = {**locals(), "k": k_shard, "v": v_shard, "index_k": index_k_shard}
     with contextlib.ExitStack() as undo:
-        at, selection, attend = agreement(undo, comm, arrays | {"weights": weights}, call, cache, lengths)
+        at, selection, attend = agreement(undo, comm, config, cache, owner, (k_start, k_end), call)
         indices = select_over_shards(at, *selection)
-        first, end = (at.xp.asarray(x)[..., None] for x in (at.first, at.end))
+        first, end = at.xp.asarray(at.edges[comm.rank :][:2, ..., None, None])
 
         def offers():
             own = np.where((indices >= first) & (indices < end), indices - first, -1).astype(np.int32)
-            out, lse = attend(q, indices=own)
+            out, lse = attend(q, indices=own, d_v=d_v, scale=scale)
             if q.dtype.name != "bfloat16":
                 return out, lse
             largest = np.maximum(out.max(-1), -out.min(-1))[..., None]  # float16 rounds a tenth as much of it
@@ -2659,72 +2644,61 @@ def sharded_attention(
             out, lse = merge_attention(outs if largest is None else outs * largest, lses)
             return (out if sink is None else apply_sink(out, lse, sink)).astype(native(q), copy=False), lse
 
-        out, lse = decided(at, offers, merge, scatter)
-        undo.pop_all()
-    return out, lse, indices
+        return *decided(at, offers, merge, scatter), indices
 
 
-def agreement(undo, comm, arrays, call, cache, lengths):
+def agreement(undo, comm, config, cache, owner, windows, call):
     """The checks of sharded_attention; new tokens are kept -> layout, what to select from, what attends."""
-    config, windows = call["config"], (call["k_start"], call["k_end"])
     with together(comm):
         check_type("config", config, DSAConfig)
         expect((by := config.selector()) == "lightning", "the selector of config", repr(by), "'lightning'")
-        if cache is None:
-            expect(lengths is call["owner"] is None, "lengths or owner", "given", "None without a cache")
-        else:
+        if any(x is not None for x in (cache, call["lengths"], owner)):
             check_type("cache", cache, KVCache)
-        owner = comm.size - 1 if call["owner"] is None else integer("owner", call["owner"], 0)
-        expect(owner < comm.size, "owner", owner, f"a rank up to {comm.size - 1}")
-        n, new = dsa_dims(arrays, call, windows, cache, lengths)
+        owner = comm.size - 1 if owner is None else integer("owner", owner, 0)
+        n, new = dsa_dims(call, {}, windows, cache, call["lengths"])
         new = np.full(n["..."], n["T"]) if new is None else new
-        held = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
-        attend, shard = functools.partial(sparse_attention, k=arrays["k"], v=arrays["v"]), n["S"]
+        held = {x: call[x] for x in ("k", "v", "index_k") if call[x] is not None}
+        attend, shard = functools.partial(sparse_attention, k=call["k"], v=call["v"]), n["S"]
         if cache is not None:
-            undo.callback(cache.truncate, cache.lengths)
+            undo.push(lambda kind, *_, before=cache.lengths: kind and cache.truncate(before))
             cache.append(lengths=new * (comm.rank == owner), **held)
             attend, shard, held = cache.attend, cache.lengths, {"k": cache, "index_k": cache.read("index_k")}
-        index = [PRECISIONS[config.indexer_precision](x) for x in (arrays["index_q"], held.pop("index_k"))]
-    same = call | {"owner": owner, "lengths": new.tolist(), "cache": cache and cache.storage}
-    at = layout(comm, n, shard, arrays.values(), same)
-    behind = at.shards[owner + 1 :].sum(0) * new
-    expect(not behind.any(), "owner", owner, "a rank behind which none holds keys")
-    alike = (at.total == at.num_keys).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
-    expect(alike, "the lengths", at.total.tolist(), "all the same where config goes by the number of keys")
-    quota, dense = config.quota_at(*call["layer"], at.num_keys)
-    windows = windows if cache is None else (None, causal_end(at.total - new, new, n["T"]))
-    sums = accumulator(arrays["q"], *held.values())  # in which parts stay until they are merged
-    attend = functools.partial(attend, d_v=call["d_v"], scale=call["scale"], out_dtype=sums)
-    return at, (None if dense else quota, windows, *index, arrays["weights"]), attend
+        index = [PRECISIONS[config.indexer_precision](x) for x in (call["index_q"], held.pop("index_k"))]
+        attend = functools.partial(attend, out_dtype=accumulator(call["q"], *held.values()))  # of parts
+    at = layout(comm, n, shard, call | {"lengths": new.tolist(), "cache": cache and cache.storage})
+    behind = (at.edges[-1] - at.edges[min(owner + 1, comm.size)]) * new
+    expect(owner < comm.size and not behind.any(), "owner", owner, "a rank behind which none holds keys")
+    alike = (at.edges[-1] == at.n["S"]).all() or not (config.sparse_ratio or config.fallback_dense_threshold)
+    expect(alike, "the lengths", at.edges[-1].tolist(), "all alike where config goes by the number of keys")
+    quota, dense = config.quota_at(call["layer"], call["n_layers"], at.n["S"])
+    windows = windows if cache is None else (None, causal_end(at.edges[-1] - new, new, n["T"]))
+    return at, (None if dense else quota, windows, *index, call["weights"]), attend
 
 
 def select_over_shards(at, quota, windows, q, k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, (*batch, T) = at.xp, at.queries
-    windows = windows_of({**at.n, "S": at.num_keys, "xp": np}, *map(on_host, windows))
+    xp, (*batch, T), windows = at.xp, at.queries, windows_of(at.n, *map(on_host, windows))
     if quota is None:
         with together(at.comm):
-            return xp.asarray(every_key(windows, at.num_keys))
-    K, tile = min(quota["top_k"], at.num_keys), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
-    place = at.first % tile  # of key 0 in a tile of all keys, as it decides on bits
-    base = xp.asarray(at.first - place, np.int32 if at.num_keys <= 2**31 else np.int64)[..., None]
-    lo, hi = (xp.asarray(np.clip(w, at.first, at.end) - at.first + place, np.int32) for w in windows)
+            return xp.asarray(every_key(windows, at.n["S"]))
+    K, tile = min(quota["top_k"], at.n["S"]), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
+    first, end = at.edges[at.comm.rank :][:2, ..., None]
+    place = first % tile  # of key 0 in a tile of all keys, as it decides on bits
+    base = xp.asarray(first - place, np.int32 if at.n["S"] <= 2**31 else np.int64)[..., None]
+    lo, hi = (xp.asarray(np.clip(w, first, end) - first + place, np.int32) for w in windows)
 
     def offers():  # what this shard selects: scores and keys [..., T, K], -inf where none is
         (S, E), shard, found = k.shape[-2:], k, []
         if place.any() or S < K:
             shard = np.zeros_like(k, shape=(*batch, max(S + tile, K), E))
-            for b, first in np.ndenumerate(place[..., 0]):
-                shard[(*b, ..., slice(first, first + S), slice(None))] = k[b]
+            for b, s in np.ndenumerate(place[..., 0]):
+                shard[(*b, ..., slice(s, s + S), slice(None))] = k[b]
         step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(batch))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
-            part = q[..., t, :, :], shard, weights[..., t, :]
-            scores = index_scores(*part, k_start=lo[..., t], k_end=hi[..., t])
-            try:
-                kept = select_topk(scores, **quota)[..., :K]
-            except ValueError as error:
-                raise ValueError(f"counting queries from {t.start}, {error}") from None
+            window = {"k_start": lo[..., t], "k_end": hi[..., t]}
+            scores = index_scores(q[..., t, :, :], shard, weights[..., t, :], **window)
+            kept = select_topk(scores, **quota)[..., :K]
             best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
             found.append((best, kept + base))
         return [np.concatenate(x, -2) for x in zip(*found)]
@@ -2738,9 +2712,8 @@ def select_over_shards(at, quota, windows, q, k, weights):
 
 
 def decided(at, offers, decide, scatter=False):
-    """decide(*offers [R, M, ...]) by every rank for its share of the N queries -> [..., T, ...], or [M, ...].
-
-    offers() -> arrays [..., T, ...] of a rank's own keys. scatter: each rank keeps what it decided.
+    """decide(*offers [R, M, ...]) by every rank for its share of the N queries -> [..., T, ...], or, if each
+    keeps what it decided, [M, ...]; offers() -> arrays [..., T, ...], of a rank's own keys.
     """
     R, N, queries = at.comm.size, math.prod(at.queries), len(at.queries)
     rows = [slice(N * r // R, N * (r + 1) // R) for r in range(R)]
@@ -2756,24 +2729,18 @@ def decided(at, offers, decide, scatter=False):
     return found if scatter else [at.xp.asarray(y).reshape(*at.queries, *y.shape[1:]) for y in whole]
 
 
-def layout(comm, n, shard, arrays, call):
+def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    xp, dtypes = n["xp"], [x.dtype.name for x in arrays if x is not None]
-    said = {**call, **n, "S": 0, "xp": xp.__name__, "dtypes": dtypes}
-    for name, x in said.items():
-        if hasattr(x, "astype") and x.shape:  # a word for it, which for another device costs no wait
-            said[name] = f"crc32 {zlib.crc32(x.astype(F64).tobytes())}" if xp is np else "given"
+    xp, said = n["xp"], {**call, **n, "S": 0, "xp": n["xp"].__name__, "comm": 0}
+    said = {name: x.dtype.type if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes: in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
         raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
-    shards = gathered(comm, shard)  # keys of each rank [R], or of its sequences [R, B]
-    first, total = shards[: comm.rank].sum(0)[..., None], shards.sum(0)
+    edges = np.insert(gathered(comm, shard).cumsum(0), 0, 0, 0)  # of ranks [R + 1], or [R + 1, B]
     nccl = KERNELS.get(("ranks", xp.__name__), lambda comm: None)(comm)
     ship, move = (xp.ascontiguousarray, nccl) if nccl else (on_host, functools.partial(by_mpi, comm))
-    at = SimpleNamespace(comm=comm, n=n, xp=xp, ship=ship, move=move, shards=shards, total=total)
-    at.first, at.end, at.num_keys = first, first + shards[comm.rank, ..., None], int(total.max())
-    at.queries = (*n["..."], n["T"])
-    return at
+    n, queries = {**n, "S": int(edges[-1].max()), "xp": np}, (*n["..."], n["T"])
+    return SimpleNamespace(comm=comm, n=n, xp=xp, queries=queries, edges=edges, ship=ship, move=move)
 
 
 @contextlib.contextmanager
@@ -2788,8 +2755,7 @@ def together(comm):
     failed = gathered(comm, error is not None)
     if failed.any():
         kind, first = next((x for x in kinds if isinstance(error, x)), RuntimeError), int(failed.argmax())
-        kind, text = comm.bcast((kind, f"rank {first}: {error}"), first)
-        raise kind(text) from error
+        raise comm.bcast(kind(f"rank {first}: {error}"), first) from error
 
 
 def gathered(comm, x):
@@ -2815,9 +2781,6 @@ def by_nccl(api, pair, sent, filled):
         if x.size:
             move(x.data.ptr, x.nbytes, api.NCCL_INT8, rank, stream)
     api.groupEnd()
-
-
-nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
 @functools.partial(KERNELS.setdefault, ("ranks", "cupy"))

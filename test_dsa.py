@@ -3476,7 +3476,7 @@ def ranks_select(dsa, comm, xp=np):
 
     def behind(*args):  # as if rank -1 held 2**31 keys, which nobody sees
         at = layout(*args)
-        at.first, at.end, at.num_keys = at.first + far, at.end + far, at.num_keys + far
+        at.edges, at.n["S"] = at.edges + far, at.n["S"] + far
         return at
 
     for seed in range(60):
@@ -3588,30 +3588,26 @@ def ranks_errors(dsa, comm):
         with pytest.raises(error, match="^" + message):
             what[0](**{**what[1], **(here if mine else dict(there))}, comm=comm)
 
-    is_nan = "counting queries from {}, a score in the window of query .*{}) is NaN"
-    far, late = ({"k_start": start, "k_end": np.where(np.arange(p.T) < n, 0, 10**6)} for n in (0, p.T - 1))
-    selects, attends = (select, args | far), (attend, every)
+    selects, attends = (select, args | {"k_start": start, "k_end": np.full(p.T, 10**6)}), (attend, every)
     for what, error, message, wrong in (
-        (selects, ValueError, is_nan.format(0, "\\"), {"index_k_shard": nan}),
+        (selects, ValueError, "a score in the window of query", {"index_k_shard": nan}),
         (selects, TypeError, "index_k is a builtins.list", {"index_k_shard": [1.0]}),
         (selects, ValueError, "weights has J = 2, but index_q has J = 8", {"weights": p.weights[..., :2]}),
         (selects, ValueError, "top_k is 0, expected an integer of at least 1", {"top_k": 0}),
         (attends, ValueError, ".*'window', expected 'lightning'", {"config": config(strategy="fixed")}),
-        (attends, ValueError, "lengths or owner is given, expected None without", {"owner": 0}),
+        (attends, TypeError, "cache is a NoneType", {"owner": 0}),
+        (attends, TypeError, "cache is a NoneType", {"lengths": [1]}),
         (attends, TypeError, "cache is a int", {"cache": 3}),
     ):
         raises(error, f"rank {last}: {message}", what, **wrong)
-    with mock.patch.object(dsa, "SHARD_BUFFER", 1):  # each query on its own, and only the last one sees a key
-        message = is_nan.format(p.T - 1, "0,?\\")
-        raises(ValueError, f"rank {last}: {message}", (select, args | late), index_k_shard=nan)
     cached = dict(zip(shards, (few.q, *few.kv, *few.index), strict=True)) | {"config": config()}
     for what, name, here, there in (
         (selects, "top_k", 7, p.top_k), (selects, "top_k", 7, 8 + comm.rank), (selects, "k_start", end, None),
-        (selects, "index_q", p.index_q.astype(F64), p.index_q), (selects, "k_end", end, end + 1),
-        (attends, "k_end", end, None), (attends, "sink", None, sink), (attends, "sink", sink, sink + 1),
+        (selects, "index_q", p.index_q.astype(F64), p.index_q), (attends, "k_end", end, None),
+        (attends, "sink", None, sink), (attends, "q", p.q.astype(F64), p.q), (attends, "layer", 1, 0),
         ((attend, cached), "cache", new_cache(dsa, "KVCache", few, 9), None),
     ) if several else ():  # fmt: skip
-        message = f"{name.replace('index_q', 'dtypes')} is .* on rank .*expected the same on every rank"
+        message = f"{name} is .* on rank .*expected the same on every rank"
         raises(ValueError, message, what, {name: there}, **{name: here})
     for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if several else ():
         full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
