@@ -2581,7 +2581,7 @@ def by_key(rows, *slots):
 # of all keys are among the first of the shards, as are the first and last keys of all, which are forced. Each
 # rank attends by (3) to the members it holds, and merges, as it decides, for its share of the queries.
 
-SHARD_BUFFER = 2**28  # scores that a rank holds at a time; errors count queries from the first of these
+SHARD_BUFFER = 2**28  # scores that a rank holds at a time, unless a query has more
 nccl_key = functools.cache(lambda: sys.modules["mpi4py.MPI"].Comm.Create_keyval())  # as MPI's attribute
 
 
@@ -2681,24 +2681,24 @@ def select_over_shards(at, quota, windows, q, k, weights):
     if quota is None:
         with together(at.comm):
             return xp.asarray(every_key(windows, at.n["S"]))
-    K, tile = min(quota["top_k"], at.n["S"]), KERNELS.get(("key_tile", xp.__name__), KEY_TILE)
-    first, end = at.edges[at.comm.rank :][:2, ..., None]
-    place = first % tile  # of key 0 in a tile of all keys, as it decides on bits
-    base = xp.asarray(first - place, np.int32 if at.n["S"] <= 2**31 else np.int64)[..., None]
-    lo, hi = (xp.asarray(np.clip(w, first, end) - first + place, np.int32) for w in windows)
+    K, (first, end) = min(quota["top_k"], at.n["S"]), at.edges[at.comm.rank :][:2, ..., None]
+    base = xp.asarray(first, np.int32 if at.n["S"] <= 2**31 else np.int64)[..., None]
+    lo, hi = (xp.asarray(np.clip(w, first, end) - first, np.int32) for w in windows)
 
     def offers():  # what this shard selects: scores and keys [..., T, K], -inf where none is
         (S, E), shard, found = k.shape[-2:], k, []
-        if place.any() or S < K:
-            shard = np.zeros_like(k, shape=(*batch, max(S + tile, K), E))
-            for b, s in np.ndenumerate(place[..., 0]):
-                shard[(*b, ..., slice(s, s + S), slice(None))] = k[b]
+        if S < K:
+            shard = np.zeros_like(k, shape=(*batch, K, E))
+            shard[..., :S, :] = k
         step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(batch))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
         for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
             window = {"k_start": lo[..., t], "k_end": hi[..., t]}
             scores = index_scores(q[..., t, :, :], shard, weights[..., t, :], **window)
-            kept = select_topk(scores, **quota)[..., :K]
+            try:
+                kept = select_topk(scores, **quota)[..., :K]
+            except ValueError as error:
+                raise ValueError(f"counting queries from {t.start}, {error}") from None
             best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
             found.append((best, kept + base))
         return [np.concatenate(x, -2) for x in zip(*found)]
@@ -3617,4 +3617,3 @@ def gpu_rotate(x, turn, interleaved, out=None):
 gpu_dense_attention = gpu_sparse_attention = gpu_attention
 gpu_by_heads, gpu_by_rows = product, gpu_projected
 KERNELS |= {(name[4:], "cupy"): run for name, run in [*globals().items()] if name.startswith("gpu_")}
-KERNELS["key_tile", "cupy"] = 1  # the bits of a score are there the same at any place

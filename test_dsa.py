@@ -3357,7 +3357,7 @@ def mpi(ranks, code, timeout=150):
     env = {  # Open MPI refuses root, and more ranks than cores, unless told otherwise
         "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OPENBLAS_NUM_THREADS": "1",
-        "OPENBLAS_CORETYPE": "HASWELL",  # there the bits of a product depend on its place in a tile
+        "OPENBLAS_CORETYPE": "HASWELL",  # there the bits of a product may depend on its place
         "MPIEXEC_TIMEOUT": str(timeout),  # of Open MPI and MPICH: then all ranks are ended
     }  # fmt: skip
     code = f"import numpy as np, dsa, test_dsa; from mpi4py import MPI; comm = MPI.COMM_WORLD; {code}"
@@ -3486,9 +3486,8 @@ def ranks_select(dsa, comm, xp=np):
             actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
         assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
         first, S = comm.exscan(index_k.shape[-2]) or 0, index_k.shape[-2]
-        place = first % dsa.KEY_TILE if xp is np else 0
         expected = stages.index_scores(*p.index, **p.windows)[..., first : first + S]
-        assert_same(np.concatenate(scores, axis=-2)[..., place : place + S], expected)
+        assert_same(np.concatenate(scores, axis=-2)[..., :S], expected)
         scores.clear()
     rng, _, p = sharded_problem(2)
     (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
@@ -3588,9 +3587,11 @@ def ranks_errors(dsa, comm):
         with pytest.raises(error, match="^" + message):
             what[0](**{**what[1], **(here if mine else dict(there))}, comm=comm)
 
-    selects, attends = (select, args | {"k_start": start, "k_end": np.full(p.T, 10**6)}), (attend, every)
+    is_nan = "counting queries from {}, a score in the window of query .*{}) is NaN"
+    far, late = ({"k_start": start, "k_end": np.where(np.arange(p.T) < n, 0, 10**6)} for n in (0, p.T - 1))
+    selects, attends = (select, args | far), (attend, every)
     for what, error, message, wrong in (
-        (selects, ValueError, "a score in the window of query", {"index_k_shard": nan}),
+        (selects, ValueError, is_nan.format(0, "\\"), {"index_k_shard": nan}),
         (selects, TypeError, "index_k is a builtins.list", {"index_k_shard": [1.0]}),
         (selects, ValueError, "weights has J = 2, but index_q has J = 8", {"weights": p.weights[..., :2]}),
         (selects, ValueError, "top_k is 0, expected an integer of at least 1", {"top_k": 0}),
@@ -3600,6 +3601,9 @@ def ranks_errors(dsa, comm):
         (attends, TypeError, "cache is a int", {"cache": 3}),
     ):
         raises(error, f"rank {last}: {message}", what, **wrong)
+    with mock.patch.object(dsa, "SHARD_BUFFER", 1):  # each query on its own, and only the last one sees a key
+        message = is_nan.format(p.T - 1, "0,?\\")
+        raises(ValueError, f"rank {last}: {message}", (select, args | late), index_k_shard=nan)
     cached = dict(zip(shards, (few.q, *few.kv, *few.index), strict=True)) | {"config": config()}
     for what, name, here, there in (
         (selects, "top_k", 7, p.top_k), (selects, "top_k", 7, 8 + comm.rank), (selects, "k_start", end, None),
@@ -3609,7 +3613,7 @@ def ranks_errors(dsa, comm):
     ) if several else ():  # fmt: skip
         message = f"{name} is .* on rank .*expected the same on every rank"
         raises(ValueError, message, what, {name: there}, **{name: here})
-    for where, name, top_k in ((np, "ndenumerate", 3), (dsa, "every_key", 10**6)) if several else ():
+    for where, name, top_k in ((np, "take_along_axis", 3), (dsa, "every_key", 10**6)) if several else ():
         full: Any = {"side_effect": MemoryError("full")} if mine else {"wraps": getattr(where, name)}
         with mock.patch.object(where, name, **full):
             raises(MemoryError, f"rank {last}: full", (attend, every | {"config": config(top_k)}))
