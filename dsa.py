@@ -3279,8 +3279,8 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     else:
         grads = gradients_of_slots(n, *given, alike and latent and by_mma and chip(q).sm == 90)
     if z is not None:
-        share = np.where(lse == -np.inf, 0, np.exp(z - norms[..., 0]))  # what it takes of each head
-        grads += (-(share * norms[..., 1]).sum(tuple(range(lse.ndim - 1))),)
+        from_z = np.where(lse == -np.inf, 0, norms[..., 1] / (1 + np.exp(lse - z)))
+        grads += (-from_z.sum(tuple(range(lse.ndim - 1))),)
     wanted = itertools.zip_longest(grads, (q, k, v, sink))
     return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in wanted)
 
