@@ -1119,8 +1119,7 @@ def test_what_else_is_refused(dsa):
 
 @given(p=problems(windows=False), wrong=one_of([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds)
 def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wrong, at):
-    """In any row; the index not clipped, not wrapped, not Python's -2, also where int32 would wrap to 0.
-    Kernels do not check: they never select the one, and read no key for the other."""
+    """In any row, not clipped, not wrapped; kernels do not check: none selects NaN or reads such a key."""
     indices, s, all_seen = np.full((*p.batch, p.T, 3), -1, np.int64), at % p.S, {"k_end": np.full(p.T, p.S)}
     nothing, nan = sparse(impl, p, indices), overwritten(p, [s], NAN)
     indices[..., -1, 1] = p.S + wrong if wrong in (0, 1) else wrong
@@ -1419,8 +1418,7 @@ def by_selector(dsa, p, name, **kwargs):
 @each_selector
 @given(p=indexed, value=one_of([-9.0, 9.0]), data=st.data())
 def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
-    """Equal K or no comparison: one format, count and forced keys; and what no row may see changes no row,
-    nor what is seen of a static pattern, while a seed makes the same choice twice."""
+    """Equal K or no comparison: one format, count and forced keys; what no row may see changes no row."""
     indices = by_selector(dsa, p, name)
     assert indices.dtype == np.int32 and indices.shape == (*p.batch, p.T, p.width)
     for b, t in p.rows():
@@ -1482,9 +1480,8 @@ def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
 
 @given(p=indexed)
 def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
-    """Static ones of places: the last K keys, the first, every stride-th back from the last, as few as fit.
-    With nothing left out, hierarchical of eq. (1), lsh and an identity of q.k; learned of its MLP's; oracle
-    of the attention summed over heads, so that no other K keys hold more of it."""
+    """Static ones of places; with nothing left out, hierarchical of eq. (1), lsh and an identity of q.k;
+    learned of its MLP's; oracle of the attention summed over heads, so that no other K keys hold more of it."""
     windows, scale, D = {"k_start": p.lo, "k_end": p.hi}, OPTIONS["oracle"]["scale"], p.q.shape[-1]
     s, end, size = np.arange(p.S), p.hi[..., None], (p.hi - p.lo)[..., None]
     stride, rng, G = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T), p.k.shape[-2]
@@ -1515,7 +1512,7 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
 
 def test_a_seed_and_a_precision_change_what_is_selected(dsa):
     """Another seed draws another projection or hash, and random anew for each query, also of the same keys;
-    fp16 is float16's rounding of the indexer's q and k."""
+    fp16 is float16's rounding of the indexer's q and k, of what it cannot hold its largest number."""
     shapes = (9, 2, 8), (90, 2, 8), (9, 3, 8), (90, 8), (9, 3)
     q, k, index_q, index_k, weights = (normal(np.random.default_rng(9), *shape) for shape in shapes)
     alike = {"k_start": np.zeros(9, int), "k_end": np.full(9, 90)}
@@ -1528,6 +1525,11 @@ def test_a_seed_and_a_precision_change_what_is_selected(dsa):
     found = dsa.dsa_attention(q, k, k, index_q, index_k, weights, config)[2]
     rounded = dsa.lightning_select(index_q.astype(F16), index_k.astype(F16), weights, 9)
     assert (found == rounded).all() and (found != dsa.lightning_select(index_q, index_k, weights, 9)).any()
+    large, ends = index_k * np.where(np.arange(90) < 80, 1, 1e6)[:, None], {"k_end": np.full(9, 80)}
+    with np.errstate(all="raise"):  # which no query sees, and then all
+        found = [dsa.dsa_attention(q, k, k, index_q, x, weights, config, **ends)[2] for x in (index_k, large)]
+        assert (dsa.dsa_attention(q, k, k, index_q, 1e30 * large, weights, config)[2] >= 0).all()
+    assert_same(*found)
 
 
 @given(p=problems(batches=[()]), oversample=st.integers(1, 3))
@@ -1690,8 +1692,7 @@ def snapshot(cache):
 def test_sequences_of_a_batch_are_as_if_alone(
     dsa, kind, lengths, seed, tied, dtype, grow, step, multiple, options
 ):
-    """Padded, end to end, or through a cache in steps of any sizes, 0 too: none sees another or padding (NaN
-    here), a chunk's window is that of the whole, and padded rows are 0 and -inf."""
+    """Padded, end to end, or through a cache in steps of any sizes: none sees another, or padding (NaN)."""
     assume(max(lengths) > 0 and ("pattern" not in options or "random" in dsa.SELECTORS))  # of Part II
     lengths, rng, B, T = np.array(lengths), np.random.default_rng(seed), len(lengths), max(lengths) + 1
     by_length = options.keys() & {"sparse_ratio", "fallback_dense_threshold"}  # of the whole axis
@@ -1872,8 +1873,7 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, monkeypatch):
-    """To make the file, which has its path in the error and leaves nothing, to grow it, to close it or to
-    save a session: OSError, the tokens of before, and all works once the disk has room."""
+    """To make the file, to grow it, to close it or to save a session; all works once the disk has room."""
     resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -2022,9 +2022,8 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
 
 @CACHES
 def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
-    """Four at once, while the fast tier, all that two tiers hold in memory beside the index keys, is far too
-    small; of any number of keys in any type of integers, which a place among those of all sequences may be
-    beyond; and it is right when they end. While another has the fast tier none waits, and all are misses."""
+    """Four at once, while the fast tier is far too small; any number of keys in any type of integers; and it
+    is right when they end. While another has the fast tier none waits, and all are misses."""
     n, rng, interval, found = 20000, np.random.default_rng(0), sys.getswitchinterval(), {}
     p, many = tokens(0, (2,), n), [(30, np.int64)] * 37 + [(1, np.uint64), (9, np.int16), (2500, np.int64)]
     asked = [np.sort(rng.integers(0, n, (2, 1, K)), axis=-1).astype(dtype) for K, dtype in many]
@@ -2133,15 +2132,18 @@ def test_the_file_of_two_tiers_is_opened_again(dsa, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
-def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
-    """Of floats and of integers, in each stage, in fp8 and through a cache."""
+def test_neither_byte_order_nor_error_state_changes_a_bit(dsa, dtype, tmp_path):
+    """Of floats and of integers, in each stage, in fp8 and through a cache; of arrays in a file, too."""
     p, config = tokens(0, (2,), 40, dtype), dsa.DSAConfig(top_k=5)
+    mapped = np.memmap(tmp_path / "q", dtype, "w+", shape=p.q.shape)
+    mapped[:] = p.q * dtype.type(1e-3)
     indices, main = dsa.lightning_select(*p.index, 9), (p.q, *p.kv, *p.index)
     out, lse = dsa.sparse_attention(p.q, *p.kv, indices)
     calls: list[Any] = [
         (lambda *x: dsa.merge_attention(x[:2], x[2:]), out, out, lse, lse),
         (dsa.apply_sink, out, lse, lse[0, 0]), (lambda *x: dsa.pad_batch(x), *out),
         (dsa.sparse_attention_backward, p.q, *p.kv, indices, out, lse, out),
+        (functools.partial(dsa.dense_attention, k_end=np.zeros(40, int)), mapped, *p.kv),
         (dsa.dense_attention, p.q, *p.kv), (dsa.index_scores, *p.index), (dsa.select_topk, p.q[..., 0], 3),
         (dsa.lightning_select, *p.index, 9), (dsa.sparse_attention, p.q, *p.kv, indices),
         (dsa.quantize_fp8, p.q), (dsa.pack_kv_fp8, np.tile(p.k, 116)[..., :576]),
@@ -2152,25 +2154,11 @@ def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
         calls.append((lambda *x, new=new: dsa.dsa_attention(*x, config, cache=new()), *main))
     for call, *args in calls:
         swapped = [x.astype(x.dtype.newbyteorder()) if isinstance(x, np.ndarray) else x for x in args]
-        for actual, expected in zip(call(*swapped), call(*args), strict=True):
+        with np.errstate(all="raise"):
+            found = call(*swapped)
+        for actual, expected in zip(found, call(*args), strict=True):
             np.testing.assert_array_equal(actual, expected)
             assert expected is None or actual.dtype == expected.dtype, call
-
-
-def test_no_call_minds_the_callers_error_state(dsa, tmp_path):
-    """Nor warns; of arrays in a file, too; and what float16 cannot hold becomes its largest number."""
-    p, config = tokens(0, (2,), 40, F16), dsa.DSAConfig(top_k=5, indexer_precision="fp16")
-    mapped = np.memmap(tmp_path / "q", F16, "w+", shape=p.q.shape)
-    mapped[:] = p.q * F16.type(1e-3)
-    index = [x.astype(F32) * F32.type(1e-6) for x in p.index]
-    with np.errstate(all="raise"):
-        out, lse, indices = dsa.dsa_attention(mapped, *p.kv, *index, config, scale=F32.type(0.5))
-        dsa.sparse_attention_backward(mapped, *p.kv, indices, out, lse, out)
-        dsa.dense_attention(p.q, *p.kv, k_end=np.zeros(40, int))
-        large = replace(p, index_k=np.where(np.arange(40)[:, None] > 29, 1e6, p.index_k.astype(F32)))
-        found = attend(dsa, large, config, k_end=np.full((2, 40), 30))[2]  # no query sees what is large
-        assert_same(found, attend(dsa, p, config, k_end=np.full((2, 40), 30))[2])
-        assert (attend(dsa, replace(p, index_k=large.index_k * F32.type(1e30)), config)[2][:, -1] >= 0).all()
 
 
 # 12. Threads, memory, documentation -------------------------------------------------------------------------
@@ -2216,8 +2204,7 @@ def test_threads_never_change_a_bit(dsa, seed, dtype):
     ("lessons(dsa, arrays, None, mlp=mlp, k_end=ends)", 0, 1.25),
 ])  # fmt: skip
 def test_no_stage_holds_queries_times_keys(dsa, call, least, most, request):
-    """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much, beside
-    two threads' working memory."""
+    """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much."""
     n, many = 8192, np.tile(np.arange(3000, dtype=np.int32), (4096, 1))
     dsa.set_num_threads(2)  # each holds a block
     request.addfinalizer(lambda: dsa.set_num_threads(None))
@@ -2341,8 +2328,7 @@ def hidden():
 def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(
     dsa, seed, lengths, step, mode, dtype, left, way
 ):
-    """At once without a cache, in chunks or single tokens, alone or in a ragged batch, padded with NaN on the
-    right or on the left (trap 9); a layer without indexer that is given the selection gives the same."""
+    """In chunks or single tokens, alone or in a ragged batch, padded with NaN on either side (trap 9)."""
     assume(max(lengths) > 0)
     rng, B, T, w = np.random.default_rng(seed), len(lengths), max(lengths), layer_weights(seed, dtype)
     layer, x = dsa.DSALayer(w, **SMALL | mode), normal(rng, B, T, DIM).astype(dtype)
@@ -2371,8 +2357,7 @@ def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(
 
 
 def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
-    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone. Nor
-    on how arrays lie in memory, which a copy changes."""
+    """At widths where BLAS itself does not, and however arrays lie in memory, which a copy changes."""
     rng = np.random.default_rng(0)
     for shape in ((96, 1536), (128, 700)):
         x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
@@ -2446,8 +2431,7 @@ TypeError fast_byte: layer.new_cache(1, 8, fast_byte=(1,), fast_bytes=10**4) | l
 
 
 def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
-    """What a new user gets wrong first, NaN in x or in what comes of it, no room, another layer's cache,
-    indices that do not fit."""
+    """NaN in x or in what comes of it, no room, another layer's cache, indices that do not fit."""
     new = functools.partial(dsa.DSALayer, layer_weights(), **SMALL)
     layer, sharing = new(), dsa.DSALayer(layer_weights(indexer=False), **SMALL)
     cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, hidden)
@@ -2632,9 +2616,8 @@ KINDS = [*itertools.product(*SCALES), *((None, dtype, "") for dtype in DTYPES)]
 
 @pytest.mark.parametrize("kind, dtype, ending", KINDS)
 def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
-    """Exactly as stored, in the widest float that any of them needs; fp8 codes times scales, whatever these
-    are for and stored in; a prefix with words in front, or DeepSeek's names; buffers are passed over. Sums
-    are float32, and y has the dtype of x."""
+    """Exactly as stored, in the widest float that any of them needs; fp8 codes times scales; any prefix, or
+    DeepSeek's names; buffers are passed over. Sums are float32, and y has the dtype of x."""
     w, at = layer_weights(dtype=F32 if kind else dtype), "model.language_model.layers.3.self_attn."
     for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
         w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
@@ -2735,8 +2718,7 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
 
 @pytest.mark.parametrize("change, match", REFUSED)
 def test_a_checkpoint_that_is_not_understood_is_refused(dsa, tmp_path, change, match):
-    """What an input means is used or refused, never dropped: the tensor and its format, by name; header,
-    offsets, dtype, shape and length agree, and each tensor stands once."""
+    """What an input means is used or refused, never dropped: the tensor and its format, by name."""
     tensors = checkpoint_names(layer_weights())
     write_checkpoint(tmp_path, tensors)
     read = dsa.DSALayer.from_safetensors
@@ -2845,8 +2827,7 @@ def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, n
     "name, attention", [*itertools.product(MODELS, ["sdpa"]), ("v32", "eager"), ("glm 5.2", "eager")]
 )
 def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attention):
-    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens, also in a copy, where
-    generate takes some back or a chunk is all padding; a config in a line."""
+    """Logits to 1e-4, padded or not; the same tokens, where generate takes some back or a chunk is empty."""
     block, original = readme(r"import[^`]*torch\.nn\.Module")[1], tiny_model(name)
     torch = sys.modules["torch"]
     original.set_attn_implementation(attention)
@@ -2909,8 +2890,7 @@ def test_all_e4m3_codes_round_trip(impl):
     amax=one_of([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
 )  # fmt: skip
 def test_fp8_is_e4m3_of_x_over_its_scale(impl, seed, N, size, scale, dtype, amax, k):
-    """Byte for byte as ml_dtypes rounds: zeros stay so, what lies beyond 448 saturates, and ue8m0 steps up
-    one ulp above 448 * 2^k."""
+    """Byte for byte as ml_dtypes rounds; ue8m0 steps up one ulp above 448 * 2^k."""
     rng, most = np.random.default_rng(seed), float(ml_dtypes.finfo(dtype).max)
     x = normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1))) * (rng.random((3, N)) < 0.7)
     x[0] = amax * 2.0**k * np.where(np.arange(N) % size, x[0].clip(-1, 1), 1)
@@ -2956,8 +2936,7 @@ def test_the_656_bytes_of_a_token(impl, dsa, dtype):
 
 @given(seed=seeds, E=one_of([8, 31, 128]), J=one_of([1, 3, 64]))
 def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
-    """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which
-    are the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
+    """As decoded, which is the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k."""
     rng = np.random.default_rng(seed)
     q, k, w = (rng.standard_normal(shape, F32) for shape in ((2, 9, J, E), (2, 70, E), (2, 9, J)))
     (q8, s_q), (k8, s_k) = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
@@ -2982,8 +2961,7 @@ def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
 
 
 def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
-    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the selection is over these,
-    also of queries so small that the least scale counts. indexer_precision stands in the dims or config."""
+    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the least scale counts too."""
     w = layer_weights()
     new, tiny = functools.partial(dsa.DSALayer, w, **SMALL, hadamard=True), 1e-9 * w["indexer.wq_b"]
     exact, fp8 = new(), new(indexer_precision="fp8")
@@ -3047,8 +3025,7 @@ def kl_by_hand(target, scores, keys):
 
 @given(p=problems(), seed=seeds, sparse=flags)
 def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
-    """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients have
-    mlp's dtype, if q has less; a row that sees nothing is all 0 and adds nothing."""
+    """Over the window, or inside the selected set, by eq. (1) and by the MLP; rows that see nothing add 0."""
     (kwargs, keys), acc = trained_on(p, seed, sparse), accumulator(p.q.dtype)
     target = impl.attention_target(p.q, p.k, scale=p.scale, **kwargs)
     expected = target_by_hand(p, keys)
@@ -3073,8 +3050,7 @@ def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
 
 @given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=flags, z=one_of([None, 0.7, -3, INF, -INF]))
 def test_gradients_are_slopes(impl, p, seed, sparse, z):
-    """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
-    rows of the target need not sum to 1. A sink that takes nothing, or all, has no slope."""
+    """Of sum(out * dout), and of the KL by eq. (1) and by the MLP, in a random direction of each argument."""
     (kwargs, keys), indices = trained_on(p, seed, sparse), drawn_indices(p, seed)
     rng, C, options = np.random.default_rng(seed), math.prod(p.k.shape[-2:]), p.latent | {"scale": p.scale}
     target = target_by_hand(p, keys) * rng.integers(0, 3, (*p.batch, p.T, 1))
@@ -3102,8 +3078,7 @@ def test_gradients_are_slopes(impl, p, seed, sparse, z):
 
 
 def assert_gradients(actual, expected, like, tolerance, least=1.0):
-    """Of the dtype and shape of what they belong to, and close, but for the rounding to that, in units of the
-    largest, or of the least."""
+    """Of the dtype and shape of what they belong to, and close, in units of the largest, or of the least."""
     for a, e, x in zip(actual, expected, like, strict=True):
         assert (a is None) == (x is None)
         if x is not None:
@@ -3660,8 +3635,7 @@ def test_caches_on_the_gpu_are_numpys(dsa, cupy, storage, hybrid):
     (8, 16, {"k": (2, 64), "v": (2, 32)}),
 ])  # fmt: skip
 def test_two_tiers_on_the_gpu_have_the_bits_of_one(dsa, cupy, monkeypatch, storage, H, rope, streams):
-    """And NumPy's numbers: ragged, for few queries and many, whose splits are merged, while the fast tier
-    holds few of the keys; NaN where no row looks; and no file is made."""
+    """And NumPy's numbers: ragged, few queries and many, a small fast tier, NaN that no row sees; no file."""
     monkeypatch.setattr(tempfile, "TemporaryFile", None)
     rng, D, Dv = np.random.default_rng(H), streams["k"][1], {576: 512, 36: 24}.get(streams["k"][1])
     kwargs = {"batch": 2, "storage": storage, "qk_rope_head_dim": rope, "grow": True, **streams}
@@ -3692,8 +3666,7 @@ def test_two_tiers_on_the_gpu_have_the_bits_of_one(dsa, cupy, monkeypatch, stora
 @pytest.mark.parametrize("storage", [None, "as weights", "fp8"])
 @pytest.mark.parametrize("dtype", [F64, BFLOAT16], ids=str)
 def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, dtype, storage, precision):
-    """NumPy's in float64: prefill, chunks and decode, ragged; from caches of either library, in both cores.
-    Weights stay in bfloat16, sums are float32: then with all keys selected."""
+    """NumPy's in float64, of either core, also from caches; bfloat16's weights stay so, with float32 sums."""
     dims = SMALL | {"indexer_precision": precision} | ({"index_topk": 50} if dtype == BFLOAT16 else {})
     w, x = layer_weights(dtype=dtype), hidden.astype(dtype)
     exact = dsa.DSALayer({name: z.astype(F64) for name, z in w.items()}, **dims)
@@ -3720,9 +3693,8 @@ def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, dtype, storage, preci
     (128, 128, F16), (32, 64, F16),
 ])  # fmt: skip
 def test_index_scores_of_many_heads(dsa, cupy, J, E, dtype, numbers):
-    """Hopper has kernels for these, in fp8 one for few queries: integers and powers of two are exact, NaN
-    stays, in any number and windows. Else products are summed in few bits, to 1e-3 of the largest: of a query
-    in one order, and so to the same bits, alone, among few and among many."""
+    """Hopper has kernels for these: integers and powers of two are exact, NaN stays; else within 1e-3;
+    of a query in one order, and so to the same bits, alone, among few and among many."""
     rng = np.random.default_rng(7)
     sizes = (2, 1, 3), (2, 3, 70), (2, 201, 1300), (1, 1, 1000), (3, 2, 257), (2, 8, 513), (2, 3, 4)
     for batch, T, S in sizes:
@@ -3781,8 +3753,7 @@ def test_offsets_beyond_32_bits(dsa, cupy):
     (20, 64, 96, 1, 512, None), (20, 70, 40, 1, 576, None),
 ])  # fmt: skip
 def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
-    """Near NumPy's float64, in one chunk of queries and in many, by atomics too; without, the same bits. A
-    key of all queries, keys of none, NaN that no row selects; without Dv values are the keys', 512 wide."""
+    """Near NumPy's float64, in one chunk of queries and in many, by atomics too; without, the same bits."""
     rng, S, J, E, latent = np.random.default_rng(13), 400, 64, 128, {} if Dv else {"d_v": 512}
     shapes = (T, H, D), (S, G, D), (S, G, Dv or 1), (T, J, E), (S, E), (T, J), (T, H, Dv or 512)
     q, k, v, *index, dout = (normal(rng, 2, *shape).astype(dtype) for shape in shapes)
@@ -3875,8 +3846,7 @@ def test_rows_that_a_block_holds(dsa, cupy, T):
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
 def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
-    """Candidates in every block, in one, too many for it, too few, all or none of them where the sample is;
-    forced keys; more keys than are marked at a time."""
+    """Candidates in every block, in one, too many for it, too few, all or none of them in the sample."""
     if blocks > 1 and (int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS):
         pytest.skip("needs clusters of blocks")
     monkeypatch.setattr(dsa, "topk_kernel", dsa.topk_kernel.__wrapped__)
@@ -3988,8 +3958,7 @@ def archs(name, constants):
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )
 def test_every_kernel_compiles(dsa, name, constants, arch):
-    """Without a GPU, for GPUs that are nowhere near; on sm_90a nothing spills to local memory, by a compiler
-    as new as pyproject.toml asks: that of CUDA 13.0 spills a few bytes in six kernels."""
+    """Without a GPU; on sm_90a nothing spills, by a compiler newer than CUDA 13.0's (six kernels do)."""
     log, version = compiled(name, constants, arch)
     if arch == "sm_90a":
         assert "serialized" not in log, log
