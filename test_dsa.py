@@ -91,7 +91,6 @@ apply_sink
   the result has out's dtype
 """
 
-import contextlib
 import copy
 import difflib
 import doctest
@@ -531,16 +530,8 @@ ROWS = {  # where production kernels were wrong: scores, K, whether for reports
     "relu(x - 1.28)": (f"({RNG}standard_normal((4, 30000)) - 1.28).clip(0)", 4096, False),
     "zeros of both signs": (f"{RNG}choice(np.float32([-1, -0.0, 0.0, 1]), (4, 5000))", 2600, False),
     "denormals": (f"({RNG}integers(-40, 40, (4, 5000)) * 1e-44).astype(np.float32)", 1000, False),
-    "float64 denormals": (f"{RNG}integers(-40, 40, (4, 5000)) * 5e-324", 1000, False),
-    "an ulp apart": (f"1 + {RNG}permutation(5000)[None] * 2.0**-52", 1000, False),
     "infinities": (f"{RNG}choice([-np.inf, 1.0, np.inf], (4, 3000))", 1500, False),
-    "descending, negative": ("-np.arange(9000, dtype=np.float32)[None]", 1000, False),
-    "huge and tiny": (f"(10 ** {RNG}uniform(-37, 38, (2, 9000))).astype(np.float32)", 1000, False),
-    "float16": (f"{RNG}standard_normal((2, 9000)).astype(np.float16)", 1000, False),
-    "bfloat16": (f"{RNG}standard_normal((2, 9000)).astype(ml_dtypes.bfloat16)", 1000, False),
     "K = 65,536": (f"({RNG}standard_normal((2, 100_000)) * 64).round()", 65536, False),
-    "200 rows": (f"({RNG}standard_normal((200, 9000)) * 32).round().astype(np.float32)", 1000, False),
-    "K = S - 1": (f"{RNG}standard_normal((4, 300)).round(1)", 299, False),
 }
 
 
@@ -694,7 +685,7 @@ class Verdict:
                     call = {key: literal(x) for key, x in arguments.items()}
                     self.wrong = self.wrong or (call, [f"it raised nothing, where {error.__name__} is due"])
 
-    def lines(self, width=110, most=18):
+    def lines(self, width=110):
         """A failed stage's rule, the call that breaks it, and what came of it, in few lines."""
         positional, names, results, _ = STAGE[self.stage]
         call, ending = self.wrong or ({}, [])
@@ -703,19 +694,15 @@ class Verdict:
             ending = [*ending, f"{len(more)} more of its rules are broken, such as: {more[0]}"]
         start = fill(f"{self.stage} breaks a rule: {self.broken[0]}")
         ending = [line for text in ending for line in fill(f"  {text}")]
-        literals = {name: literal(x) if np.size(x) <= 99 else "" for name, x in evaluate(call).items()}
-        for longest in (3 * width, width, 0):  # what is longer, or all, as it was drawn
-            texts = {name: x if 0 < len(x) < longest else call[name] for name, x in literals.items()}
-            arrays = {name: text for name, text in texts.items() if "np." in text}
-            if not any("seen" in text for text in arrays.values()):
-                arrays.pop("seen", None)
-            inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
-            first = [inline.pop(name) for name in positional]
-            arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
-            lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
-            lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
-            if len(start) + len(lines) + len(ending) <= most:
-                break
+        texts = {name: literal(x) if np.size(x) <= 40 else call[name] for name, x in evaluate(call).items()}
+        arrays = {name: text for name, text in texts.items() if "np." in text}
+        if not any("seen" in text for text in arrays.values()):
+            arrays.pop("seen", None)
+        inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
+        first = [inline.pop(name) for name in positional]
+        arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
+        lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
+        lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
         return [*start, *lines, *ending]
 
     def row(self):
@@ -962,15 +949,9 @@ def test_rule(impl, stage, sentence):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_select_topk_on_rows_that_broke_others(impl, name):
-    """Whatever shares a bucket, an exponent or a value: the first K of the order, with forced keys too."""
+    """Whatever shares a bucket, an exponent or a value: the first K of the order."""
     scores, top_k = eval(ROWS[name][0], SCOPE), ROWS[name][1]
     np.testing.assert_array_equal(impl.select_topk(scores, top_k), select_by_hand(scores, top_k))
-    few, S = scores[:2], scores.shape[-1]
-    options: dict[str, Any] = {"local_window": top_k // 4, "num_sink_tokens": top_k // 8}
-    options |= {"k_start": np.full(len(few), S // 9), "k_end": np.full(len(few), S - 2)}
-    if not np.isinf(scores).any():  # once more on a part of the row
-        found = impl.select_topk(few, top_k, **options)
-        np.testing.assert_array_equal(found, select_by_hand(few, top_k, **options))
 
 
 SIZES = {"batch": (), "n": 2, "T": 3, "S": 6, "H": 4, "G": 2, "D": 5, "Dv": 3, "J": 2, "E": 4}
@@ -1213,6 +1194,19 @@ def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S
         assert (shifted[T:] == -1).all()
 
 
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_value_that_one_row_lists_is_its_alone(impl, value):
+    """And in one number, also where most keys are kept, which tempts to attend densely under a mask."""
+    shapes = (9, 2, 4), (300, 1, 4), (300, 1, 3)
+    q, k, v = (normal(np.random.default_rng(len(x)), *x) for x in shapes)
+    indices = np.where((np.arange(9)[:, None] > 0) & (np.arange(300) == 7), -1, np.arange(300))
+    expected = impl.sparse_attention(q, k, v, indices)[0]
+    expected[0, :, 0], v[7, :, 0] = NAN, value  # where anything may be
+    found = impl.sparse_attention(q, k, v, indices)[0]
+    assert_close(found, expected, TOLERANCE[F64])
+    assert not np.isfinite(found[0, :, 0]).any()
+
+
 @given(p=problems())
 def test_no_slot_at_all_is_the_empty_set(impl, p):
     """K = 0, also where S = 0: out 0 and lse -inf. Nor is it an error to have no heads, or no index heads."""
@@ -1269,17 +1263,14 @@ select_topk
 np.asarray(row, F64) => np.asarray(row, F32)
 sorted(visible[ => list(visible[
 [:top_k]].tolist()) => [: top_k + num_sink_tokens]].tolist())[:top_k]
-np.dtype(np.int32) => np.dtype(np.int64)
 np.array(rows, np.int32) => np.fmod(rows, 65536).astype(np.int32)
 [-1] * => [0] *
 free[:num_sink_tokens] = free => free[visible < num_sink_tokens] = free | free
 = free[max(len(visible) - local_window, 0) :] = 0 => = 0
 S if k_end is None else k_end => k_end
 lightning_select
-return select_by_hand(scores, top_k, => return select_by_hand(scores, top_k + 1,
 return select_by_hand(scores, top_k, **forced) => return select_by_hand(scores, top_k)
 return select_by_hand(scores, => return select_by_hand(scores.astype(np.float16),
-return select_by_hand(scores, => return select_by_hand(np.nan_to_num(scores),
 return select_by_hand(scores, => scores.T[::4] = scores.T[::4].astype(F32); return select_by_hand(scores,
 weights, k_start=k_start, k_end=k_end) => weights, k_end=k_end)
 sparse_attention
@@ -1302,13 +1293,10 @@ np.arange(lo[at], hi[at]) => np.arange(lo[at], hi[at]) % 512
 np.clip(k_start, 0, S), => k_start,
 merge_attention
 np.where(lse > -INF, lse, 0) => lse
-np.logaddexp.reduce(lses, 0) => lses.max(0)
-"out": floats[0] => "out": F64
 np.array(outs).astype(F64), np.array(lses) => np.array(outs[:2]).astype(F64), np.array(lses[:2])
 apply_sink
 sink.astype(F64) - lse => lse - sink.astype(F64) | sink[0].astype(F64) - lse
 np.where(lse > -INF, 1 / (1 + np.exp(sink.astype(F64) - lse)), 0) => 1 / (1 + np.exp(sink.astype(F64) - lse))
-1 / (1 + np.exp( => 1 / (1 + np.exp2(
 "out": floats[0] => "out": F64
 """  # a stage, and pieces of the module above with what makes them wrong
 
@@ -1480,8 +1468,8 @@ def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
 
 @given(p=indexed)
 def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
-    """Static ones of places; with nothing left out, hierarchical of eq. (1), lsh and an identity of q.k;
-    learned of its MLP's; oracle of the attention summed over heads, so that no other K keys hold more of it."""
+    """Static ones of places; with nothing left out, hierarchical of eq. (1), lsh and an identity of q.k,
+    learned of its MLP's, oracle of the attention summed over heads: no other K keys hold more of it."""
     windows, scale, D = {"k_start": p.lo, "k_end": p.hi}, OPTIONS["oracle"]["scale"], p.q.shape[-1]
     s, end, size = np.arange(p.S), p.hi[..., None], (p.hi - p.lo)[..., None]
     stride, rng, G = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T), p.k.shape[-2]
@@ -1816,13 +1804,6 @@ def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
         for kept, hits in ((range(10), 7), ([4, 5], 9), ([0, 1, 2, 3], 9), ([2, 3], 11)):
             cache.attend(p.q[:, :1], np.array([[kept]]))
             assert cache.hits == hits
-    with new_cache(dsa, "HybridKVCache", p, 10, fast_tokens=1, local_window=2) as cache:
-        for t in range(10):
-            cache.append(**streams_of(p, np.s_[:, t : t + 1]))
-            for kept in ([0], [1], [t - 1, t]) if t > 2 else ():
-                before = cache.hits
-                cache.attend(p.q[:, :1], np.array([[kept]]))
-                assert cache.hits - before == (2 if len(kept) == 2 else 0)
 
 
 @CACHES
@@ -1888,23 +1869,17 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
     p, config, path = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7), tmp_path / "file"
     make = functools.partial(new_cache, dsa, "HybridKVCache", p)
     for kwargs, words in (
-        ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path}, tmp_path.name),
-        ({"path": tmp_path / "missing" / "f"}, "missing"),
+        ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path / "missing" / "f"}, "missing"),
     ):  # fmt: skip
         fails(functools.partial(make, 64, **kwargs), 2048, words)
-    refused("fast_bytes", make, 6, local_window=2, fast_tokens=-1)
-    with contextlib.suppress(KeyError), make(64) as cache:
-        cache.append(**streams_of(p))
-        raise KeyError
     assert list(tmp_path.iterdir()) == []
     with make(8, grow=True, path=path) as cache:
         first, rest = np.s_[:, :8], np.s_[:, 8:]
         attend(dsa, p, config, rows=first, cache=cache)
         before, size = snapshot(cache), cache._slow.nbytes
         go_on = functools.partial(attend, dsa, p, config, rows=rest, cache=cache)
-        for act in (functools.partial(cache.append, **streams_of(p, rest)), go_on):
-            fails(act, size + 100)
-            assert snapshot(cache) == before
+        fails(go_on, size + 100)
+        assert snapshot(cache) == before
         for actual, whole in zip(go_on(), attend(dsa, p, config), strict=True):
             assert_close(actual, whole[rest], 1e-12)
         for room in (300, 100):  # half a session, behind which the next is not looked for
@@ -3601,65 +3576,47 @@ def test_selectors_on_the_gpu_are_numpys(dsa, cupy, name):
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("hybrid", [False, True])
-def test_caches_on_the_gpu_are_numpys(dsa, cupy, storage, hybrid):
-    """Prefill, then tokens one by one, ragged, with growth and a rejected draft: the same selections."""
-    rng, kind = np.random.default_rng(2), dsa.KVCache
-    if hybrid:
-        kind = functools.partial(dsa.HybridKVCache, fast_bytes=6000, local_window=2)
-    streams = {"k": (1, 72), "index_k": (8,)}
-    caches = [kind(16, batch=2, storage=storage, grow=True, xp=xp, **streams) for xp in (np, cupy)]
-    for step, lengths in enumerate([[12, 9], [1, 0], [5, 6], [1, 1], [0, 3]]):
-        T = max(lengths)
-        shapes = {"q": (2, T, 8, 72), "k": (2, T, 1, 72), "index_q": (2, T, 2, 8), "index_k": (2, T, 8)}
-        shapes |= {"weights": (2, T, 2)}
-        new = {key: small(rng, *shape).astype(F32) for key, shape in shapes.items()}
-        kwargs = {"v": None, "d_v": 64, "config": dsa.DSAConfig(top_k=7), "lengths": np.array(lengths)}
-        out, lse, indices = dsa.dsa_attention(**new, cache=caches[0], **kwargs)
-        found = on(cupy, dsa.dsa_attention, **new, cache=caches[1], **kwargs)
-        np.testing.assert_array_equal(found[2], indices)
-        assert_attention(found[:2], (out, lse), F32)
-        if step == 2:
-            for cache in caches:
-                cache.truncate(np.array([15, 15]))
-    assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
-    if hybrid:
-        counts = [(cache.hits, cache.misses, cache.bytes_moved) for cache in caches]
-        assert counts[0] == counts[1] and counts[0][1] > 0
-        caches[0].close(), caches[1].close()
-
-
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("H, rope, streams", [
-    (128, 64, {"k": (1, 576)}), (40, 64, {"k": (1, 576)}), (6, 8, {"k": (1, 36)}),
-    (8, 16, {"k": (2, 64), "v": (2, 32)}),
+@pytest.mark.parametrize("H, rope, k, v", [
+    (128, 64, (1, 576), ()), (40, 64, (1, 576), ()), (6, 8, (1, 36), ()), (8, 16, (2, 64), (2, 32))
 ])  # fmt: skip
-def test_two_tiers_on_the_gpu_have_the_bits_of_one(dsa, cupy, monkeypatch, storage, H, rope, streams):
-    """And NumPy's numbers: ragged, few queries and many, a small fast tier, NaN that no row sees; no file."""
-    monkeypatch.setattr(tempfile, "TemporaryFile", None)
-    rng, D, Dv = np.random.default_rng(H), streams["k"][1], {576: 512, 36: 24}.get(streams["k"][1])
-    kwargs = {"batch": 2, "storage": storage, "qk_rope_head_dim": rope, "grow": True, **streams}
-    plain, one = (dsa.KVCache(300, xp=xp, **kwargs) for xp in (np, cupy))
-    fast_bytes = 90 * one.bytes_per_token
-    two = dsa.HybridKVCache(300, xp=cupy, fast_bytes=fast_bytes, local_window=3, **kwargs)
+def test_caches_on_the_gpu_are_numpys(dsa, cupy, monkeypatch, storage, H, rope, k, v):
+    """Two tiers to the bits of one: ragged, few queries and many, with growth and a rejected draft, a small
+    fast tier, NaN that no row looks at; and no file is made."""
+    rng, Dv = np.random.default_rng(H), {576: 512, 36: 24}.get(k[1])
     dtype = F32 if storage == "float32" else BFLOAT16
-    for T, lengths in ((290, [290, 170]), (1, [1, 0]), (80, [80, 7]), (3, [2, 3])):
-        new = {x: normal(rng, 2, T, *shape).astype(F32) for x, shape in streams.items()}
-        if T == 290:
-            new["k"][:, 9, :, D // 2] = NAN
-        for cache in (plain, one, two):
-            cache.append(**{x: cache.xp.asarray(y) for x, y in new.items()}, lengths=np.array(lengths))
-        q = normal(rng, 2, T, H, D).astype(dtype)
+    streams: Any = {"k": k, "index_k": (8,)} | ({"v": v} if v else {})
+    kwargs: Any = {"batch": 2, "storage": storage, "qk_rope_head_dim": rope, "grow": True} | streams
+    fast: Any = {"fast_bytes": 90 * dsa.KVCache(1, **kwargs).bytes_per_token, "local_window": 3}
+    numpys = dsa.HybridKVCache(150, **fast, **kwargs)
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    one, two = dsa.KVCache(150, xp=cupy, **kwargs), dsa.HybridKVCache(150, xp=cupy, **fast, **kwargs)
+
+    def alike(call, **given):
+        caches = (numpys, one, two)
+        expected, *found = (on(x.xp, functools.partial(call, x), **given, d_v=Dv) for x in caches)
+        assert [x.tobytes() for x in found[0]] == [x.tobytes() for x in found[1]]
+        assert_close(found[0][0], expected[0].astype(F64), TOLERANCE[dtype])
+        assert_close(found[0][1], expected[1], 1e-4)
+        np.testing.assert_array_equal(found[0][2:], expected[2:])
+        assert len({(x.hits, x.misses, x.bytes_moved) for x in (numpys, two)}) == 1
+
+    for T, lengths in ((130, [130, 90]), (1, [1, 0]), (80, [80, 7]), (3, [2, 3])):
+        shapes = {"q": (H, k[1]), "index_q": (2, 8), "weights": (2,)} | streams
+        numbers = {x: normal if x in "qkv" else small for x in shapes}
+        new = {x: numbers[x](rng, 2, T, *shape).astype(F32) for x, shape in shapes.items()}
+        new |= {"q": new["q"].astype(dtype), "v": new.get("v"), "lengths": np.array(lengths)}
+        alike(lambda x, **new: dsa.dsa_attention(**new, config=dsa.DSAConfig(top_k=60), cache=x), **new)
         indices = rng.integers(-1, one.lengths[:, None, None], (2, T, 60 if T > 9 else 333))
-        indices[indices == 9], indices[1, T - 1] = -1, -1
-        for kept in (indices, indices, np.full_like(indices, -1)):
-            found, expected = (on(cupy, x.attend, q, kept, d_v=Dv) for x in (two, one))
-            assert [x.tobytes() for x in found] == [x.tobytes() for x in expected]
-            out, lse = plain.attend(q, kept, d_v=Dv)
-            assert_close(found[0], out.astype(F64), TOLERANCE[dtype])
-            assert_close(found[1], lse, 1e-4)
+        indices[1, T - 1] = -1
+        for kept in (indices, np.full_like(indices, -1)):
+            alike(dsa.KVCache.attend, q=new["q"], indices=kept)
+        for cache in (numpys, one, two) if T == 80 else ():
+            cache.truncate(np.array([99, 60]))
+    for cache in (numpys, one, two):
+        cache.append(**{x: cache.xp.full((2, 1, *shape), NAN, F32) for x, shape in streams.items()})
+    alike(dsa.KVCache.attend, q=new["q"], indices=indices)
     assert two.hits > 0 and two.misses > 0
-    two.close()
+    numpys.close(), two.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
