@@ -2168,17 +2168,16 @@ def test_threads_never_change_a_bit(dsa, seed, dtype):
     ("dsa.lightning_select(*index, 64)", 0, 0.25), ("dsa.dense_attention(q, k, v)", 0, 0.25),
     ("dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=64))", 0, 0.25),
     ("dsa.sparse_attention(q, k, v, few)", 0, 0.25),
-    ("dsa.sparse_attention(q[: n // 2, :1], k[: n // 2], v[: n // 2], many)", 0, 0.125),
-    ("lessons(dsa, arrays, few, mlp=mlp)", 0, 0.25),
-    ("lessons(dsa, arrays, None, mlp=mlp, k_end=ends)", 0, 1.25),
+    ("dsa.sparse_attention(q[: n // 2, :1], k[: n // 2, :1], v[: n // 2, :1], many)", 0, 0.125),
+    ("lessons(dsa, p, few)", 0, 0.25), ("lessons(dsa, p, None)", 0, 1.25),
 ])  # fmt: skip
 def test_no_stage_holds_queries_times_keys(dsa, call, least, most, request):
     """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much."""
     n, many = 8192, np.tile(np.arange(3000, dtype=np.int32), (4096, 1))
     dsa.set_num_threads(2)  # each holds a block
     request.addfinalizer(lambda: dsa.set_num_threads(None))
-    arrays, few, mlp, ends = things_to_learn(0, n, n, 64, F32)
-    q, k, v, _, *index = arrays
+    p, few = tokens(0, (), n, F32), np.random.default_rng(0).integers(-1, n, (n, 64), np.int32)
+    q, (k, v), index = p.q, p.kv, p.index
     tracemalloc.start()
     request.addfinalizer(tracemalloc.stop)
     eval(call, globals() | locals())
@@ -3108,12 +3107,13 @@ def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, stri
     assert_gradients([x[..., : e.shape[-1]] for x, e in parts], expected, expected, 1e-6)
 
 
-def lessons(dsa, arrays, indices, mlp, k_end=None):
+def lessons(dsa, p, indices, k_end=None):
     """The target and the losses with their gradients; with indices also those of the attention."""
-    q, k, v, sink, *index = arrays
+    q, (k, v), of_key, sink = p.q, p.kv, p.k.reshape(p.S, -1), p.k[0].ravel()[:4]
+    mlp = of_key[:3], of_key[3:6], of_key[6, :3], of_key[7, :3]
     some = {"k_end": k_end} if indices is None else {"indices": indices}
     target = dsa.attention_target(q, k, **some)
-    losses = dsa.indexer_loss(*index, target, **some), dsa.learned_loss(q, k, mlp, target, **some)
+    losses = dsa.indexer_loss(*p.index, target, **some), dsa.learned_loss(q, k, mlp, target, **some)
     found = [target, *(x for loss, grads in losses for x in (loss, *grads))]
     if indices is not None:
         out, lse = dsa.sparse_attention(q, k, v, indices, sink=sink)
@@ -3148,33 +3148,27 @@ def test_the_readmes_lines_train_an_indexer(dsa, capsys, xp):
         torch.set_default_device("cpu")
 
 
-def things_to_learn(seed, T, S, K, dtype):
-    """What lessons takes: arrays of T queries and S keys, indices, an MLP, and the ends of causal windows."""
-    rng = np.random.default_rng(seed)
-    shapes = (T, 2, 4), (S, 1, 4), (S, 1, 4), (2,), (T, 2, 8), (S, 8), (T, 2)
-    arrays = [rng.standard_normal(x).astype(dtype) for x in shapes]
-    mlp = tuple(rng.standard_normal(shape).astype(dtype) for shape in ((3, 4), (3, 4), 3, 3))
-    return arrays, rng.integers(-1, S, (T, K), np.int32), mlp, np.arange(S - T + 1, S + 1)
-
-
 @slow
 @given(seed=seeds, dtype=any_dtype, sparse=flags)
 def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, sparse):
     """Threads never change a bit; a query's gradient is its own, a key's the sum over chunks of queries."""
-    T = 200 + seed % 100
-    arrays, indices, mlp, ends = things_to_learn(seed, T, 300, 9, dtype)
+    S, T = 300, 200 + seed % 100
+    p, ends = tokens(seed, (), S, dtype), np.arange(S - T, S) + 1
+    indices = np.random.default_rng(seed).integers(-1, S, (T, 9), np.int32)
 
     def run(t=slice(None)):
-        part = [x[t] if len(x) == T else x for x in arrays]
-        return lessons(dsa, part, indices[t] if sparse else None, mlp=mlp, k_end=ends[t])
+        few = (x[S - T :][t] for x in (p.q, p.index_q, p.weights))
+        part = replace(p, **dict(zip(("q", "index_q", "weights"), few, strict=True)))
+        return lessons(dsa, part, indices[t] if sparse else None, ends[t])
 
     (expected,) = on_any_threads(dsa, run)
     chunks = [run(slice(a, a + T // 3)) for a in range(0, T, T // 3)]
     for whole, *parts in zip(expected, *chunks, strict=True) if dtype == F64 else ():
         own = np.shape(whole)[:1] == (T,)
         assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
-    q, k, v = arrays[:3]  # by the order of a key's queries, which other keys do not change
-    rest = *dsa.sparse_attention(q, k, v, indices), q
+    q, (k, v) = p.q[S - T :], p.kv  # by the order of a key's queries, which other keys do not change
+    out, lse = dsa.sparse_attention(q, k, v, indices)
+    rest = out, lse, out
     one_key = np.where(indices == indices.max(), indices, -1)
     every, alone = (dsa.sparse_attention_backward(q, k, v, slots, *rest)[1:3] for slots in (indices, one_key))
     assert_same(*(tuple(x[indices.max()] for x in grads) for grads in (every, alone)))
