@@ -1802,6 +1802,13 @@ def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
         for kept, hits in ((range(10), 7), ([4, 5], 9), ([0, 1, 2, 3], 9), ([2, 3], 11)):
             cache.attend(p.q[:, :1], np.array([[kept]]))
             assert cache.hits == hits
+    with new_cache(dsa, "HybridKVCache", p, 10, fast_tokens=1, local_window=2) as cache:
+        for t in range(10):
+            cache.append(**streams_of(p, np.s_[:, t : t + 1]))
+            for kept in ([0], [1], [t - 1, t]) if t > 2 else ():
+                before = cache.hits
+                cache.attend(p.q[:, :1], np.array([[kept]]))
+                assert cache.hits - before == (2 if len(kept) == 2 else 0)
 
 
 @CACHES
@@ -1870,6 +1877,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
         ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path / "missing" / "f"}, "missing"),
     ):  # fmt: skip
         fails(functools.partial(make, 64, **kwargs), 2048, words)
+    refused("fast_bytes", make, 6, local_window=2, fast_tokens=-1)
     assert list(tmp_path.iterdir()) == []
     with make(8, grow=True, path=path) as cache:
         first, rest = np.s_[:, :8], np.s_[:, 8:]
