@@ -91,7 +91,6 @@ apply_sink
   the result has out's dtype
 """
 
-import contextlib
 import copy
 import difflib
 import doctest
@@ -116,7 +115,7 @@ import traceback
 import tracemalloc
 import types
 import warnings
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -364,12 +363,12 @@ def normal(rng, *shape):
 
 
 @st.composite
-def problems(draw, data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70):
+def problems(draw, data=small, dtypes=DTYPES, windows=True, batches=EVERY, max_keys=70, mixed=False):
     """Small problems of every kind; windows default or anything at all."""
     values = evaluate(draw(expressions(
         None, numbers=data.__name__, dtypes=dtypes, windows=windows and draw(flags), batches=batches,
         keys=(1, max_keys), queries=(1, 6), heads=MANY_HEADS, groups=(1, 2, 3), scales=(None, 0.5, 1.0),
-        forced=True, tied=None,
+        forced=True, tied=None, mixed=mixed,
     )))  # fmt: skip
     parts = {"forced": "local_window num_sink_tokens", "windows": "k_start k_end", "latent": "d_v"}
     for part, names in parts.items():
@@ -531,16 +530,8 @@ ROWS = {  # where production kernels were wrong: scores, K, whether for reports
     "relu(x - 1.28)": (f"({RNG}standard_normal((4, 30000)) - 1.28).clip(0)", 4096, False),
     "zeros of both signs": (f"{RNG}choice(np.float32([-1, -0.0, 0.0, 1]), (4, 5000))", 2600, False),
     "denormals": (f"({RNG}integers(-40, 40, (4, 5000)) * 1e-44).astype(np.float32)", 1000, False),
-    "float64 denormals": (f"{RNG}integers(-40, 40, (4, 5000)) * 5e-324", 1000, False),
-    "an ulp apart": (f"1 + {RNG}permutation(5000)[None] * 2.0**-52", 1000, False),
     "infinities": (f"{RNG}choice([-np.inf, 1.0, np.inf], (4, 3000))", 1500, False),
-    "descending, negative": ("-np.arange(9000, dtype=np.float32)[None]", 1000, False),
-    "huge and tiny": (f"(10 ** {RNG}uniform(-37, 38, (2, 9000))).astype(np.float32)", 1000, False),
-    "float16": (f"{RNG}standard_normal((2, 9000)).astype(np.float16)", 1000, False),
-    "bfloat16": (f"{RNG}standard_normal((2, 9000)).astype(ml_dtypes.bfloat16)", 1000, False),
     "K = 65,536": (f"({RNG}standard_normal((2, 100_000)) * 64).round()", 65536, False),
-    "200 rows": (f"({RNG}standard_normal((200, 9000)) * 32).round().astype(np.float32)", 1000, False),
-    "K = S - 1": (f"{RNG}standard_normal((4, 300)).round(1)", 299, False),
 }
 
 
@@ -694,7 +685,7 @@ class Verdict:
                     call = {key: literal(x) for key, x in arguments.items()}
                     self.wrong = self.wrong or (call, [f"it raised nothing, where {error.__name__} is due"])
 
-    def lines(self, width=110, most=18):
+    def lines(self, width=110):
         """A failed stage's rule, the call that breaks it, and what came of it, in few lines."""
         positional, names, results, _ = STAGE[self.stage]
         call, ending = self.wrong or ({}, [])
@@ -703,19 +694,15 @@ class Verdict:
             ending = [*ending, f"{len(more)} more of its rules are broken, such as: {more[0]}"]
         start = fill(f"{self.stage} breaks a rule: {self.broken[0]}")
         ending = [line for text in ending for line in fill(f"  {text}")]
-        literals = {name: literal(x) if np.size(x) <= 99 else "" for name, x in evaluate(call).items()}
-        for longest in (3 * width, width, 0):  # what is longer, or all, as it was drawn
-            texts = {name: x if 0 < len(x) < longest else call[name] for name, x in literals.items()}
-            arrays = {name: text for name, text in texts.items() if "np." in text}
-            if not any("seen" in text for text in arrays.values()):
-                arrays.pop("seen", None)
-            inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
-            first = [inline.pop(name) for name in positional]
-            arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
-            lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
-            lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
-            if len(start) + len(lines) + len(ending) <= most:
-                break
+        texts = {name: literal(x) if np.size(x) <= 40 else call[name] for name, x in evaluate(call).items()}
+        arrays = {name: text for name, text in texts.items() if "np." in text}
+        if not any("seen" in text for text in arrays.values()):
+            arrays.pop("seen", None)
+        inline = {name: name if name in arrays else text for name, text in texts.items() if name in names}
+        first = [inline.pop(name) for name in positional]
+        arguments = ", ".join([*first, *(f"{name}={text}" for name, text in inline.items())])
+        lines = [line for name, text in arrays.items() for line in fill(f"  {name} = {text}")]
+        lines += fill(f"  {', '.join(results)} = {self.stage}({arguments})")
         return [*start, *lines, *ending]
 
     def row(self):
@@ -834,6 +821,7 @@ def pytest_cmdline_main(config):
     """Another module than dsa is reported on, and dsa with an option of the report; else the suite runs."""
     name, strict = config.getoption("--impl", "dsa"), config.getoption("strict", False)
     given = {key: x for key in REPORT if (x := config.getoption(key, None)) is not None}
+    config.option.reportchars += "s"  # skips, by their reason
     if config.option.help or (name == "dsa" and not given and importlib.util.find_spec(name)):
         return None
     sys.path.insert(0, os.getcwd())
@@ -844,13 +832,6 @@ def pytest_cmdline_main(config):
     except ImportError as error:
         print(f"NOTHING WAS TESTED: {error} (--impl names the module to test, without .py)")
         return 2
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Skips, grouped by their reason."""
-    skipped = terminalreporter.stats.get("skipped", ())
-    for reason, count in Counter(report.longrepr[-1] for report in skipped).most_common():
-        terminalreporter.write_line(f"{count} skipped: {reason.removeprefix('Skipped: ')}")
 
 
 def array_libraries():
@@ -894,12 +875,13 @@ def dsa():
 
 
 TRAINING = ["sparse_attention_backward", "attention_target", "indexer_loss", "learned_loss"]
+FP8 = ["quantize_fp8", "dequantize_fp8", "pack_kv_fp8", "unpack_kv_fp8"]
 
 
 @pytest.fixture(scope="session", params=array_libraries())
 def impl(dsa, request):
     """dsa.py on NumPy arrays or on the GPU."""
-    return Stages(dsa, poisoned(importlib.import_module(request.param)), [*STAGES, *TRAINING])
+    return Stages(dsa, poisoned(importlib.import_module(request.param)), [*STAGES, *TRAINING, *FP8])
 
 
 def sparse(impl, p, indices, **kwargs):
@@ -911,10 +893,11 @@ def select(impl, p, **kwargs):
 
 
 def drawn_indices(p, seed):
-    """[*batch, T, C] of any visible or invisible keys, -1 anywhere."""
+    """[*batch, T, C] of any visible or invisible keys, -1 anywhere, in any type of integers."""
     rng = np.random.default_rng(seed)
+    kind = rng.choice(["int64", "int32", "int16", "uint8", "uint64"])
     indices = rng.integers(-1, p.S, (*p.batch, p.T, int(rng.integers(1, 2 * p.S))))
-    return indices.astype(np.int32 if rng.random() < 0.5 else np.int64)
+    return indices.clip(-1 if kind[0] == "i" else 0).astype(kind)
 
 
 def padded(indices, width):
@@ -934,10 +917,8 @@ def overwritten(p, keys, value):
 
 def together(*acts):
     """All at once, each in a thread."""
-    threads = [threading.Thread(target=act) for act in acts]
-    for step in (threading.Thread.start, threading.Thread.join):
-        for thread in threads:
-            step(thread)
+    with ThreadPoolExecutor(len(acts)) as pool:
+        list(pool.map(lambda act: act(), acts))
 
 
 def refused(words, call, *args, error=ValueError, **kwargs):
@@ -968,15 +949,9 @@ def test_rule(impl, stage, sentence):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_select_topk_on_rows_that_broke_others(impl, name):
-    """Whatever shares a bucket, an exponent or a value: the first K of the order, with forced keys too."""
+    """Whatever shares a bucket, an exponent or a value: the first K of the order."""
     scores, top_k = eval(ROWS[name][0], SCOPE), ROWS[name][1]
     np.testing.assert_array_equal(impl.select_topk(scores, top_k), select_by_hand(scores, top_k))
-    few, S = scores[:2], scores.shape[-1]
-    options: dict[str, Any] = {"local_window": top_k // 4, "num_sink_tokens": top_k // 8}
-    options |= {"k_start": np.full(len(few), S // 9), "k_end": np.full(len(few), S - 2)}
-    if not np.isinf(scores).any():  # once more on a part of the row
-        found = impl.select_topk(few, top_k, **options)
-        np.testing.assert_array_equal(found, select_by_hand(few, top_k, **options))
 
 
 SIZES = {"batch": (), "n": 2, "T": 3, "S": 6, "H": 4, "G": 2, "D": 5, "Dv": 3, "J": 2, "E": 4}
@@ -1036,14 +1011,13 @@ pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] =>
 packed_window: lengths=np.array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError lengths float64
 padded_window: lengths=np.array([2, 17]) => lengths 17 | num_queries=-1 => num_queries -1
 DSAConfig: top_k=0 => top_k 0 | top_k=2.5 => top_k 2.5 | top_k=None, sparse_ratio=0.1 => top_k None
-| sparse_ratio=0.0 => sparse_ratio 0.0 | sparse_ratio=1.5 => sparse_ratio 1.5 | sparse_ratio=NAN => nan
-| strategy="magic" => strategy magic | pattern="spiral" => pattern spiral | local_window=7 => local_window 7
-| local_window=-1 => local_window -1 | num_sink_tokens=-1 => num_sink_tokens -1
-| global_selection="best" => global_selection best | batch_pad_to_multiple=0 => batch_pad_to_multiple 0
-| cache_strategy="fifo" => cache_strategy fifo | indexer_precision="int4" => indexer_precision int4
+| sparse_ratio=0.0 => sparse_ratio 0.0 | sparse_ratio=1.5 => sparse_ratio 1.5 | strategy="magic" => magic
+| pattern="spiral" => pattern spiral | local_window=7 => local_window 7 | local_window=-1 => local_window -1
+| num_sink_tokens=-1 => num_sink_tokens -1 | global_selection="best" => global_selection best
+| batch_pad_to_multiple=0 => batch_pad_to_multiple 0 | cache_strategy="fifo" => cache_strategy fifo
 | fallback_dense_threshold=-1 => fallback_dense_threshold -1 | num_sink_tokens=2049 => num_sink_tokens 2049
 | strategy="hybrid", local_window=0 => local_window 0 | progressive_sparsity="yes" => progressive_sparsity yes
-| strategy="hybrid", top_k=10, local_window=6, num_sink_tokens=5 => num_sink_tokens 5
+| indexer_precision="int4" => indexer_precision int4
 dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | config={"top_k": 3} => TypeError config dict | cache={} => TypeError cache dict
 | top_k=1 => TypeError top_k options | blocksize=1 => TypeError blocksize options | q=[[[1.0]]] => TypeError k
@@ -1063,11 +1037,10 @@ pack_kv_fp8: kv=ones((2, 577)) => 577
 unpack_kv_fp8: packed=ones((2, 656)) => TypeError packed float64 | packed=zeros(655, np.uint8) => packed 655
 LayerDims: qk_rope_head_dim=7 => qk_rope_head_dim 7 | qk_rope_head_dim=130 => qk_rope_head_dim 130 128
 | hadamard=True, index_head_dim=96 => index_head_dim 96 | n_heads=0 => n_heads 0 | norm_eps=True => norm_eps
-| rope_factor=0.5 => rope_factor 0.5 | rope_theta=1.0 => rope_theta 1.0 | rope_theta=INF => rope_theta inf
-| norm_eps=-1.0 => norm_eps | norm_eps=0 => norm_eps 0 | mscale="a" => mscale | beta_fast=NAN => beta_fast nan
-| norm_eps=10**400 => norm_eps | original_seq_len=10**400 => original_seq_len | beta_slow=5e-324 => beta_slow
-| beta_fast=0.5 => beta_fast 0.5 | index_rope_interleaved="False" => index_rope_interleaved False
-| indexer_precision="int4" => indexer_precision int4 | hadamard=1 => hadamard 1
+| rope_factor=0.5 => rope_factor 0.5 | rope_theta=1.0 => rope_theta 1.0 | norm_eps=0 => norm_eps 0
+| mscale="a" => mscale | beta_fast=NAN => beta_fast nan | beta_slow=5e-324 => beta_slow
+| hadamard=1 => hadamard 1 | original_seq_len=10**400 => original_seq_len | beta_fast=0.5 => beta_fast 0.5
+| index_rope_interleaved="False" => index_rope_interleaved False | indexer_precision="int4" => int4
 """  # functions: what to change => the error, if it is no ValueError, and what its message must hold
 CUPY: Any = types.ModuleType("cupy")  # a stand-in, whose arrays beside NumPy's are an error, and never copied
 CUPY.ndarray = type("ndarray", (), {"__module__": "cupy", "shape": (3, 4, 5), "ndim": 3, "dtype": F32})
@@ -1108,20 +1081,26 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, error, changes, fragment
             assert re.search(rf"(?<![\w]){re.escape(fragment)}(?![\w])", str(caught.value)), str(caught.value)
 
 
-# 2. What only a whole module, or a long one, shows: bits, tiles, errors -------------------------------------
-
-
-def test_no_streams_and_more_keys_than_int32_counts_are_errors(dsa):
-    """Of no queries, so that not even a check that is missing takes memory."""
+def test_what_else_is_refused(dsa):
+    """No streams, more keys than int32 counts, what a storage makes infinite, what is no communicator."""
     refused("streams is empty", dsa.KVCache, 4)
-    index_k = np.broadcast_to(np.float32(1), (2**31, 4))
+    index_k = np.broadcast_to(np.float32(1), (2**31, 4))  # of no queries: no memory even without the check
     refused("S is 2147483648", dsa.lightning_select, np.ones((0, 2, 4)), index_k, np.ones((0, 2)), 1)
+    for storage, most in (("float16", 7e4), ("float32", 1e39), ("bfloat16", 3.4e38), ("fp8", 3.4e38)):
+        with dsa.KVCache(3, storage=storage, k=(1, 65)) as cache:
+            refused(f"^k is .*{storage}", cache.append, k=np.full((1, 2, 1, 65), most))
+            assert cache.lengths.tolist() == [0]
+    for comm in (None, 3, types.SimpleNamespace(rank=0, size=1)):
+        refused("^comm is .*communicator", dsa.sharded_select, [], [], [], 3, comm, error=TypeError)
+        refused("^comm is .*communicator", dsa.sharded_attention, *[[]] * 6, 3, comm, error=TypeError)
+
+
+# 2. What only a whole module, or a long one, shows: bits, tiles, errors -------------------------------------
 
 
 @given(p=problems(windows=False), wrong=one_of([0, 1, 2**31, 2**32, -2, -(2**31), -(2**32)]), at=seeds)
 def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wrong, at):
-    """In any row; the index not clipped, not wrapped, not Python's -2, also where int32 would wrap to 0.
-    Kernels do not check: they never select the one, and read no key for the other."""
+    """In any row, not clipped, not wrapped; kernels do not check: none selects NaN or reads such a key."""
     indices, s, all_seen = np.full((*p.batch, p.T, 3), -1, np.int64), at % p.S, {"k_end": np.full(p.T, p.S)}
     nothing, nan = sparse(impl, p, indices), overwritten(p, [s], NAN)
     indices[..., -1, 1] = p.S + wrong if wrong in (0, 1) else wrong
@@ -1139,38 +1118,36 @@ def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wron
     refused("", sparse, impl, p, indices, error=IndexError)
 
 
+FEW_HEADS = (4, 4, 64, 64), (8, 2, 128, 128), (7, 1, 40, 24), (20, 2, 64, 128), (3, 3, 256, 8)
+
+
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
-@pytest.mark.parametrize(
-    "D, H, K, scale", [(576, 128, 200, None), (576, 33, 64, -0.1), (512, 100, 129, 0), (576, 64, 1, None)]
-)
-def test_latent_attention_at_the_widths_of_v32(impl, D, H, K, scale, dtype):
-    """Keys of 576 or 512 numbers, the first 512 of them values, in more jobs than a GPU has SMs: -1 anywhere,
-    rows of nothing, tiles of nothing, a key of NaN that nobody selects, large logits, any scale, sinks."""
-    rng, S, batch, T = np.random.default_rng(D + H + K), 300, (2,), -(-160 // -(-H // 64))
-    q, k, sink = normal(rng, *batch, T, H, D), normal(rng, *batch, S, 1, D), normal(rng, H) * 3
-    q[:, ::5] *= 20
-    k[:, 0] = NAN
-    q, k, sink = q.astype(dtype), k.astype(dtype), sink.astype(F32)
-    indices = np.sort(rng.random((*batch, T, S - 1)), -1).argsort(-1)[..., :K] + 1
-    indices = np.where(rng.random(indices.shape) < rng.choice([0, 0.1, 0.99], (*batch, T, 1)), -1, indices)
-    indices[:, ::7, K // 3 :], indices[:, 3] = -1, -1
-    rows = sorted({0, 1, 3, 5, 7, T // 2, T - 1})
-    out, lse = impl.sparse_attention(q, k, None, indices, d_v=512, scale=scale, sink=sink)
-    expected = sparse_by_hand(q[:, rows], k, None, indices[:, rows], d_v=512, scale=scale, sink=sink)
-    assert_attention((out[:, rows], lse[:, rows]), expected, dtype)
-
-
-@pytest.mark.parametrize("name", ["approximate", "lsh", "learned", "hierarchical"])
-def test_for_a_selector_too_keys_that_are_alike_tie(dsa, name):
-    """As for lightning; and a query alone chooses as one among others."""
-    rng, shapes = np.random.default_rng(0), ((64, 1, 32), (1, 1, 32), (64, 8, 64), (1, 64))
-    q, k, index_q, index_k = (normal(rng, *x).astype(F32) for x in shapes)
-    k, index_k = (np.repeat(x, 101, 0) for x in (k, index_k))
-    index = {"index_k": index_k, "weights": normal(rng, 64, 8).astype(F32), "k_end": np.full(64, 101)}
-    found = dsa.SELECTORS[name](q, k, 8, index_q=index_q, **index)
-    np.testing.assert_array_equal(found, np.tile(np.arange(8), (64, 1)))
-    q, index_q, index["weights"], index["k_end"] = q[:1], index_q[:1], index["weights"][:1], np.full(1, 101)
-    assert_same(dsa.SELECTORS[name](q, k, 8, index_q=index_q, **index), found[:1])
+@pytest.mark.parametrize("H, G, D, Dv, T, K, scale", [
+    (128, 1, 576, None, 80, 200, None), (33, 1, 576, None, 160, 64, -0.1), (100, 1, 512, None, 80, 129, 0),
+    (64, 1, 576, None, 160, 1, None),
+    *((*x, T, K, None) for x in FEW_HEADS for T, K in ((1, 650), (150, 90), (3, 5))),
+])  # fmt: skip
+def test_attention_at_the_widths_of_kernels(impl, H, G, D, Dv, T, K, scale, dtype):
+    """V3.2's latents, in more jobs than a GPU has SMs, and few heads that share keys, in splits or one: -1
+    anywhere, rows of nothing, tiles of nothing, a NaN that nobody selects, large logits, any scale, sinks."""
+    rng, S = np.random.default_rng(D + H + K), 700
+    q, k, v = (normal(rng, 2, *x).astype(dtype) for x in ((T, H, D), (S, G, D), (S, G, Dv or 1)))
+    q[:, ::5], k[:, 0], v[:, 0] = q[:, ::5] * 20, NAN, NAN
+    indices = rng.random((2, T, S - 1)).argsort(-1)[..., :K] + 1
+    indices = np.where(rng.random(indices.shape) < rng.choice([0, 0.1, 0.99], (2, T, 1)), -1, indices)
+    indices[:, ::7, : K // 2], indices[:, 5::7, K // 3 :], indices[:, 3:4] = -1, -1, -1
+    rows = sorted({0, 1, 3, 5, 7, T // 2, T - 1} & {*range(T)})
+    v, options = v if Dv else None, {} if Dv else {"d_v": 512}
+    options |= {"scale": scale, "sink": (normal(rng, H) * 3).astype(F32)}
+    windows = {"k_start": rng.integers(1, 300, (2, T)), "k_end": rng.integers(0, S, (2, T))}
+    some = {name: x[:, rows] for name, x in windows.items()}
+    found = [impl.sparse_attention(q, k, v, indices, **options)]
+    expected = [sparse_by_hand(q[:, rows], k, v, indices[:, rows], **options)]
+    found += [impl.dense_attention(q, k, v, **options, **windows)] if Dv else []
+    expected += [dense_by_hand(q[:, rows], k, v, **options, **some)] if Dv else []
+    for (out, lse), e in zip(found, expected, strict=True):
+        assert_close(out[:, rows], e[0], TOLERANCE[dtype], "out")
+        assert_close(lse[:, rows], e[1], 1e-3 if Dv else TOLERANCE[F32], "lse")
 
 
 def index_rows(seed, T, S, dtype, batch=()):
@@ -1202,6 +1179,9 @@ def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S
             assert_same(padded(so_far, whole.shape[-1]), whole[rows])
             ends = {"k_start": np.zeros(len(end[rows]), int), "k_end": end[rows]}
             assert_same(impl.lightning_select(iq[rows], ik, w[rows], K, **ends), whole[rows])
+    for at_once in (5, 70) if impl.xp is not np else ():  # rows of scores that a GPU holds
+        with mock.patch.object(impl.module, "SCORE_BYTES", at_once * S * 4):
+            assert_same(impl.lightning_select(iq, ik, w, K), whole)
     T, end, batched = min(T, 60), end[:60], [batched[0][:, :60], batched[1], batched[2][:, :60]]
     alone = [impl.lightning_select(*(x[b] for x in batched), K, k_end=end) for b in range(3)]
     assert_same(impl.lightning_select(*batched, K, k_end=end), np.stack(alone))
@@ -1214,32 +1194,17 @@ def test_selection_does_not_depend_on_chunking_batch_or_padding(impl, seed, T, S
         assert (shifted[T:] == -1).all()
 
 
-@pytest.mark.parametrize("S, K", [(300, 40), (1700, 600), (2600, 2600)])
-@slow
-@given(
-    seed=seeds, T=st.integers(2, 40), slope=one_of([-9, 0, 9]), dtype=wide_floats, value=one_of([NAN, INF])
-)
-def test_attention_over_many_tiles(impl, seed, T, S, K, slope, dtype, value):
-    """More keys than a tile: the running maximum rises, falls, or starts some tiles late. K near S tempts to
-    attend densely under a mask: -1, repeats, and a NaN that nobody or one row lists still mean the same."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (normal(rng, *shape).astype(dtype) for shape in ((T, 2, 4), (S, 1, 4), (S, 1, 3)))
-    q[..., 0], k[..., 0] = 2, slope * np.arange(S)[:, None] / S
-    k[[0, -1]], v[[0, -1]] = value, value
-    start, end = np.sort(rng.integers(1, S, (2, T)), axis=0)
-    window = {"k_start": start, "k_end": end}
-    assert_attention(impl.dense_attention(q, k, v, **window), dense_by_hand(q, k, v, **window), dtype)
-    indices = np.argsort(rng.random((T, S - 2)), axis=1)[:, :K] + 1
-    holes = np.where((indices < start[:, None]) | (rng.random(indices.shape) < 0.1), -1, indices)
-    for table in (indices, holes, np.hstack([indices, indices[:, ::-1]])):
-        assert_attention(impl.sparse_attention(q, k, v, table), sparse_by_hand(q, k, v, table), dtype)
-    one_row = np.where((np.arange(T)[:, None] == 1) | (indices != indices[0, 0]), indices, -1)
-    expected = impl.sparse_attention(q, k, v, one_row)[0]
-    v[indices[0, 0], :, 0] = value  # seen by row 1 alone, if by any, and in one number
-    actual = impl.sparse_attention(q, k, v, one_row)[0]
-    finite = np.isfinite(actual[..., 0]).all(1)
-    assert np.delete(finite, 1).all() and finite[1] == (one_row[1] != indices[0, 0]).all()
-    assert_close(actual[..., 1:], expected[..., 1:], TOLERANCE[dtype])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_a_value_that_one_row_lists_is_its_alone(impl, value):
+    """And in one number, also where most keys are kept, which tempts to attend densely under a mask."""
+    shapes = (9, 2, 4), (300, 1, 4), (300, 1, 3)
+    q, k, v = (normal(np.random.default_rng(len(x)), *x) for x in shapes)
+    indices = np.where((np.arange(9)[:, None] > 0) & (np.arange(300) == 7), -1, np.arange(300))
+    expected = impl.sparse_attention(q, k, v, indices)[0]
+    expected[0, :, 0], v[7, :, 0] = NAN, value  # where anything may be
+    found = impl.sparse_attention(q, k, v, indices)[0]
+    assert_close(found, expected, TOLERANCE[F64])
+    assert not np.isfinite(found[0, :, 0]).any()
 
 
 @given(p=problems())
@@ -1249,6 +1214,8 @@ def test_no_slot_at_all_is_the_empty_set(impl, p):
     none = impl.sparse_attention(few[0], p.k, p.k, np.zeros((*p.batch, p.T, 2), np.int32))[1]
     assert none.shape == (*p.batch, p.T, 0)
     assert not impl.index_scores(few[1], p.index[1], few[2], k_end=np.full(p.T, p.S)).any()
+    target = impl.attention_target(few[0], p.k)
+    assert not target.any() and not impl.indexer_loss(few[1], p.index[1], few[2], target)[0]
     for k in (p.k[..., :0, :, :], p.k):
         out, lse = impl.sparse_attention(p.q, k, k, np.zeros((*p.batch, p.T, 0), np.int32))
         assert not out.any() and (lse == -INF).all()
@@ -1296,17 +1263,14 @@ select_topk
 np.asarray(row, F64) => np.asarray(row, F32)
 sorted(visible[ => list(visible[
 [:top_k]].tolist()) => [: top_k + num_sink_tokens]].tolist())[:top_k]
-np.dtype(np.int32) => np.dtype(np.int64)
 np.array(rows, np.int32) => np.fmod(rows, 65536).astype(np.int32)
 [-1] * => [0] *
 free[:num_sink_tokens] = free => free[visible < num_sink_tokens] = free | free
 = free[max(len(visible) - local_window, 0) :] = 0 => = 0
 S if k_end is None else k_end => k_end
 lightning_select
-return select_by_hand(scores, top_k, => return select_by_hand(scores, top_k + 1,
 return select_by_hand(scores, top_k, **forced) => return select_by_hand(scores, top_k)
 return select_by_hand(scores, => return select_by_hand(scores.astype(np.float16),
-return select_by_hand(scores, => return select_by_hand(np.nan_to_num(scores),
 return select_by_hand(scores, => scores.T[::4] = scores.T[::4].astype(F32); return select_by_hand(scores,
 weights, k_start=k_start, k_end=k_end) => weights, k_end=k_end)
 sparse_attention
@@ -1329,13 +1293,10 @@ np.arange(lo[at], hi[at]) => np.arange(lo[at], hi[at]) % 512
 np.clip(k_start, 0, S), => k_start,
 merge_attention
 np.where(lse > -INF, lse, 0) => lse
-np.logaddexp.reduce(lses, 0) => lses.max(0)
-"out": floats[0] => "out": F64
 np.array(outs).astype(F64), np.array(lses) => np.array(outs[:2]).astype(F64), np.array(lses[:2])
 apply_sink
 sink.astype(F64) - lse => lse - sink.astype(F64) | sink[0].astype(F64) - lse
 np.where(lse > -INF, 1 / (1 + np.exp(sink.astype(F64) - lse)), 0) => 1 / (1 + np.exp(sink.astype(F64) - lse))
-1 / (1 + np.exp( => 1 / (1 + np.exp2(
 "out": floats[0] => "out": F64
 """  # a stage, and pieces of the module above with what makes them wrong
 
@@ -1455,8 +1416,7 @@ def by_selector(dsa, p, name, **kwargs):
 @each_selector
 @given(p=indexed, value=one_of([-9.0, 9.0]), data=st.data())
 def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
-    """Equal K or no comparison: one format, count and forced keys; and what no row may see changes no row,
-    nor what is seen of a static pattern, while a seed makes the same choice twice."""
+    """Equal K or no comparison: one format, count and forced keys; what no row may see changes no row."""
     indices = by_selector(dsa, p, name)
     assert indices.dtype == np.int32 and indices.shape == (*p.batch, p.T, p.width)
     for b, t in p.rows():
@@ -1480,8 +1440,8 @@ def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
 
 @each_selector
 def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
-    """No query, no key or no batch is an empty table, and what is asked for beyond all keys is all of them;
-    NaN has no place in an order, nor a misspelt option."""
+    """No query, no key or no batch is an empty table, what is asked for beyond all keys is all of them, keys
+    that are alike tie, for one query as for many; NaN has no place in an order, nor a misspelt option."""
     assert sorted(dsa.SELECTORS) == sorted(SELECTOR_NAMES)  # a contract: bench.py and DSAConfig go by them
     for batch, T, S in (((2,), 0, 9), ((2,), 3, 0), ((0,), 3, 9)):
         p = tokens(0, batch, 9)
@@ -1499,6 +1459,13 @@ def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
         refused("NaN", by_selector, dsa, p, name, top_k=4)
     for option in ("blocksize", "place"):
         refused(option, by_selector, dsa, p, name, **{option: 3}, error=TypeError)
+    rng, shapes = np.random.default_rng(0), ((64, 1, 32), (1, 1, 32), (64, 8, 64), (1, 64), (64, 8))
+    q, k, index_q, index_k, weights = (normal(rng, *x).astype(F32) for x in shapes)
+    alike = {"k": np.repeat(k, 101, 0), "index_k": np.repeat(index_k, 101, 0), "top_k": 8}
+    for n in (64, 1) if name not in STATIC and name != "oracle" else ():
+        own = {"index_q": index_q[:n], "weights": weights[:n], "k_end": np.full(n, 101)}
+        found = dsa.SELECTORS[name](q[:n], **alike, **own)
+        np.testing.assert_array_equal(found, np.tile(np.arange(8), (n, 1)))
 
 
 def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
@@ -1511,9 +1478,8 @@ def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
 
 @given(p=indexed)
 def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
-    """Static ones of places: the last K keys, the first, every stride-th back from the last, as few as fit.
-    With nothing left out, hierarchical of eq. (1), lsh and an identity of q.k; learned of its MLP's; oracle
-    of the attention summed over heads, so that no other K keys hold more of it."""
+    """Static ones of places; with nothing left out, hierarchical of eq. (1), lsh and an identity of q.k,
+    learned of its MLP's, oracle of the attention summed over heads: no other K keys hold more of it."""
     windows, scale, D = {"k_start": p.lo, "k_end": p.hi}, OPTIONS["oracle"]["scale"], p.q.shape[-1]
     s, end, size = np.arange(p.S), p.hi[..., None], (p.hi - p.lo)[..., None]
     stride, rng, G = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T), p.k.shape[-2]
@@ -1544,7 +1510,7 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
 
 def test_a_seed_and_a_precision_change_what_is_selected(dsa):
     """Another seed draws another projection or hash, and random anew for each query, also of the same keys;
-    fp16 is float16's rounding of the indexer's q and k."""
+    fp16 is float16's rounding of the indexer's q and k, of what it cannot hold its largest number."""
     shapes = (9, 2, 8), (90, 2, 8), (9, 3, 8), (90, 8), (9, 3)
     q, k, index_q, index_k, weights = (normal(np.random.default_rng(9), *shape) for shape in shapes)
     alike = {"k_start": np.zeros(9, int), "k_end": np.full(9, 90)}
@@ -1557,6 +1523,11 @@ def test_a_seed_and_a_precision_change_what_is_selected(dsa):
     found = dsa.dsa_attention(q, k, k, index_q, index_k, weights, config)[2]
     rounded = dsa.lightning_select(index_q.astype(F16), index_k.astype(F16), weights, 9)
     assert (found == rounded).all() and (found != dsa.lightning_select(index_q, index_k, weights, 9)).any()
+    large, ends = index_k * np.where(np.arange(90) < 80, 1, 1e6)[:, None], {"k_end": np.full(9, 80)}
+    with np.errstate(all="raise"):  # which no query sees, and then all
+        found = [dsa.dsa_attention(q, k, k, index_q, x, weights, config, **ends)[2] for x in (index_k, large)]
+        assert (dsa.dsa_attention(q, k, k, index_q, 1e30 * large, weights, config)[2] >= 0).all()
+    assert_same(*found)
 
 
 @given(p=problems(batches=[()]), oversample=st.integers(1, 3))
@@ -1719,8 +1690,7 @@ def snapshot(cache):
 def test_sequences_of_a_batch_are_as_if_alone(
     dsa, kind, lengths, seed, tied, dtype, grow, step, multiple, options
 ):
-    """Padded, end to end, or through a cache in steps of any sizes, 0 too: none sees another or padding (NaN
-    here), a chunk's window is that of the whole, and padded rows are 0 and -inf."""
+    """Padded, end to end, or through a cache in steps of any sizes: none sees another, or padding (NaN)."""
     assume(max(lengths) > 0 and ("pattern" not in options or "random" in dsa.SELECTORS))  # of Part II
     lengths, rng, B, T = np.array(lengths), np.random.default_rng(seed), len(lengths), max(lengths) + 1
     by_length = options.keys() & {"sparse_ratio", "fallback_dense_threshold"}  # of the whole axis
@@ -1732,8 +1702,6 @@ def test_sequences_of_a_batch_are_as_if_alone(
         x is None or x[i, n:].fill(NAN)
     lists: Any = [None if x is None else [x[i, :n] for i, n in enumerate(lengths)] for x in every]
     listed = dsa.dsa_attention(*lists, config, **p.latent)
-    shorter = [x[1:] for x in lists[5]]
-    refused("the lengths in weights", dsa.dsa_attention, *lists[:5], shorter, config, **p.latent)
     assert listed[0].shape[1] == -(-max(lengths) // multiple) * multiple
     found = [listed, attend(dsa, p, config, lengths=lengths)]
     if not by_length:
@@ -1901,8 +1869,7 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, monkeypatch):
-    """To make the file, which has its path in the error and leaves nothing, to grow it, to close it or to
-    save a session: OSError, the tokens of before, and all works once the disk has room."""
+    """To make the file, to grow it, to close it or to save a session; all works once the disk has room."""
     resource = pytest.importorskip("resource", reason="without RLIMIT_FSIZE no full disk can be staged")
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -1917,23 +1884,18 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
     p, config, path = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7), tmp_path / "file"
     make = functools.partial(new_cache, dsa, "HybridKVCache", p)
     for kwargs, words in (
-        ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path}, tmp_path.name),
-        ({"path": tmp_path / "missing" / "f"}, "missing"),
+        ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path / "missing" / "f"}, "missing"),
     ):  # fmt: skip
         fails(functools.partial(make, 64, **kwargs), 2048, words)
     refused("fast_bytes", make, 6, local_window=2, fast_tokens=-1)
-    with contextlib.suppress(KeyError), make(64) as cache:
-        cache.append(**streams_of(p))
-        raise KeyError
     assert list(tmp_path.iterdir()) == []
     with make(8, grow=True, path=path) as cache:
         first, rest = np.s_[:, :8], np.s_[:, 8:]
         attend(dsa, p, config, rows=first, cache=cache)
         before, size = snapshot(cache), cache._slow.nbytes
         go_on = functools.partial(attend, dsa, p, config, rows=rest, cache=cache)
-        for act in (functools.partial(cache.append, **streams_of(p, rest)), go_on):
-            fails(act, size + 100)
-            assert snapshot(cache) == before
+        fails(go_on, size + 100)
+        assert snapshot(cache) == before
         for actual, whole in zip(go_on(), attend(dsa, p, config), strict=True):
             assert_close(actual, whole[rest], 1e-12)
         fails(cache.close, 300, "too large")
@@ -1948,10 +1910,6 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
         assert [x.read_bytes() for x in tmp_path.iterdir()] == [session]
 
 
-class Stop(BaseException):
-    """What no handler expects."""
-
-
 def lines(dsa, act, stop=None):
     """The lines of dsa.py that act() runs in this thread; the first time at line `stop` it is ended there."""
     seen: dict[tuple[str, int], None] = {}
@@ -1962,7 +1920,7 @@ def lines(dsa, act, stop=None):
         if event == "line":
             seen[at := (frame.f_code.co_name, frame.f_lineno)] = None
             if at == stop:
-                raise Stop
+                raise KeyboardInterrupt
         return trace
 
     before = sys.gettrace()
@@ -2011,7 +1969,7 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
         assert len(found) > 5
         for at in found:
             cache = make()
-            refused("", lines, dsa, functools.partial(act, cache), at, error=Stop)
+            refused("", lines, dsa, functools.partial(act, cache), at, error=KeyboardInterrupt)
             assert state(cache) == expected, at
 
 
@@ -2027,7 +1985,7 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
         for at in lines(dsa, call):
             with threadpoolctl.threadpool_limits(1):
                 call()  # whose number is not to come back
-            refused("", lines, dsa, call, at, error=Stop)
+            refused("", lines, dsa, call, at, error=KeyboardInterrupt)
             assert count() == before, at
             assert_same(call(), expected)
         for _ in range(20):  # on any thread, whoever of them was the first
@@ -2050,9 +2008,8 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
 
 @CACHES
 def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
-    """Four at once, while the fast tier, all that two tiers hold in memory beside the index keys, is far too
-    small; of any number of keys in any type of integers, which a place among those of all sequences may be
-    beyond; and it is right when they end. While another has the fast tier none waits, and all are misses."""
+    """Four at once, while the fast tier is far too small; any number of keys in any type of integers; and it
+    is right when they end. While another has the fast tier none waits, and all are misses."""
     n, rng, interval, found = 20000, np.random.default_rng(0), sys.getswitchinterval(), {}
     p, many = tokens(0, (2,), n), [(30, np.int64)] * 37 + [(1, np.uint64), (9, np.int16), (2500, np.int64)]
     asked = [np.sort(rng.integers(0, n, (2, 1, K)), axis=-1).astype(dtype) for K, dtype in many]
@@ -2163,15 +2120,18 @@ def test_a_session_of_two_tiers_goes_on(dsa, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [F16, F32, F64])
-def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
-    """Of floats and of integers, in each stage, in fp8 and through a cache."""
+def test_neither_byte_order_nor_error_state_changes_a_bit(dsa, dtype, tmp_path):
+    """Of floats and of integers, in each stage, in fp8 and through a cache; of arrays in a file, too."""
     p, config = tokens(0, (2,), 40, dtype), dsa.DSAConfig(top_k=5)
+    mapped = np.memmap(tmp_path / "q", dtype, "w+", shape=p.q.shape)
+    mapped[:] = p.q * dtype.type(1e-3)
     indices, main = dsa.lightning_select(*p.index, 9), (p.q, *p.kv, *p.index)
     out, lse = dsa.sparse_attention(p.q, *p.kv, indices)
     calls: list[Any] = [
         (lambda *x: dsa.merge_attention(x[:2], x[2:]), out, out, lse, lse),
         (dsa.apply_sink, out, lse, lse[0, 0]), (lambda *x: dsa.pad_batch(x), *out),
         (dsa.sparse_attention_backward, p.q, *p.kv, indices, out, lse, out),
+        (functools.partial(dsa.dense_attention, k_end=np.zeros(40, int)), mapped, *p.kv),
         (dsa.dense_attention, p.q, *p.kv), (dsa.index_scores, *p.index), (dsa.select_topk, p.q[..., 0], 3),
         (dsa.lightning_select, *p.index, 9), (dsa.sparse_attention, p.q, *p.kv, indices),
         (dsa.quantize_fp8, p.q), (dsa.pack_kv_fp8, np.tile(p.k, 116)[..., :576]),
@@ -2182,33 +2142,11 @@ def test_any_byte_order_gives_the_native_ones_bits(dsa, dtype):
         calls.append((lambda *x, new=new: dsa.dsa_attention(*x, config, cache=new()), *main))
     for call, *args in calls:
         swapped = [x.astype(x.dtype.newbyteorder()) if isinstance(x, np.ndarray) else x for x in args]
-        for actual, expected in zip(call(*swapped), call(*args), strict=True):
+        with np.errstate(all="raise"):
+            found = call(*swapped)
+        for actual, expected in zip(found, call(*args), strict=True):
             np.testing.assert_array_equal(actual, expected)
             assert expected is None or actual.dtype == expected.dtype, call
-
-
-def test_no_call_minds_the_callers_error_state(dsa, tmp_path):
-    """Nor warns; of arrays in a file, too; and what float16 cannot hold becomes its largest number."""
-    p, config = tokens(0, (2,), 40, F16), dsa.DSAConfig(top_k=5, indexer_precision="fp16")
-    mapped = np.memmap(tmp_path / "q", F16, "w+", shape=p.q.shape)
-    mapped[:] = p.q * F16.type(1e-3)
-    index = [x.astype(F32) * F32.type(1e-6) for x in p.index]
-    with np.errstate(all="raise"):
-        out, lse, indices = dsa.dsa_attention(mapped, *p.kv, *index, config, scale=F32.type(0.5))
-        dsa.sparse_attention_backward(mapped, *p.kv, indices, out, lse, out)
-        dsa.dense_attention(p.q, *p.kv, k_end=np.zeros(40, int))
-        large = replace(p, index_k=np.where(np.arange(40)[:, None] > 29, 1e6, p.index_k.astype(F32)))
-        found = attend(dsa, large, config, k_end=np.full((2, 40), 30))[2]  # no query sees what is large
-        assert_same(found, attend(dsa, p, config, k_end=np.full((2, 40), 30))[2])
-        assert (attend(dsa, replace(p, index_k=large.index_k * F32.type(1e30)), config)[2][:, -1] >= 0).all()
-
-
-def test_a_storage_loses_no_number(dsa):
-    """What would become infinite is refused by name, and nothing of it is kept."""
-    for storage, most in (("float16", 7e4), ("float32", 1e39), ("bfloat16", 3.4e38), ("fp8", 3.4e38)):
-        with dsa.KVCache(3, storage=storage, k=(1, 65)) as cache:
-            refused(f"^k is .*{storage}", cache.append, k=np.full((1, 2, 1, 65), most))
-            assert cache.lengths.tolist() == [0]
 
 
 # 12. Threads, memory, documentation -------------------------------------------------------------------------
@@ -2249,18 +2187,16 @@ def test_threads_never_change_a_bit(dsa, seed, dtype):
     ("dsa.lightning_select(*index, 64)", 0, 0.25), ("dsa.dense_attention(q, k, v)", 0, 0.25),
     ("dsa.dsa_attention(q, k, v, *index, dsa.DSAConfig(top_k=64))", 0, 0.25),
     ("dsa.sparse_attention(q, k, v, few)", 0, 0.25),
-    ("dsa.sparse_attention(q[: n // 2, :1], k[: n // 2], v[: n // 2], many)", 0, 0.125),
-    ("lessons(dsa, arrays, few, mlp=mlp)", 0, 0.25),
-    ("lessons(dsa, arrays, None, mlp=mlp, k_end=ends)", 0, 1.25),
+    ("dsa.sparse_attention(q[: n // 2, :1], k[: n // 2, :1], v[: n // 2, :1], many)", 0, 0.125),
+    ("lessons(dsa, p, few)", 0, 0.25), ("lessons(dsa, p, None)", 0, 1.25),
 ])  # fmt: skip
 def test_no_stage_holds_queries_times_keys(dsa, call, least, most, request):
-    """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much, beside
-    two threads' working memory."""
+    """In units of a float32 [T, S], 256 MB at 8,192: only what returns it, or a part, holds as much."""
     n, many = 8192, np.tile(np.arange(3000, dtype=np.int32), (4096, 1))
     dsa.set_num_threads(2)  # each holds a block
     request.addfinalizer(lambda: dsa.set_num_threads(None))
-    arrays, few, mlp, ends = things_to_learn(0, n, n, 64, F32)
-    q, k, v, _, *index = arrays
+    p, few = tokens(0, (), n, F32), np.random.default_rng(0).integers(-1, n, (n, 64), np.int32)
+    q, (k, v), index = p.q, p.kv, p.index
     tracemalloc.start()
     request.addfinalizer(tracemalloc.stop)
     eval(call, globals() | locals())
@@ -2370,39 +2306,24 @@ def hidden():
     return normal(np.random.default_rng(7), 2, 50, DIM)
 
 
-def assert_by_hand(dsa, layer, w, x, **oracle):
-    found, index = [layer(x, core=core) for core in ("absorbed", "expanded")], indexer_of(dsa, layer, x)
-    for b, row in enumerate(x):
-        y, indices, *of_index = layer_by_hand(w, row, **oracle)
-        for own_y, own_indices in found:
-            assert_close(own_y[b], y, 1e-12)
-            np.testing.assert_array_equal(own_indices[b], indices)
-        for actual, expected in zip((index[1], dsa.index_scores(*index)), of_index, strict=True):
-            assert_close(actual[b], expected, 1e-12)
-
-
-@pytest.mark.parametrize("mode", [{}, {"interleaved": True}, {"hadamard": True}], ids=str)
-def test_the_layer_is_section_3(dsa, hidden, mode):
-    """Outputs of both cores, index keys, raw scores to 1e-12; the same selections, K = 6 of 50 (trap 1)."""
-    w, own = layer_weights(), {name.replace("inter", "index_rope_inter"): on for name, on in mode.items()}
-    assert_by_hand(dsa, dsa.DSALayer(w, **SMALL, **own), w, hidden, **mode)
-
-
 @slow
 @given(
     seed=seeds, lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
-    step=one_of([1, 4, 30, None]), dtype=wide_floats, left=flags,
+    step=one_of([1, 4, 30, None]), dtype=wide_floats, left=flags, way=one_of(COPIES),
     mode=one_of([{"index_rope_interleaved": True}, {"hadamard": True, "indexer_precision": "fp8"}]),
 )  # fmt: skip
-def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths, step, mode, dtype, left):
-    """At once without a cache, in chunks or single tokens, alone or in a ragged batch, padded with NaN on the
-    right or on the left (trap 9); a layer without indexer that is given the selection gives the same."""
+def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(
+    dsa, seed, lengths, step, mode, dtype, left, way
+):
+    """In chunks or single tokens, alone or in a ragged batch, padded with NaN on either side (trap 9)."""
     assume(max(lengths) > 0)
     rng, B, T, w = np.random.default_rng(seed), len(lengths), max(lengths), layer_weights(seed, dtype)
     layer, x = dsa.DSALayer(w, **SMALL | mode), normal(rng, B, T, DIM).astype(dtype)
     other = dsa.DSALayer(layer_weights(seed, dtype, indexer=False), **SMALL)
     x[rng.random((B, T)) < 0.2] = x[0, 0]  # repeated tokens: near ties, which rounding would decide
     whole, done = [layer(x[b : b + 1, :n]) for b, n in enumerate(lengths)], np.zeros(B, int)
+    old, layer = layer, way(layer)
+    old.weights["wo"] *= 2  # of which a copy knows nothing
     caches: list[Any] = [z.new_cache(B, T, dtype.name) if step else None for z in (layer, other)]
     tolerance = 1e-12 if dtype == F64 else 1e-4
     while (done < lengths).any():
@@ -2423,8 +2344,7 @@ def test_the_layer_in_any_chunks_selects_the_same_bit_for_bit(dsa, seed, lengths
 
 
 def test_a_projection_has_the_same_bits_in_any_chunk(dsa):
-    """At widths where BLAS itself does not: what the indexer sees of a token depends on that token alone. Nor
-    on how arrays lie in memory, which a copy changes."""
+    """At widths where BLAS itself does not, and however arrays lie in memory, which a copy changes."""
     rng = np.random.default_rng(0)
     for shape in ((96, 1536), (128, 700)):
         x, weight = (rng.standard_normal(s, F32) for s in ((2, 37, shape[1]), shape))
@@ -2481,8 +2401,7 @@ cache: layer(x[:1], cache) | layer(x, other) | layer(x, narrow)
 ^starts is: layer(x, starts=[1, 3]) | layer(x, starts=[1]) | layer(x, starts=[-1, 0])
 ^indices is: sharing(x) | layer(x, cache, indices=first[:, :1]) | layer(x, cache, indices=slots(11))
 ^indices is: layer(x[:, :1], starts=[1, 1], indices=slots(0)) | layer(hidden[:, :9], growing, indices=ahead)
-config.*fixed: new(config=config(strategy="fixed"))
-config.*lsh: new(config=config(global_selection="lsh"))
+config: new(config=config(strategy="fixed")) | new(config=config(global_selection="lsh"))
 layer is 3: new(config=config(progressive_sparsity=True), layer=3)
 fp8.*fp16: new(config=config(indexer_precision="fp16"), indexer_precision="fp8")
 IndexError indices: layer(x, cache, indices=slots(12))
@@ -2492,14 +2411,13 @@ TypeError ^starts is: layer(x, starts=[0.5, 1])
 TypeError ^weights is a list, expected a dict: dsa.DSALayer([np.ones(3)])
 TypeError ^wq_a is a builtins.list: dsa.DSALayer({"wq_a": [1.0]})
 TypeError ^config is a dict: new(config={"top_k": 3})
-TypeError fast_byte: layer.new_cache(1, 8, fast_byte=100) | layer.new_cache(1, 8, local_window=4)
-TypeError fast_byte: layer.new_cache(1, 8, fast_byte=(1,), fast_bytes=10**4) | layer.new_cache(1, 8, path="x")
+TypeError fast_byte: layer.new_cache(1, 8, local_window=4) | layer.new_cache(1, 8, fast_byte=100)
+TypeError fast_byte: layer.new_cache(1, 8, fast_byte=(1,), fast_bytes=10**4)
 """  # the error, if it is no ValueError, what it says, and the calls
 
 
 def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
-    """What a new user gets wrong first, NaN in x or in what comes of it, no room, another layer's cache,
-    indices that do not fit."""
+    """NaN in x or in what comes of it, no room, another layer's cache, indices that do not fit."""
     new = functools.partial(dsa.DSALayer, layer_weights(), **SMALL)
     layer, sharing = new(), dsa.DSALayer(layer_weights(indexer=False), **SMALL)
     cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, hidden)
@@ -2594,32 +2512,26 @@ OF_YARN_5: dict[str, Any] = {"length": 64, "theta": 5000.0}
 PLAIN_FACTOR = OF_YARN_5 | {"mscale": 0.0, "on_rope": yarn_factor(1)}
 BY_7 = PLAIN_FACTOR | {"factor": 7.0, "on_rope": yarn_factor(1, 7)}
 CONFIGS: list[Any] = [  # what config.json says, what layer_by_hand computes for it, the dims given
-    (V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": OLD_YARN}, {"length": 64}), (SIZES, NO_YARN),
-    (V32_CONFIG | {"rope_theta": 8e6, "rope_scaling": None}, NO_YARN | {"theta": 8e6}),
+    (V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": OLD_YARN}, {"length": 64}),
     (with_yarn(**BOTH_MSCALES), OF_YARN_5), (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
     (with_yarn(mscale=0.7, mscale_all_dim=1.3),
      OF_YARN_5 | {"mscale": 1.3, "on_rope": yarn_factor(0.7) / yarn_factor(1.3)}),
-    (with_yarn(beta_fast=None), PLAIN_FACTOR), (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
+    (with_yarn(mscale=0.7, mscale_all_dim=0), PLAIN_FACTOR),
     (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
-    (with_yarn(original_max_position_embeddings=9) | {"original_max_position_embeddings": 64}, PLAIN_FACTOR),
     (with_yarn() | {"rope_scaling": {"type": "default"}, "rope_theta": 8e6}, NO_YARN | {"theta": 8e6}),
     *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
        {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
       for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20))),
-    (V32_CONFIG | {"rms_norm_eps": 0.1}, NO_YARN | {"eps": (0.1, 1e-6)}),
+    (V32_CONFIG, NO_YARN | {"hadamard": True}, {"hadamard": True}), ("no config.json", {}, SMALL),
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
     (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
-    (V32_CONFIG | dict.fromkeys(("rope_interleave", "partial_rotary_factor", "truncate")), NO_YARN),
     (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
     ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
-    (with_yarn(), BY_7, {"rope_factor": 7.0}), (with_yarn(), NO_YARN | {"theta": 5000.0}, {"rope_factor": 1}),
+    (with_yarn(), NO_YARN | {"theta": 5000.0}, {"rope_factor": 1}),
     (with_yarn(attention_factor=1.7), BY_7 | {"on_rope": 1.7}, {"rope_factor": 7.0}),
-    (with_yarn(attention_factor=1.7), NO_YARN | {"theta": 5000.0}, {"rope_factor": 1}),
-    (with_yarn(factor=None), BY_7 | {"factor": 10.0, "length": 256, "on_rope": yarn_factor(1, 10)},
-     {"original_seq_len": 256}),
     (V32_CONFIG | {"model_type": "llama"}, NO_YARN | {"eps": (0.5, 1e-6)},
      {"index_rope_interleaved": False, "norm_eps": 0.5}),
 ]  # fmt: skip
@@ -2627,25 +2539,35 @@ CONFIGS: list[Any] = [  # what config.json says, what layer_by_hand computes for
 
 @pytest.mark.parametrize("config, oracle, given", [(*row, {})[:3] for row in CONFIGS])
 def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config, oracle, given):
-    """Out of a folder, the layer is section 3: sizes, RoPE of both forms, layout, eps; given dims win,
-    also in what follows from them."""
-    w = layer_weights()
-    write_checkpoint(tmp_path, checkpoint_names(w), config)
-    layer = dsa.DSALayer.from_safetensors(tmp_path / "model.safetensors", 3, **given)
-    assert_by_hand(dsa, layer, w, hidden[:1, :20], **oracle)
-    for same in (config, tmp_path, str(tmp_path / "config.json")):
+    """Out of a folder, or of weights alone, the layer is section 3: outputs of both cores, index keys, scores
+    to 1e-12, the same selections, K = 6 of 30 (trap 1); given dims win, also in what follows from them."""
+    w, x = layer_weights(), hidden[:, :30]
+    if said := isinstance(config, dict):
+        write_checkpoint(tmp_path, checkpoint_names(w), config)
+    read = dsa.DSALayer.from_safetensors
+    layer = read(tmp_path / "model.safetensors", 3, **given) if said else dsa.DSALayer(w, **given)
+    index = indexer_of(dsa, layer, x)
+    for b, row in enumerate(x):
+        y, indices, *of_index = layer_by_hand(w, row, **oracle)
+        for core in ("absorbed", "expanded"):
+            own_y, own_indices = layer(x, core=core)
+            assert_close(own_y[b], y, 1e-12)
+            np.testing.assert_array_equal(own_indices[b], indices)
+        for actual, expected in zip((index[1], dsa.index_scores(*index)), of_index, strict=True):
+            assert_close(actual[b], expected, 1e-12)
+    for same in (config, tmp_path, str(tmp_path / "config.json")) if said else ():
         assert dsa.LayerDims.from_config(same, **given) == layer.dims
-    own = dsa.DSALayer.from_safetensors(tmp_path, 3, **given | {"index_topk": 5, "mscale": 2.0}).dims
-    assert own == replace(layer.dims, index_topk=5, mscale=2.0)
-    for read in (dsa.DSALayer.from_safetensors, dsa.LayerDims.from_config):
-        refused("none", read, tmp_path / "none", error=FileNotFoundError)
+    if said:
+        own = read(tmp_path, 3, **given | {"index_topk": 5, "mscale": 2.0}).dims
+        assert own == replace(layer.dims, index_topk=5, mscale=2.0)
+    for call in (read, dsa.LayerDims.from_config):
+        refused("none", call, tmp_path / "none", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("types, shares", [
     ({"indexer_types": ["full", "full", "shared", "shared", "full"]}, "ffssff"),  # one less than layers
     ({"index_topk_pattern": "FFSSF"}, "ffssff"), ({}, "ffffff"),
     ({"index_topk_freq": 3, "index_skip_topk_offset": 2}, "ffssfs"), ({"index_topk_freq": 2}, "ffsfsf"),
-    ({"index_topk_freq": 2, "index_skip_topk_offset": None}, "ffsfsf"),
     ({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "fsssfs"),
     ({"index_topk_freq": 2, "num_hidden_layers": 4}, "ffsfff"),
 ], ids=str)  # fmt: skip
@@ -2679,9 +2601,8 @@ KINDS = [*itertools.product(*SCALES), *((None, dtype, "") for dtype in DTYPES)]
 
 @pytest.mark.parametrize("kind, dtype, ending", KINDS)
 def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
-    """Exactly as stored, in the widest float that any of them needs; fp8 codes times scales, whatever these
-    are for and stored in; a prefix with words in front, or DeepSeek's names; buffers are passed over. Sums
-    are float32, and y has the dtype of x."""
+    """Exactly as stored, in the widest float that any of them needs; fp8 codes times scales; any prefix, or
+    DeepSeek's names; buffers are passed over. Sums are float32, and y has the dtype of x."""
     w, at = layer_weights(dtype=F32 if kind else dtype), "model.language_model.layers.3.self_attn."
     for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
         w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
@@ -2741,7 +2662,6 @@ def q_b_proj(stored):
 END = sum(x.nbytes for x in layer_weights().values())
 LAST = b"[%d, %d]" % (END - 128, END)
 SPANS = b"[12288, 0]", b"[8, 12288]", b"[8, 12296]", b'["0", 8]', b"[0, 8, 9]"  # of 24 x 64 numbers
-YARN_OF_NONE = YARN_5 | {"original_max_position_embeddings": None}
 REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a file; what the error says
     ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "linear"),
     ({"rope_scaling": {"factor": 4.0}}, "factor"), ({"rope_scaling": "yarn"}, "^RoPE in config.json is a"),
@@ -2749,11 +2669,8 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     ({"rope_parameters": YARN_5 | {"truncate": False}}, "truncate"),
     ({"rope_parameters": YARN_5 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     *(({"rope_parameters": YARN_5 | {"factor": factor}}, "factor is") for factor in (-4, 0, 10**400, "4")),
-    *(({"rope_parameters": YARN_OF_NONE | own, "max_position_embeddings": None},
-       "original_max_position_embeddings is")
-      for own in ({}, {"factor": None}, {"original_max_position_embeddings": 0})),
-    *(({"rope_parameters": YARN_5 | {"factor": None}, "max_position_embeddings": longest},
-       "max_position_embeddings is") for longest in (-1, 10**400, "1")),
+    (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": None}, "original_max_p"),
+    (with_yarn(factor=None) | {"max_position_embeddings": -1}, "max_position_embeddings is"),
     *(({name: value}, name) for name, value in (
         ("rope_interleave", False), ("partial_rotary_factor", 0.5), ("n_heads", 4), ("rope_factor", 40.0),
         ("indexer_types", 5), ("indexer_types", ["bogus"]), ("index_topk_freq", -1),
@@ -2763,7 +2680,6 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     *((q_b_proj(stored), f"q_b_proj.*{words}") for words, stored in
       (case.split(": ") for case in STORED_AS.strip().replace("\n", " | ").split(" | "))),
     (renamed("kv_b_proj.weight", "k_b_proj.weight"), "k_b_proj.* split"),
-    (renamed("kv_b_proj.weight", "w_uk"), "w_uk.* split"),
     (renamed("q_a_proj.weight", "q_proj.weight"), "q_proj.* full rank"),
     (renamed("q_a_proj.weight", "mlp.weight"), "q_a_proj"), (lambda tensors: {}, "^path is"),
     (lambda tensors: tensors | {"draft." + name: x for name, x in tensors.items()}, "draft"),
@@ -2776,9 +2692,8 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
     ((MODEL, lambda raw: raw.replace(LAST, b"[%d, %d]" % (END - 120, END + 8)) + bytes(8)), "its bytes from"),
     ((MODEL, lambda raw: raw.replace(LAST, b"[%d, %d]" % (END - 136, END - 8))[:-8]), "is too small"),
     *(((MODEL, lambda raw, n=n: raw[:n]), f"{MODEL} is no whole") for n in (0, 4, 100, -1)),
-    ((MODEL, lambda raw: raw + b"more"), f"{MODEL} is no whole"),
-    ((MODEL, lambda raw: bytes(8)), f"{MODEL} is no whole"),
-    ((MODEL, lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9)), f"{MODEL} is no whole"),
+    *(((MODEL, change), f"{MODEL} is no whole") for change in (
+        lambda raw: raw + b"more", lambda raw: b"\t" + bytes(7) + b"no header" + bytes(9))),
     (("model-2.safetensors", lambda raw: raw), "another file"),
     *((("config.json", text), "config.json is without") for text in ("{", "[1]")),
     ((INDEX, "version https://git-lfs"), f"{INDEX} is without"), ((INDEX, "{}"), f"weight_map in .*{INDEX}"),
@@ -2788,8 +2703,7 @@ REFUSED: list[tuple[Any, str]] = [  # fields of config.json, the tensors, or a f
 
 @pytest.mark.parametrize("change, match", REFUSED)
 def test_a_checkpoint_that_is_not_understood_is_refused(dsa, tmp_path, change, match):
-    """What an input means is used or refused, never dropped: the tensor and its format, by name; header,
-    offsets, dtype, shape and length agree, and each tensor stands once."""
+    """What an input means is used or refused, never dropped: the tensor and its format, by name."""
     tensors = checkpoint_names(layer_weights())
     write_checkpoint(tmp_path, tensors)
     read = dsa.DSALayer.from_safetensors
@@ -2836,17 +2750,6 @@ def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, 
         assert_same(loaded(x, lengths=lengths), (y, indices))
     if config.progressive_sparsity:
         refused("n_layers is 0", dsa.DSALayer.from_safetensors, tmp_path, layer, config=config, n_layers=0)
-
-
-def test_a_copy_of_a_layer_is_independent(dsa, hidden):
-    """Also of its arrays: who changes one changes nothing of the other."""
-    layer = dsa.DSALayer(layer_weights(), **SMALL, config=dsa.DSAConfig(top_k=5))
-    expected = layer(hidden)
-    for other in (way(layer) for way in COPIES):
-        assert_same(other(hidden), expected)
-        other.weights["wo"] *= 2
-        assert not np.array_equal(other(hidden)[0], expected[0])
-    assert_same(layer(hidden), expected)
 
 
 TINY: dict[str, Any] = SIZES | {
@@ -2909,8 +2812,7 @@ def test_a_folder_that_transformers_wrote_is_all_that_is_needed(dsa, tmp_path, n
     "name, attention", [*itertools.product(MODELS, ["sdpa"]), ("v32", "eager"), ("glm 5.2", "eager")]
 )
 def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attention):
-    """The README's lines: logits to 1e-4, padded on the left or not; the same tokens, also in a copy, where
-    generate takes some back or a chunk is all padding; a config in a line."""
+    """Logits to 1e-4, padded or not; the same tokens, where generate takes some back or a chunk is empty."""
     block, original = readme(r"import[^`]*torch\.nn\.Module")[1], tiny_model(name)
     torch = sys.modules["torch"]
     original.set_attn_implementation(attention)
@@ -2958,13 +2860,13 @@ def test_the_readmes_lines_load_a_layer_and_run_it(dsa, tmp_path, monkeypatch, c
     assert capsys.readouterr().out == f"(1, 1, {DIM}) (1, 1, 64) [300] {32 + 4 + 2 * 8 + 16 + 4}\n"
 
 
-def test_all_e4m3_codes_round_trip(dsa):
+def test_all_e4m3_codes_round_trip(impl):
     """Their values are those of ml_dtypes, NaN and -0 included, and quantising these gives the codes back."""
     codes = np.arange(256, dtype=np.uint8)
-    values = dsa.dequantize_fp8(codes, np.ones(2, F32))
+    values = impl.dequantize_fp8(codes, np.ones(2, F32))
     assert_same(values, codes.view(E4M3).astype(F32))
-    assert_same(dsa.quantize_fp8(values), (codes, np.ones(2, F32)))
-    assert dsa.quantize_fp8(np.array([INF, -1e300]))[0].tolist() == [126, 254]
+    assert_same(impl.quantize_fp8(values), (codes, np.ones(2, F32)))
+    assert impl.quantize_fp8(np.array([INF, -1e300]))[0].tolist() == [126, 254]
 
 
 @given(
@@ -2972,16 +2874,15 @@ def test_all_e4m3_codes_round_trip(dsa):
     scale=one_of(["ue8m0", "float"]), dtype=any_dtype,
     amax=one_of([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
 )  # fmt: skip
-def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, size, scale, dtype, amax, k):
-    """Byte for byte as ml_dtypes rounds: zeros stay so, what lies beyond 448 saturates, and ue8m0 steps up
-    one ulp above 448 * 2^k."""
+def test_fp8_is_e4m3_of_x_over_its_scale(impl, seed, N, size, scale, dtype, amax, k):
+    """Byte for byte as ml_dtypes rounds; ue8m0 steps up one ulp above 448 * 2^k."""
     rng, most = np.random.default_rng(seed), float(ml_dtypes.finfo(dtype).max)
     x = normal(rng, 3, N) * np.exp2(rng.integers(-20, 10, (3, 1))) * (rng.random((3, N)) < 0.7)
     x[0] = amax * 2.0**k * np.where(np.arange(N) % size, x[0].clip(-1, 1), 1)
     x = x.clip(-most, most).astype(dtype)
-    codes, scales = dsa.quantize_fp8(x, scale=scale, block=size)
+    codes, scales = impl.quantize_fp8(x, scale=scale, block=size)
     assert codes.shape == x.shape and scales.shape == (3, -(-N // size)) and scales.dtype == F32
-    values = dsa.dequantize_fp8(codes, scales, block=size)
+    values = impl.dequantize_fp8(codes, scales, block=size)
     for b, i in np.ndindex(*scales.shape):
         own, s = slice(size * i, size * (i + 1)), scales[b, i]
         block = x[b, own].astype(accumulator(dtype))
@@ -2992,21 +2893,25 @@ def test_fp8_is_e4m3_of_x_over_its_scale(dsa, seed, N, size, scale, dtype, amax,
         np.testing.assert_array_equal(values[b, own], rounded.astype(F32) * s)
 
 
-def test_the_656_bytes_of_a_token(dsa):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_656_bytes_of_a_token(impl, dsa, dtype):
     """512 codes, 4 scales that are powers of two of at least 1e-4, 64 bfloat16 as ml_dtypes rounds them."""
     kv = normal(np.random.default_rng(0), 3, 2, 576) * np.exp2(np.arange(6) * 4 - 16).reshape(3, 2, 1)
     kv[0, 0, :128], kv[..., -3:] = 0, [NAN, 1 + 2.0**-8, 1 + 3 * 2.0**-8]  # two ties
-    kv = kv.astype(F32)
-    kv.view(np.uint32)[0, 1, -3] = 0x7FFFFFFF  # a NaN that must not be carried away
+    kv = kv.astype(dtype)
+    if impl.xp is not np:  # whose NaN has other bits
+        kv[..., -3] = 0
+    elif dtype == F32:
+        kv.view(np.uint32)[0, 1, -3] = 0x7FFFFFFF  # a NaN that must not be carried away
     latent, rope = kv[..., :512].reshape(3, 2, 4, 128), kv[..., 512:].astype(BFLOAT16)
     amax = np.maximum(np.abs(latent.astype(F64)).max(-1, keepdims=True) / 448, 1e-4)
     scales = np.exp2(np.ceil(np.log2(amax))).astype(F32)
-    codes, packed = (latent / scales).astype(E4M3), dsa.pack_kv_fp8(kv)
+    codes, packed = (latent / scales).astype(E4M3), impl.pack_kv_fp8(kv)
     assert packed.shape == (3, 2, 656) and packed.dtype == np.uint8
     for i in np.ndindex(3, 2):
         assert packed[i].tobytes() == b"".join(x[i].tobytes() for x in (codes, scales, rope))
         expected = [*(codes[i].astype(F32) * scales[i]).ravel(), *rope[i].astype(F32)]
-        np.testing.assert_array_equal(dsa.unpack_kv_fp8(packed)[i], expected)
+        np.testing.assert_array_equal(impl.unpack_kv_fp8(packed)[i], expected)
     with dsa.KVCache(4, storage="fp8", k=(1, 576), index_k=(128,)) as cache:
         assert cache.bytes_per_token == 656 + 132 and cache.nbytes == 4 * 788
         cache.append(k=kv[None, 0, :, None], index_k=kv[None, 0, :, 128:256])
@@ -3016,8 +2921,7 @@ def test_the_656_bytes_of_a_token(dsa):
 
 @given(seed=seeds, E=one_of([8, 31, 128]), J=one_of([1, 3, 64]))
 def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
-    """index_q as codes, index_k as entries of a cache: scores and selections of the decoded vectors, which
-    are the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k (powers of two)."""
+    """As decoded, which is the formula's bit for bit: relu(q8 . k8) * (w * s_q), summed, times s_k."""
     rng = np.random.default_rng(seed)
     q, k, w = (rng.standard_normal(shape, F32) for shape in ((2, 9, J, E), (2, 70, E), (2, 9, J)))
     (q8, s_q), (k8, s_k) = dsa.quantize_fp8(q), dsa.quantize_fp8(k)
@@ -3042,8 +2946,7 @@ def test_codes_are_scored_as_what_they_stand_for(impl, dsa, seed, E, J):
 
 
 def test_the_fp8_layer_quantises_what_its_indexer_compares(dsa, hidden):
-    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the selection is over these,
-    also of queries so small that the least scale counts. indexer_precision stands in the dims or config."""
+    """Both sides, after RoPE and Hadamard, the key once, before it is cached; the least scale counts too."""
     w = layer_weights()
     new, tiny = functools.partial(dsa.DSALayer, w, **SMALL, hadamard=True), 1e-9 * w["indexer.wq_b"]
     exact, fp8 = new(), new(indexer_precision="fp8")
@@ -3086,7 +2989,7 @@ def trained_on(p, seed, sparse):
     keys = drawn_indices(p, seed) if sparse else np.broadcast_to(np.arange(p.S), (*p.batch, p.T, p.S))
     kwargs = ({"indices": keys} if sparse else {}) | (p.windows if windowed else {})
     seen = (keys >= p.lo[..., None]) & (keys < p.hi[..., None]) if windowed else keys >= 0
-    return kwargs, np.where(seen, keys, -1)
+    return kwargs, np.where(seen, keys.astype(int), -1)
 
 
 def target_by_hand(p, keys):
@@ -3107,8 +3010,7 @@ def kl_by_hand(target, scores, keys):
 
 @given(p=problems(), seed=seeds, sparse=flags)
 def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
-    """Over the window, or inside the selected set, of scores by eq. (1) and by the MLP, whose gradients have
-    mlp's dtype, if q has less; a row that sees nothing is all 0 and adds nothing."""
+    """Over the window, or inside the selected set, by eq. (1) and by the MLP; rows that see nothing add 0."""
     (kwargs, keys), acc = trained_on(p, seed, sparse), accumulator(p.q.dtype)
     target = impl.attention_target(p.q, p.k, scale=p.scale, **kwargs)
     expected = target_by_hand(p, keys)
@@ -3121,7 +3023,8 @@ def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
     q, k, C = p.q.astype(F32), p.k.astype(F32), math.prod(p.k.shape[-2:])
     rngs, shapes = np.random.default_rng(seed).spawn(4), ((3, C), (3, C), (3,), (3,))
     mlp = [small(rng, *shape) for rng, shape in zip(rngs, shapes, strict=True)]
-    loss, grads = impl.learned_loss(q, k, mlp, expected, **kwargs)
+    views = (impl.give(x, strided=True) for x in (q, k, mlp, expected))
+    loss, grads = impl.learned_loss(*views, **kwargs)
     assert [x.dtype for x in grads] == [F64] * 4
     assert_close(loss, kl_by_hand(expected, mlp_by_hand(q, k, *mlp), keys), 1e-4)
     for wrong in (NAN, -0.25) if (keys >= 0).any() else ():  # what is no probability has no loss
@@ -3132,8 +3035,7 @@ def test_the_target_is_attentions_and_the_losses_are_kls(impl, p, seed, sparse):
 
 @given(p=problems(data=normal, dtypes=[F64]), seed=seeds, sparse=flags, z=one_of([None, 0.7, -3, INF, -INF]))
 def test_gradients_are_slopes(impl, p, seed, sparse, z):
-    """Of sum(out * dout) and of the KL by eq. (1) and by the MLP, along a random direction of each argument;
-    rows of the target need not sum to 1. A sink that takes nothing, or all, has no slope."""
+    """Of sum(out * dout), and of the KL by eq. (1) and by the MLP, in a random direction of each argument."""
     (kwargs, keys), indices = trained_on(p, seed, sparse), drawn_indices(p, seed)
     rng, C, options = np.random.default_rng(seed), math.prod(p.k.shape[-2:]), p.latent | {"scale": p.scale}
     target = target_by_hand(p, keys) * rng.integers(0, 3, (*p.batch, p.T, 1))
@@ -3161,109 +3063,83 @@ def test_gradients_are_slopes(impl, p, seed, sparse, z):
 
 
 def assert_gradients(actual, expected, like, tolerance, least=1.0):
-    """Of the dtype and shape of what they belong to, and close in units of the largest, or of the least."""
+    """Of the dtype and shape of what they belong to, and close, in units of the largest, or of the least."""
     for a, e, x in zip(actual, expected, like, strict=True):
         assert (a is None) == (x is None)
         if x is not None:
             assert a.dtype == x.dtype and a.shape == x.shape
             size = max(least, np.abs(e).max(initial=0))
-            assert_close(a.astype(F64) / size, e / size, tolerance)
+            assert_close(a.astype(F64) / size, e / size, max(tolerance, TOLERANCE[x.dtype]))
 
 
 def in_float64(args):
     return [x if x is None or x.dtype.kind in "iu" else x.astype(F64) for x in args]
 
 
-@given(p=problems(), seed=seeds, sparse=flags, z=one_of([None, 0.7]))
-def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, z):
-    """Rounded. Small integers: products of exactly 0 are common, and pass on nothing, as negative ones do."""
-    dsa, dtype, (kwargs, keys) = impl.module, p.q.dtype, trained_on(p, seed, sparse)
-    rounding = TOLERANCE[dtype] * (4 if dtype == BFLOAT16 and impl.xp is not np else 1)  # of P and dS
-    indices, sink = drawn_indices(p, seed), None if z is None else np.full(p.q.shape[-2], z, dtype)
-    options, (wide,) = p.latent | {"scale": p.scale}, in_float64([sink])
-    out, lse = impl.sparse_attention(p.q, *p.kv, indices, sink=sink, **options)
-    args = p.q, *p.kv, indices, out, lse, normal(np.random.default_rng(seed), *out.shape).astype(dtype)
-    grads = impl.sparse_attention_backward(*args, sink=sink, **options)
-    expected = dsa.sparse_attention_backward(*in_float64(args), sink=wide, **options)
-    assert_gradients(grads, expected, (p.q, *p.kv, sink), rounding)
-    target, (q, k, w) = target_by_hand(p, keys), in_float64(p.index)
-    grads = impl.indexer_loss(*p.index, target, **kwargs)[1]
-    expected = dsa.indexer_loss(q, k, w, target, **kwargs)[1]
-    assert_gradients(grads, expected, p.index, max(TOLERANCE[accumulator(dtype)], rounding))
-    # Products lowered by 1e-9, of which those of exactly 0 are negative, give the same.
-    less = [np.concatenate([x, np.full_like(x[..., :1], y)], -1) for x, y in ((q, 1), (k, -1e-9))]
-    parts = zip(dsa.indexer_loss(*less, w, target, **kwargs)[1], expected, strict=True)
-    assert_gradients([x[..., : e.shape[-1]] for x, e in parts], expected, expected, 1e-6)
-
-
-@given(p=problems(data=normal, dtypes=[F32, F64]), seed=seeds, sparse=flags, value=one_of([NAN, INF, 7.0]))
-def test_what_nobody_sees_trains_nothing(impl, p, seed, sparse, value):
-    """Keys outside every window or set, between windows too, slots that are absent, and queries without keys
-    (padding) may hold anything."""
+@given(
+    p=problems(mixed=True), seed=seeds, sparse=flags, strided=flags, z=one_of([None, 0.7]),
+    value=one_of([NAN, INF, 7.0]), how=one_of([{}, {"deterministic": False}]),
+)  # fmt: skip
+def test_gradients_in_any_dtype_are_those_in_float64(impl, p, seed, sparse, strided, z, value, how):
+    """Rounded to the dtype of what they belong to, in any layout. Small integers: products of exactly 0 are
+    common, and pass on nothing, as negative ones do. Keys outside every window or set, between windows too,
+    slots that are absent, on a GPU by any number that is no key, and queries without keys hold anything."""
     if seed % 4 < 2:  # narrow windows, with others between them
         start = np.random.default_rng(seed).integers(0, p.S, (*p.batch, p.T))
         p = replace(p, windows={"k_start": start, "k_end": start + seed % 3})
-    (kwargs, keys), dirty = trained_on(p, seed, sparse), copy.deepcopy(p)
+    dsa, (kwargs, keys), dirty = impl.module, trained_on(p, seed, sparse), copy.deepcopy(p)
     seen, none = (keys[..., None] == np.arange(p.S)).any((-2, -3)), (keys < 0).all(-1)
     for names, mask in (("q index_q weights", none), ("k v index_k", ~seen)):
         for x in (getattr(dirty, name) for name in names.split()):
             if x is not None:
                 x[mask] = value
-    out, lse = impl.sparse_attention(p.q, *p.kv, keys, **p.latent, scale=p.scale)
-    results = []
-    for x, junk in ((p, 0), (dirty, value)):
-        found = target = impl.attention_target(x.q, x.k, **kwargs)
-        target = np.where(keys < 0, junk, target).astype(target.dtype)
-        loss, grads = impl.indexer_loss(*x.index, target, **kwargs)
-        dout = np.where(none[..., None, None], junk, out).astype(out.dtype)
-        args = x.q, *x.kv, keys, out, lse, dout
-        more = impl.sparse_attention_backward(*args, **p.latent, sink=np.zeros(p.q.shape[-2], p.q.dtype))
-        results.append((found, np.float64(loss), *grads, *(x for x in more if x is not None)))
-    assert_same(*results[::-1])
+    exactly = {"indices": keys} if sparse else kwargs
+    if impl.xp is not np and sparse and seed % 3:
+        no_keys = [p.S, 255, 2**31 - 1, 2**32 + 1, 2**40, -2, -(2**40)]
+        far = np.random.default_rng(seed).choice(no_keys, keys.shape)
+        kwargs["indices"] = np.where(keys < 0, far, keys)
+    give = functools.partial(impl.give, strided=strided)
+
+    def within(*arrays):  # on a GPU, P and dS are rounded too
+        kinds = [x.dtype for x in arrays]
+        return TOLERANCE[accumulator(*kinds)] if impl.xp is np else 4 * max(TOLERANCE[x] for x in kinds)
+
+    sink = None if z is None else np.full(p.q.shape[-2], z, p.q.dtype if seed % 2 else F32)
+    options, (wide,), target = p.latent | {"scale": p.scale}, in_float64([sink]), target_by_hand(p, keys)
+    out, lse = impl.sparse_attention(p.q, *p.kv, keys, sink=sink, **options)
+    dout = normal(np.random.default_rng(seed), *out.shape).astype(p.q.dtype)
+    args, junk = (p.q, *p.kv, keys, out, lse, dout), np.where(none[..., None, None], value, dout)
+    expected = dsa.sparse_attention_backward(*in_float64(args), sink=wide, **options)
+    slots = kwargs["indices"] if kwargs.keys() == {"indices"} else keys
+    args = dirty.q, *dirty.kv, slots, out, lse, junk.astype(dout.dtype)
+    grads = impl.sparse_attention_backward(*map(give, args), sink=sink, **options, **how)
+    assert_gradients(grads, expected, (p.q, *p.kv, sink), within(p.q, p.k, p.values))
+    found = impl.attention_target(give(dirty.q), give(dirty.k), scale=p.scale, **kwargs)
+    assert_close(found, target, TOLERANCE[F32])
+    (q, k, w), junk = in_float64(p.index), np.where(keys < 0, value, target)
+    loss, grads = impl.indexer_loss(*map(give, dirty.index), give(junk), **kwargs, **how)
+    exact, expected = dsa.indexer_loss(q, k, w, target, **exactly)
+    assert_close(loss, exact, 10 * TOLERANCE[F32])
+    assert_gradients(grads, expected, p.index, within(*p.index))
+    # Products lowered by 1e-9, of which those of exactly 0 are negative, give the same.
+    less = [np.concatenate([x, np.full_like(x[..., :1], y)], -1) for x, y in ((q, 1), (k, -1e-9))]
+    parts = zip(dsa.indexer_loss(*less, w, target, **exactly)[1], expected, strict=True)
+    assert_gradients([x[..., : e.shape[-1]] for x, e in parts], expected, expected, 1e-6)
 
 
-def lessons(impl, arrays, indices, give=lambda x: x, mlp=None, k_end=None, **kwargs):
+def lessons(dsa, p, indices, k_end=None):
     """The target and the losses with their gradients; with indices also those of the attention."""
-    q, k, v, sink, *index = map(give, arrays)
+    q, (k, v), of_key, sink = p.q, p.kv, p.k.reshape(p.S, -1), p.k[0].ravel()[:4]
+    mlp = of_key[:3], of_key[3:6], of_key[6, :3], of_key[7, :3]
     some = {"k_end": k_end} if indices is None else {"indices": indices}
-    target = impl.attention_target(q, k, **some)
-    found = [target, *flat(impl.indexer_loss(*index, give(target), **some, **kwargs))]
-    found += flat(impl.learned_loss(q, k, mlp, target, **some)) if mlp else ()
+    target = dsa.attention_target(q, k, **some)
+    losses = dsa.indexer_loss(*p.index, target, **some), dsa.learned_loss(q, k, mlp, target, **some)
+    found = [target, *(x for loss, grads in losses for x in (loss, *grads))]
     if indices is not None:
-        out, lse = impl.sparse_attention(q, k, v, indices, sink=sink)
-        rest = indices, give(out), give(lse), give(out[..., ::-1, :])
-        found += impl.sparse_attention_backward(q, k, v, *rest, sink=sink, **kwargs)
+        out, lse = dsa.sparse_attention(q, k, v, indices, sink=sink)
+        rest = indices, out, lse, out[..., ::-1, :]
+        found += dsa.sparse_attention_backward(q, k, v, *rest, sink=sink)
     return tuple(map(np.asarray, found))
-
-
-def flat(x):
-    return sum(map(flat, x), ()) if isinstance(x, tuple) else (x,)
-
-
-@pytest.mark.parametrize("batch, G", [((), 1), ((2,), 2), ((2, 1), 3)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_takes_any_layout_and_any_integers(impl, batch, G, dtype):
-    """Axes in another order, every second number: as of copies. Indices of any integer type; on a GPU those
-    that are no key are absent, and by atomics all is the same to rounding."""
-    arrays, holes, *_ = things_to_learn(G, 5, 9, 4, dtype, batch, 6, G)
-    strided: Any = {"give": functools.partial(impl.give, strided=True)}
-    loose = strided | {"tolerance": 4 * TOLERANCE[dtype]}
-
-    def same(expected, indices, tolerance=TOLERANCE[dtype], **kwargs):
-        for x, y in zip(lessons(impl, arrays, indices, **kwargs), expected, strict=True):
-            assert_close(x, y, tolerance)
-
-    same(lessons(impl, arrays, None), None, **strided)
-    indices, expected = np.maximum(holes, 0), lessons(impl, arrays, holes)
-    whole = lessons(impl, arrays, indices)
-    for kind in (np.int64, np.int16, np.uint8, np.uint64):
-        same(whole, indices.astype(kind), **strided)
-    same(expected, holes, deterministic=False, **loose)
-    if impl.xp is not np:
-        no_keys = [9, 255, 2**31 - 1, 2**32 + 1, 2**40, -2, -(2**40)]
-        far = np.random.default_rng(G).choice(no_keys, holes.shape)
-        for kwargs in ({}, {"deterministic": False}):
-            same(expected, np.where(holes < 0, far, holes), **loose, **kwargs)
 
 
 @pytest.mark.parametrize("xp", array_libraries())
@@ -3292,57 +3168,33 @@ def test_the_readmes_lines_train_an_indexer(dsa, capsys, xp):
         torch.set_default_device("cpu")
 
 
-def things_to_learn(seed, T, S, K, dtype, batch=(), heads=2, G=1):
-    """What lessons takes: arrays of T queries and S keys, indices, an MLP, and the ends of causal windows."""
-    rng = np.random.default_rng(seed)
-    shapes = (T, heads, 4), (S, G, 4), (S, G, 4), (heads,), (T, 2, 8), (S, 8), (T, 2)
-    arrays = [rng.standard_normal((*batch, *x) if len(x) > 1 else x).astype(dtype) for x in shapes]
-    mlp = tuple(rng.standard_normal(shape).astype(dtype) for shape in ((3, 4 * G), (3, 4 * G), 3, 3))
-    return arrays, rng.integers(-1, S, (*batch, T, K), np.int32), mlp, np.arange(S - T + 1, S + 1)
-
-
-def test_gradients_have_the_dtype_of_what_they_belong_to(impl):
-    """Also where that is another for each argument; sums are kept in the widest."""
-    arrays, indices, *_ = things_to_learn(1, 4, 6, 3, F64)
-    for own in itertools.product((F32, F64, BFLOAT16), repeat=3):
-        mixed = [x.astype(kind) for x, kind in zip(arrays, (*own, F32, *own), strict=True)]
-        _, loss, *grads = lessons(impl, mixed, indices)
-        assert [x.dtype for x in grads] == [*own, *own, F32] and np.isfinite(loss)
-        if impl.xp is np:
-            args = *mixed[:3], indices, *impl.sparse_attention(*mixed[:3], indices), mixed[0]
-            found, expected = (impl.sparse_attention_backward(*x)[:3] for x in (args, in_float64(args)))
-            for a, e in zip(found, expected, strict=True):
-                assert_gradients([a], [e], [a], TOLERANCE[a.dtype])
-    bare = [arrays[0][..., :0, :], *arrays[1:3], arrays[3][:0], *arrays[4:]]  # no heads are no error
-    assert not any(x.any() for some in (None, indices) for x in lessons(impl, bare, some))
-
-
 @slow
 @given(seed=seeds, dtype=any_dtype, sparse=flags)
 def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, sparse):
     """Threads never change a bit; a query's gradient is its own, a key's the sum over chunks of queries."""
-    T = 200 + seed % 100
-    arrays, indices, mlp, ends = things_to_learn(seed, T, 300, 9, dtype)
+    S, T = 300, 200 + seed % 100
+    p, ends = tokens(seed, (), S, dtype), np.arange(S - T, S) + 1
+    indices = np.random.default_rng(seed).integers(-1, S, (T, 9), np.int32)
 
     def run(t=slice(None)):
-        part = [x[t] if len(x) == T else x for x in arrays]
-        return lessons(dsa, part, indices[t] if sparse else None, mlp=mlp, k_end=ends[t])
+        few = (x[S - T :][t] for x in (p.q, p.index_q, p.weights))
+        part = replace(p, **dict(zip(("q", "index_q", "weights"), few, strict=True)))
+        return lessons(dsa, part, indices[t] if sparse else None, ends[t])
 
     (expected,) = on_any_threads(dsa, run)
     chunks = [run(slice(a, a + T // 3)) for a in range(0, T, T // 3)]
     for whole, *parts in zip(expected, *chunks, strict=True) if dtype == F64 else ():
         own = np.shape(whole)[:1] == (T,)
         assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
-    q, k, v = arrays[:3]  # by the order of a key's queries, which other keys do not change
-    rest = *dsa.sparse_attention(q, k, v, indices), q
+    q, (k, v) = p.q[S - T :], p.kv  # by the order of a key's queries, which other keys do not change
+    out, lse = dsa.sparse_attention(q, k, v, indices)
+    rest = out, lse, out
     one_key = np.where(indices == indices.max(), indices, -1)
     every, alone = (dsa.sparse_attention_backward(q, k, v, slots, *rest)[1:3] for slots in (indices, one_key))
     assert_same(*(tuple(x[indices.max()] for x in grads) for grads in (every, alone)))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # 15. A sequence sharded by MPI: the functions ranks_* run on every rank of 1 to 4 processes
-# ------------------------------------------------------------------------------------------------------------
 
 
 SHARDED = ["sharded_select", "sharded_attention", "index_scores", "lightning_select", "dsa_attention"]
@@ -3367,19 +3219,19 @@ def mpi(ranks, code, timeout=150):
 
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-WHAT = ["select", "attention", "cache", "errors", "traffic"]
+WHAT = ["stages", "cache", "errors", "traffic"]
 
 
 @RANKS
 @pytest.mark.parametrize("what", WHAT)
 def test_sharded_is_as_one(dsa, what, ranks, xp=""):
-    """On every rank, what ranks_select, ranks_attention, ... say."""
+    """On every rank, what ranks_stages, ranks_cache, ... say."""
     done = mpi(ranks, f"test_dsa.ranks_{what}(dsa, comm{xp}); print('fine')", timeout=300)
     assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
 
 
 @RANKS
-@pytest.mark.parametrize("what", WHAT[:3])
+@pytest.mark.parametrize("what", WHAT[:2])
 def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks):
     """By NCCL if each rank has a GPU of its own, else through the host's memory."""
     test_sharded_is_as_one(dsa, what, ranks, ", test_dsa.gpu_of(comm)")
@@ -3457,17 +3309,10 @@ def sharded_problem(seed):
     return rng, dtype, p
 
 
-def test_what_is_no_communicator_is_refused(dsa):
-    """By name, before anything else."""
-    for comm in (None, 3, types.SimpleNamespace(rank=0, size=1)):
-        refused("^comm is .*communicator", dsa.sharded_select, [], [], [], 3, comm, error=TypeError)
-        refused("^comm is .*communicator", dsa.sharded_attention, *[[]] * 6, 3, comm, error=TypeError)
-
-
-def ranks_select(dsa, comm, xp=np):
-    """Eq. (2) bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries."""
+def ranks_stages(dsa, comm, xp=np):
+    """Selections bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries;
+    out and lse to rounding, and the same bits on every rank."""
     stages, far, scores = Stages(dsa, xp, SHARDED), 2**31, []
-    select, alone = stages.sharded_select, stages.lightning_select
     score, layout = dsa.index_scores, dsa.layout
 
     def scored(*args, **kwargs):
@@ -3480,26 +3325,6 @@ def ranks_select(dsa, comm, xp=np):
         return at
 
     for seed in range(60):
-        rng, _, p = sharded_problem(seed)
-        (index_k,) = sharded(comm, rng, (p.index_k, -2))
-        with mock.patch.multiple(dsa, SHARD_BUFFER=2000 if seed % 4 == 3 else 2**27, index_scores=scored):
-            actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **p.forced, **p.windows)
-        assert_same(actual, alone(*p.index, p.top_k, **p.forced, **p.windows))
-        first, S = comm.exscan(index_k.shape[-2]) or 0, index_k.shape[-2]
-        expected = stages.index_scores(*p.index, **p.windows)[..., first : first + S]
-        assert_same(np.concatenate(scores, axis=-2)[..., :S], expected)
-        scores.clear()
-    rng, _, p = sharded_problem(2)
-    (index_k,), seen = sharded(comm, rng, (p.index_k, -2)), {"k_start": np.full(p.T, far)}
-    with mock.patch.object(dsa, "layout", behind):
-        actual = select(p.index_q, index_k, p.weights, p.top_k, comm, **seen)
-    assert_same(actual, alone(*p.index, p.top_k) + np.int64(far))
-
-
-def ranks_attention(dsa, comm, xp=np):
-    """dsa_attention: indices bit for bit, out and lse to rounding, and the same bits on every rank."""
-    stages = Stages(dsa, xp, SHARDED)
-    for seed in range(60):
         rng, dtype, p = sharded_problem(seed)
         dsa.SHARD_BUFFER = 500 if seed % 4 == 3 else 2**27
         hybrid = {"strategy": "hybrid" if p.forced["local_window"] else "dynamic", **p.forced}
@@ -3511,6 +3336,19 @@ def ranks_attention(dsa, comm, xp=np):
         if xp is np and (seed % 10 == 6 or seed % 12 == 3):
             p, dtype = replace(p, q=p.q.astype(BFLOAT16)), BFLOAT16
         k, v, index_k = sharded(comm, rng, (p.k, -3), (p.values, -3), (p.index_k, -2))
+        with mock.patch.object(dsa, "index_scores", scored):
+            index = p.index_q, index_k, p.weights
+            actual = stages.sharded_select(*index, p.top_k, comm, **p.forced, **p.windows)
+        assert_same(actual, select(stages, p))
+        first, S = comm.exscan(index_k.shape[-2]) or 0, index_k.shape[-2]
+        expected = stages.index_scores(*p.index, **p.windows)[..., first : first + S]
+        assert_same(np.concatenate(scores, axis=-2)[..., :S], expected)
+        scores.clear()
+        if seed == 2:
+            with mock.patch.object(dsa, "layout", behind):
+                seen = {"k_start": np.full(p.T, far)}
+                actual = stages.sharded_select(*index, p.top_k, comm, **seen)
+            assert_same(actual, stages.lightning_select(*p.index, p.top_k) + np.int64(far))
         v, sink = None if p.v is None else v, normal(rng, 4).astype(dtype)
         kwargs = p.windows | p.latent | {"sink": sink, "layer": 2, "n_layers": 3}
         kwargs["scale"] = 400.0 if seed % 6 == 1 else None  # in float64 logits whose exp is infinite
@@ -3657,9 +3495,7 @@ def ranks_traffic(dsa, comm):
         assert moved["Isend"] == 2 * sent + T * 2 * (8 * 2 + 4 + 4)  # out in float16, its scale and lse, once
 
 
-# ------------------------------------------------------------------------------------------------------------
 # 16. On the GPU (the stages above were tested on both; what follows needs one, but for the compiler)
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", params=[False, True], ids=["", "portable"])
@@ -3676,21 +3512,13 @@ def cupy(dsa, request):
 
 
 def to(cupy, x):
-    """x, and the arrays in it, on the GPU."""
-    if isinstance(x, dict):
-        return {name: to(cupy, y) for name, y in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [to(cupy, y) for y in x]
-    return cupy.asarray(x) if isinstance(x, np.ndarray) else x
-
-
-def back(x):
-    return tuple(map(back, x)) if isinstance(x, tuple) else x.get() if hasattr(x, "get") else x
+    """x, an array or some of them, on the GPU."""
+    return Stages(None, cupy).give(x)
 
 
 def on(cupy, function, *args, **kwargs):
     """What a function returns for arrays on the GPU, as NumPy arrays."""
-    return back(function(*to(cupy, args), **to(cupy, kwargs)))
+    return Stages(None, cupy).call(function, *args, **kwargs)
 
 
 def test_a_missing_kernel_file_says_where_to_put_it(dsa, monkeypatch, tmp_path):
@@ -3724,25 +3552,6 @@ def test_that_kernels_compile_is_said_once(dsa, capsys, monkeypatch):
             failing.wait()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fp8_on_the_gpu_is_byte_for_byte(dsa, cupy, dtype):
-    """Codes, scales and cache entries, for every binary order of magnitude, ties, zeros, NaN and infinity."""
-    rng = np.random.default_rng(0)
-    with np.errstate(all="ignore"):
-        x = (normal(rng, 400, 576) * np.exp2(rng.integers(-60, 60, (400, 1)))).astype(dtype)
-    x[:3], x[3, ::7], x[4, 5], x[5, 6] = 0, -0.0, NAN, -INF
-    x[6:9] = np.resize(dsa.E4M3[:126] * 1.0625, (3, 576)).astype(dtype)
-    for scale, block in itertools.product(("ue8m0", "float"), (128, 31)):
-        expected = dsa.quantize_fp8(x, scale=scale, block=block)
-        for found, e in zip(on(cupy, dsa.quantize_fp8, x, scale=scale, block=block), expected, strict=True):
-            np.testing.assert_array_equal(found, e)
-        values = on(cupy, dsa.dequantize_fp8, *expected, block=block)
-        np.testing.assert_array_equal(values, dsa.dequantize_fp8(*expected, block=block))
-    packed = dsa.pack_kv_fp8(x)
-    np.testing.assert_array_equal(on(cupy, dsa.pack_kv_fp8, x), packed)
-    np.testing.assert_array_equal(on(cupy, dsa.unpack_kv_fp8, packed), dsa.unpack_kv_fp8(packed))
-
-
 @pytest.mark.parametrize("name", SELECTOR_NAMES)
 def test_selectors_on_the_gpu_are_numpys(dsa, cupy, name):
     """Small integers make all but logits and projections exact; those may swap a key at the boundary."""
@@ -3758,112 +3567,72 @@ def test_selectors_on_the_gpu_are_numpys(dsa, cupy, name):
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("hybrid", [False, True])
-def test_caches_on_the_gpu_are_numpys(dsa, cupy, storage, hybrid):
-    """Prefill, then tokens one by one, ragged, with growth and a rejected draft: the same selections."""
-    rng, kind = np.random.default_rng(2), dsa.KVCache
-    if hybrid:
-        kind = functools.partial(dsa.HybridKVCache, fast_bytes=6000, local_window=2)
-    streams = {"k": (1, 72), "index_k": (8,)}
-    caches = [kind(16, batch=2, storage=storage, grow=True, xp=xp, **streams) for xp in (np, cupy)]
-    for step, lengths in enumerate([[12, 9], [1, 0], [5, 6], [1, 1], [0, 3]]):
-        T = max(lengths)
-        shapes = {"q": (2, T, 8, 72), "k": (2, T, 1, 72), "index_q": (2, T, 2, 8), "index_k": (2, T, 8)}
-        shapes |= {"weights": (2, T, 2)}
-        new = {key: small(rng, *shape).astype(F32) for key, shape in shapes.items()}
-        kwargs = {"v": None, "d_v": 64, "config": dsa.DSAConfig(top_k=7), "lengths": np.array(lengths)}
-        out, lse, indices = dsa.dsa_attention(**new, cache=caches[0], **kwargs)
-        found = back(dsa.dsa_attention(**to(cupy, new), cache=caches[1], **kwargs))
-        np.testing.assert_array_equal(found[2], indices)
-        assert_attention(found[:2], (out, lse), F32)
-        if step == 2:
-            for cache in caches:
-                cache.truncate(np.array([15, 15]))
-    assert caches[0].lengths.tolist() == caches[1].lengths.tolist()
-    if hybrid:
-        counts = [(cache.hits, cache.misses, cache.bytes_moved) for cache in caches]
-        assert counts[0] == counts[1] and counts[0][1] > 0
-        caches[0].close(), caches[1].close()
-
-
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "fp8"])
-@pytest.mark.parametrize("H, rope, streams", [
-    (128, 64, {"k": (1, 576)}), (6, 8, {"k": (1, 36)}), (8, 16, {"k": (2, 64), "v": (2, 32)}),
+@pytest.mark.parametrize("H, rope, k, v", [
+    (128, 64, (1, 576), ()), (40, 64, (1, 576), ()), (6, 8, (1, 36), ()), (8, 16, (2, 64), (2, 32))
 ])  # fmt: skip
-def test_two_tiers_on_the_gpu_have_the_bits_of_one(dsa, cupy, monkeypatch, storage, H, rope, streams):
-    """Ragged, for few queries and many, while the fast tier holds few of the keys; and no file is made."""
+def test_caches_on_the_gpu_are_numpys(dsa, cupy, monkeypatch, storage, H, rope, k, v):
+    """Two tiers to the bits of one: ragged, few queries and many, with growth and a rejected draft, a small
+    fast tier, NaN that no row looks at; and no file is made."""
+    rng, Dv = np.random.default_rng(H), {576: 512, 36: 24}.get(k[1])
+    dtype = F32 if storage == "float32" else BFLOAT16
+    streams: Any = {"k": k, "index_k": (8,)} | ({"v": v} if v else {})
+    kwargs: Any = {"batch": 2, "storage": storage, "qk_rope_head_dim": rope, "grow": True} | streams
+    fast: Any = {"fast_bytes": 90 * dsa.KVCache(1, **kwargs).bytes_per_token, "local_window": 3}
+    numpys = dsa.HybridKVCache(150, **fast, **kwargs)
     monkeypatch.setattr(tempfile, "TemporaryFile", None)
-    rng, D, Dv = np.random.default_rng(H), streams["k"][1], {576: 512, 36: 24}.get(streams["k"][1])
-    kwargs = {"batch": 2, "storage": storage, "qk_rope_head_dim": rope, "grow": True, "xp": cupy, **streams}
-    one = dsa.KVCache(300, **kwargs)
-    two = dsa.HybridKVCache(300, fast_bytes=90 * one.bytes_per_token, local_window=3, **kwargs)
-    for T, lengths in ((290, [290, 170]), (1, [1, 0]), (80, [80, 7]), (3, [2, 3])):
-        new = {x: cupy.asarray(normal(rng, 2, T, *shape).astype(F32)) for x, shape in streams.items()}
-        one.append(lengths=np.array(lengths), **new), two.append(lengths=np.array(lengths), **new)
-        q = normal(rng, 2, T, H, D).astype(F32 if storage == "float32" else BFLOAT16)
-        indices = rng.integers(-1, one.lengths[:, None, None], (2, T, 60))
+    one, two = dsa.KVCache(150, xp=cupy, **kwargs), dsa.HybridKVCache(150, xp=cupy, **fast, **kwargs)
+
+    def alike(call, **given):
+        caches = (numpys, one, two)
+        expected, *found = (on(x.xp, functools.partial(call, x), **given, d_v=Dv) for x in caches)
+        assert [x.tobytes() for x in found[0]] == [x.tobytes() for x in found[1]]
+        assert_close(found[0][0], expected[0].astype(F64), TOLERANCE[dtype])
+        assert_close(found[0][1], expected[1], 1e-4)
+        np.testing.assert_array_equal(found[0][2:], expected[2:])
+        assert len({(x.hits, x.misses, x.bytes_moved) for x in (numpys, two)}) == 1
+
+    for T, lengths in ((130, [130, 90]), (1, [1, 0]), (80, [80, 7]), (3, [2, 3])):
+        shapes = {"q": (H, k[1]), "index_q": (2, 8), "weights": (2,)} | streams
+        numbers = {x: normal if x in "qkv" else small for x in shapes}
+        new = {x: numbers[x](rng, 2, T, *shape).astype(F32) for x, shape in shapes.items()}
+        new |= {"q": new["q"].astype(dtype), "v": new.get("v"), "lengths": np.array(lengths)}
+        alike(lambda x, **new: dsa.dsa_attention(**new, config=dsa.DSAConfig(top_k=60), cache=x), **new)
+        indices = rng.integers(-1, one.lengths[:, None, None], (2, T, 60 if T > 9 else 333))
         indices[1, T - 1] = -1
-        for kept in (indices, indices, np.full_like(indices, -1)):
-            found, expected = (on(cupy, x.attend, q, kept, d_v=Dv) for x in (two, one))
-            assert [x.tobytes() for x in found] == [x.tobytes() for x in expected]
+        for kept in (indices, np.full_like(indices, -1)):
+            alike(dsa.KVCache.attend, q=new["q"], indices=kept)
+        for cache in (numpys, one, two) if T == 80 else ():
+            cache.truncate(np.array([99, 60]))
+    for cache in (numpys, one, two):
+        cache.append(**{x: cache.xp.full((2, 1, *shape), NAN, F32) for x, shape in streams.items()})
+    alike(dsa.KVCache.attend, q=new["q"], indices=indices)
     assert two.hits > 0 and two.misses > 0
-    two.close()
-
-
-@pytest.mark.parametrize("H, T", [(128, 1), (64, 3), (40, 80)])
-def test_fp8_caches_of_v32s_widths_on_the_gpu_are_numpys(dsa, cupy, H, T):
-    """Packed keys of 656 bytes are decoded as they are read, by tiles and with their splits merged."""
-    rng, S = np.random.default_rng(H), 500
-    caches = [dsa.KVCache(S, batch=2, storage="fp8", xp=xp, k=(1, 576)) for xp in (np, cupy)]
-    k = normal(rng, 2, S, 1, 576).astype(F32)
-    k[:, 9, :, 300] = NAN
-    q = normal(rng, 2, T, H, 576).astype(BFLOAT16)
-    indices = rng.integers(10, S, (2, T, 333))
-    indices[rng.random(indices.shape) < 0.1] = -1
-    indices[1, T - 1] = -1
-    for cache, xp in zip(caches, (np, cupy)):
-        cache.append(k=xp.asarray(k))
-    out, lse = caches[0].attend(q, indices, d_v=512)
-    found = back(caches[1].attend(cupy.asarray(q), cupy.asarray(indices), d_v=512))
-    assert_close(found[0], out.astype(F64), TOLERANCE[BFLOAT16])
-    assert_close(found[1], lse, 1e-4)
+    numpys.close(), two.close()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
-@pytest.mark.parametrize("storage", [None, "float64", "fp8"])
-def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, storage, precision):
-    """In float64, prefill, chunks and decode, ragged; from caches of either library, in both cores."""
-    w, x = layer_weights(), hidden
-    dims = SMALL | {"indexer_precision": precision}
-    layers = dsa.DSALayer(w, **dims), dsa.DSALayer(to(cupy, w), **dims)
-    if storage is None:
-        layers = copy.deepcopy(layers)
-    caches = [layer.new_cache(2, 50, storage) if storage else None for layer in layers]
-    chunks = [(slice(0, 50), [50, 31])] if storage is None else [
-        (slice(0, 20), [20, 11]), (slice(20, 21), [1, 1]), (slice(21, 40), [19, 0]), (slice(40, 50), [10, 10])
-    ]  # fmt: skip
-    for rows, lengths in chunks:
-        for core in ("auto", "expanded") if storage is None else ("auto",):
-            y, indices = layers[0](x[:, rows], caches[0], lengths=np.array(lengths), core=core)
-            own = layers[1](cupy.asarray(x[:, rows]), caches[1], lengths=np.array(lengths), core=core)
-            np.testing.assert_array_equal(own[1].get(), indices)
-            assert_close(own[0].get(), y, 1e-9)
-
-
-@pytest.mark.parametrize("storage", [None, "bfloat16", "fp8"])
-def test_the_layer_in_bfloat16_on_the_gpu(dsa, cupy, hidden, storage):
-    """Weights stay in bfloat16 and sums are float32: with all keys selected, beside NumPy in float64."""
-    w, dims = layer_weights(dtype=BFLOAT16), SMALL | {"index_topk": 50, "indexer_precision": "fp8"}
+@pytest.mark.parametrize("storage", [None, "as weights", "fp8"])
+@pytest.mark.parametrize("dtype", [F64, BFLOAT16], ids=str)
+def test_the_layer_on_the_gpu_is_numpys(dsa, cupy, hidden, dtype, storage, precision):
+    """NumPy's in float64, of either core, also from caches; bfloat16's weights stay so, with float32 sums."""
+    dims = SMALL | {"indexer_precision": precision} | ({"index_topk": 50} if dtype == BFLOAT16 else {})
+    w, x = layer_weights(dtype=dtype), hidden.astype(dtype)
     exact = dsa.DSALayer({name: z.astype(F64) for name, z in w.items()}, **dims)
-    layer, x = dsa.DSALayer(to(cupy, w), **dims), hidden.astype(BFLOAT16)
-    assert layer.weights["wo"].dtype == BFLOAT16 and layer.weights["q_norm"].dtype == F32
-    caches = [z.new_cache(2, 50, storage) if storage else None for z in (exact, layer)]
-    for rows in (slice(0, 49), slice(49, 50)) if storage else (slice(0, 50),):
-        lengths = np.array([rows.stop - rows.start, 1])
-        y, indices = exact(x[:, rows].astype(F64), caches[0], lengths=lengths)
-        own_y, own = layer(cupy.asarray(x[:, rows]), caches[1], lengths=lengths)
-        np.testing.assert_array_equal(own.get(), indices)
-        assert own_y.dtype == BFLOAT16 and np.abs(own_y.get().astype(F64) - y).max() < 2e-2 * np.abs(y).max()
+    layer = copy.deepcopy(dsa.DSALayer({name: cupy.asarray(z) for name, z in w.items()}, **dims))
+    assert layer.weights["wo"].dtype == dtype and layer.weights["q_norm"].dtype == accumulator(dtype)
+    kind = dtype.name if storage == "as weights" else storage
+    caches = [z.new_cache(2, 50, kind) if storage else None for z in (exact, layer)]
+    chunks = [(slice(0, 20), [20, 11]), (slice(20, 21), [1, 1]), (slice(21, 40), [19, 0])]
+    chunks += [(slice(40, 50), [10, 10])]
+    for rows, lengths in chunks if storage else [(slice(0, 50), [50, 31])]:
+        for core in ("auto",) if storage else ("auto", "expanded"):
+            options: Any = {"lengths": np.array(lengths), "core": core}
+            y, indices = exact(x[:, rows].astype(F64), caches[0], **options)
+            own, own_indices = on(cupy, layer, x[:, rows], caches[1], **options)
+            np.testing.assert_array_equal(own_indices, indices)
+            size = 1.0 if dtype == F64 else np.abs(y).max()
+            assert own.dtype == dtype
+            assert_close(own.astype(F64) / size, y / size, 1e-9 if dtype == F64 else 2e-2)
 
 
 @pytest.mark.parametrize("numbers", [small, normal])
@@ -3872,8 +3641,8 @@ def test_the_layer_in_bfloat16_on_the_gpu(dsa, cupy, hidden, storage):
     (128, 128, F16), (32, 64, F16),
 ])  # fmt: skip
 def test_index_scores_of_many_heads(dsa, cupy, J, E, dtype, numbers):
-    """Hopper has kernels for these, in fp8 one for few queries: integers and powers of two are exact, NaN
-    stays, in any number and windows. Else products are summed in few bits: to 1e-3 of the largest."""
+    """Hopper has kernels for these: integers and powers of two are exact, NaN stays; else within 1e-3;
+    of a query in one order, and so to the same bits, alone, among few and among many."""
     rng = np.random.default_rng(7)
     sizes = (2, 1, 3), (2, 3, 70), (2, 201, 1300), (1, 1, 1000), (3, 2, 257), (2, 8, 513), (2, 3, 4)
     for batch, T, S in sizes:
@@ -3892,6 +3661,9 @@ def test_index_scores_of_many_heads(dsa, cupy, J, E, dtype, numbers):
             expected = dsa.index_scores(q, k, w, **windows)
             size = 0 if numbers is small else 1e-3 * np.abs(expected[expected > -INF]).max(initial=0)
             np.testing.assert_allclose(found, expected, rtol=0, atol=size)
+        for part in (slice(0, 1), slice(3, 5), slice(12, 19), slice(9, 30)) if T > 30 and size else ():
+            own = {name: x[:, part] for name, x in windows.items()}
+            assert_same(on(cupy, dsa.index_scores, q[:, part], k, w[:, part], **own), found[:, part])
 
 
 def test_offsets_beyond_32_bits(dsa, cupy):
@@ -3929,8 +3701,7 @@ def test_offsets_beyond_32_bits(dsa, cupy):
     (20, 64, 96, 1, 512, None), (20, 70, 40, 1, 576, None),
 ])  # fmt: skip
 def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
-    """Near NumPy's float64, in one chunk of queries and in many, by atomics too; without, the same bits. A
-    key of all queries, keys of none, NaN that no row selects; without Dv values are the keys', 512 wide."""
+    """Near NumPy's float64, in one chunk of queries and in many, by atomics too; without, the same bits."""
     rng, S, J, E, latent = np.random.default_rng(13), 400, 64, 128, {} if Dv else {"d_v": 512}
     shapes = (T, H, D), (S, G, D), (S, G, Dv or 1), (T, J, E), (S, E), (T, J), (T, H, Dv or 512)
     q, k, v, *index, dout = (normal(rng, 2, *shape).astype(dtype) for shape in shapes)
@@ -3961,64 +3732,41 @@ def test_gradients_on_the_gpu(dsa, cupy, monkeypatch, T, K, H, G, D, Dv, dtype):
 
 
 def test_neither_place_nor_chip_nor_run_changes_a_bit(dsa, cupy, monkeypatch):
-    """A sequence anywhere in a batch, again, and on a GPU of fewer multiprocessors."""
-    rng = np.random.default_rng(14)
-    shapes = (3, 5, 128, 576), (3, 900, 1, 576), (3, 5, 64, 128), (3, 900, 128)
-    *x, index_q, index_k = (cupy.asarray(normal(rng, *shape).astype(BFLOAT16)) for shape in shapes)
-    index = index_q, index_k, cupy.asarray(normal(rng, 3, 5, 64).astype(F32))
-    launch = dsa.Kernel.__call__
+    """A sequence anywhere in a batch, again, in a captured CUDA graph, also of what is written in later, and
+    on a GPU of fewer multiprocessors; and if portable kernels are asked for, nothing of Hopper's runs."""
+    rng, launch, names = np.random.default_rng(14), dsa.Kernel.__call__, set()
+    shapes = (3, 5, 128, 576), (3, 900, 1, 576), (3, 5, 64, 128), (3, 900, 128), (3, 5, 64)
+    x = [cupy.asarray(normal(rng, *shape).astype(BFLOAT16)) for shape in shapes]
+    x[4] = x[4].astype(F32)
 
     def run(q, k, *index):
         indices = dsa.lightning_select(*index, 200)
         return indices, *dsa.sparse_attention(q, k, None, indices, d_v=512)
 
     def fewer(kernel, grid, *args, **kwargs):
+        names.add(f"{kernel.name} {kernel.options}")
         launch(kernel, (7,) if kernel.name == "attend_wgmma" else grid, *args, **kwargs)
 
-    expected = back(run(*x, *index))
-    assert_same(back(run(*x, *index)), expected)
-    turned = back(run(*(cupy.ascontiguousarray(y[[2, 0, 1]]) for y in (*x, *index))))
+    expected = on(cupy, run, *x)
+    assert_same(on(cupy, run, *x), expected)
+    turned = on(cupy, run, *(cupy.ascontiguousarray(y[[2, 0, 1]]) for y in x))
     assert_same(turned, tuple(y[[2, 0, 1]] for y in expected))
-    monkeypatch.setattr(dsa.Kernel, "__call__", fewer)
-    assert_same(back(run(*x, *index)), expected)
-
-
-def test_stages_in_a_cuda_graph(dsa, cupy):
-    """Once warm, a captured decode step gives what the stages give, also for what is written in later."""
-    rng, config = np.random.default_rng(4), {"d_v": 64}
-    q, k, index_q, index_k, weights = to(cupy, [normal(rng, *shape).astype(F32) for shape in (
-        (2, 1, 8, 72), (2, 500, 1, 72), (2, 1, 4, 32), (2, 500, 32), (2, 1, 4))])  # fmt: skip
-
-    def step():
-        indices = dsa.lightning_select(index_q, index_k, weights, 64)
-        return (*dsa.sparse_attention(q, k, None, indices, **config), indices)
-
-    step()
+    with monkeypatch.context() as patch:
+        patch.setattr(dsa.Kernel, "__call__", fewer)
+        assert_same(on(cupy, run, *x), expected)
+    portable = dsa.PORTABLE_KERNELS or cupy.cuda.Device().compute_capability != "90"
+    assert portable == (not any("sm_90a" in name or "BLOCKS=16" in name for name in names)), names
     with cupy.cuda.Stream(non_blocking=True) as stream:
-        step()
+        run(*x)  # warm
         stream.begin_capture()
-        found = step()
+        found = run(*x)
         graph = stream.end_capture()
         for _ in range(2):
-            index_q[...], q[...] = to(cupy, [normal(rng, *x.shape).astype(F32) for x in (index_q, q)])
+            for y in x[0], x[2]:
+                y[...] = cupy.asarray(normal(rng, *y.shape).astype(BFLOAT16))
             graph.launch()
             stream.synchronize()
-            assert_same(back(found), back(step()))
-
-
-def test_lightning_select_in_chunks(dsa, cupy, monkeypatch):
-    """Under a budget of 5 rows, and of 70: what it selects at once, in a batch, with windows and without."""
-    rng = np.random.default_rng(6)
-    shapes = (2, 150, 3, 16), (2, 300, 16), (2, 150, 3)
-    index = to(cupy, [small(rng, *shape).astype(F32) for shape in shapes])
-    end = cupy.asarray(rng.integers(0, 301, (2, 150)))
-    all_windows: Any = {}, {"k_end": end}, {"k_start": end // 2, "k_end": end}
-    for windows, rows in itertools.product(all_windows, (5, 70)):
-        monkeypatch.undo()
-        expected = dsa.select_topk(dsa.index_scores(*index, **windows), 20, **windows).get()
-        monkeypatch.setattr(dsa, "SCORE_BYTES", rows * 300 * 4)
-        found = dsa.lightning_select(*index, 20, **windows).get()
-        np.testing.assert_array_equal(found, expected)
+            assert_same(tuple(y.get() for y in found), on(cupy, run, *x))
 
 
 def assert_selects_like_numpy(dsa, cupy, x, top_ks, dtypes, options):
@@ -4046,8 +3794,7 @@ def test_rows_that_a_block_holds(dsa, cupy, T):
 
 @pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
 def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
-    """Candidates in every block, in one, too many for it, too few, all or none of them where the sample is;
-    forced keys; more keys than are marked at a time."""
+    """Candidates in every block, in one, too many for it, too few, all or none of them in the sample."""
     if blocks > 1 and (int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS):
         pytest.skip("needs clusters of blocks")
     monkeypatch.setattr(dsa, "topk_kernel", dsa.topk_kernel.__wrapped__)
@@ -4059,60 +3806,6 @@ def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
     x, sampled = np.random.default_rng(10).standard_normal((2, 140_003)), np.arange(140_003) % 128 < 8
     for offset in (9, -9):
         assert_selects_like_numpy(dsa, cupy, x + offset * sampled, [2048], [F32], [{}])
-
-
-@pytest.mark.parametrize("J, dtype", [(64, "e4m3"), (32, "e4m3"), (31, "e4m3"), (64, BFLOAT16)])
-def test_prefill_and_decode_sum_in_one_order(dsa, cupy, J, dtype):
-    """A query's scores have the same bits alone, among few and among many: all select alike."""
-    rng, T, S, E = np.random.default_rng(15), 40, 1500, 128
-    q, k, w = (normal(rng, 2, *shape).astype(F32) for shape in ((T, J, E), (S, E), (T, J)))
-    fp8 = dtype == "e4m3"
-    q, k = (dsa.quantize_fp8(q)[0], dsa.packed(k, 0)) if fp8 else (q.astype(dtype), k.astype(dtype))
-    q, k, w, end = to(cupy, [q, k, w, rng.integers(0, S + 1, (2, T))])
-    many = dsa.index_scores(q, k, w, k_end=end).get()
-    for part in (slice(0, 1), slice(3, 5), slice(12, 19), slice(9, 30)):
-        few = dsa.index_scores(q[:, part], k, w[:, part], k_end=end[:, part])
-        np.testing.assert_array_equal(few.get().view(np.uint32), many[:, part].view(np.uint32))
-
-
-@pytest.mark.parametrize("dtype", [BFLOAT16, F16], ids=str)
-@pytest.mark.parametrize("H, G, D, Dv", [
-    (4, 4, 64, 64), (8, 2, 128, 128), (7, 1, 40, 24), (20, 2, 64, 128), (3, 3, 256, 8)])  # fmt: skip
-def test_heads_that_share_few_queries(dsa, cupy, H, G, D, Dv, dtype):
-    """Up to 16 heads of a group, in splits and in one; absent tiles, rows and NaN that no row selects."""
-    rng, S, sink = np.random.default_rng(16), 700, normal(np.random.default_rng(17), H).astype(F32)
-    for T, K in ((1, 650), (150, 90), (3, 5)):
-        q, k, v = (normal(rng, *shape).astype(dtype) for shape in ((T, H, D), (S, G, D), (S, G, Dv)))
-        k[9], v[9], indices = NAN, NAN, rng.integers(10, S, (T, K)).astype(np.int32)
-        indices[rng.random(indices.shape) < 0.1], indices[:, : K // 2] = -1, -1
-        indices[T // 2 : T - 1 : 7] = -1  # never a lone query, whose keys are shared out over blocks
-        q[-1] *= 30  # maxima that grow from tile to tile
-        indices[-1, -3:] = 20
-        windows = {"k_start": rng.integers(10, 300, T), "k_end": rng.integers(0, S, T)}
-        expected = dsa.sparse_attention(*in_float64((q, k, v, indices)), sink=sink.astype(F64))
-        found = on(cupy, dsa.sparse_attention, q, k, v, indices, sink=sink)
-        assert_close(found[0], expected[0], TOLERANCE[dtype])
-        assert_close(found[1], expected[1], 1e-3)
-        expected = dsa.dense_attention(*in_float64((q, k, v)), **windows)
-        assert_close(on(cupy, dsa.dense_attention, q, k, v, **windows)[0], expected[0], TOLERANCE[dtype])
-
-
-def test_portable_kernels_can_be_asked_for(dsa, cupy, monkeypatch):
-    """One setting, for what is called from then on: nothing of Hopper's is launched."""
-    launch, names = dsa.Kernel.__call__, set()
-
-    def note(kernel, *args, **kwargs):
-        names.add(f"{kernel.name} {kernel.options}")
-        launch(kernel, *args, **kwargs)
-
-    monkeypatch.setattr(dsa.Kernel, "__call__", note)
-    rng = np.random.default_rng(19)
-    q, k, index_q, index_k = (normal(rng, *shape).astype(BFLOAT16) for shape in (
-        (2, 64, 576), (20_000, 1, 576), (2, 64, 128), (20_000, 128)))  # fmt: skip
-    args = to(cupy, (index_q, index_k, normal(rng, 2, 64).astype(F32)))
-    dsa.sparse_attention(*to(cupy, (q, k)), None, dsa.lightning_select(*args, 99), d_v=512)
-    portable = dsa.PORTABLE_KERNELS or cupy.cuda.Device().compute_capability != "90"
-    assert portable == (not any("sm_90a" in name or "BLOCKS=16" in name for name in names)), names
 
 
 def test_torch_tensors_pass_without_a_copy(dsa, cupy):
@@ -4215,8 +3908,7 @@ def archs(name, constants):
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
 )
 def test_every_kernel_compiles(dsa, name, constants, arch):
-    """Without a GPU, for GPUs that are nowhere near; on sm_90a nothing spills to local memory, by a compiler
-    as new as pyproject.toml asks: that of CUDA 13.0 spills a few bytes in six kernels."""
+    """Without a GPU; on sm_90a nothing spills, by a compiler newer than CUDA 13.0's (six kernels do)."""
     log, version = compiled(name, constants, arch)
     if arch == "sm_90a":
         assert "serialized" not in log, log
