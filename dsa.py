@@ -58,7 +58,7 @@ __all__ = [  # noqa: RUF022, in the order of the file
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[str, str], Any] = {}  # (stage, library): what runs a stage on the arrays of that library
-CODES: dict[Any, Any] = {}  # (stage, dtype), as of fp8 codes: the arrays' axes then, and what decodes them
+CODES: dict[Any, Any] = {}  # (stage, dtype of its first array): axes of arrays in codes, what decodes them
 
 
 def stage(declared, most=lambda n: 64):
@@ -76,7 +76,7 @@ def stage(declared, most=lambda n: 64):
     def declare(block):
         name, parameters, first = block.__name__, inspect.signature(block).parameters, next(iter(arrays))
         optional = {"v", *(x for x in parameters if parameters[x].default is None)}
-        bind: dict[str, Any] = {}  # by Python itself: at its speed, with its errors, as namedtuple does
+        bind: dict[str, Any] = {}  # Python itself binds the arguments: fast, and with its own errors
         exec(f"def {name}{inspect.signature(block)}: return locals()", bind)
 
         @functools.wraps(block)
@@ -105,7 +105,7 @@ def axes_of(declared):
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
 
-KEY_TILE = 512  # keys that are multiplied at a time, by about as many rows: 1 MB of float32, an L2 cache
+KEY_TILE = 512  # about as many keys, by as many rows, are multiplied at a time: 1 MB of float32, an L2 cache
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> scores [..., T, S]")
@@ -125,9 +125,9 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     index_q, zero = index_q.astype(dtype, "C"), np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
 
     def score(first):
-        # The order in which BLAS adds up a product may depend on its shape and on the place in it: OpenBLAS's
-        # for AVX2 is another one for the first and the last 8 keys, and beyond 320 from 8 heads on. So all
-        # products are alike, between 8 keys that are nobody's, and a score has the same bits in any chunk.
+        # BLAS may add up in another order in a product of another shape, or at another place in it: OpenBLAS
+        # for AVX2 does for the first and last 8 keys, and, from 8 heads on, behind 320 keys. So all products
+        # are alike, with 8 keys that are nobody's at either side, and a score has the same bits in any chunk.
         keys, r = np.zeros((E, tile + 16), dtype), np.empty((T, J, tile + 16), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), tile):
             k_s = index_k[s : s + tile]  # [N, E]
@@ -136,7 +136,7 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
             np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, tile + 16]
             scores[:, s : s + tile] = (weights[:, None] @ r)[:, 0, own]  # [T, N]                         (1)
 
-    for _ in spread(score, range(lo - lo % tile, hi, 8 * KEY_TILE)):
+    for _ in spread(score, range(lo - lo % tile, hi, 8 * KEY_TILE)):  # as they end, on threads
         pass
     return hidden(scores, k_start, k_end)
 
@@ -158,7 +158,7 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     (T, S), (lo, hi) = scores.shape, span(k_start, k_end)
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
     for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # a NaN comes through min
-        raise FloatingPointError(int(t))  # of the block; in_blocks names the query
+        raise FloatingPointError(int(t))  # row t of this block; in_blocks says which query that is
     seen = x > -np.inf
     count, indices = np.count_nonzero(seen, axis=1), np.full((T, min(top_k, S)), -1, np.int32)
     for t in np.flatnonzero(count <= top_k):
@@ -171,7 +171,7 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         kept = seen[more] & ((place <= num_sink_tokens) | (place > count[more, None] - local_window))
         best = first_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
         np.put_along_axis(kept, best, True, axis=1)
-        indices[more] = lo + np.flatnonzero(kept).reshape(len(more), top_k) % x.shape[1]  # columns, by row
+        indices[more] = lo + np.flatnonzero(kept).reshape(len(more), top_k) % x.shape[1]  # to columns
     return indices
 
 
@@ -246,7 +246,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     values, heads = k[..., :d_v] if v is None else v, q.shape[1] // k.shape[1]
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
-    longest = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))  # tile, in KEY_TILE
+    longest = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))  # KEY_TILEs of a tile
 
     def attend_to(t, keys, seen=None):
         def tile(part):
@@ -266,13 +266,13 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
 
 def in_common(indices, num_keys, heads):
     """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
-    cheaper than each row's own, as where most of the window is kept; None elsewhere, or if a key repeats.
+    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
     """
     there = np.zeros(num_keys + 1, bool)
     there[indices] = True
     there[-1] = False  # what is absent, -1
     keys, T, slots = np.flatnonzero(there), len(indices), np.count_nonzero(indices >= 0)
-    if heads * len(keys) * T > (heads + 6) * slots:  # as measured: a row of few heads is slow alone
+    if heads * len(keys) * T > (heads + 6) * slots:  # measured: a row alone costs 6 heads more
         return None
     seen = np.zeros((len(keys) + 1, T), bool)
     seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
@@ -308,7 +308,7 @@ def attend(q, k, v, seen=None):
 
 def over_tiles(work, q, d_v, lo, hi, longest=2**20):
     """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**26 multiply-adds, and
-    at most `longest` times KEY_TILE, whatever the threads; these are merged two at a time, as they come.
+    at most `longest` times KEY_TILE, with any threads the same; parts are merged, in order, as they come.
     """
     each = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))  # multiply-adds of a key
     step = KEY_TILE * max(1, min(longest, 2**26 // each // KEY_TILE))
@@ -417,8 +417,9 @@ def causal_end(start, lengths, num_queries):
 
 def every_key(windows, width):
     """The indices of all keys in windows [..., T], of at most `width` -> [..., T, width] int32."""
-    keys = windows[0][..., None] + library("k_start", windows[0]).arange(width)
-    return np.where(keys < windows[1][..., None], keys, -1).astype(np.int32)
+    start, end = (w[..., None].astype(np.int32) for w in windows)
+    keys = start + library("k_start", start).arange(width, dtype=np.int32)
+    return np.where(keys < end, keys, -1).astype(np.int32, copy=False)
 
 
 def span(start, end):
@@ -438,7 +439,6 @@ def hidden(scores, start, end):
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
 PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer
-REFINERS: dict[str, Any] = {}  # what selects among candidates
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
@@ -476,7 +476,8 @@ class DSAConfig:
             value, least = getattr(self, field), int(field in ("top_k", "batch_pad_to_multiple"))
             if get_origin(kind) is Literal or kind is str:
                 allowed = get_args(kind) or tuple(PRECISIONS)
-                expect(value in allowed, field, repr(value), f"one of {allowed}")
+                fits = isinstance(value, type(allowed[0])) and value in allowed
+                expect(fits, field, repr(value), f"one of {allowed}")
             elif kind is int or (value is not None and field != "sparse_ratio"):
                 object.__setattr__(self, field, integer(field, value, least, ValueError))
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
@@ -509,13 +510,11 @@ class DSAConfig:
             top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
         return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
 
-    def quota_at(self, layer, n_layers, num_keys, candidates=None):
+    def quota_at(self, layer, n_layers, num_keys):
         """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
         top_k, few = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
-        if few is None:
-            few = top_k if candidates is None else 0
         forced = {"local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
-        return {"top_k": top_k, **forced}, num_keys <= few
+        return {"top_k": top_k, **forced}, num_keys <= (top_k if few is None else few)
 
     def selector(self):
         """The name in SELECTORS."""
@@ -528,7 +527,7 @@ CONFIG_KINDS = get_type_hints(DSAConfig)  # what its annotations allow, field by
 def dsa_attention(
     q, k, v, index_q, index_k, weights, config,
     *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
-    cache=None, candidates=None, layer=0, n_layers=1, **options,
+    cache=None, layer=0, n_layers=1, **options,
 ):  # fmt: skip
     """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
 
@@ -539,8 +538,8 @@ def dsa_attention(
     of arrays [T_i, ...], which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
     cache: its streams are k, v if there is one, and index_k, which are appended to it; lengths counts each
     sequence's new tokens, and q are the queries of these. If anything raises, the cache is as it was.
-    candidates: for predictive_select, instead of a selector. layer, n_layers: for progressive_sparsity.
-    options: of the selector, see SELECTORS.
+    layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys are
+    kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
     if cache is not None:
@@ -553,19 +552,18 @@ def dsa_attention(
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(choose_keys, config, (layer, n_layers), options)
-    arrays |= {"candidates": candidates}
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
         windows = windows_of(n, k_start, k_end)
         indices = choose(arrays, windows, lengths)
-        if lengths is None and config.quota_at(layer, n_layers, n["S"], candidates)[1]:  # dense
+        if lengths is None and config.quota_at(layer, n_layers, n["S"])[1]:  # dense
             return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
     def attend_to_cache():
-        by_scores = candidates is not None or config.selector() == "lightning"  # for which k may stay encoded
-        keys = {"k": (cache.stored if by_scores else cache.read)("k"), "index_k": cache.read("index_k")}
+        read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
+        keys = {"k": read("k"), "index_k": cache.read("index_k")}
         indices = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
 
@@ -611,8 +609,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
             each.append(choose_keys(config, layer, options, *alone))
         rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
         return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)])
-    chosen = "predictive" if "candidates" in arrays else config.selector()
-    select: Any = (REFINERS if "candidates" in arrays else SELECTORS).get(chosen)
+    select: Any = SELECTORS.get(chosen := config.selector())
     known = sorted(getattr(select, "options", ()))
     unknown = sorted(options.keys() - {*known})
     own = f"arguments of dsa_attention, or options of the selector: {known}"
@@ -621,14 +618,12 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
     q, k = arrays["q"], arrays["k"]
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
-    quota, dense = config.quota_at(*layer, num_keys, arrays.get("candidates"))
+    quota, dense = config.quota_at(*layer, num_keys)
     if dense:  # every visible key
         n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": library("q", q)}
         return every_key(filled(n, windows), min(max(1, num_keys), n["S"]))
     index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
     index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
-    if "candidates" in arrays:
-        return select(candidates=arrays["candidates"], **index)
     return lightning_select(**index) if chosen == "lightning" else select(q, k, **index)
 
 
@@ -662,6 +657,7 @@ class KVCache:
         known = [np, *(sys.modules[name] for _, name in KERNELS if name in sys.modules)]
         expect(any(xp is x for x in known), "xp", repr(xp), "numpy, or another library that has kernels")
         capacity, self.batch = integer("capacity", capacity, 1), integer("batch", batch, 1)
+        expect(isinstance(grow, bool), "grow", repr(grow), "False or True")
         expect(storage in STORAGES, "storage", repr(storage), f"one of {tuple(STORAGES)}")
         expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         for name, shape in streams.items():
@@ -669,7 +665,7 @@ class KVCache:
             expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         if storage == "bfloat16":
             import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
-        self.xp, self.storage, self.grow, self.closed = xp, storage, bool(grow), False
+        self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
         self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
         self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
@@ -698,13 +694,12 @@ class KVCache:
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
         expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
-        count = np.shape(tokens[next(iter(self.streams))])[1:2]
         for name, x in tokens.items():
             sizes({name: ANY_ARRAY}, tokens, (), self.xp)
-            expected = (self.batch, *count, *self.streams[name])
+            expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
             if x.shape != expected:
                 raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
-        new = check_lengths(lengths, self.batch, *count)
+        new = check_lengths(lengths, self.batch, x.shape[1])
         if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
             room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
             raise ValueError(f"the cache is full, expected {room}")
@@ -1006,7 +1001,7 @@ def check_options(n, given):
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
-            given["k_end"] = n["xp"].full(n["T"], n["S"])  # of these alone every key is visible
+            given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
@@ -1014,7 +1009,7 @@ def check_options(n, given):
         like, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
         asked = like if given["out_dtype"] is None else given["out_dtype"]
         if asked not in (like, sums):  # what is said of a dtype takes 2 us to say
-            raise TypeError(f"out_dtype is {asked}, expected {like} or {sums}")
+            raise TypeError(f"out_dtype is {asked}, expected {' or '.join({str(like): 0, str(sums): 0})}")
         given["out_dtype"] = like if asked == like else sums
 
 
@@ -1258,9 +1253,6 @@ def predictive_select(
         x = index_scores.block(index_q[own], index_k[keys], weights[own], k_start=0 * ends, k_end=ends)
         scores[own, keys] = np.where(seen[own, keys], x, -np.inf)
     return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
-
-
-REFINERS["predictive"], predictive_select.options = predictive_select, ("widen", "block")
 
 
 def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens):

@@ -1017,7 +1017,8 @@ DSAConfig: top_k=0 => top_k 0 | top_k=2.5 => top_k 2.5 | top_k=None, sparse_rati
 | batch_pad_to_multiple=0 => batch_pad_to_multiple 0 | cache_strategy="fifo" => cache_strategy fifo
 | fallback_dense_threshold=-1 => fallback_dense_threshold -1 | num_sink_tokens=2049 => num_sink_tokens 2049
 | strategy="hybrid", local_window=0 => local_window 0 | progressive_sparsity="yes" => progressive_sparsity yes
-| indexer_precision="int4" => indexer_precision int4
+| indexer_precision="int4" => indexer_precision int4 | progressive_sparsity=1 => progressive_sparsity 1
+| strategy=np.array(["dynamic"]) => strategy array
 dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | config={"top_k": 3} => TypeError config dict | cache={} => TypeError cache dict
 | top_k=1 => TypeError top_k options | blocksize=1 => TypeError blocksize options | q=[[[1.0]]] => TypeError k
@@ -1027,7 +1028,7 @@ dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
 | **batch(), lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
 | **batch(k=ones((2, 6, 2, 5)), v=ones((2, 6, 2, 3)), index_k=ones((2, 6, 4))), lengths=ones(2, int) => q T
 | **lists(), lengths=np.array([3, 3]) => lengths None
-KVCache: capacity=0 => capacity 0 | batch=0 => batch 0 | storage="int3" => storage int3
+KVCache: capacity=0 => capacity 0 | grow="no" => grow no | batch=0 => batch 0 | storage="int3" => storage int3
 | streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0 | xp="numpy" => xp numpy
 set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
 quantize_fp8: scale="e5m2" => scale e5m2 | block=0 => block 0 | x=[1.0] => TypeError x list
@@ -1617,10 +1618,6 @@ def test_dsa_attention_selects_then_attends(dsa, p, z):
         out, lse, indices = attend(dsa, p, each, sink=z, scale=scale, **p.windows)
         np.testing.assert_array_equal(indices, select(dsa, p))
         assert_attention((out, lse), sparse(dsa, p, indices, sink=z), p.q.dtype)
-    candidates = np.zeros((*p.batch, p.T, 1), np.int32)
-    few = dsa.predictive_select(*p.index, p.top_k, candidates, **p.forced, **p.windows)
-    for each in (config, sparsely):  # of few keys too
-        assert_same(attend(dsa, p, each, candidates=candidates, **p.windows)[2], few)
     out, lse, everything = attend(dsa, p, replace(config, fallback_dense_threshold=p.S), sink=z, **p.windows)
     densely = dsa.dense_attention(p.q, *p.kv, **p.latent, scale=p.scale, sink=z, **p.windows)
     assert_attention((out, lse), densely, p.q.dtype)
