@@ -2723,7 +2723,7 @@ def decided(at, offers, decide, scatter=False):
 
 def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
-    xp, said = n["xp"], {**call, **n, "S": 0, "xp": n["xp"].__name__, "comm": 0}
+    xp, said = n["xp"], {**n, "S": 0, "xp": n["xp"].__name__, **call, "comm": 0}
     said = {name: x.dtype.type if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes: in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
