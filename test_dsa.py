@@ -1482,10 +1482,9 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
     windows, scale, D = {"k_start": p.lo, "k_end": p.hi}, OPTIONS["oracle"]["scale"], p.q.shape[-1]
     s, end, size = np.arange(p.S), p.hi[..., None], (p.hi - p.lo)[..., None]
     stride, rng, G = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T), p.k.shape[-2]
-    lse = dense_by_hand(p.q, p.k, p.k, scale=scale, **windows)[1][..., None]
     if p.q.dtype == F64:
-        logits = scale * np.einsum("...thd,...shd->...ths", p.q, p.k.repeat(p.q.shape[-2] // G, -2))
-        mass = np.exp(logits - np.where(lse > -INF, lse, INF)).sum(-2)
+        names = np.broadcast_to(np.eye(p.S)[:, None], (*p.k.shape[:-1], p.S))
+        mass = dense_by_hand(p.q, p.k, names, scale=scale, **windows)[0].sum(-2)
         expected = select_by_hand(mass, p.top_k, **windows, **p.forced)
         np.testing.assert_array_equal(by_selector(dsa, p, "oracle"), expected)
     p.q, p.k = (np.round(x.astype(F64) * 4) for x in (p.q, p.k))
@@ -1868,10 +1867,8 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     p, config, path = tokens(0, (2,), 64), dsa.DSAConfig(top_k=7), tmp_path / "file"
     make = functools.partial(new_cache, dsa, "HybridKVCache", p)
-    for kwargs, words in (
-        ({}, "hold"), ({"path": path}, "file"), ({"path": tmp_path / "missing" / "f"}, "missing"),
-    ):  # fmt: skip
-        fails(functools.partial(make, 64, **kwargs), 2048, words)
+    for where, words in ((None, "hold"), (path, "file"), (tmp_path / "missing" / "f", "missing")):
+        fails(functools.partial(make, 64, path=where), 2048, words)
     refused("fast_bytes", make, 6, local_window=2, fast_tokens=-1)
     assert list(tmp_path.iterdir()) == []
     with make(8, grow=True, path=path) as cache:
@@ -1991,7 +1988,7 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
 def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
     """Four at once, while the fast tier is far too small; any number of keys in any type of integers; and it
     is right when they end. While another has the fast tier none waits, and all are misses."""
-    n, rng, interval, found = 20000, np.random.default_rng(0), sys.getswitchinterval(), {}
+    n, rng, interval = 20000, np.random.default_rng(0), sys.getswitchinterval()
     p, many = tokens(0, (2,), n), [(30, np.int64)] * 37 + [(1, np.uint64), (9, np.int16), (2500, np.int64)]
     asked = [np.sort(rng.integers(0, n, (2, 1, K)), axis=-1).astype(dtype) for K, dtype in many]
     with new_cache(dsa, kind, p, n, 50, 3) as cache, new_cache(dsa, "KVCache", p, n) as plain:
@@ -2000,14 +1997,12 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
 
         def read(i):
             for j in range(i, i + 80):
-                found[i, j] = cache.attend(p.q[:, :1], asked[j % 40])
+                assert_same(cache.attend(p.q[:, :1], asked[j % 40]), expected[j % 40])
 
         sys.setswitchinterval(1e-6)
         together(*(functools.partial(read, 10 * i) for i in range(4)))
         sys.setswitchinterval(interval)
         read(40)
-        for (_, j), result in found.items():
-            assert_same(result, expected[j % 40])
         if kind == "HybridKVCache":
             least = p.index_k.nbytes + 2 * n * 8 + cache._fast.nbytes
             assert least < cache.nbytes < least + 4096 < plain.nbytes
@@ -2018,7 +2013,6 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
                 reader.start()
                 reader.join(20)
             assert not reader.is_alive() and cache.misses == misses + 2 * used
-            assert_same(found[0, 79], expected[39])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -2681,11 +2675,8 @@ def test_a_checkpoint_that_is_not_understood_is_refused(dsa, tmp_path, change, m
 
 
 @pytest.mark.parametrize("kwargs, layer, n_layers", [
-    ({"top_k": 9}, 0, 1), ({"sparse_ratio": 0.3}, 0, 1), ({"sparse_ratio": 0.01}, 0, 1),
-    ({"top_k": 9, "strategy": "hybrid", "local_window": 4, "num_sink_tokens": 2}, 0, 1),
-    ({"sparse_ratio": 0.1, "strategy": "hybrid", "local_window": 6}, 0, 1),
+    ({"sparse_ratio": 0.3, "strategy": "hybrid", "local_window": 4, "num_sink_tokens": 2}, 0, 1),
     ({"top_k": 4, "fallback_dense_threshold": 17}, 0, 1), ({"top_k": 8}, 5, 3),
-    ({"top_k": 4, "fallback_dense_threshold": 40}, 0, 1),
     ({"top_k": 8, "progressive_sparsity": True}, 0, 3), ({"top_k": 8, "progressive_sparsity": True}, 2, 3),
 ], ids=str)  # fmt: skip
 def test_a_config_selects_in_place_of_index_topk(dsa, hidden, tmp_path, kwargs, layer, n_layers):
@@ -2794,12 +2785,9 @@ def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attenti
         exec(text, {"model": model, "batch": dict(on)})
         return model
 
-    def logits(model, **batch):
-        return model(**batch).logits.cpu()
-
-    model, single = replaced(), logits(original, input_ids=ids[:1])
-    assert (logits(model, **on)[real] - expected).abs().max() < 1e-4
-    error = logits(model, input_ids=ids[:1].to(model.device)) - single
+    model, single = replaced(), original(input_ids=ids[:1]).logits
+    assert (model(**on).logits.cpu()[real] - expected).abs().max() < 1e-4
+    error = model(input_ids=ids[:1].to(model.device)).logits.cpu() - single
     assert error.abs().max() < 1e-4 * max(1, single.abs().max())
     dense = replaced("dsa.DSAConfig(top_k=6)")
     sparse = replaced("dsa.DSAConfig(sparse_ratio=0.03, strategy='hybrid', local_window=4)")
@@ -2808,7 +2796,7 @@ def test_a_model_of_transformers_runs_on_the_readmes_attention(name, xp, attenti
     for n, more in ((3, {"prefill_chunk_size": 6}), (1, {"prompt_lookup_num_tokens": 3})):
         own = {k: x[:n] for k, x in on.items()} | how | more
         assert copy.deepcopy(model).generate(**own).cpu().equal(tokens[:n])
-    assert not torch.allclose(logits(sparse, **on)[real], expected, atol=1e-2)
+    assert not torch.allclose(sparse(**on).logits.cpu()[real], expected, atol=1e-2)
     assert sparse.generate(**on, **how).shape == tokens.shape
 
 
