@@ -1440,8 +1440,7 @@ def test_every_selector_keeps_exactly_k_visible_keys(dsa, name, p, value, data):
 
 @each_selector
 def test_every_selector_takes_nothing_and_refuses_nan(dsa, name):
-    """No query, no key or no batch is an empty table, what is asked for beyond all keys is all of them, keys
-    that are alike tie, for one query as for many; NaN has no place in an order, nor a misspelt option."""
+    """No query, key or batch is an empty table, more than all keys is all of them, and equal keys tie."""
     assert sorted(dsa.SELECTORS) == sorted(SELECTOR_NAMES)  # a contract: bench.py and DSAConfig go by them
     for batch, T, S in (((2,), 0, 9), ((2,), 3, 0), ((0,), 3, 9)):
         keys = tokens(0, batch, S)
@@ -1477,8 +1476,7 @@ def mlp_by_hand(q, k, w_q, w_k, bias, w_out):
 
 @given(p=indexed)
 def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
-    """Static ones of places; with nothing left out, hierarchical of eq. (1), lsh and an identity of q.k,
-    learned of its MLP's, oracle of the attention summed over heads: no other K keys hold more of it."""
+    """With nothing left out; oracle's are attention summed over heads: no other K keys hold more of it."""
     windows, scale, D = {"k_start": p.lo, "k_end": p.hi}, OPTIONS["oracle"]["scale"], p.q.shape[-1]
     s, end, size = np.arange(p.S), p.hi[..., None], (p.hi - p.lo)[..., None]
     stride, rng, G = np.maximum(1, np.ceil(size / p.top_k)), np.random.default_rng(p.T), p.k.shape[-2]
@@ -1505,8 +1503,7 @@ def test_a_selector_is_equation_2_of_scores_of_its_own(dsa, p):
 
 
 def test_a_seed_and_a_precision_change_what_is_selected(dsa):
-    """Another seed draws another projection or hash, and random anew for each query, also of the same keys;
-    fp16 is float16's rounding of the indexer's q and k, of what it cannot hold its largest number."""
+    """random draws anew for each query; fp16 rounds the indexer's q and k to float16, and to no infinity."""
     shapes = (9, 2, 8), (90, 2, 8), (9, 3, 8), (90, 8), (9, 3)
     q, k, index_q, index_k, weights = (normal(np.random.default_rng(9), *shape) for shape in shapes)
     alike = {"k_start": np.zeros(9, int), "k_end": np.full(9, 90)}
@@ -1603,18 +1600,13 @@ def test_dsa_attention_selects_then_attends(dsa, p, z):
     """Equations (1) to (3) in one call, whose indices say what was kept or that it was dense."""
     z = None if z is None else np.array(z[: p.q.shape[-2]], np.float32)
     strategy = "hybrid" if p.forced["local_window"] else "dynamic"
-    config = dsa.DSAConfig(top_k=p.top_k, strategy=strategy, **p.forced)  # dense up to S = top_k
-    sparsely = replace(config, fallback_dense_threshold=p.S - 1)
-    scale = None if p.scale is None else np.array(p.scale)  # which is a number, too
-    for each in (config, sparsely):
-        out, lse, indices = attend(dsa, p, each, sink=z, scale=scale, **p.windows)
-        np.testing.assert_array_equal(indices, select(dsa, p))
-        assert_attention((out, lse), sparse(dsa, p, indices, sink=z), p.q.dtype)
-    out, lse, everything = attend(dsa, p, replace(config, fallback_dense_threshold=p.S), sink=z, **p.windows)
-    densely = dsa.dense_attention(p.q, *p.kv, **p.latent, scale=p.scale, sink=z, **p.windows)
-    assert_attention((out, lse), densely, p.q.dtype)
     every = select_by_hand(np.zeros((*p.batch, p.T, p.S)), p.S, k_start=p.lo, k_end=p.hi)
-    np.testing.assert_array_equal(everything, every)
+    scale = None if p.scale is None else np.array(p.scale)  # which is a number, too
+    for dense, kept in ((None, select(dsa, p)), (p.S - 1, select(dsa, p)), (p.S, every)):  # None: up to top_k
+        config = dsa.DSAConfig(p.top_k, strategy=strategy, fallback_dense_threshold=dense, **p.forced)
+        out, lse, indices = attend(dsa, p, config, sink=z, scale=scale, **p.windows)
+        np.testing.assert_array_equal(indices, kept)
+        assert_attention((out, lse), sparse(dsa, p, kept, sink=z), p.q.dtype)
 
 
 @pytest.mark.parametrize("name", SELECTOR_NAMES[:-1])
@@ -1719,8 +1711,7 @@ def test_sequences_are_as_if_alone(dsa, kind, lengths, seed, tied, dtype, grow, 
     fast_tokens=st.integers(1, 6), steps=st.lists(one_of("aaatssc"), min_size=1, max_size=20),
 )  # fmt: skip
 def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast_tokens, steps):
-    """Append, truncate and attend in any order as on plain arrays; the hybrid to the bit, and it counts. What
-    is copied, or saved and loaded, has these in memory of its own; a beam goes on in its order."""
+    """Append, truncate, attend, copy, save, load in any order as on plain arrays; the hybrid to the bit."""
     rng, p = np.random.default_rng(seed), tokens(seed, (2,), 1, tied=tied)
     kwargs = {"storage": storage, "grow": True, "qk_rope_head_dim": 1}
     plain = new_cache(dsa, "KVCache", p, 2, **kwargs)
@@ -1787,12 +1778,9 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
 
 
 def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
-    """Counted by hand: two free slots, and a window of one token that is never evicted and never a miss.
-
-    Of more than fits nothing is lost: what was hit stays, and of what was missed the last.
-    """
+    """Counted by hand: two free slots, and a window of one token that is never evicted and never a miss."""
     p, asked = tokens(0, (1,), 10), [[s] for s in (0, 1, 0, 2, 0, 1, 9, 3, 4, 5, 9)]
-    asked += [*range(10)], [4, 5], [0, 1, 2, 3], [2, 3]
+    asked += [*range(10)], [4, 5], [0, 1, 2, 3], [2, 3]  # what was hit stays, and of what was missed the last
     with new_cache(dsa, "HybridKVCache", p, 10, fast_tokens=2, local_window=1) as cache:
         cache.append(**streams_of(p))
         for kept, hits in zip(asked, (0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 7, 9, 9, 11), strict=True):
@@ -1986,8 +1974,7 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
 
 @CACHES
 def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
-    """Four at once, while the fast tier is far too small; any number of keys in any type of integers; and it
-    is right when they end. While another has the fast tier none waits, and all are misses."""
+    """Four at once, of a fast tier far too small; while another has it none waits, and all are misses."""
     n, rng, interval = 20000, np.random.default_rng(0), sys.getswitchinterval()
     p, many = tokens(0, (2,), n), [(30, np.int64)] * 37 + [(1, np.uint64), (9, np.int16), (2500, np.int64)]
     asked = [np.sort(rng.integers(0, n, (2, 1, K)), axis=-1).astype(dtype) for K, dtype in many]
@@ -2060,8 +2047,7 @@ def test_a_file_that_save_did_not_write_is_refused(dsa, tmp_path):
 
 
 def test_a_session_of_two_tiers_goes_on(dsa, tmp_path):
-    """By the same call, after close, or by KVCache.load; not by one of other streams, nor from a file that is
-    no session; and until it is closed again the file stays as it was."""
+    """By the same call or by KVCache.load, of the same streams; until it is closed again the file stays."""
     p, path, indices = tokens(0, (2,), 6), tmp_path / "slow", np.array([[[0, 5]]] * 2)
     again = functools.partial(new_cache, dsa, "HybridKVCache", p, 5, path=path)
     for start, end in ((0, 4), (4, 6)):
@@ -2502,8 +2488,7 @@ CONFIGS: list[Any] = [  # what config.json says, what layer_by_hand computes for
 
 @pytest.mark.parametrize("config, oracle, given", [(*row, {})[:3] for row in CONFIGS])
 def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config, oracle, given):
-    """Out of a folder, or of weights alone, the layer is section 3: outputs of both cores, index keys, scores
-    to 1e-12, the same selections, K = 6 of 30 (trap 1); given dims win, also in what follows from them."""
+    """Both cores, index keys, scores to 1e-12, the same selections, K = 6 of 30 (trap 1); given dims win."""
     w, x = layer_weights(), hidden[:, :30]
     if said := isinstance(config, dict):
         write_checkpoint(tmp_path, checkpoint_names(w), config)
@@ -2564,8 +2549,7 @@ KINDS = [*itertools.product(*SCALES), *((None, dtype, "") for dtype in DTYPES)]
 
 @pytest.mark.parametrize("kind, dtype, ending", KINDS)
 def test_weights_of_every_kind(dsa, hidden, tmp_path, kind, dtype, ending):
-    """Exactly as stored, in the widest float that any of them needs; fp8 codes times scales; any prefix, or
-    DeepSeek's names; buffers are passed over. Sums are float32, and y has the dtype of x."""
+    """Exactly as stored, in the widest float that any of them needs, by any names; y has the dtype of x."""
     w, at = layer_weights(dtype=F32 if kind else dtype), "model.language_model.layers.3.self_attn."
     for name, shape in (("wkv_a", (168, DIM)), ("kv_norm", 160), ("wkv_b", (112, 160))):
         w[name] = np.resize(w[name], shape)  # more than one block of 128 x 128
