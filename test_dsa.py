@@ -1790,9 +1790,8 @@ def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
         for t in range(10):
             cache.append(**streams_of(p, np.s_[:, t : t + 1]))
             for kept in ([0], [1], [t - 1, t]) if t > 2 else ():
-                before = cache.hits
                 cache.attend(p.q[:, :1], np.array([[kept]]))
-                assert cache.hits - before == (2 if len(kept) == 2 else 0)
+            assert cache.hits == 2 * max(0, t - 2)
 
 
 @CACHES
@@ -1975,7 +1974,7 @@ def test_what_ends_a_call_at_any_line_gives_blas_its_threads_back(dsa):
 @CACHES
 def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
     """Four at once, of a fast tier far too small; while another has it none waits, and all are misses."""
-    n, rng, interval = 20000, np.random.default_rng(0), sys.getswitchinterval()
+    n, rng, interval, found = 20000, np.random.default_rng(0), sys.getswitchinterval(), []
     p, many = tokens(0, (2,), n), [(30, np.int64)] * 37 + [(1, np.uint64), (9, np.int16), (2500, np.int64)]
     asked = [np.sort(rng.integers(0, n, (2, 1, K)), axis=-1).astype(dtype) for K, dtype in many]
     with new_cache(dsa, kind, p, n, 50, 3) as cache, new_cache(dsa, "KVCache", p, n) as plain:
@@ -1984,7 +1983,7 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
 
         def read(i):
             for j in range(i, i + 80):
-                assert_same(cache.attend(p.q[:, :1], asked[j % 40]), expected[j % 40])
+                found.append((j % 40, cache.attend(p.q[:, :1], asked[j % 40])))
 
         sys.setswitchinterval(1e-6)
         together(*(functools.partial(read, 10 * i) for i in range(4)))
@@ -2000,6 +1999,8 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
                 reader.start()
                 reader.join(20)
             assert not reader.is_alive() and cache.misses == misses + 2 * used
+        for i, result in found:
+            assert_same(result, expected[i])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -2048,7 +2049,7 @@ def test_a_file_that_save_did_not_write_is_refused(dsa, tmp_path):
 
 def test_a_session_of_two_tiers_goes_on(dsa, tmp_path):
     """By the same call or by KVCache.load, of the same streams; until it is closed again the file stays."""
-    p, path, indices = tokens(0, (2,), 6), tmp_path / "slow", np.array([[[0, 5]]] * 2)
+    p, path = tokens(0, (2,), 6), tmp_path / "slow"
     again = functools.partial(new_cache, dsa, "HybridKVCache", p, 5, path=path)
     for start, end in ((0, 4), (4, 6)):
         with again(local_window=1, grow=True) as cache:
@@ -2057,8 +2058,6 @@ def test_a_session_of_two_tiers_goes_on(dsa, tmp_path):
     with new_cache(dsa, "HybridKVCache", p, 1, path=os.fsencode(path), grow=True) as cache:
         for name, x in streams_of(p).items():
             np.testing.assert_array_equal(cache.read(name), x)
-        found = cache.attend(p.q[:, :1], indices)
-        assert_attention(found, dsa.sparse_attention(p.q[:, :1], *p.kv, indices), F64)
         assert cache.capacity >= 6 and snapshot(dsa.KVCache.load(path)) == snapshot(cache)
         cache.truncate(np.array([2, 3])), cache.save(path)
         assert snapshot(dsa.KVCache.load(path)) == snapshot(cache)
@@ -2420,7 +2419,8 @@ OLD_YARN = YARN | BOTH_MSCALES | {"type": "yarn"}
 def write_checkpoint(folder, tensors, config=V32_CONFIG, shards=1):
     """In one file, or in some with an index that lists others, which are not there."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
+    if config:
+        (folder / "config.json").write_text(json.dumps(config))
     files = {f"part{i}.safetensors": dict([*tensors.items()][i::shards]) for i in range(shards)}
     for file, part in files.items() if shards > 1 else [(MODEL, tensors)]:
         write_safetensors(folder / file, part)
@@ -2460,7 +2460,7 @@ NO_YARN: dict[str, Any] = {"factor": 1.0, "mscale": 0.0}
 OF_YARN_5: dict[str, Any] = {"length": 64, "theta": 5000.0}
 PLAIN_FACTOR = OF_YARN_5 | {"mscale": 0.0, "on_rope": yarn_factor(1)}
 BY_7 = PLAIN_FACTOR | {"factor": 7.0, "on_rope": yarn_factor(1, 7)}
-CONFIGS: list[Any] = [  # what config.json says, what layer_by_hand computes for it, the dims given
+CONFIGS: list[Any] = [  # config.json, if there is one, what layer_by_hand computes for it, the dims given
     (V32_CONFIG | {"rope_theta": 1e4, "rope_scaling": OLD_YARN}, {"length": 64}),
     (with_yarn(**BOTH_MSCALES), OF_YARN_5), (with_yarn(mscale_all_dim=1.3), PLAIN_FACTOR | {"mscale": 1.3}),
     (with_yarn(mscale=0.7, mscale_all_dim=1.3),
@@ -2473,7 +2473,7 @@ CONFIGS: list[Any] = [  # what config.json says, what layer_by_hand computes for
     *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
        {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
       for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20))),
-    (V32_CONFIG, NO_YARN | {"hadamard": True}, {"hadamard": True}), ("no config.json", {}, SMALL),
+    (V32_CONFIG, NO_YARN | {"hadamard": True}, {"hadamard": True}), (None, {}, SMALL),
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
     (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
@@ -2490,10 +2490,9 @@ CONFIGS: list[Any] = [  # what config.json says, what layer_by_hand computes for
 def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config, oracle, given):
     """Both cores, index keys, scores to 1e-12, the same selections, K = 6 of 30 (trap 1); given dims win."""
     w, x = layer_weights(), hidden[:, :30]
-    if said := isinstance(config, dict):
-        write_checkpoint(tmp_path, checkpoint_names(w), config)
+    write_checkpoint(tmp_path, checkpoint_names(w), config)
     read = dsa.DSALayer.from_safetensors
-    layer = read(tmp_path / "model.safetensors", 3, **given) if said else dsa.DSALayer(w, **given)
+    layer = read(tmp_path / MODEL, 3, **given)
     index = indexer_of(dsa, layer, x)
     for b, row in enumerate(x):
         y, indices, *of_index = layer_by_hand(w, row, **oracle)
@@ -2503,11 +2502,10 @@ def test_config_json_says_what_the_layer_computes(dsa, hidden, tmp_path, config,
             np.testing.assert_array_equal(own_indices[b], indices)
         for actual, expected in zip((index[1], dsa.index_scores(*index)), of_index, strict=True):
             assert_close(actual[b], expected, 1e-12)
-    for same in (config, tmp_path, str(tmp_path / "config.json")) if said else ():
+    for same in (config, tmp_path, str(tmp_path / "config.json")) if config else ():
         assert dsa.LayerDims.from_config(same, **given) == layer.dims
-    if said:
-        own = read(tmp_path, 3, **given | {"index_topk": 5, "mscale": 2.0}).dims
-        assert own == replace(layer.dims, index_topk=5, mscale=2.0)
+    own = read(tmp_path / MODEL, 3, **given | {"index_topk": 5, "mscale": 2.0}).dims
+    assert own == replace(layer.dims, index_topk=5, mscale=2.0)
     for call in (read, dsa.LayerDims.from_config):
         refused("none", call, tmp_path / "none", error=FileNotFoundError)
 
@@ -2841,11 +2839,10 @@ def test_the_656_bytes_of_a_token(impl, dsa, dtype):
     amax = np.maximum(np.abs(latent.astype(F64)).max(-1, keepdims=True) / 448, 1e-4)
     scales = np.exp2(np.ceil(np.log2(amax))).astype(F32)
     codes, packed = (latent / scales).astype(E4M3), impl.pack_kv_fp8(kv)
-    assert packed.shape == (3, 2, 656) and packed.dtype == np.uint8
-    for i in np.ndindex(3, 2):
-        assert packed[i].tobytes() == b"".join(x[i].tobytes() for x in (codes, scales, rope))
-        expected = [*(codes[i].astype(F32) * scales[i]).ravel(), *rope[i].astype(F32)]
-        np.testing.assert_array_equal(impl.unpack_kv_fp8(packed)[i], expected)
+    parts = [np.ascontiguousarray(x).reshape(3, 2, -1).view(np.uint8) for x in (codes, scales, rope)]
+    assert_same(packed, np.concatenate(parts, -1))
+    expected = np.concatenate([(codes.astype(F32) * scales).reshape(3, 2, 512), rope.astype(F32)], -1)
+    np.testing.assert_array_equal(impl.unpack_kv_fp8(packed), expected)
     with dsa.KVCache(4, storage="fp8", k=(1, 576), index_k=(128,)) as cache:
         assert cache.bytes_per_token == 656 + 132 and cache.nbytes == 4 * 788
         cache.append(k=kv[None, 0, :, None], index_k=kv[None, 0, :, 128:256])
