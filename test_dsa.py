@@ -1880,12 +1880,12 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
 
 def lines(dsa, act, stop=None):
     """The lines of dsa.py that act() runs in this thread; the first time at line `stop` it is ended there."""
-    seen: dict[int, None] = {}
+    seen: dict[tuple[str, int], None] = {}
 
     def trace(frame, event, _):
         if event == "line":
-            seen[frame.f_lineno] = None
-            if frame.f_lineno == stop:
+            seen[at := (frame.f_code.co_name, frame.f_lineno)] = None
+            if at == stop:
                 raise KeyboardInterrupt
         return trace if frame.f_code.co_filename == dsa.__file__ else None
 
