@@ -970,96 +970,86 @@ GROUPS_OF = {
     "SELECTING": SELECTING, "ATTENDING": ["dense_attention", "sparse_attention", "sparse_attention_backward"],
     "INDEXING": ["index_scores", "lightning_select", "predictive_select", "explain", "indexer_loss"],
     "WINDOWED": ["dense_attention", "index_scores", *SELECTING, *LEARNING], "LOSSES": LEARNING[1:],
-    "GATHERING": ["sparse_attention", "sparse_attention_backward", *LEARNING], "BATCHED": ["dense_attention"],
+    "GATHERING": ["sparse_attention", "sparse_attention_backward", *LEARNING],
 }  # fmt: skip
 BAD_INPUT = """
 ATTENDING: q=ones(17) => q 17 | k=ones((6, 2, 17)) => k 17 5 | v=ones((17, 2, 3)) => v 17 6
 | k=ones((6, 3, 5)), v=ones((6, 3, 3)) => H G 4 3 | v=ones((6, 1, 3)) => v 1 2 | sink=ones(17) => sink 17 4
 | k=ones((17, 6, 2, 5)), v=ones((17, 6, 2, 3)) => k 17 | v=None, d_v=17 => d_v 17 5 | v=None, d_v=0 => d_v 0
-| q=[[[1.0] * 5] * 4] * 3 => TypeError q list | q=ones((3, 4, 5), int) => TypeError q int64
-| q=np.ma.ones((3, 4, 5)) => TypeError q MaskedArray | k=ones((6, 2, 5), complex) => TypeError k complex128
-| v=np.full((6, 2, 3), "a") => TypeError v | scale=10**400 => scale | q=alien => TypeError cupy
+| q=[[[1.0] * 5] * 4] * 3 => TypeError | q=ones((3, 4, 5), int) => TypeError
+| q=ma.ones((3, 4, 5)) => TypeError q MaskedArray | k=ones((6, 2, 5), complex) => TypeError
+| v=full((6, 2, 3), "a") => TypeError | scale=10**400 | q=alien => TypeError cupy
 WINDOWED: k_end=zeros(17, int) => k_end 17 3 | k_start=zeros((2, 3), int) => k_start 2
-| k_start=zeros((), int) => k_start | k_end=zeros(3, np.float32) => TypeError k_end float32
-| k_start=zeros(3) => TypeError k_start float64
-BATCHED: q=two("q"), k=two("k"), v=two("v"), k_end=zeros((2, 17, 3), int) => k_end 17
+| k_start=zeros((), int) | k_end=zeros(3, float32) => TypeError | k_start=zeros(3) => TypeError
 INDEXING: index_q=ones(17) => index_q 17 | index_k=ones((6, 17)) => index_k 17 4
-| weights=ones((3, 17)) => weights 17 2 | weights=ones((3, 2), bool) => TypeError weights bool
+| weights=ones((3, 17)) => weights 17 2 | weights=ones((3, 2), bool) => TypeError
 | index_k="keys" => TypeError index_k str | index_q=alien => TypeError cupy
-SELECTING: top_k=0 => top_k 0 | top_k=2.5 => TypeError top_k 2.5 | top_k=np.array([17]) => TypeError top_k 17
-| local_window=-1 => local_window -1 | num_sink_tokens=-1 => num_sink_tokens -1
-| local_window=3, num_sink_tokens=2 => local_window num_sink_tokens top_k 3 2 4
-select_topk: scores=ones(17) => scores 17 | scores=np.full((3, 6), NAN) => NaN
-| scores=ones((3, 6), int) => TypeError scores int64
-lightning_select: weights=np.full((3, 2), NAN) => NaN
-GATHERING: indices=zeros((17, 2), int) => indices 17 3 | indices=zeros((3, 2)) => TypeError indices float64
-| indices=np.full((3, 6), 2**32) => IndexError indices 4294967296
-| indices=np.repeat([[-1], [17], [2]], 6, 1) => IndexError indices 17
-| indices=np.repeat([[5], [-17], [2]], 6, 1) => IndexError indices -17
-predictive_select: candidates=zeros((3, 2)) => TypeError candidates float64 | widen=-1 => widen -1
-| candidates=zeros((17, 2), int) => candidates 17 3 | weights=np.full((3, 2), NAN) => NaN
+SELECTING: top_k=0 | top_k=2.5 => TypeError | top_k=array([17]) => TypeError top_k 17 | local_window=-1
+| num_sink_tokens=-1 | local_window=3, num_sink_tokens=2 => local_window num_sink_tokens top_k 3 2 4
+select_topk: scores=ones(17) => scores 17 | scores=full((3, 6), nan) => NaN
+| scores=ones((3, 6), int) => TypeError | scores=ones((2, 4, 3, 6)), k_end=ones((2, 17, 3), int) => k_end 17
+lightning_select: weights=full((3, 2), nan) => NaN
+GATHERING: indices=repeat([[5], [-17], [2]], 6, 1) => IndexError indices -17
+| indices=zeros((3, 2)) => TypeError | indices=repeat([[-1], [17], [2]], 6, 1) => IndexError indices 17
+| indices=zeros((17, 2), int) => indices 17 3 | indices=full((3, 6), 2**32) => IndexError indices 4294967296
+predictive_select: candidates=zeros((3, 2)) => TypeError | widen=-1
+| candidates=zeros((17, 2), int) => candidates 17 3 | weights=full((3, 2), nan) => NaN
 merge_attention: lses=[ones((3, 4))] * 3 => outs lses 2 3 | lses=[ones((3, 17))] * 2 => lses 17
 apply_sink: sink=ones(17) => sink 17 4 | lse=ones((3, 17)) => lse 17 | out=alien => TypeError cupy
 sparse_attention_backward: dout=ones((3, 4, 17)) => dout 17 3 | lse=ones((17, 4)) => lse 17 3
 | out=ones((3, 17, 3)) => out 17 4
 LOSSES: target=ones((3, 17)) => target 17 6 | indices=zeros((3, 2), int) => indices 2 target 6
 learned_loss: mlp=(*ONES["mlp"][:3], ones(17)) => w_out 17 7 | q=alien => TypeError cupy
-attention_target: scale=NAN => scale nan | scale=10**400 => scale | q=alien => TypeError cupy
-explain: t=0, s=4 => s 4 | weights=np.full((3, 2), NAN) => NaN 2
-pad_batch: multiple=0 => multiple 0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
-| sequences=[] => sequences empty | sequences=[ones(())] => sequences
-packed_window: lengths=np.array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError lengths float64
-padded_window: lengths=np.array([2, 17]) => lengths 17 | num_queries=-1 => num_queries -1
-DSAConfig: top_k=0 => top_k 0 | top_k=2.5 => top_k 2.5 | top_k=None, sparse_ratio=0.1 => top_k None
-| sparse_ratio=0.0 => sparse_ratio 0.0 | sparse_ratio=1.5 => sparse_ratio 1.5 | strategy="magic" => magic
-| pattern="spiral" => pattern spiral | local_window=7 => local_window 7 | local_window=-1 => local_window -1
-| num_sink_tokens=-1 => num_sink_tokens -1 | global_selection="best" => global_selection best
-| batch_pad_to_multiple=0 => batch_pad_to_multiple 0 | cache_strategy="fifo" => cache_strategy fifo
-| fallback_dense_threshold=-1 => fallback_dense_threshold -1 | num_sink_tokens=2049 => num_sink_tokens 2049
-| strategy="hybrid", local_window=0 => local_window 0 | progressive_sparsity="yes" => progressive_sparsity yes
-| indexer_precision="int4" => indexer_precision int4 | progressive_sparsity=1 => progressive_sparsity 1
-| strategy=np.array(["dynamic"]) => strategy array
-dsa_attention: layer=0.5 => TypeError layer | n_layers=2.5 => TypeError n_layers
-| config={"top_k": 3} => TypeError config dict | cache={} => TypeError cache dict
-| top_k=1 => TypeError top_k options | blocksize=1 => TypeError blocksize options | q=[[[1.0]]] => TypeError k
-| **lists(q=[[1.0]] * 2) => TypeError q list | **lists(k=[ones((3, 2, 5))]) => lengths k
-| **batch(), lengths=np.array([3, 4]) => lengths 4 | **batch(), lengths=np.array([3, -1]) => lengths -1
-| **batch(), lengths=np.array([3]) => lengths | **batch(), lengths=ones(2) => TypeError lengths float64
-| **batch(), lengths=np.array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
-| **batch(k=ones((2, 6, 2, 5)), v=ones((2, 6, 2, 3)), index_k=ones((2, 6, 4))), lengths=ones(2, int) => q T
-| **lists(), lengths=np.array([3, 3]) => lengths None
-KVCache: capacity=0 => capacity 0 | grow="no" => grow no | batch=0 => batch 0 | storage="int3" => storage int3
-| streams=2 => streams 2 | streams=() => streams | streams=(2, 0) => streams 0 | xp="numpy" => xp numpy
-set_num_threads: n=0 => 0 | n=-1 => -1 | n=1.5 => TypeError 1.5
-quantize_fp8: scale="e5m2" => scale e5m2 | block=0 => block 0 | x=[1.0] => TypeError x list
-| x=zeros(3, np.uint8) => TypeError x uint8
-dequantize_fp8: codes=ones((2, 200)) => TypeError codes float64 | scales=ones((2, 3)) => scales
+attention_target: scale=nan | scale=10**400 | q=alien => TypeError cupy
+explain: t=0, s=4 => s 4 | weights=full((3, 2), nan) => NaN 2
+pad_batch: multiple=0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
+| sequences=[] => sequences empty | sequences=[ones(())]
+packed_window: lengths=array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError
+padded_window: lengths=array([2, 17]) => lengths 17 | num_queries=-1
+DSAConfig: top_k=None, sparse_ratio=0.1 => top_k None | strategy=array(["dynamic"]) => strategy array
+| top_k=2.5 | fallback_dense_threshold=-1 | strategy="hybrid", local_window=0 | progressive_sparsity="yes"
+| global_selection="best" | batch_pad_to_multiple=0 | indexer_precision="int4" | progressive_sparsity=1
+| sparse_ratio=0.0 | sparse_ratio=1.5 | num_sink_tokens=-1 | cache_strategy="fifo" | num_sink_tokens=2049
+| top_k=0 | strategy="magic" | pattern="spiral" | local_window=7 | local_window=-1
+dsa_attention: **two(stack), lengths=array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
+| **two(stack, k=ones((2, 6, 2, 5)), v=None, d_v=5, index_k=ones((2, 6, 4))), lengths=ones(2, int) => q T
+| **two(list, q=[[1.0]] * 2) => TypeError q list | **two(stack), lengths=ones(2) => TypeError lengths float64
+| **two(stack), lengths=array([3, -1]) => lengths -1 | **two(list), lengths=array([3, 3]) => lengths None
+| **two(list, k=[ones((3, 2, 5))]) => lengths k | **two(stack), lengths=array([3, 4]) => lengths 4
+| blocksize=1 => TypeError blocksize options | **two(stack), lengths=array([3]) => lengths
+| config={"top_k": 3} => TypeError | top_k=1 => TypeError top_k options | q=[[[1.0]]] => TypeError k
+| layer=0.5 => TypeError | n_layers=2.5 => TypeError | cache={} => TypeError
+KVCache: capacity=0 | grow="no" | batch=0 | storage="int3" | streams=2 | streams=()
+| streams=(2, 0) => streams 0 | xp="numpy"
+set_num_threads: n=0 | n=-1 | n=1.5 => TypeError
+quantize_fp8: scale="e5m2" | block=0 | x=[1.0] => TypeError | x=zeros(3, uint8) => TypeError
+dequantize_fp8: codes=ones((2, 200)) => TypeError | scales=ones((2, 3))
 pack_kv_fp8: kv=ones((2, 577)) => 577
-unpack_kv_fp8: packed=ones((2, 656)) => TypeError packed float64 | packed=zeros(655, np.uint8) => packed 655
-LayerDims: qk_rope_head_dim=7 => qk_rope_head_dim 7 | qk_rope_head_dim=130 => qk_rope_head_dim 130 128
-| hadamard=True, index_head_dim=96 => index_head_dim 96 | n_heads=0 => n_heads 0 | norm_eps=True => norm_eps
-| rope_factor=0.5 => rope_factor 0.5 | rope_theta=1.0 => rope_theta 1.0 | norm_eps=0 => norm_eps 0
-| mscale="a" => mscale | beta_fast=NAN => beta_fast nan | beta_slow=5e-324 => beta_slow
-| hadamard=1 => hadamard 1 | original_seq_len=10**400 => original_seq_len | beta_fast=0.5 => beta_fast 0.5
-| index_rope_interleaved="False" => index_rope_interleaved False | indexer_precision="int4" => int4
-"""  # functions: what to change => the error, if it is no ValueError, and what its message must hold
+unpack_kv_fp8: packed=ones((2, 656)) => TypeError | packed=zeros(655, uint8) => packed 655
+LayerDims: qk_rope_head_dim=7 | qk_rope_head_dim=130 => qk_rope_head_dim 130 128
+| hadamard=True, index_head_dim=96 => index_head_dim 96 | n_heads=0 | norm_eps=True | rope_factor=0.5
+| rope_theta=1.0 | norm_eps=0 | mscale="a" | beta_fast=nan | beta_slow=5e-324 | hadamard=1
+| original_seq_len=10**400 | beta_fast=0.5 | index_rope_interleaved="False" | indexer_precision="int4"
+"""  # functions: changes => the error, if no ValueError; its words, if not argument and value or dtype
 CUPY: Any = types.ModuleType("cupy")  # a stand-in, whose arrays beside NumPy's are an error, and never copied
 CUPY.ndarray = type("ndarray", (), {"__module__": "cupy", "shape": (3, 4, 5), "ndim": 3, "dtype": F32})
 
 
 def bad_calls():
     """(function, error, {argument: what to change}, words of its message) for each function of each line."""
-    scope = {"ones": np.ones, "zeros": np.zeros, "ONES": ONES, "NAN": NAN, "np": np, "alien": CUPY.ndarray()}
-    scope |= {"two": lambda name: np.broadcast_to(ONES[name], (2, 4, *ONES[name].shape)), "INF": INF}
     main = {name: ONES[name][:3] for name in ("q", "k", "v", "index_q", "index_k", "weights")}
-    scope |= {"lists": lambda **others: {name: [x, x] for name, x in main.items()} | others}
-    scope |= {"batch": lambda **others: {name: np.stack([x, x]) for name, x in main.items()} | others}
+    two = lambda kind, **others: {name: kind([x, x]) for name, x in main.items()} | others  # noqa: E731
+    scope = vars(np) | {"ma": np.ma, "ONES": ONES, "alien": CUPY.ndarray(), "two": two}
     for line in BAD_INPUT.strip().replace("\n|", " |").splitlines():
         names, _, calls = line.partition(": ")
         for name, call in itertools.product(GROUPS_OF.get(names, [names]), calls.split(" | ")):
-            changes, words = call.split(" => ")
+            code, _, words = call.partition(" => ")
             error = next((x for x in (TypeError, IndexError) if words.startswith(x.__name__)), ValueError)
-            yield name, error, eval(f"dict({changes})", scope), words.removeprefix(error.__name__)
+            changes, usual = eval(f"dict({code})", scope), ""
+            for key, x in changes.items():
+                kind = getattr(x, "dtype", type(x).__name__) if error is TypeError else ""
+                usual += f"{key} {x if np.isscalar(x) else kind} "
+            yield name, error, changes, words.removeprefix(error.__name__) or usual
 
 
 BAD_CALLS = list(bad_calls())
@@ -3820,57 +3810,54 @@ def test_torch_tensors_pass_without_a_copy(dsa, cupy):
     assert found.data_ptr() == out.data.ptr and kept.data_ptr() == indices.data.ptr
 
 
-FLOAT, DOUBLE, HALF, BF16 = "float", "double", "__half", "__nv_bfloat16"
-CODES = "unsigned char"
-PLAIN, PACKED = {"R8": 0, "ROPE": 0}, {"R8": 512, "ROPE": 64, "TIED": 1}
-V32, ODD = {"D": 576, "DV": 512, "HEADS": 64, "KEYS": 64}, {"D": 40, "DV": 24, "HEADS": 16, "KEYS": 32}
-KERNELS = [  # each kernel with constants that the launchers of dsa.py give it
-    *(("index_scores_fma", {"REAL": x}) for x in (FLOAT, DOUBLE)),
-    *(("index_scores_mma", {"ELEMENT": x, "J": 64, "E": 128, "PITCH": 128, "HEADS": 64, "TILES": 4})
-      for x in (BF16, HALF, CODES)),
-    ("index_scores_mma", {"ELEMENT": BF16, "J": 3, "E": 30, "PITCH": 32, "HEADS": 8, "TILES": 4}),
-    *(("index_scores_few_wgmma", {"J": J, "TOGETHER": many}) for J in (32, 64) for many in (1, 2)),
-    *(("index_scores_wgmma", {"ELEMENT": x, "J": J, "E": E}) for x, J, E in (
-        (CODES, 64, 128), (CODES, 32, 128), (BF16, 64, 128), (BF16, 32, 128), (HALF, 128, 64))),
-    *(("select_topk", {"REAL": x, "BLOCK": block, "BLOCKS": blocks, "HELD": 0, "CAPACITY": runs})
-      for x in (FLOAT, DOUBLE) for block, blocks, runs in (
-          (512, 1, 2048), (1024, 1, 3584), (512, 1, 4096), (512, 4, 4096), (512, 8, 3584), (512, 16, 8192))),
-    *(("select_topk", {"REAL": FLOAT, "BLOCK": block, "BLOCKS": 1, "HELD": held, "CAPACITY": 1})
-      for block, held in ((512, 8), (512, 16), (512, 32), (1024, 8), (1024, 16))),
-    *(("attend", {"HEADS": heads, "COLUMNS": columns, "TIED": int(x == HALF), "QT": x, "KT": x, "VT": x,
-                  "OUT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT, **PLAIN})
-      for x in (FLOAT, DOUBLE, HALF, BF16) for heads, columns in ((1, 1), (8, 4))),
-    ("attend", {"HEADS": 8, "COLUMNS": 4, "QT": FLOAT, "KT": CODES, "VT": CODES, "OUT": FLOAT, "ACC": FLOAT,
-                **PACKED}),
-    *(("attend_few_mma", {"HEADS": heads, "D": D, "DV": Dv, "TYPE": x, "OUT": out})
-      for x, out in ((BF16, BF16), (HALF, FLOAT))
-      for heads, D, Dv in ((1, 64, 64), (4, 128, 128), (16, 128, 128), (7, 256, 256), (3, 40, 24))),
-    *(("attend_backward_rows", {"TYPE": x, "D": D, "DV": Dv, "BY_KEY": key})
-      for x in (BF16, HALF) for D, Dv in ((64, 64), (128, 128), (40, 24)) for key in (0, 1)),
-    *(("attend_backward_mma", {"D": D, "DV": Dv, "SUMS": sums})
-      for D, Dv in ((64, 64), (128, 128), (40, 24)) for sums in (0, 1)),
-    ("attend_mma", {**V32, **PLAIN, "TIED": 1, "TYPE": BF16, "OUT": BF16, "VEC": 16, "VVEC": 16}),
-    ("attend_mma", {**V32, **PACKED, "TYPE": BF16, "OUT": FLOAT, "VEC": 4, "VVEC": 4}),
-    *(("attend_wgmma", {"D": d, "DV": 512, "HEADS": 64, "TIED": 1, "TYPE": x, "OUT": out, **packed})
-      for d, x, out, packed in ((576, BF16, BF16, PLAIN), (512, HALF, FLOAT, PLAIN),
-                                (576, BF16, BF16, PACKED), (576, BF16, FLOAT, PACKED))),
-    ("attend_mma", {**ODD, **PLAIN, "TIED": 0, "TYPE": HALF, "OUT": HALF, "VEC": 8, "VVEC": 16}),
-    *(("merge_attention", {"ACC": ACC, "OUT": x, "COLUMNS": 4, "LOADS": loads})
-      for ACC, x, loads in ((FLOAT, FLOAT, 8), (FLOAT, BF16, 32), (DOUBLE, DOUBLE, 16))),
-    *((name, {"TYPE": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
-      for name in ("attend_backward", "indexer_backward") for x in (FLOAT, DOUBLE, BF16)),
-    *(("attend_backward_norms", {"TYPE": x, "OUT": y, "ACC": DOUBLE if x == DOUBLE else FLOAT})
-      for x, y in ((FLOAT, FLOAT), (DOUBLE, DOUBLE), (BF16, FLOAT), (HALF, HALF))),
-    *(("attend_backward_wgmma", {"D": D}) for D in (512, 576)),
-    *(kernel for x in (FLOAT, DOUBLE) for kernel in (
-        ("attention_lse", {"ACC": x}), *(("sum_of_heads", {"ACC": x, "TARGET": y}) for y in (0, 1)))),
-    *(("gather", {"UNIT": x}) for x in ("short", "int", "int2", "int4")),
-    *(("add_by_key", {"ACC": x, "WIDE": wide}) for x, wide in ((FLOAT, 1), (FLOAT, 4), (DOUBLE, 2))),
-    *(("quantize_fp8", {"BLOCK": 128, "UE8M0": 1, "XT": x, "ACC": DOUBLE if x == DOUBLE else FLOAT})
-      for x in (FLOAT, DOUBLE, HALF, BF16)),
-    *(("made_of_x", {"ACC": x, "OUT": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
-    *(("rotate", {"ACC": x, "TYPE": y}) for x, y in ((FLOAT, FLOAT), (FLOAT, BF16), (DOUBLE, DOUBLE))),
-]  # fmt: skip
+COMPILED = """
+index_scores_fma REAL=float,double
+index_scores_mma ELEMENT=bf16,half,code J=64 E=128 PITCH=128 HEADS=64 TILES=4
+index_scores_mma ELEMENT=bf16 J=3 E=30 PITCH=32 HEADS=8 TILES=4
+index_scores_few_wgmma J=32,64 TOGETHER=1,2
+index_scores_wgmma ELEMENT/J/E=code/64/128,code/32/128,bf16/64/128,bf16/32/128,half/128/64
+select_topk REAL=float,double HELD=0
+    BLOCK/BLOCKS/CAPACITY=512/1/2048,1024/1/3584,512/1/4096,512/4/4096,512/8/3584,512/16/8192
+select_topk REAL=float BLOCK/HELD=512/8,512/16,512/32,1024/8,1024/16 BLOCKS=1 CAPACITY=1
+attend HEADS/COLUMNS=1/1,8/4 TIED=0 QT/KT/VT/OUT/ACC=float/float/float/float/float R8=0 ROPE=0
+attend HEADS/COLUMNS=1/1,8/4 TIED=0 QT/KT/VT/OUT/ACC=double/double/double/double/double R8=0 ROPE=0
+attend HEADS/COLUMNS=1/1,8/4 TIED=1 QT/KT/VT/OUT/ACC=half/half/half/half/float R8=0 ROPE=0
+attend HEADS/COLUMNS=1/1,8/4 TIED=0 QT/KT/VT/OUT/ACC=bf16/bf16/bf16/bf16/float R8=0 ROPE=0
+attend HEADS=8 COLUMNS=4 TIED=1 QT/KT/VT/OUT/ACC=float/code/code/float/float R8=512 ROPE=64
+attend_few_mma TYPE/OUT=bf16/bf16,half/float HEADS/D/DV=1/64/64,4/128/128,16/128/128,7/256/256,3/40/24
+attend_backward_rows TYPE=bf16,half D/DV=64/64,128/128,40/24 BY_KEY=0,1
+attend_backward_mma D/DV=64/64,128/128,40/24 SUMS=0,1
+attend_mma D=576 DV=512 HEADS=64 KEYS=64 TIED=1 TYPE=bf16 OUT/R8/ROPE/VEC/VVEC=bf16/0/0/16/16,float/512/64/4/4
+attend_mma D=40 DV=24 HEADS=16 KEYS=32 TIED=0 TYPE=half OUT=half R8=0 ROPE=0 VEC=8 VVEC=16
+attend_wgmma D/TYPE/OUT=576/bf16/bf16,512/half/float DV=512 HEADS=64 TIED=1 R8=0 ROPE=0
+attend_wgmma D=576 TYPE=bf16 OUT=bf16,float DV=512 HEADS=64 TIED=1 R8=512 ROPE=64
+merge_attention ACC/OUT/LOADS=float/float/8,float/bf16/32,double/double/16 COLUMNS=4
+attend_backward TYPE/ACC=float/float,double/double,bf16/float
+indexer_backward TYPE/ACC=float/float,double/double,bf16/float
+attend_backward_norms TYPE/OUT/ACC=float/float/float,double/double/double,bf16/float/float,half/half/float
+attend_backward_wgmma D=512,576
+attention_lse ACC=float,double
+sum_of_heads ACC=float,double TARGET=0,1
+gather UNIT=short,int,int2,int4
+add_by_key ACC/WIDE=float/1,float/4,double/2
+quantize_fp8 BLOCK=128 UE8M0=1 XT/ACC=float/float,double/double,half/float,bf16/float
+made_of_x ACC/OUT=float/float,float/bf16,double/double
+rotate ACC/TYPE=float/float,float/bf16,double/double
+"""  # each kernel with constants that the launchers of dsa.py give it: A/B=1/2,3/4 is 1 and 2, or 3 and 4
+
+
+def kernels():
+    """(name, {constant: value}) for every choice in each line."""
+    types_of = {"half": "__half", "bf16": "__nv_bfloat16", "code": "unsigned char"}
+    for line in COMPILED.strip().replace("\n ", " ").splitlines():
+        name, *options = line.split()
+        pairs = (option.split("=") for option in options)
+        for chosen in itertools.product(*([(keys, x) for x in some.split(",")] for keys, some in pairs)):
+            both = (zip(keys.split("/"), values.split("/"), strict=True) for keys, values in chosen)
+            yield name, {key: types_of.get(x, x) for each in both for key, x in each}
+
+
+KERNELS = list(kernels())
 
 
 def compiled(name, constants, arch):
@@ -3896,13 +3883,13 @@ NEEDS = {"mma": ARCHS[1:], "wgmma": ["sm_90a"]}  # for the launchers to take a k
 
 
 def archs(name, constants):
-    return ARCHS[2:] if constants.get("BLOCKS", 1) > 1 else NEEDS.get(name.split("_")[-1], ARCHS)
+    return ARCHS[2:] if int(constants.get("BLOCKS", 1)) > 1 else NEEDS.get(name.split("_")[-1], ARCHS)
 
 
 @pytest.mark.parametrize(
     "name, constants, arch",
     [(*kernel, arch) for kernel in KERNELS for arch in archs(*kernel)],
-    ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x.values())),
+    ids=lambda x: x if isinstance(x, str) else "-".join(x.values()),
 )
 def test_every_kernel_compiles(dsa, name, constants, arch):
     """Without a GPU; on sm_90a nothing spills, by a compiler newer than CUDA 13.0's (six kernels do)."""
