@@ -129,19 +129,16 @@ from hypothesis import strategies as st
 
 # 0. Harness: tolerances, the arguments of a call as text, oracles -------------------------------------------
 
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")  # read here: @given fixes its settings at import
-EXAMPLES = {"default": 40, "ci": 150}.get(PROFILE, 40)
 phases = [phase for phase in Phase if phase is not Phase.explain]  # it lists lines of NumPy
 quiet: dict[str, Any] = {"deadline": None, "database": None}
 settings.register_profile("default", max_examples=40, derandomize=True, phases=phases, **quiet)
 settings.register_profile("ci", max_examples=150, print_blob=True, **quiet)
-settings.load_profile(PROFILE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))  # @given fixes its own at import
+EXAMPLES = settings().max_examples
 slow = settings(max_examples=max(5, EXAMPLES // 5))
 
 INF, NAN = math.inf, math.nan
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), BFLOAT16]
-F32, F64, F16 = DTYPES[:3]
+F32, F64, F16, BFLOAT16 = DTYPES = [np.dtype(x) for x in ("f4", "f8", "f2", ml_dtypes.bfloat16)]
 TOLERANCE = {F64: 1e-12, F32: 2e-5, F16: 1e-3, BFLOAT16: 8e-3}  # of max(1, |expected|): a few roundings
 
 
@@ -606,7 +603,9 @@ class Verdict:
             found = impl.back(getattr(impl.module, self.stage)(*map(given.get, positional), **keywords))
             found = dict(zip(parts, found if isinstance(found, tuple) else (found,), strict=True))
         except Exception as error:  # whatever a module under test does is its author's to read
-            return [where_raised(error)]
+            last, words = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())[:150]
+            where = f"it raised {type(error).__name__}: {words} ({last.name}, line {last.lineno})"
+            return [words if isinstance(error, AssertionError) else where]  # that of Stages.back
         for name, x in values.items():
             after = as_list(impl.back(given[name])) if as_list(x) else []
             if [a.tobytes() for a in as_list(x)] != [a.tobytes() for a in after]:
@@ -737,15 +736,6 @@ def kept_scores(selections, values):
     scores = np.concatenate([scores, np.full((*scores.shape[:-1], 1), -INF)], -1)  # -1 reads the last
     kept = [np.clip(x, -1, scores.shape[-1] - 1).astype(np.int64) for x in selections]
     return [-np.sort(-np.take_along_axis(scores, x, -1), -1) for x in kept]
-
-
-def where_raised(error):
-    """Type, words and place of an exception, on one line."""
-    if isinstance(error, AssertionError):  # from Stages.back
-        return str(error)
-    *_, last = traceback.extract_tb(error.__traceback__)
-    words = " ".join(str(error).split())[:150]
-    return f"it raised {type(error).__name__}: {words} ({last.name}, line {last.lineno})"
 
 
 def conform(module, stages=None, arrays="numpy", limits=LIMITS, strict=False, say=print, **effort):
@@ -1103,14 +1093,12 @@ def test_a_nan_that_is_seen_and_an_index_that_is_no_key_are_errors(impl, p, wron
     refused("", sparse, impl, p, indices, error=IndexError)
 
 
-FEW_HEADS = (4, 4, 64, 64), (8, 2, 128, 128), (7, 1, 40, 24), (20, 2, 64, 128), (3, 3, 256, 8)
-
-
 @pytest.mark.parametrize("dtype", [F16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("H, G, D, Dv, T, K, scale", [
     (128, 1, 576, None, 80, 200, None), (33, 1, 576, None, 160, 64, -0.1), (100, 1, 512, None, 80, 129, 0),
     (64, 1, 576, None, 160, 1, None),
-    *((*x, T, K, None) for x in FEW_HEADS for T, K in ((1, 650), (150, 90), (3, 5))),
+    *((*x, T, K, None) for T, K in ((1, 650), (150, 90), (3, 5)) for x in (
+        (4, 4, 64, 64), (8, 2, 128, 128), (7, 1, 40, 24), (20, 2, 64, 128), (3, 3, 256, 8))),
 ])  # fmt: skip
 def test_attention_at_the_widths_of_kernels(impl, H, G, D, Dv, T, K, scale, dtype):
     """V3.2's latents, in more jobs than a GPU has SMs, and few heads that share keys, in splits or one: -1
@@ -1233,10 +1221,8 @@ RIGHT = "\n".join([*map(inspect.getsource, ORACLES), TYPED])  # the oracles, in 
 PLANTED = """
 index_scores
 np.maximum(np.einsum("...tje,...se->...tjs", q, k), 0) => np.einsum("...tje,...se->...tjs", q, k)
-w, each) => np.exp(w) / np.exp(w).sum(-1, keepdims=True), each) | w, each) / q.shape[-1]
 (x.astype(F64) for x => (x.astype(F32) for x | (x.astype(index_q.dtype) for x
 scores, -INF) => scores, 0) | scores[..., np.arange(scores.shape[-1]) % 512], -INF)
-k_end = S - T + 1 + => k_end = 1 + | k_end = S +
 np.zeros(T, np.int64) if k_start is None else k_start => np.zeros(T, np.int64)
 np.clip(k_end, 0, S) => np.clip(np.int32(k_end), 0, S)
 np.broadcast_to(np.clip(k_start, 0, S), => np.broadcast_to(np.clip(k_start, 0, S).ravel()[:T],
@@ -1262,17 +1248,14 @@ sparse_attention
 D**-0.5 if scale is None else scale => 1.0 if scale is None else scale | D**-0.5
 np.arange(H) // (H // k.shape[-2]) => np.arange(H) % k.shape[-2]
 k[..., :d_v] if v is None => k[..., -d_v:] if v is None
-np.exp(logits - logits.max(0)) => np.exp(logits)
 np.log(share.sum(0)) => np.log2(share.sum(0)) | np.log(share.astype(np.float16).cumsum(0, np.float16)[-1])
 "out": floats[0] => "out": F64
 accumulator(*floats)) => floats[0])
 lse, sink)), lse => lse, sink)), lse if sink is None else np.logaddexp(lse, sink)
 q, k = q.astype(F64), k.astype(F64) => q, k = q.astype(F32), k.astype(F32)
 indices[at][indices[at] >= 0] => indices[at] | np.unique(indices[at][indices[at] >= 0])
-indices[at][indices[at] >= 0] => indices[at][: (indices[at] >= 0).sum()]
 if len(keys): => if True:
 dense_attention
-np.full(q.shape[:-1], -INF) => np.zeros(q.shape[:-1])
 np.arange(lo[at], hi[at]) => np.arange(lo[at], hi[at] - 1) | np.arange(hi[at])
 np.arange(lo[at], hi[at]) => np.arange(lo[at], hi[at]) % 512
 np.clip(k_start, 0, S), => k_start,
@@ -1282,7 +1265,6 @@ np.array(outs).astype(F64), np.array(lses) => np.array(outs[:2]).astype(F64), np
 apply_sink
 sink.astype(F64) - lse => lse - sink.astype(F64) | sink[0].astype(F64) - lse
 np.where(lse > -INF, 1 / (1 + np.exp(sink.astype(F64) - lse)), 0) => 1 / (1 + np.exp(sink.astype(F64) - lse))
-"out": floats[0] => "out": F64
 """  # a stage, and pieces of the module above with what makes them wrong
 
 
@@ -3196,23 +3178,16 @@ def mpi(ranks, code, timeout=150):
     return run(command, env=os.environ | env, cwd=Path(__file__).parent)
 
 
-RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-WHAT = ["stages", "cache", "errors", "traffic"]
-
-
-@RANKS
-@pytest.mark.parametrize("what", WHAT)
-def test_sharded_is_as_one(dsa, what, ranks, xp=""):
-    """On every rank, what ranks_stages, ranks_cache, ... say."""
-    done = mpi(ranks, f"test_dsa.ranks_{what}(dsa, comm{xp}); print('fine')", timeout=300)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("xp", array_libraries())
+@pytest.mark.parametrize("what", ["stages", "cache", "errors", "traffic"])
+def test_sharded_is_as_one(dsa, what, xp, ranks):
+    """On every rank, what ranks_stages, ranks_cache, ... say; by NCCL if each has a GPU of its own."""
+    if xp == "cupy" and what in ("errors", "traffic"):
+        pytest.skip("of the host alone")
+    of_gpu = ", test_dsa.gpu_of(comm)" if xp == "cupy" else ""
+    done = mpi(ranks, f"test_dsa.ranks_{what}(dsa, comm{of_gpu}); print('fine')", timeout=300)
     assert done.returncode == 0 and done.stdout.count("fine") == ranks, done.stdout + done.stderr
-
-
-@RANKS
-@pytest.mark.parametrize("what", WHAT[:2])
-def test_sharded_on_gpus_is_as_one(dsa, cupy, what, ranks):
-    """By NCCL if each rank has a GPU of its own, else through the host's memory."""
-    test_sharded_is_as_one(dsa, what, ranks, ", test_dsa.gpu_of(comm)")
 
 
 def test_nccl_moves_what_mpi_would(dsa, monkeypatch):
@@ -3235,21 +3210,17 @@ def gpu_of(comm):
     return cupy
 
 
-@pytest.mark.parametrize("end", ["comm.this_is_wrong", "os.kill(os.getpid(), 9)"])
-def test_a_rank_that_dies_ends_all(dsa, end, xp="np"):
-    """Also outside dsa.py and while the others wait for it: python -m mpi4py, or mpiexec, sees to it."""
-    run = f"import os; x = {xp}.ones((3, 1, 1)); comm.rank == 1 and {end}; "
+@pytest.mark.parametrize("end", ["comm.this_is_wrong", "die()", "vars(dsa).update(by_nccl=die, by_mpi=die)"])
+def test_a_rank_that_dies_ends_all(dsa, end):
+    """Also outside dsa.py and while the others wait for it, on a GPU too: mpi4py, or mpiexec, sees to it."""
+    if (on_gpus := "nccl" in end) and "cupy" not in array_libraries():
+        pytest.skip("needs CuPy and a GPU")
+    run = f"import os; x = {'test_dsa.gpu_of(comm)' if on_gpus else 'np'}.ones((3, 1, 1)); "
+    run += f"die = lambda *args: os.kill(os.getpid(), 9); comm.rank == 1 and {end}; "
     run += "print('alive', dsa.sharded_select(x, x[:, 0], x[..., 0], 2, comm))"
-    done = mpi(2 + (xp == "np"), run, timeout=60)
+    done = mpi(3 - on_gpus, run, timeout=60)
     assert done.returncode != 0 and "alive" not in done.stdout
-    assert "this_is_wrong" in done.stderr or "kill" in end
-
-
-def test_a_gpus_rank_that_dies_ends_all(dsa, cupy):
-    """While another may wait for it on its GPU, in a call of NCCL."""
-    kill = "lambda *args: os.kill(os.getpid(), 9)"
-    end = f"vars(dsa).update(by_nccl={kill}, by_mpi={kill})"
-    test_a_rank_that_dies_ends_all(dsa, end, "test_dsa.gpu_of(comm)")
+    assert "this_is_wrong" in done.stderr or "die" in end
 
 
 def test_the_readmes_lines_run_on_ranks(dsa):
