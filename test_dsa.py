@@ -3098,8 +3098,8 @@ def test_the_readmes_lines_train_an_indexer(dsa, capsys, xp):
         assert block.count(long) == 1
         block = block.replace(long, short)
     if xp == "cupy":
-        device, line = (re.findall(x, text)[0] for x in (r"torch.set_default_device.*?\)", r"`(give, back.*)`"))
-        block = re.sub("give, back = .*", f"import cupy; {device}; {line}", block, count=1)
+        gpu, line = (re.findall(x, text)[0] for x in (r"torch.set_default_device.*?\)", r"`(give, back.*)`"))
+        block = re.sub("give, back = .*", f"import cupy; {gpu}; {line}", block, count=1)
     names: dict[str, Any] = {}
     try:
         exec(block, names)
@@ -3405,7 +3405,7 @@ def ranks_traffic(dsa, comm):
     rows = np.diff(T * np.arange(R + 1) // R)[comm.rank]
     names = ("Allgather", "Isend", "Irecv")  # no other, as one that pickles
     calls = {name: mock.Mock(side_effect=getattr(comm, name)) for name in names}
-    traffic = types.SimpleNamespace(rank=comm.rank, size=R, Free=dict, Dup=lambda: traffic, **calls)
+    traffic: Any = types.SimpleNamespace(rank=comm.rank, size=R, Free=dict, Dup=lambda: traffic, **calls)
     moved = lambda name: sum(x.args[0].nbytes for x in calls[name].call_args_list)  # noqa: E731
     for S in (400, 4000):
         for call in calls.values():
@@ -3774,7 +3774,7 @@ def kernels():
     archs = ["sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"]
     for line in COMPILED.strip().replace("\n ", " ").splitlines():
         names, *options = line.split()
-        choices = ([(keys, x) for x in some.split(",")] for keys, some in (x.split("=") for x in options))
+        choices: Any = ([(keys, x) for x in some.split(",")] for keys, some in (x.split("=") for x in options))
         for name, *chosen in itertools.product(names.split(","), *choices):
             both = (zip(keys.split("/"), values.split("/"), strict=True) for keys, values in chosen)
             constants = {key: types_of.get(x, x) for each in both for key, x in each}
@@ -3783,7 +3783,7 @@ def kernels():
                 yield name, constants, arch
 
 
-@pytest.mark.parametrize("name, constants, arch", kernels())
+@pytest.mark.parametrize("name, constants, arch", [*kernels()])
 def test_every_kernel_compiles(dsa, name, constants, arch):
     """Without a GPU; on sm_90a nothing spills, by a compiler newer than CUDA 13.0's (six kernels do)."""
     nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is not installed: no kernel is compiled")
