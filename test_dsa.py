@@ -3774,8 +3774,8 @@ def kernels():
     archs = ["sm_75", "sm_80", "sm_90a", "sm_100", "sm_120"]
     for line in COMPILED.strip().replace("\n ", " ").splitlines():
         names, *options = line.split()
-        choices: Any = ([(keys, x) for x in some.split(",")] for keys, some in (x.split("=") for x in options))
-        for name, *chosen in itertools.product(names.split(","), *choices):
+        axes: Any = ([(keys, x) for x in some.split(",")] for keys, some in (x.split("=") for x in options))
+        for name, *chosen in itertools.product(names.split(","), *axes):
             both = (zip(keys.split("/"), values.split("/"), strict=True) for keys, values in chosen)
             constants = {key: types_of.get(x, x) for each in both for key, x in each}
             own = {"mma": archs[1:], "wgmma": ["sm_90a"]}.get(name.split("_")[-1], archs)
