@@ -1203,9 +1203,8 @@ TYPED = """
 def typed(stage, by_hand):
     def call(*args, **options):
         found, dtypes = by_hand(*args, **options), due(stage, [*args, *options.values()])
-        if len(dtypes) == 1:
-            return found.astype(dtypes[0])
-        return tuple(map(np.ndarray.astype, found, dtypes))
+        many = len(dtypes) > 1
+        return tuple(map(np.ndarray.astype, found, dtypes)) if many else found.astype(dtypes[0])
     return call
 
 globals().update({stage: typed(stage, globals()[name]) for stage, name in NAMES.items()})
@@ -3586,8 +3585,7 @@ def test_offsets_beyond_32_bits(dsa, cupy):
     on_gpu, rows = [*map(cupy.asarray, index)], np.array([0, T // 2, T - 1])
     scores = dsa.index_scores(*on_gpu)
     indices = dsa.select_topk(scores, 64)
-    some = index[0][rows], index[1], index[2][rows]
-    window = {"k_end": rows + S - T + 1}
+    some, window = (index[0][rows], index[1], index[2][rows]), {"k_end": rows + S - T + 1}
     assert_same(scores[rows].get(), dsa.index_scores(*some, **window))
     expected = dsa.lightning_select(*some, 64, **window)
     for found in (indices, dsa.lightning_select(*on_gpu, 64)):
