@@ -594,7 +594,11 @@ class Verdict:
         keywords = {name: x for name, x in given.items() if name not in positional}
         try:
             found = impl.back(getattr(impl.module, self.stage)(*map(given.get, positional), **keywords))
-            found = dict(zip(parts, found if isinstance(found, tuple) else (found,), strict=True))
+            found = found if isinstance(found, tuple) else (found,)
+            kinds = [type(x).__name__ for x in found]
+            if kinds != ["ndarray"] * len(parts):  # pytest would explain an assert
+                raise AssertionError(f"it returned {', '.join(kinds)}, not arrays {', '.join(parts)}")
+            found = dict(zip(parts, found, strict=True))
         except Exception as error:  # whatever a module under test does is its author's to read
             last, words = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())[:150]
             where = f"it raised {type(error).__name__}: {words} ({last.name}, line {last.lineno})"
@@ -772,8 +776,9 @@ def some_of(known):
     """What reads the words of an option, with commas between: numbers, or of those that are known."""
 
     def read(text):
-        if wrong := [word for word in text.split(",") if known and word not in known]:
-            raise pytest.UsageError(f"{wrong[0]!r} is none of {', '.join(known)}")
+        fits = known.__contains__ if known else lambda word: word.isdecimal() and int(word) > 0
+        if wrong := [word for word in text.split(",") if not fits(word)]:
+            raise pytest.UsageError(f"{wrong[0]!r} is none of {', '.join(known) or 'the numbers from 1 on'}")
         return [word if known else int(word) for word in text.split(",")]
 
     return read
@@ -785,7 +790,7 @@ REPORT = {  # the options beside --impl and pytest's --strict: what they take, a
     "dtypes": (some_of([str(x) for x in DTYPES]), "dtypes that it supports, such as float32,bfloat16"),
     "heads": (some_of(()), "numbers of heads that it supports, such as 64,128"),
     "widths": (some_of(()), "widths of vectors that it supports, such as 64,576"),
-    "max_top_k": (int, "the largest top_k that it supports"),
+    "max_top_k": (lambda text: min(some_of(())(text)), "the largest top_k that it supports"),
     "tolerance": (float, "a factor on the errors allowed"),
 }
 
