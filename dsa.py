@@ -556,15 +556,15 @@ def dsa_attention(
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
         windows = windows_of(n, k_start, k_end)
-        indices = choose(arrays, windows, lengths)
-        if lengths is None and config.quota_at(layer, n_layers, n["S"])[1]:  # dense
+        indices, dense = choose(arrays, windows, lengths)
+        if dense and lengths is None:
             return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
         return (*sparse_attention(q, k, v, indices, **kwargs), indices)
 
     def attend_to_cache():
         read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
         keys = {"k": read("k"), "index_k": cache.read("index_k")}
-        indices = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
+        indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(q, indices, **kwargs), indices)
 
     tokens = {"k": k, "index_k": index_k} | ({} if v is None else {"v": v})
@@ -599,16 +599,18 @@ def pad_lists(arrays, multiple):
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
+    """The indices that config says, and whether they are all visible keys. Where it goes by the number of
+    keys, each sequence goes by its own.
+    """
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     by_length = config.sparse_ratio or config.fallback_dense_threshold
     if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
         each = []
         for b in (slice(b, b + 1) for b in range(len(lengths))):
             alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
-            each.append(choose_keys(config, layer, options, *alone))
+            each.append(choose_keys(config, layer, options, *alone)[0])
         rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
-        return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)])
+        return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)]), False
     select: Any = SELECTORS.get(chosen := config.selector())
     known = sorted(getattr(select, "options", ()))
     unknown = sorted(options.keys() - {*known})
@@ -619,12 +621,12 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     q, k = arrays["q"], arrays["k"]
     num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
     quota, dense = config.quota_at(*layer, num_keys)
-    if dense:  # every visible key
+    if dense:
         n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": library("q", q)}
-        return every_key(filled(n, windows), min(max(1, num_keys), n["S"]))
+        return every_key(filled(n, windows), min(max(1, num_keys), n["S"])), True
     index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
     index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
-    return lightning_select(**index) if chosen == "lightning" else select(q, k, **index)
+    return lightning_select(**index) if chosen == "lightning" else select(q, k, **index), False
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
@@ -1673,7 +1675,7 @@ class Session(KVCache):
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
         self._check_open()
-        batch = check_lengths(np.asarray(batch), most=self.batch - 1, name="batch")
+        batch = check_lengths(batch, most=self.batch - 1, name="batch")
         expect(len(batch), "batch", "empty", "at least one sequence")
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
@@ -2103,7 +2105,8 @@ class DSALayer:
         windows = [None, None] if default else [self.xp.asarray(w) for w in (0 * k_end, k_end)]
         arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
         arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
-        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths if by_length else None)
+        lengths = lengths if by_length else None
+        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths)[0]
 
     def _core(self, w, qr, turn, k, indices, cache, core):
         """Equation (3) for qr [B, T, Q], over the cache or latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
@@ -2397,15 +2400,19 @@ def dequantized(tensors):
 
 # 13. Training the indexer ---------------------------------------------------------------------------------
 # The indexer learns to score high what the main attention looks at: first in a dense warm-up, over the
-# window, with all else frozen; then inside its own set, while the model learns through sparse attention. The
-# slots of a block's queries, K of each, or S, hold up to 2**20 numbers.
+# window, with all else frozen; then inside its own set, while the model learns through sparse attention.
+
+
+def slots(numbers):
+    """most of a stage whose queries hold numbers(n) in each of K slots, or S: up to 2**20 in a block."""
+    return lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * numbers(n)))
 
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, out [..., T, H, Dv],"
     " lse [..., T, H], dout [..., T, H, Dv], sink [H]"
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
-    most=lambda n: min(64, 2**20 // max(1, n["K"] * (n["G"] * (n["D"] + n["Dv"]) + n["H"]))),
+    most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
 )
 def sparse_attention_backward(
     q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None, deterministic=True
@@ -2444,7 +2451,7 @@ def sparse_attention_backward(
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], indices [..., T, K] int -> target [..., T, K]",
-    most=lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * (n["H"] + n["G"] * n["D"] * ("K" in n)))),
+    most=slots(lambda n: n["H"] + n["G"] * n["D"] * ("K" in n)),
 )
 def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None):
     """What the indexer learns: the main attention's probabilities, summed over heads, L1-normalised.
@@ -2493,9 +2500,7 @@ def indexer_loss(
     "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J], target [..., T, K],"
     " indices [..., T, K] int"
     " -> losses [..., T], d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
-    most=lambda n: min(
-        64, 2**20 // max(1, n["K"] * ((n["J"] * 16 + n["E"]) if n["K"] < n["S"] else n["J"] * 4))
-    ),
+    most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
 )
 def loss_of_rows(
     index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None, deterministic=True
