@@ -30,8 +30,8 @@ selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines an
 
 from __future__ import annotations
 
-import collections
-import contextvars
+
+import importlib
 import functools
 import inspect
 import itertools
@@ -58,7 +58,8 @@ __all__ = [  # noqa: RUF022, in the order of the file
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[str, str], Any] = {}  # (stage, library): what runs a stage on the arrays of that library
-CODES: dict[Any, Any] = {}  # (stage, dtype of its first array): axes of arrays in codes, what decodes them
+CODES: dict[tuple[str, Any], Any] = {}  # (stage, dtype of its first array): other axes, and what decodes them
+KEY_TILE = 512  # keys of a product, at most
 
 
 def stage(declared, most=lambda n: 64):
@@ -71,41 +72,39 @@ def stage(declared, most=lambda n: 64):
     axes stands its dtype, or whose dtype it has; otherwise it is float32, or float64 if any input is.
     most(n): how many queries a block may have. To read on: a stage is its body; in_blocks is in section 8.
     """
-    arrays, results = map(axes_of, declared.split(" -> "))
+    takes, gives = map(axes_of, declared.split(" -> "))
 
-    def declare(block):
-        name, parameters, first = block.__name__, inspect.signature(block).parameters, next(iter(arrays))
-        optional = {"v", *(x for x in parameters if parameters[x].default is None)}
-        bind: dict[str, Any] = {}  # Python itself binds the arguments: fast, and with its own errors
-        exec(f"def {name}{inspect.signature(block)}: return locals()", bind)
+    def decorate(block):
+        signature, first = inspect.signature(block), next(iter(takes))
+        optional = {name for name in takes if signature.parameters[name].default is None} | {"v"}
 
         @functools.wraps(block)
         def run(*args, **kwargs):
-            given = bind[name](*args, **kwargs)
-            axes, decode = CODES.get((name, getattr(given[first], "dtype", None)), (arrays, None))
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            axes, decode = CODES.get((block.__name__, getattr(given[first], "dtype", "")), (takes, None))
             n = sizes(axes, given, optional)
             check_options(n, given)
             if n["xp"] is not np:
-                return KERNELS[name, n["xp"].__name__](n, **given)
-            return in_blocks(block, arrays, results, n, decode(n, given) if decode else given, most(n))
+                return KERNELS[block.__name__, n["xp"].__name__](n, **given)
+            given = decode(n, given) if decode else given
+            return on_one_blas_thread(lambda: in_blocks(block, takes, gives, n, given, most))
 
-        run.block = block  # type: ignore[attr-defined]
-        title, _, text = (block.__doc__ or "").partition("\n")
-        run.__doc__ = f"{title}\n\n    {declared}\n{text}"
+        run.block = block
+        run.__doc__ = f"{declared}\n\n    {block.__doc__}"
         return run
 
-    return declare
+    return decorate
 
 
 def axes_of(declared):
     """{"q": (("...", "T", "H", "D"), "")} of "q [..., T, H, D]": names, axes and the word behind them."""
-    found = re.findall(r"(\w+) \[([^]]*)\](?: (\w+))?", declared)
+    found = re.findall(r"(\w+) \[([^]]*)\] ?(\w*)", declared)
     return {name: (tuple(axes.split(", ")), word) for name, axes, word in found}
 
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
-
-KEY_TILE = 512  # about as many keys, by as many rows, are multiplied at a time: 1 MB of float32, an L2 cache
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> scores [..., T, S]")
@@ -118,11 +117,10 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
     array([[2. , 1.5]])
     """
-    (T, J, E), S, (lo, hi) = index_q.shape, len(index_k), span(k_start, k_end)
-    dtype = accumulator(index_q, index_k, weights)
-    scores, weights = np.full((T, S), -np.inf, dtype), weights.astype(dtype, "C")
-    tile = KEY_TILE // 2 if J >= 8 else KEY_TILE  # keys of a product
-    index_q, zero = index_q.astype(dtype, "C"), np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
+    (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
+    scores, tile = np.full((T, len(index_k)), -np.inf, dtype), KEY_TILE // 2 if J >= 8 else KEY_TILE
+    index_q, weights = index_q.astype(dtype, "C"), weights.astype(dtype, "C")[:, None]  # [T, 1, J]
+    zero = np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
 
     def score(first):
         # BLAS may add up in another order in a product of another shape, or at another place in it: OpenBLAS
@@ -130,14 +128,12 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
         # are alike, with 8 keys that are nobody's at either side, and a score has the same bits in any chunk.
         keys, r = np.zeros((E, tile + 16), dtype), np.empty((T, J, tile + 16), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), tile):
-            k_s = index_k[s : s + tile]  # [N, E]
-            own = slice(8, 8 + len(k_s))
-            keys[:, own] = k_s.T
+            N = min(tile, hi - s)
+            keys[:, 8 : 8 + N] = index_k[s : s + N].T
             np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, tile + 16]
-            scores[:, s : s + tile] = (weights[:, None] @ r)[:, 0, own]  # [T, N]                         (1)
+            scores[:, s : s + N] = (weights @ r)[:, 0, 8 : 8 + N]  # [T, N]                               (1)
 
-    for _ in spread(score, range(lo - lo % tile, hi, 8 * KEY_TILE)):  # as they end, on threads
-        pass
+    spread(score, range(lo, hi, 8 * KEY_TILE))
     return hidden(scores, k_start, k_end)
 
 
@@ -155,23 +151,23 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0]]), 2, local_window=1)
     array([[0, 3]], dtype=int32)
     """
-    (T, S), (lo, hi) = scores.shape, span(k_start, k_end)
-    x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
-    for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # a NaN comes through min
-        raise FloatingPointError(int(t))  # row t of this block; in_blocks says which query that is
-    seen = x > -np.inf
-    count, indices = np.count_nonzero(seen, axis=1), np.full((T, min(top_k, S)), -1, np.int32)
-    for t in np.flatnonzero(count <= top_k):
-        indices[t, : count[t]] = lo + np.flatnonzero(seen[t])
-    more = np.flatnonzero(count > top_k)
-    if len(more) and local_window + num_sink_tokens == 0:
-        indices[more] = lo + first_k(x if len(more) == T else x[more], top_k)  # [M, K]                   (2)
-    elif len(more):
-        place = np.cumsum(seen[more], axis=1)  # [M, N]: 1 is the first visible key, count the last
-        kept = seen[more] & ((place <= num_sink_tokens) | (place > count[more, None] - local_window))
-        best = first_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
-        np.put_along_axis(kept, best, True, axis=1)
-        indices[more] = lo + np.flatnonzero(kept).reshape(len(more), top_k) % x.shape[1]  # to columns
+    (T, S), (lo, hi), forced = scores.shape, span(k_start, k_end), local_window + num_sink_tokens
+    x = np.array(scores[:, lo:hi], accumulator(scores), order="C")  # [T, N]
+    hidden(x, k_start - lo, k_end - lo)
+    nan = np.isnan(x.max(1, initial=-np.inf))
+    if nan.any():
+        raise NotANumber(int(nan.argmax()))
+    kept = np.zeros(x.shape, bool)
+    if forced:
+        visible = x > -np.inf
+        rank = visible.cumsum(1)
+        kept = visible & ((rank <= num_sink_tokens) | (rank > rank[:, -1:] - local_window))
+        x[kept] = -np.inf
+    if top_k > forced:
+        kept |= first_k(x, top_k - forced)  # [T, N]                                                      (2)
+    indices = np.full((T, min(top_k, S)), -1, np.int32)
+    there = np.arange(indices.shape[1]) < kept.sum(1)[:, None]
+    indices[there] = np.flatnonzero(kept) % max(1, hi - lo) + lo
     return indices
 
 
@@ -180,30 +176,44 @@ def lightning_select(
     index_q, index_k, weights, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
 ):
     """select_topk(index_scores(...)) without ever holding [T, S] scores: (1) and (2), a block at a time."""
-    window = {"k_start": k_start, "k_end": k_end}
+    scores = index_scores.block(index_q, index_k, weights, k_start=k_start, k_end=k_end)
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    scores = index_scores.block(index_q, index_k, weights, **window)  # [T, S], of this block alone
-    return select_topk.block(scores, top_k, **forced, **window)
+    return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
 
 
-def first_k(x, top_k):
-    """Equation (2): x [M, N], at least top_k of each row above -inf -> positions [M, top_k], ascending."""
-    if top_k == 0:
-        return np.zeros((len(x), 0), np.intp)
-    kth = np.partition(x, x.shape[1] - top_k, axis=1)[:, x.shape[1] - top_k, None]  # [M, 1]
-    best = x >= kth
-    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > top_k):  # ties go to the lowest index
-        ties = np.flatnonzero(x[t] == kth[t])
-        best[t, ties[top_k - np.count_nonzero(best[t]) :]] = False
-    return np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
+def first_k(x, k):
+    """Equation (2): which of each row of x [T, N] are its k largest above -inf, the first of equal ones."""
+    N, least = x.shape[1], np.finfo(x.dtype).min
+    if N <= k:
+        return x >= least
+    kept = x >= np.maximum(kth_largest(x, k), least)[:, None]
+    surplus = kept.sum(1) - k  # of those that equal the k-th
+    for t in np.flatnonzero(surplus > 0):
+        kept[t, np.flatnonzero(x[t] == x[t, kept[t]].min())[-surplus[t] :]] = False
+    return kept
+
+
+def kth_largest(x, k):
+    """The k-th largest of each row of x [T, N], -> [T]."""
+    N = x.shape[1]
+    if N < 2**14:
+        return np.partition(x, N - k, axis=1)[:, N - k]
+    found, few = np.empty(len(x), x.dtype), k // 16 + math.isqrt(k) + 8  # of every 16th, fewer only by chance
+    some = x[:, ::16]
+    bounds = np.partition(some, max(0, some.shape[1] - few), axis=1)[:, max(0, some.shape[1] - few)]
+    for t, row in enumerate(x):
+        above = row[row >= bounds[t]]
+        above = above if len(above) >= k else row
+        found[t] = np.partition(above, len(above) - k)[len(above) - k]
+    return found
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
 
 
 @stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H]"
-    " -> out [..., T, H, Dv] q, lse [..., T, H]"
+    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H] -> out [..., T, H, Dv] q, lse [..., T, H]",
+    most=lambda n: max(1, 1024 // max(1, n["H"])),
 )
 def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
     """Attention over every visible key, a tile at a time: softmax(scale * q . k) @ v.
@@ -215,16 +225,18 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     >>> out.ravel().tolist(), np.exp(lse).ravel().round(6).tolist()
     ([2.0, 3.0], [1.0, 2.0])
     """
-    v, (lo, hi) = k[..., :d_v] if v is None else v, span(k_start, k_end)
-    q = np.multiply(q, scale, dtype=accumulator(q, k, v))
+    (T, H, D), (lo, hi), dtype = q.shape, span(k_start, k_end), accumulator(q, k, k if v is None else v)
+    q = np.multiply(q, scale, dtype=dtype)
 
-    def tile(part):
-        s = np.arange(part.start, part.stop)[:, None]
-        seen = (s >= k_start) & (s < k_end)  # [N, T]
-        return attend(q, k[part], v[part], None if seen.all() else seen)
+    def attended(s):
+        k_s = k[s].astype(dtype, copy=False)  # [N, G, D]
+        v_s = k_s[..., :d_v] if v is None else v[s].astype(dtype, copy=False)  # [N, G, Dv]
+        at = np.arange(s.start, s.stop)[:, None]
+        seen = (at >= k_start) & (at < k_end)  # [N, T]
+        return attend(q, k_s, v_s, None if seen.all() else seen)  # [T, H, Dv], [T, H]                    (3)
 
-    out, lse = over_tiles(tile, q, v.shape[-1], lo, hi)
-    return out if sink is None else apply_sink(out, lse, sink), lse
+    out, lse = over_tiles(attended, slice(lo, hi), 2**20 // max(1, T * H))
+    return (out if sink is None else shared_with(out, lse, sink)), lse
 
 
 @stage(
@@ -243,78 +255,65 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    values, heads = k[..., :d_v] if v is None else v, q.shape[1] // k.shape[1]
-    q = np.multiply(q, scale, dtype=accumulator(q, k, values))
-    out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
-    longest = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))  # KEY_TILEs of a tile
+    (T, H, D), (_, G, _), dtype = q.shape, k.shape, accumulator(q, k, k if v is None else v)
+    out, lse = np.empty((T, H, d_v if v is None else v.shape[2]), dtype), np.empty((T, H), dtype)
+    q, tile = np.multiply(q, scale, dtype=dtype), max(1, 2**20 // max(1, G * D))
+    shared = shared_keys(indices, len(k))  # None, or keys [N] and who has which, seen [N, T]
+    for t in [slice(t, t + 1) for t in range(T)] if shared is None else [slice(T)]:
+        keys, seen = (indices[t][indices[t] >= 0], None) if shared is None else shared
 
-    def attend_to(t, keys, seen=None):
-        def tile(part):
-            k_s = k[keys[part]]  # [N, G, D]
-            v_s = k_s[..., :d_v] if v is None else v[keys[part]]
-            return attend(q[t], k_s, v_s, None if seen is None else seen[part])
+        def attended(s, t=t, keys=keys, seen=seen):
+            k_s = k.take(keys[s], 0, mode="clip").astype(dtype, copy=False)  # [N, G, D]
+            v_s = v if v is None else v.take(keys[s], 0, mode="clip").astype(dtype, copy=False)  # [N, G, Dv]
+            v_s = k_s[..., :d_v] if v is None else v_s
+            return attend(q[t], k_s, v_s, None if seen is None else seen[s])  # [1, H, Dv], [1, H]        (3)
 
-        out[t], lse[t] = over_tiles(tile, q[t], values.shape[-1], 0, len(keys), longest)
-
-    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads)):
-        attend_to(slice(None), *shared)
-    else:
-        for t, row in enumerate(indices):
-            attend_to(slice(t, t + 1), row[row >= 0])
-    return out if sink is None else apply_sink(out, lse, sink), lse
-
-
-def in_common(indices, num_keys, heads):
-    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
-    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
-    """
-    there = np.zeros(num_keys + 1, bool)
-    there[indices] = True
-    there[-1] = False  # what is absent, -1
-    keys, T, slots = np.flatnonzero(there), len(indices), np.count_nonzero(indices >= 0)
-    if heads * len(keys) * T > (heads + 6) * slots:  # measured: a row alone costs 6 heads more
-        return None
-    seen = np.zeros((len(keys) + 1, T), bool)
-    seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
-    return (keys, seen[:-1]) if np.count_nonzero(seen[:-1]) == slots else None
+        out[t], lse[t] = over_tiles(attended, slice(0, len(keys)), min(2048, tile))
+    return (out if sink is None else shared_with(out, lse, sink)), lse
 
 
 def attend(q, k, v, seen=None):
     """Equation (3) for a tile: q [T, H, D], scaled, over all keys k [N, G, D] and v [N, G, Dv], or over those
     that a query sees, seen [N, T] -> out [T, H, Dv], lse [T, H].
     """
-    (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)  # odd: keys with values that are not finite
-    rows = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)  # [G, R, D]
-    keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    if D > 256 and keys.shape[1] > rows.shape[1]:  # BLAS is faster with a longer side first
-        x = np.ascontiguousarray((keys @ rows.swapaxes(1, 2)).swapaxes(1, 2))  # [G, R, N]
-    else:
-        x = rows @ keys.swapaxes(1, 2)
+    (T, H, D), (N, G, Dv) = q.shape, v.shape
+    grouped = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)
+    x = k.swapaxes(0, 1) @ grouped.swapaxes(1, 2)  # [G, N, T * H/G], the longer side first
     if seen is not None:
-        sees = np.repeat(seen.T, H // G, axis=0)  # [R, N]
-        np.copyto(x, -np.inf, where=~sees)
-        odd = np.flatnonzero(~np.isfinite(values).all((0, 2)))
-    top = x.max(-1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
-    p = np.exp(np.subtract(x, top, out=x), out=x)
-    total = p.sum(-1, keepdims=True)  # [G, R, 1]
-    out = p @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
-    for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
-        who, rest = sees[:, i], np.where(np.isfinite(values[:, i]), 0, values[:, i])  # [R], [G, Dv]
-        out[:, who] += p[:, who, i, None] * rest[:, None]
-    out /= np.where(total == 0, 1, total)  #                                                               (3)
-    out, lse = (x.reshape(G, T, H // G, x.shape[-1]).swapaxes(0, 1) for x in (out, top + np.log(total)))
-    return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
+        np.copyto(x.reshape(G, N, T, H // G), -np.inf, where=~seen[..., None])
+    limits = np.finfo(x.dtype)
+    top = x.max(1, initial=limits.min)[:, None]  # [G, 1, T * H/G], finite
+    np.exp(np.subtract(x, top, out=x), out=x)
+    total = x.sum(1)[..., None]  # [G, T * H/G, 1]
+    out = (x.swapaxes(1, 2) @ v.swapaxes(0, 1)) / np.maximum(total, limits.tiny)  # [G, T * H/G, Dv]
+    lse = top.swapaxes(1, 2) + np.log(total)
+    out, lse = (y.reshape(G, T, H // G, -1).swapaxes(0, 1).reshape(T, H, -1) for y in (out, lse))
+    if seen is not None and not np.isfinite(out).all():  # 0 * NaN, of a value that others see, or nobody
+        for t in range(T):
+            out[t : t + 1], lse[t : t + 1, :, 0] = attend(q[t : t + 1], k[seen[:, t]], v[seen[:, t]])
+    return out, lse[..., 0]
 
 
-def over_tiles(work, q, d_v, lo, hi, longest=2**20):
-    """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**26 multiply-adds, and
-    at most `longest` times KEY_TILE, with any threads the same; parts are merged, in order, as they come.
+def over_tiles(attended, keys, step):
+    """attended(slice) -> out, lse, for the slice `keys` in tiles, on threads, merged in their order."""
+    step = min(max(step, KEY_TILE // 2), 16 * KEY_TILE)
+    tiles = [slice(s, min(s + step, keys.stop)) for s in range(keys.start, max(keys.stop, 1), step)]
+    parts = spread(attended, tiles)
+    return parts[0] if len(parts) == 1 else merged(*zip(*parts))
+
+
+def shared_keys(indices, S):
+    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
+    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
     """
-    each = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))  # multiply-adds of a key
-    step = KEY_TILE * max(1, min(longest, 2**26 // each // KEY_TILE))
-    parts = spread(work, [slice(s, min(s + step, hi)) for s in range(lo, hi, step)])
-    empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
-    return functools.reduce(lambda a, b: merge_attention(*zip(a, b)), parts, next(parts, empty))
+    T, used = len(indices), np.zeros(S + 1, bool)
+    used[indices] = True
+    keys, slots = np.flatnonzero(used[:-1]), indices >= 0
+    if T == 1 or 2.6 * (count := slots.sum()) < T * len(keys):
+        return None
+    seen = np.zeros((len(keys), T), bool)
+    seen[np.searchsorted(keys, indices[slots]), np.nonzero(slots)[0]] = True
+    return (keys, seen) if seen.sum() == count else None
 
 
 def merge_attention(outs, lses):
@@ -329,21 +328,24 @@ def merge_attention(outs, lses):
     >>> out.round(6).item(), np.exp(lse).round(6).item()
     (3.0, 3.0)
     """
-    outs, lses = list(outs), list(lses)
-    fits = len(outs) == len(lses) > 0
-    expect(fits, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
-    checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
-    dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
+    expect(len(outs) == len(lses) > 0, "the numbers of outs and lses", (len(outs), len(lses)), "alike, not 0")
+    arrays = {f"{name}[{i}]": x for name, xs in (("outs", outs), ("lses", lses)) for i, x in enumerate(xs)}
+    both = {"o": ("...", "T", "H", "Dv"), "l": ("...", "T", "H")}
+    sizes({name: (both[name[0]], "") for name in arrays}, arrays)
+    arrays = [*arrays.values()]
+    out, lse = merged(arrays[: len(outs)], arrays[len(outs) :])
+    return out.astype(arrays[0].dtype, copy=False), lse
+
+
+@np.errstate(all="ignore")
+def merged(outs, lses):
+    """merge_attention, unchecked, in the dtype that accumulates."""
     dtype = accumulator(*outs, *lses)
-    with np.errstate(all="ignore"):
-        top = functools.reduce(np.maximum, lses).astype(dtype, copy=False)
-        top = np.where(top == -np.inf, 0, top)
-        shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
-        total = functools.reduce(np.add, shares)
-        whole = np.where(total == 0, 1, total)
-        parts = (x.astype(dtype, copy=False) * (share / whole)[..., None] for x, share in zip(outs, shares))
-        out = functools.reduce(np.add, parts)  # [..., T, H, Dv]
-        return out.astype(native(outs[0]), copy=False), (top + np.log(total)).astype(dtype, copy=False)
+    top = np.maximum(functools.reduce(np.maximum, lses), np.finfo(dtype).min)  # finite
+    shares = [np.exp(lse - top, dtype=dtype) for lse in lses]  # [..., T, H]
+    total = sum(shares)
+    out = sum(share[..., None] * out for share, out in zip(shares, outs))
+    return out / np.maximum(total, np.finfo(dtype).tiny)[..., None], top + np.log(total)
 
 
 def apply_sink(out, lse, sink):
@@ -355,12 +357,17 @@ def apply_sink(out, lse, sink):
     >>> apply_sink(np.array([[[6.0]]]), np.log([[2.0]]), np.log([1.0])).round(6).item()
     4.0
     """
-    dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
+    given = {"out": out, "lse": lse, "sink": sink}
+    sizes(axes_of("out [..., T, H, Dv], lse [..., T, H], sink [H]"), given)
+    return shared_with(**given).astype(given["out"].dtype, copy=False)
+
+
+@np.errstate(all="ignore")
+def shared_with(out, lse, sink):
+    """apply_sink, unchecked; where lse is -inf out is 0, and remains it."""
     dtype = accumulator(out, lse, sink)
-    with np.errstate(all="ignore"):
-        z = sink.astype(dtype)
-        share = np.where(z == -np.inf, dtype.type(1), 1 / (1 + np.exp(z - lse)))  # [..., T, H]
-        return (out.astype(dtype) * share[..., None]).astype(native(out))
+    lse = np.maximum(lse, np.finfo(dtype).min, dtype=dtype)
+    return out / (1 + np.exp(sink.astype(dtype) - lse))[..., None]
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -372,9 +379,9 @@ def padded_window(lengths, num_queries):
     >>> padded_window(np.array([3, 1]), 3)[1].tolist()
     [[1, 2, 3], [1, 0, 0]]
     """
-    lengths = check_lengths(lengths, most=integer("num_queries", num_queries, 0))
-    end = causal_end(np.zeros_like(lengths), lengths, num_queries)
-    return np.zeros_like(end), end
+    num_queries = integer("num_queries", num_queries, 0)
+    k_end = causal_end(0, check_lengths(lengths, most=num_queries), num_queries)
+    return 0 * k_end, k_end
 
 
 def packed_window(lengths):
@@ -384,7 +391,7 @@ def packed_window(lengths):
     [[0, 0, 0, 3, 3], [1, 2, 3, 4, 5]]
     """
     lengths = check_lengths(lengths)
-    return np.repeat(np.cumsum(lengths) - lengths, lengths), np.arange(lengths.sum()) + 1
+    return np.repeat(lengths.cumsum() - lengths, lengths), np.arange(lengths.sum()) + 1
 
 
 def pad_batch(sequences, multiple=64, name="sequences"):
@@ -394,16 +401,15 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     >>> padded.tolist(), lengths.tolist()
     ([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [3, 1])
     """
-    multiple = integer("multiple", multiple, 1)
-    expect(len(sequences), name, "empty", "at least one array")
-    for i, x in enumerate(sequences):
-        dims(**{f"{name}[{i}]": (x, "...")})
-        like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
-        expect(like, f"{name}[{i}]", f"{x.dtype} of shape {x.shape}", f"[T_i, *{sequences[0].shape[1:]}]")
+    multiple, xp = integer("multiple", multiple, 1), None
+    expect(len(sequences), name, "empty", "at least one sequence")
+    for x in sequences:
+        xp, first = library(name, x, xp), sequences[0]
+        alike = x.ndim and (x.shape[1:], native(x)) == (first.shape[1:], native(first))
+        expect(alike, name, f"of {x.shape} {x.dtype} beside {first.shape} {first.dtype}", "alike behind T_i")
     lengths = np.array([len(x) for x in sequences])
-    longest = -(-int(lengths.max()) // multiple) * multiple
-    shape = len(sequences), longest, *sequences[0].shape[1:]
-    padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
+    T = -(-lengths.max() // multiple) * multiple
+    padded = xp.zeros((len(sequences), T, *sequences[0].shape[1:]), native(sequences[0]))
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
     return padded, lengths
@@ -412,38 +418,43 @@ def pad_batch(sequences, multiple=64, name="sequences"):
 def causal_end(start, lengths, num_queries):
     """k_end [B, T] of sequences with lengths[b] new tokens behind start[b] others; padding sees nothing."""
     t = np.arange(num_queries)
-    return np.where(t < lengths[:, None], start[:, None] + t + 1, 0)
+    return np.where(t < lengths[:, None], np.add.outer(start, t).reshape(-1, num_queries) + 1, 0)
 
 
 def every_key(windows, width):
     """The indices of all keys in windows [..., T], of at most `width` -> [..., T, width] int32."""
-    start, end = (w[..., None].astype(np.int32) for w in windows)
-    keys = start + library("k_start", start).arange(width, dtype=np.int32)
-    return np.where(keys < end, keys, -1).astype(np.int32, copy=False)
+    start, end = (w[..., None] for w in windows)
+    keys = start + library("k_start", start).arange(width)
+    return np.where(keys < end, keys, -1).astype(np.int32)
 
 
 def span(start, end):
     """The range of keys that a block of windows touches; (0, 0) if they are all empty."""
-    seen = start < end
-    return (int(start[seen].min()), int(end[seen].max())) if seen.any() else (0, 0)
+    sees = start < end
+    return (int(start[sees].min()), int(end[sees].max())) if sees.any() else (0, 0)
 
 
 def hidden(scores, start, end):
     """scores [T, N] themselves, -inf from now on outside the windows [T]."""
-    for row, lo, hi in zip(scores, np.maximum(start, 0).tolist(), np.maximum(end, start).tolist()):
-        row[:lo] = row[max(0, hi) :] = -np.inf
+    for row, lo, hi in zip(scores, start.tolist(), end.tolist()):
+        row[: max(0, lo)] = row[max(0, lo, hi) :] = -np.inf
     return scores
 
 
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer
-SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
-DSA_AXES = axes_of(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
-    " index_k [..., S, E], weights [..., T, J]"
-)
+SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ...) -> indices
+PRECISIONS: dict[str, Any] = {}  # of the indexer: x -> x as it sees it
+CHOICES = {  # what a DSAConfig's words may be
+    "strategy": ("dynamic", "fixed", "hybrid"),
+    "global_selection": ("lightning", "approximate", "lsh", "learned", "hierarchical"),
+    "pattern": ("window", "strided", "global", "random"), "cache_strategy": ("lru",),
+    "indexer_precision": ("fp32", "fp16", "fp8"), "progressive_sparsity": (False, True),
+}  # fmt: skip
+LEAST = {
+    "top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1, "fallback_dense_threshold": 0
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -460,35 +471,36 @@ class DSAConfig:
 
     top_k: int = 2048
     sparse_ratio: float | None = None
-    strategy: Literal["dynamic", "fixed", "hybrid"] = "dynamic"
-    local_window: int = 0  # 128 and 256 are usual for hybrid
+    strategy: str = "dynamic"
+    local_window: int = 0
     num_sink_tokens: int = 0
-    global_selection: Literal["lightning", "approximate", "lsh", "learned", "hierarchical"] = "lightning"
-    pattern: Literal["window", "strided", "global", "random"] = "window"
+    global_selection: str = "lightning"
+    pattern: str = "window"
     batch_pad_to_multiple: int = 64
-    cache_strategy: Literal["lru"] = "lru"
-    indexer_precision: str = "fp32"  # of PRECISIONS
+    cache_strategy: str = "lru"
+    indexer_precision: str = "fp32"
     fallback_dense_threshold: int | None = None
-    progressive_sparsity: Literal[False, True] = False
+    progressive_sparsity: bool = False
 
     def __post_init__(self):
-        for field, kind in CONFIG_KINDS.items():
-            value, least = getattr(self, field), int(field in ("top_k", "batch_pad_to_multiple"))
-            if get_origin(kind) is Literal or kind is str:
-                allowed = get_args(kind) or tuple(PRECISIONS)
-                fits = isinstance(value, type(allowed[0])) and value in allowed
-                expect(fits, field, repr(value), f"one of {allowed}")
-            elif kind is int or (value is not None and field != "sparse_ratio"):
-                object.__setattr__(self, field, integer(field, value, least, ValueError))
-        ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
-        if ratio is None:
-            quota(self.top_k, window, self.num_sink_tokens)
-        else:
-            fits = is_number(ratio) and 0 < ratio <= 1
-            expect(fits, "sparse_ratio", repr(ratio), "None, or above 0 and up to 1 as SELECTION_RATIOS")
-            object.__setattr__(self, "sparse_ratio", float(ratio))
-        expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
-        expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
+        for name, value in vars(self).items():
+            if name in CHOICES:
+                kind = type(CHOICES[name][0])
+                expect(type(value) is kind and value in CHOICES[name], name, repr(value), CHOICES[name])
+            elif name in LEAST and (value is not None or name != "fallback_dense_threshold"):
+                object.__setattr__(self, name, integer(name, value, LEAST[name], ValueAndType))
+        if self.sparse_ratio is not None:
+            fits = is_number(self.sparse_ratio) and 0 < self.sparse_ratio <= 1
+            expect(fits, "sparse_ratio", repr(self.sparse_ratio), "None or a number above 0, up to 1")
+        local = self.strategy == "hybrid"
+        expect(
+            (self.local_window > 0) == local or self.strategy == "fixed",
+            "local_window",
+            f"{self.local_window} with strategy {self.strategy!r}",
+            "above 0 for 'hybrid', else 0",
+        )
+        if self.sparse_ratio is None:
+            check_quota(self.top_k, self.local_window, self.num_sink_tokens)
 
     def top_k_at(self, layer=0, n_layers=1, num_keys=None):
         """top_k of one layer; num_keys is needed for a sparse_ratio. At least the window and the sink tokens.
@@ -500,34 +512,51 @@ class DSAConfig:
         >>> DSAConfig(sparse_ratio=SELECTION_RATIOS["balanced"]).top_k_at(num_keys=1000)
         30
         """
-        n_layers, layer = integer("n_layers", n_layers, 1), integer("layer", layer, 0)
-        expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
-        top_k: float = self.top_k
+        layer, n_layers = integer("layer", layer, 0), integer("n_layers", n_layers, 1)
+        expect(layer < n_layers, "layer", layer, f"below n_layers = {n_layers}")
+        top_k = self.top_k
         if self.sparse_ratio is not None:
-            expect(num_keys is not None, "num_keys", None, "a number, as sparse_ratio is set")
-            top_k = self.sparse_ratio * integer("num_keys", num_keys, 0)
+            expect(num_keys is not None, "num_keys", None, "how many keys sparse_ratio is of")
+            top_k = math.ceil(float(self.sparse_ratio) * integer("num_keys", num_keys, 0))
         if self.progressive_sparsity and n_layers > 1:
-            top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
-        return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
+            top_k = round(2 * top_k * 0.25 ** (layer / (n_layers - 1)))
+        return max(1, top_k, self.local_window + self.num_sink_tokens)
 
     def quota_at(self, layer, n_layers, num_keys):
         """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
-        top_k, few = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
-        forced = {"local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
-        return {"top_k": top_k, **forced}, num_keys <= (top_k if few is None else few)
+        top_k, dense = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
+        quota = {"top_k": top_k, "local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
+        return quota, num_keys <= (top_k if dense is None else dense)
 
     def selector(self):
         """The name in SELECTORS."""
         return self.pattern if self.strategy == "fixed" else self.global_selection
 
 
-CONFIG_KINDS = get_type_hints(DSAConfig)  # what its annotations allow, field by field
+def lightning(
+    q, k, top_k, *, index_q=None, index_k=None, weights=None, local_window=0, num_sink_tokens=0, k_start=None,
+    k_end=None,
+):  # fmt: skip
+    """lightning_select as one of SELECTORS."""
+    rest = {
+        "k_start": k_start,
+        "k_end": k_end,
+        "local_window": local_window,
+        "num_sink_tokens": num_sink_tokens,
+    }
+    return lightning_select(index_q, index_k, weights, top_k, **rest)
+
+
+lightning.options = {}  # type: ignore[attr-defined]
+SELECTORS["lightning"] = lightning
+PRECISIONS["fp32"] = lambda x: x
+PRECISIONS["fp16"] = lambda x: np.clip(x, *(np.finfo(np.float16).max * y for y in (-1, 1))).astype(np.float16)
 
 
 def dsa_attention(
     q, k, v, index_q, index_k, weights, config,
-    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
-    cache=None, layer=0, n_layers=1, **options,
+    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
+    lengths=None, cache=None, layer=0, n_layers=1, **options,
 ):  # fmt: skip
     """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
 
@@ -542,99 +571,106 @@ def dsa_attention(
     kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
-    if cache is not None:
-        check_type("cache", cache, KVCache)
+    choose = SELECTORS.get(config.selector())
+    expect(choose, "the selector of config", repr(config.selector()), f"one of {[*SELECTORS]}")
+    known = choose.options  # type: ignore[union-attr]
+    expect(options.keys() <= known.keys(), "options", sorted(options), f"some of {[*known]}", TypeError)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
     if isinstance(q, (list, tuple)):
-        expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
+        expect(lengths is None, "lengths", lengths, "None, as lists have their own")
         arrays, lengths = pad_lists(arrays, config.batch_pad_to_multiple)
-        q, k, v, index_q, index_k, weights = arrays.values()
-    kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
-    n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
-    choose = functools.partial(choose_keys, config, (layer, n_layers), options)
+    given = {**arrays, "d_v": d_v, "scale": scale, "sink": sink}
+    place = layer, n_layers
+    n, new = dsa_dims(given, {"layer": layer, "n_layers": n_layers}, (k_start, k_end), cache, lengths)
+    q, k, v, *index = (given[name] for name in arrays)
+    rest = {"d_v": d_v, "scale": scale, "sink": sink}
+    own = dict(zip(("index_q", "index_k", "weights", "q", "k"), (*index, q, k)))
+
+    def attended():
+        windows, num_keys = (k_start, k_end), new
+        if cache is not None:
+            windows, num_keys = cache.window(n["T"], new), cache.lengths
+            own["index_k"], own["k"] = cache.read("index_k"), cache.read("k")
+        elif new is not None:
+            windows = padded_window(new, n["T"])
+        windows = [w if w is None else n["xp"].asarray(w) for w in windows]
+        indices, every = choose_keys(config, place, options, own, windows, num_keys)
+        if cache is not None:
+            out, lse = cache.attend(q, indices, **rest)
+        elif every:
+            out, lse = dense_attention(q, k, v, k_start=windows[0], k_end=windows[1], **rest)
+        else:
+            out, lse = sparse_attention(q, k, v, indices, **rest)
+        return out, lse, indices
+
     if cache is None:
-        if lengths is not None:
-            k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
-        windows = windows_of(n, k_start, k_end)
-        indices, dense = choose(arrays, windows, lengths)
-        if dense and lengths is None:
-            return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
-        return (*sparse_attention(q, k, v, indices, **kwargs), indices)
-
-    def attend_to_cache():
-        read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
-        keys = {"k": read("k"), "index_k": cache.read("index_k")}
-        indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
-        return (*cache.attend(q, indices, **kwargs), indices)
-
-    tokens = {"k": k, "index_k": index_k} | ({} if v is None else {"v": v})
-    return cache.append_then(attend_to_cache, lengths=lengths, **tokens)
+        return attended()
+    kept = {name: x for name, x in (("k", k), ("v", v), ("index_k", index[1])) if x is not None}
+    return cache.append_then(attended, lengths=new, **kept)
 
 
-def dsa_dims(arrays, options, windows, cache, lengths):
+DSA_AXES = axes_of(
+    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], index_q [..., T, J, E], index_k [..., S, E],"
+    " weights [..., T, J], sink [H]"
+)
+
+
+def dsa_dims(given, place, windows, cache, lengths):
     """The checks of dsa_attention -> sizes, and lengths [B] if any are given."""
-    n = sizes(DSA_AXES, arrays | options, ("v", "sink"))
-    check_options(n, arrays | options)
-    if cache is not None or lengths is not None:
-        alone = all(w is None for w in windows)
-        expect(alone, "k_start or k_end", "an array", "None with lengths or with a cache")
-        fits = len(n["..."]) == 1 and n["T"] == n["S"]
-        expect(fits, "q", f"of shape {arrays['q'].shape}", f"[B, T, H, D] of the same T as k, {n['S']}")
-        lengths = None if lengths is None else check_lengths(lengths, n["..."][0], n["T"])
-    fits = cache is None or n["..."] == (cache.batch,)
-    expect(fits, "B", f"{n['...']} in q", f"the cache's batch = {cache and cache.batch}")
-    return n, lengths
+    if cache is not None:
+        check_type("cache", cache, KVCache)
+    n = sizes(DSA_AXES, given, {"v", "sink"})
+    check_options(n, {**given, "k_start": windows[0], "k_end": windows[1]})
+    for name, value in place.items():
+        integer(name, value, 0)
+    if cache is None and lengths is None:
+        return n, None
+    for name, window in zip(("k_start", "k_end"), windows):
+        expect(window is None, name, "given", "None beside lengths or a cache")
+    expect(n["T"] == n["S"], "T", f"{n['T']} in q", f"S = {n['S']}, as each query is of a token of its own")
+    expect(len(n["..."]) == 1, "q", f"of shape {given['q'].shape}", "[B, T, H, D]")
+    return n, check_lengths(lengths, n["..."][0], n["T"])
 
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    given = {name: x for name, x in arrays.items() if x is not None}
-    for name, x in given.items():
-        expect(isinstance(x, (list, tuple)), name, f"a {type(x).__name__}", "a list, as q is one", TypeError)
-    padded = {name: pad_batch(x, multiple, name) for name, x in given.items()}
-    lengths = padded["q"][1]
-    for name, (_, found) in padded.items():
-        expect(found.tolist() == lengths.tolist(), f"the lengths in {name}", found, f"those in q, {lengths}")
-    return {name: padded[name][0] if name in padded else None for name in arrays}, lengths
+    made, lengths = {}, None
+    for name, x in arrays.items():
+        if x is not None:
+            check_type(name, x, (list, tuple))
+            made[name], own = pad_batch(x, multiple, name)
+            lengths = own if lengths is None else lengths
+            expect(own.tolist() == lengths.tolist(), f"the lengths in {name}", own, f"those in q, {lengths}")
+    return {name: made.get(name) for name in arrays}, lengths
 
 
-def choose_keys(config, layer, options, arrays, windows, lengths):
+def choose_keys(config, place, options, arrays, windows, lengths):
     """The indices that config says, and whether they are all visible keys. Where it goes by the number of
     keys, each sequence goes by its own.
     """
-    arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
-    by_length = config.sparse_ratio or config.fallback_dense_threshold
-    if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
-        each = []
-        for b in (slice(b, b + 1) for b in range(len(lengths))):
-            alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
-            each.append(choose_keys(config, layer, options, *alone)[0])
-        rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
-        return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)]), False
-    select: Any = SELECTORS.get(chosen := config.selector())
-    known = sorted(getattr(select, "options", ()))
-    unknown = sorted(options.keys() - {*known})
-    own = f"arguments of dsa_attention, or options of the selector: {known}"
-    expect(not unknown, "among the arguments", unknown, own, TypeError)
-    fits = select or chosen == "lightning"
-    expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
-    q, k = arrays["q"], arrays["k"]
-    num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
-    quota, dense = config.quota_at(*layer, num_keys)
-    if dense:
-        n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": library("q", q)}
-        return every_key(filled(n, windows), min(max(1, num_keys), n["S"])), True
-    index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
-    index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
-    return lightning_select(**index) if chosen == "lightning" else select(q, k, **index), False
+    if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold is not None):
+        parts = []
+        for b, S in enumerate(lengths):
+            own = {
+                name: x[b : b + 1, : S if name in ("k", "index_k") else None] for name, x in arrays.items()
+            }
+            some = [w[b : b + 1] for w in windows]
+            parts.append(choose_keys(config, place, options, own, some, None))
+        K, xp = max(x.shape[-1] for x, _ in parts), library("q", arrays["q"])
+        wide = [xp.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x, _ in parts]
+        return xp.concatenate(wide), all(every for _, every in parts)
+    n = sizes({name: DSA_AXES[name] for name in arrays}, arrays)
+    quota, every = config.quota_at(*place, n["S"])
+    if every:
+        return every_key(filled(n, windows_of(n, *windows)), n["S"]), True
+    rounded = {name: PRECISIONS[config.indexer_precision](arrays[name]) for name in ("index_q", "index_k")}
+    rest = {"k_start": windows[0], "k_end": windows[1], **options}
+    return SELECTORS[config.selector()](**{**arrays, **rounded, **quota, **rest}), False
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
 
-
-ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int, sink [H]")  # what a cache attends with
-ANY_ARRAY = ("...",), ()  # of a stream, whose shape is checked apart
-STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
+STORAGES: dict[str, Any] = {}  # name: kind(qk_rope_head_dim), of what stores tokens not as they are
 
 
 class KVCache:
@@ -656,27 +692,25 @@ class KVCache:
     def __init__(
         self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, xp=np, **streams
     ):
-        known = [np, *(sys.modules[name] for _, name in KERNELS if name in sys.modules)]
-        expect(any(xp is x for x in known), "xp", repr(xp), "numpy, or another library that has kernels")
-        capacity, self.batch = integer("capacity", capacity, 1), integer("batch", batch, 1)
-        expect(isinstance(grow, bool), "grow", repr(grow), "False or True")
-        expect(storage in STORAGES, "storage", repr(storage), f"one of {tuple(STORAGES)}")
-        expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
+        self.capacity, self.batch = integer("capacity", capacity, 1), integer("batch", batch, 1)
+        self.qk_rope_head_dim, known = integer("qk_rope_head_dim", qk_rope_head_dim, 0), (*FLOATS, *STORAGES)
+        expect(isinstance(storage, str) and storage in known, "storage", repr(storage), f"one of {known}")
+        expect(isinstance(grow, bool), "grow", repr(grow), "True or False")
+        expect(hasattr(xp, "ndarray"), "xp", repr(xp), "numpy or cupy")
+        expect(streams, "streams", "empty", "name=shape of what a token leaves")
+        self.storage, self.grow, self.xp, self.streams, self._codec = storage, grow, xp, {}, None
         for name, shape in streams.items():
-            fits = isinstance(shape, tuple) and len(shape) > 0 and name != "lengths"
-            expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
-        if storage == "bfloat16":
-            import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
-        self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
-        self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
-        self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
-        self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
+            expect(isinstance(shape, tuple) and shape, name, repr(shape), "a tuple of sizes")
+            self.streams[name] = tuple(integer(name, size, 1) for size in shape)
+        self._stored = self.streams
+        if storage in STORAGES:
+            self._codec = STORAGES[storage](self.qk_rope_head_dim)
+            self._stored = {name: self._codec.shape(name, shape) for name, shape in self.streams.items()}
+        elif storage == "bfloat16":
+            importlib.import_module("ml_dtypes")  # which makes it a dtype
         self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        shape_of = self._codec.shape if self._codec else lambda name, shape: shape
-        self._stored = {name: shape_of(name, shape) for name, shape in self.streams.items()}
-        self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
-        self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
-        self._allocate(capacity)
+        self._lengths, self._data = np.zeros(self.batch, np.int64), {}
+        self._allocate(self.capacity)
 
     @property
     def lengths(self):
@@ -692,37 +726,40 @@ class KVCache:
         """Bytes of memory held, whether tokens fill them yet or not."""
         return sum(x.nbytes for x in self._data.values())
 
+    @property
+    def closed(self):
+        return not self._data
+
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
-        for name, x in tokens.items():
-            sizes({name: ANY_ARRAY}, tokens, (), self.xp)
-            expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
-            if x.shape != expected:
-                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
-        new = check_lengths(lengths, self.batch, x.shape[1])
-        if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
-            room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
-            raise ValueError(f"the cache is full, expected {room}")
-        rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
-        for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
+        expect(tokens.keys() == self.streams.keys(), "streams", sorted(tokens), sorted(self.streams))
+        axes = {name: ("B", "T", *(f"{name}{i}" for i in range(len(x)))) for name, x in self.streams.items()}
+        n = sizes({name: (axes[name], "") for name in axes}, tokens, (), self.xp)
+        for name, shape in {"": (), **self.streams}.items():
+            for i, size in enumerate((self.batch,) if not name else shape):
+                axis = f"{name}{i}" if name else "B"
+                expect(n[axis] == size, name or "B", n[axis], size)
+        new = check_lengths(lengths, self.batch, n["T"])
+        lengths = self._lengths + new
+        parts = [(name, b, x[b, :count]) for name, x in tokens.items() for b, count in enumerate(new)]
+        for name, _, x in parts:
             self._check_range(name, x)
-        if need > self.capacity:
-            self._allocate(max(need, 2 * self.capacity))
-        starts = self._lengths.tolist()
-        with np.errstate(all="ignore"):
-            for b, name, x in rows:
-                place = self._data[name][b, starts[b] : starts[b] + len(x)]
-                if self._codec:
-                    self._codec.encode(name, x, place)
-                else:
-                    place[...] = x
-        self._set_lengths(self._lengths + new)
+        if (most := int(lengths.max())) > self.capacity:
+            expect(
+                self.grow, "the cache", f"full, for {most} tokens", f"at most its capacity {self.capacity}"
+            )
+            self._allocate(max(most, 2 * self.capacity))
+        for name, b, x in parts:
+            room = self._data[name][b, self._lengths[b] : lengths[b]]
+            if self._codec:
+                self._codec.encode(name, x, room)
+            else:
+                room[...] = x
+        self._set_lengths(lengths)
 
     def append_then(self, work, *, lengths=None, **tokens):
         """append, and work() -> what that returns; if either raises, the cache is as it was."""
-        self._check_open()
         before = self.lengths
         try:
             self.append(lengths=lengths, **tokens)
@@ -733,42 +770,43 @@ class KVCache:
 
     def read(self, name):
         """A view (a copy if encoded) [B, longest length, *shape]; beyond a sequence's length undefined."""
-        return self._codec.decode(name, self.stored(name)) if self._codec else self.stored(name)
+        x = self.stored(name)
+        return self._codec.decode(name, x) if self._codec else x
 
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
         self._check_open()
-        if name not in self.streams:
-            raise ValueError(f"name is {name!r}, expected one of {sorted(self.streams)}")
-        return self._data[name][:, : max(self._lengths.tolist())]
+        expect(name in self._data, "name", repr(name), f"one of {[*self._data]}")
+        return self._data[name][:, : self._lengths.max()]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
         self._check_open()
         new = check_lengths(lengths, self.batch, integer("num_tokens", num_tokens, 0))
-        check_lengths(new, self.batch, self._lengths, "num_tokens")
-        end = self.xp.asarray(causal_end(self._lengths - new, new, num_tokens))
-        return np.zeros_like(end), end
+        expect((new <= self._lengths).all(), "num_tokens", num_tokens, f"at most the lengths {self._lengths}")
+        k_end = causal_end(self._lengths - new, new, num_tokens)
+        return 0 * k_end, k_end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
-        n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
-        if n["B"] != self.batch:
-            raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
-        for b, length in enumerate(self._lengths.tolist() if isinstance(indices, np.ndarray) else ()):
-            check_indices("indices", indices[b], {**n, "...": (), "S": length})
-        return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
+        n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
+        expect(n["B"] == self.batch, "B", n["B"], self.batch)
+        check_indices("indices", indices, n | {"...": (self.batch,), "S": int(self._lengths.max())})
+        if self.xp is np:
+            beyond = indices[indices >= self._lengths[:, None, None]]
+            expect(not beyond.size, "indices", beyond[:1], "keys of its own sequence", IndexError)
+        kwargs = {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype}
+        return self._attend(q, indices, kwargs)
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
         self._check_open()
-        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self._lengths))
+        self._set_lengths(check_lengths(lengths, self.batch, self._lengths))
 
     def close(self):
         """Give the memory back. To append, read or attend after that raises ValueError."""
-        self.closed = True
-        self._data.clear()
+        self._data = {}
 
     def __enter__(self):
         self._check_open()
@@ -778,17 +816,15 @@ class KVCache:
         self.close()
 
     def _check_open(self):
-        expect(not self.closed, "the cache", "closed", "an open one")
+        expect(self._data, "the cache", "closed", "an open one")
 
     def _check_range(self, name, x):
         if self._codec:
             self._codec.check_range(name, x)
         elif not np.can_cast(x.dtype, self.dtype):
             with np.errstate(all="ignore"):
-                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
-            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
-
-    # What a cache in two tiers does in another way:
+                lost = np.isinf(x.astype(self.dtype)) & np.isfinite(x)
+            expect(not lost.any(), name, "too large", f"what {self.storage} can hold")
 
     def _set_lengths(self, lengths):
         self._lengths = lengths
@@ -796,97 +832,128 @@ class KVCache:
     def _attend(self, q, indices, kwargs):
         if self._codec:
             return self._codec.attend(self, q, indices, **kwargs)
-        v = self.read("v") if "v" in self.streams else None
-        return sparse_attention(q, self.read("k"), v, indices, **kwargs)
+        v = self._data.get("v")
+        return sparse_attention(q, self._data["k"], v, indices, **kwargs)
 
     def _allocate(self, capacity):
         self._data, self.capacity = self._in_memory(self._stored, capacity), capacity
 
     def _in_memory(self, streams, capacity):
         """Streams with room for capacity tokens, the first of which are those of before."""
-        data = {}
+        made = {}
         for name, shape in streams.items():
-            data[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
-            data[name][:, : self.capacity] = self._data.get(name, 0)
-        return data
+            made[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
+            if name in self._data:
+                before = self._data[name]
+                made[name][:, : before.shape[1]] = before
+        return made
 
 
 # 7. Checks ------------------------------------------------------------------------------------------------
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-LIBRARIES: dict[type, Any] = {np.ndarray: np}  # whose arrays are of a type, as far as seen
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-def expect(ok, name, value, expected, error=ValueError):
+class NotANumber(ValueError):
+    """Of a score in the window of the query that it counts."""
+
+
+class ValueAndType(ValueError, TypeError):
+    pass
+
+
+def expect(ok, name, value, expected, error: type[Exception] = ValueError):
     if not ok:
         raise error(f"{name} is {value}, expected {expected}")
 
 
 def check_type(name, x, kind):
-    expect(isinstance(x, kind), name, f"a {type(x).__name__}", f"a {kind.__name__}", TypeError)
+    expect(isinstance(x, kind), name, f"a {type(x).__name__}", kind.__name__, TypeError)
 
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
-    if (found := LIBRARIES.get(type(x))) and others in (None, found):
-        return found
-    known = {"numpy", *(home for _, home in KERNELS)} if others is None else {others.__name__}
-    home, kind = type(x).__module__.partition(".")[0], f"a {type(x).__module__}.{type(x).__name__}"
-    plain = type(x) is np.memmap or home != "numpy"  # not a matrix, nor masked
-    fits = home in known and plain and isinstance(x, sys.modules[home].ndarray)
-    expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}, as by asarray({name})", TypeError)
-    return LIBRARIES.setdefault(type(x), sys.modules[home])
+    kind = type(x).__module__
+    known = hasattr(x, "dtype") and (
+        isinstance(x, np.ndarray) and kind == "numpy" or ("select_topk", kind) in KERNELS
+    )
+    expect(
+        known,
+        name,
+        f"a {type(x).__name__} of {kind}",
+        "an array of numpy, or of cupy where Part II is",
+        TypeError,
+    )
+    xp = sys.modules[kind]
+    same = others is None or others is xp
+    expect(
+        same,
+        name,
+        f"of {kind}",
+        f"an array of {getattr(others, '__name__', others)}, as the others",
+        TypeError,
+    )
+    return xp
 
 
 def dims(xp=None, **arrays):
     """sizes of q=(q, "... T H D"), ...; behind the axes may stand the dtypes that are allowed."""
-    declared = {name: (tuple(axes.split()), tuple(dtypes)) for name, (_, axes, *dtypes) in arrays.items()}
+    declared = {name: (tuple(axes.split()), *(word or [""])) for name, (_, axes, *word) in arrays.items()}
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
-def sizes(declared, given, optional, xp=None):
+def sizes(declared, given, optional=(), xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    arrays = []
-    for name, axes in declared.items():
-        if (x := given[name]) is not None or name not in optional:
+    found = []
+    for name, (axes, word) in declared.items():
+        x = given[name]
+        if x is not None or name not in optional:
             xp = library(name, x, xp)
-            arrays.append((name, axes, x.dtype, x.shape))
             if not x.dtype.isnative:
-                given[name] = x.astype(native(x))
-    return {**sizes_of(tuple(arrays)), "xp": xp}
+                x = given[name] = x.astype(native(x))
+            found.append((name, axes, word, x.dtype, x.shape))
+    return {**sizes_of(tuple(found)), "xp": xp}
 
 
 @functools.lru_cache(maxsize=4096)
 def sizes_of(arrays):
-    """sizes of (name, (axes, dtypes), dtype, shape), ...; the layers of a model ask for the same."""
-    n: dict[str, Any] = {}
-    owner: dict[str, str] = {}
-    for name, (axes, dtypes), dtype, shape in arrays:
-        allowed = (dtypes,) if isinstance(dtypes, str) and dtypes else dtypes or FLOATS
-        if not (dtype.kind in "iu" if "int" in allowed else dtype.type.__name__ in allowed):
-            raise TypeError(f"{name} is of dtype {dtype}, expected one of {', '.join(allowed)}")
-        lead, batch = len(shape) - len(axes) + 1, axes[0] == "..."
-        if lead < 0 or (lead != 1 and not batch):
-            raise ValueError(f"{name} is of shape {shape}, expected axes [{', '.join(axes)}]")
-        for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
-            if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
-                axis, size = axis.split("+")[0], size - int(axis.split("+")[1])
-            if n.setdefault(axis, size) != size:
-                what = "batch axes" if axis == "..." else f"{axis} ="
-                raise ValueError(f"{name} has {what} {size}, but {owner[axis]} has {what} {n[axis]}")
-            owner.setdefault(axis, name)
-    if "G" in n and "H" in n and (n["G"] == 0 or n["H"] % n["G"]):
-        raise ValueError(f"G is {n['G']} in k [S, G, D], expected a divisor of H = {n['H']} in q [T, H, D]")
-    if n.get("S", 0) >= 2**31:
-        raise ValueError(f"S is {n['S']} in {owner['S']}, expected less than 2**31, as indices are int32")
+    """sizes of (name, axes, word, dtype, shape), ...; the layers of a model ask for the same."""
+    n, whose = {}, {}
+    for name, axes, word, dtype, shape in arrays:
+        known = dtype.kind in "iu" if word == "int" else dtype.name in ([word] if word else FLOATS)
+        expect(known, name, f"of dtype {dtype}", word or f"one of {FLOATS}", TypeError)
+        batch = len(shape) - len(axes) + 1 if "..." in axes else 0
+        expect(
+            batch >= 0 and len(shape) - batch == len(axes) - ("..." in axes),
+            name,
+            f"of shape {shape}",
+            f"[{', '.join(axes)}]",
+        )
+        found = [shape[:batch], *shape[batch:]] if "..." in axes else shape
+        for axis, size in zip(axes, found):
+            axis, _, more = axis.partition("+")
+            size = size - int(more) if more else size
+            told = "the batch axes" if axis == "..." else axis
+            expect(
+                n.setdefault(axis, size) == size,
+                f"{told} of {name}",
+                size,
+                f"{n[axis]}, as of {whose.get(axis)}",
+            )
+            whose.setdefault(axis, name)
+    G, most = n.get("G", 1), 2**31 - 1
+    if "H" in n and "G" in n:
+        expect(
+            n["H"] % max(1, G) == 0 and (G or not n["H"]), "H", f"{n['H']} with G = {G}", "a multiple of G"
+        )
+    expect(n.get("S", 0) <= most, "S", n.get("S"), f"at most {most} keys")
     return n
 
 
 def accumulator(*arrays):
-    return F64 if np.float64 in [x.dtype.type for x in arrays] else F32
+    return np.dtype(np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32)
 
 
 def native(x):
@@ -894,134 +961,113 @@ def native(x):
     return x.dtype.newbyteorder("=")
 
 
-def rounded_to_fp16(x):
-    """As float16; what is beyond its largest number becomes that, as in fp8."""
-    with np.errstate(all="ignore"):
-        return np.clip(x.astype(np.float32), -65504, 65504).astype(np.float16)
-
-
-PRECISIONS["fp16"] = rounded_to_fp16
-
-
-def check_integers(name, x, xp=np):
-    library(name, x, xp)
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"{name} is of dtype {x.dtype}, expected integers")
-
-
 def is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def integer(name, value, least, error=TypeError):
+    """Whether value is a finite real number, also in an array without axes."""
     try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        error = error if number is None else ValueError
-        raise error(f"{name} is {value!r}, expected an integer of at least {least}")
-    return number
+        return getattr(value, "ndim", 0) == 0 and not isinstance(value, (bool, str)) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
 
 
-def quota(top_k, local_window, num_sink_tokens):
-    forced = (integer("local_window", local_window, 0), integer("num_sink_tokens", num_sink_tokens, 0))
-    top_k = integer("top_k", top_k, 1)
-    if sum(forced) > top_k:
-        both = f"local_window + num_sink_tokens is {local_window} + {num_sink_tokens}"
-        raise ValueError(f"{both}, expected at most top_k = {top_k}")
-    return (top_k, *forced)
+def integer(name, value, least, error: type[Exception] = TypeError):
+    """value as an int, at least `least`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    expect(whole, name, repr(value), "an integer", error)
+    expect(value >= least, name, value, f"at least {least}")
+    return int(value)
+
+
+def check_quota(top_k, local_window, num_sink_tokens):
+    names, both = "local_window + num_sink_tokens", f"{local_window} + {num_sink_tokens}"
+    expect(local_window + num_sink_tokens <= top_k, names, both, f"at most top_k = {top_k}")
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
     """lengths as int64 [B], each at least 0 and at most `most`, a number or [B]; None in a batch: `most`."""
-    if lengths is None and batch is not None and most is not None:
-        return np.full(batch, most)
+    if lengths is None and batch is not None:
+        return np.full(batch, most, np.int64)
     lengths = np.asarray(lengths)
-    check_integers(name, lengths)
-    fits = lengths.ndim == 1 and batch in (None, len(lengths))
-    expect(fits, name, f"of shape {lengths.shape}", "[B]" if batch is None else f"{(batch,)}")
-    fits = (lengths >= 0).all() and (most is None or (lengths <= most).all())
-    expect(fits, name, lengths.tolist(), "0 or more" if most is None else f"0 to {np.asarray(most).tolist()}")
+    expect(lengths.dtype.kind in "iu", name, f"of dtype {lengths.dtype}", "integers", TypeError)
+    fits = lengths.ndim == 1 and batch in (None, len(lengths)) and (lengths >= 0).all()
+    fits = fits and (most is None or (lengths <= most).all())
+    limit = "" if most is None else f", at most {most}"
+    expect(fits, name, lengths, f"[{'B' if batch is None else batch}] integers, at least 0{limit}")
     return lengths.astype(np.int64)
 
 
 def check_indices(name, indices, n):
     """Their shape and, where that costs no waiting for another device, their values."""
-    check_integers(name, indices, n.get("xp", np))
-    shape = (*n["..."], n["T"])
-    if indices.shape[:-1] != shape:
-        raise ValueError(f"{name} is of shape {indices.shape}, expected {(*shape, 'K')}")
-    for s in (indices.min(), indices.max()) if isinstance(indices, np.ndarray) and indices.size else ():
-        if not -1 <= s < n["S"]:
-            raise IndexError(f"a key in {name} is {s}, expected -1 or a key in [0, {n['S']})")
+    library(name, indices, n["xp"])
+    expect(indices.dtype.kind in "iu", name, f"of dtype {indices.dtype}", "integers", TypeError)
+    shape = (*n["..."], n["T"], *indices.shape[-1:])
+    expect(indices.shape == shape, name, f"of shape {indices.shape}", shape)
+    if n["xp"] is np and indices.size:
+        least, most = int(indices.min()), int(indices.max())
+        wrong = least if least < -1 else most
+        expect(-1 <= least and most < n["S"], name, wrong, f"-1 or a key below {n['S']}", IndexError)
 
 
 def windows_of(n, k_start, k_end):
     """k_start and k_end as integers [..., T], clipped to the real keys; of another library None stays."""
-    shape, xp, windows = (*n["..."], n["T"]), n.get("xp", np), []
+    shape, made = (*n["..."], n["T"]), []
     for name, w in (("k_start", k_start), ("k_end", k_end)):
         if w is not None:
-            check_integers(name, w, xp)
-            fits = 0 < w.ndim <= len(shape) and w.shape[-1] == n["T"]
-            fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
+            library(name, w, n["xp"])
+            expect(w.dtype.kind in "iu", name, f"of dtype {w.dtype}", "integers", TypeError)
+            own = (1,) * (len(shape) - w.ndim) + w.shape
+            fits = len(own) == len(shape) and own[-1] == shape[-1] and w.ndim
+            fits = fits and all(x in (1, y) for x, y in zip(own, shape))
             expect(fits, name, f"of shape {w.shape}", f"{shape}")
-            w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
-            w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
-            w = w if xp is np else xp.ascontiguousarray(w, np.int32)
-        windows.append(w)
-    return filled(n, windows) if xp is np else windows
+            w = np.broadcast_to(np.clip(w, 0, np.int64(n["S"])).astype(np.int64), shape)
+        made.append(w)
+    return filled(n, made) if n["xp"] is np else made
 
 
 def filled(n, windows):
     """Windows of which None is the causal default, of queries that are the last T of S tokens, as arrays."""
-    end, xp = np.maximum(np.arange(n["S"] - n["T"] + 1, n["S"] + 1), 0), n.get("xp", np)
-    whole = (np.broadcast_to(w, (*n["..."], n["T"])) if n["..."] else w for w in (np.zeros(n["T"], int), end))
-    return [xp.asarray(causal) if w is None else w for w, causal in zip(windows, whole)]
+    (start, end), xp, shape = windows, n["xp"], (*n["..."], n["T"])
+    start = xp.zeros(n["T"], np.int64) if start is None else start
+    end = xp.maximum(xp.arange(1, n["T"] + 1) + (n["S"] - n["T"]), 0) if end is None else end
+    return xp.broadcast_to(start, shape), xp.broadcast_to(end, shape)
 
 
 def check_options(n, given):
     """What a stage's options say, by their names: d_v, scale, top_k, windows, indices, out_dtype."""
-    if "d_v" in given:
-        v, d_v = given["v"], given["d_v"]
-        if (v is None) == (d_v is None):
-            raise ValueError(f"v is {v if v is None else 'given'} and d_v is {d_v}, expected one of them")
-        if v is None:
-            expect(integer("d_v", d_v, 1) <= n["D"], "d_v", d_v, f"at most k's D = {n['D']}")
-            expect(n.setdefault("Dv", d_v) == d_v, "d_v", d_v, f"{n['Dv']}, as in out")
-    if (scale := given.get("scale", 1.0)) is None:
-        given["scale"] = max(1, n["D"]) ** -0.5
-    elif "scale" in given:
-        scale = scale.item() if isinstance(scale, (np.ndarray, np.generic)) and scale.ndim == 0 else scale
-        fits = is_number(scale) and abs(scale) <= sys.float_info.max
-        expect(fits, "scale", repr(scale), "a finite number")
+    if "d_v" in given and given["v"] is None:
+        n["Dv"] = given["d_v"] = integer("d_v", given["d_v"], 1)
+        expect(n["Dv"] <= n["D"], "d_v", n["Dv"], f"at most D = {n['D']}")
+    elif given.get("d_v") is not None:
+        expect(given["d_v"] == n["Dv"], "d_v", given["d_v"], f"the {n['Dv']} of v, or None")
+    if "scale" in given:
+        scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
+        expect(is_number(scale), "scale", scale, "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
-        forced = given["local_window"], given["num_sink_tokens"]
-        top_k, given["local_window"], given["num_sink_tokens"] = quota(given["top_k"], *forced)
-        given["top_k"], n["K"] = top_k, min(top_k, n["S"])
-    if "k_start" in given:
-        of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
-        if given["k_end"] is None and (of_scores or given.get("indices") is not None):
-            given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
-        given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
+        for name, least in ("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0):
+            given[name] = integer(name, given[name], least)
+        check_quota(given["top_k"], given["local_window"], given["num_sink_tokens"])
+        n["K"] = min(given["top_k"], n["S"])
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
-    if "out_dtype" in given:
-        like, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
-        asked = like if given["out_dtype"] is None else given["out_dtype"]
-        if asked not in (like, sums):  # what is said of a dtype takes 2 us to say
-            raise TypeError(f"out_dtype is {asked}, expected {' or '.join({str(like): 0, str(sums): 0})}")
-        given["out_dtype"] = like if asked == like else sums
+    if "k_start" in given:
+        k_start, k_end = windows = given["k_start"], given["k_end"]
+        every = "scores" in given or given.get("indices") is not None  # of which no window is a default
+        if every and k_start is k_end is None and n["xp"] is np:
+            windows = None, np.full(n["T"], n["S"])
+        given["k_start"], given["k_end"] = windows_of(n, *windows)
+    if given.get("out_dtype") is not None:
+        allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
+        named = getattr(given["out_dtype"], "name", given["out_dtype"])
+        named = np.dtype(getattr(np, "float32")).name if named is np.float32 else named
+        expect(named in [x.name for x in allowed], "out_dtype", repr(named), " or ".join(map(str, allowed)))
+        given["out_dtype"] = next(x for x in allowed if x.name == named)
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
+# BLAS's own threads would fight with ours for the cores, so that it has one while any call is under way.
 
-THREADS: list[int | None] = [None]  # what set_num_threads set
-# For all copies of this file in a process: the calls under way that want BLAS on one thread, the threads that
-# each BLAS had before the first of them, and a lock. Up to Python 3.13 no signal comes between a lock and its
-# `with`.
-BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+SETTINGS: dict[str, Any] = {"threads": None}
+BLAS_LOCK, BLAS_USERS, BLAS_BEFORE = threading.Lock(), set(), {}  # how many threads each library had before
 
 
 def set_num_threads(n):
@@ -1029,7 +1075,7 @@ def set_num_threads(n):
 
     Without threadpoolctl one thread works, whatever n is: see get_num_threads.
     """
-    THREADS[0] = None if n is None else integer("n", n, 1)
+    SETTINGS["threads"] = None if n is None else integer("n", n, 1)
 
 
 def get_num_threads():
@@ -1041,148 +1087,109 @@ def get_num_threads():
     1
     >>> set_num_threads(None)
     """
-    if not blas_libraries():
+    if blas_libraries() is None:
         return 1
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return THREADS[0] or cpus
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return SETTINGS["threads"] or cores
 
 
 @functools.cache
 def blas_libraries():
-    """Those in this process, by threadpoolctl; none without it."""
+    """Those in this process, by threadpoolctl; None without it."""
     try:
-        from threadpoolctl import ThreadpoolController
+        import threadpoolctl
     except ImportError:
-        return []
-    return [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
+        return None
+    return threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
 
 
 def on_one_blas_thread(work):
-    """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
-    me, context = object(), contextvars.copy_context()
+    """work(), while BLAS keeps to one thread; whatever ends it, at any line, BLAS has its threads again."""
+    me = object()
     try:
         try:
-            share_blas(me, hold=True)
-            context.run(np.seterr, all="ignore")  # the code answers for -inf - -inf and the like
-            return context.run(work)
+            with BLAS_LOCK:
+                for lib in blas_libraries() or () if not BLAS_USERS else ():
+                    BLAS_BEFORE.setdefault(lib, lib.num_threads)
+                    lib.set_num_threads(1)
+                BLAS_USERS.add(me)
+            return work()
         finally:
-            share_blas(me, hold=False)
+            leave_blas(me)
     finally:
-        if me in BLAS_USERS:  # that was interrupted
-            share_blas(me, hold=False)
+        leave_blas(me)  # again, if an interrupt ended the first
 
 
-def share_blas(me, hold):
-    if BLAS_LOCK._is_owned():  # a handler of signals has come in the middle of the lines below
-        return
+def leave_blas(me):
     with BLAS_LOCK:
-        if hold:
-            BLAS_USERS.add(me)
-            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.get_num_threads() for lib in blas_libraries()]
-        last = not hold and {me} == BLAS_USERS
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            if hold or last or getattr(lib, "threading_layer", None) == "openmp":
-                set_blas_threads(lib, 1 if hold else before)
-        if last:
+        BLAS_USERS.discard(me)
+        if not BLAS_USERS:
+            for lib, n in BLAS_BEFORE.items():
+                lib.set_num_threads(n)
             BLAS_BEFORE.clear()
-        if not hold:
-            BLAS_USERS.discard(me)
 
 
-def set_blas_threads(lib, n):
-    release = getattr(lib, "clear_controlling_thread", lambda force: None)
-    release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
-    lib.set_num_threads(n)
-    release(force=True)
-
-
-def begin_thread():
-    np.seterr(all="ignore")
-    for lib in blas_libraries():  # OpenMP's number is a thread's own
-        set_blas_threads(lib, 1)
-
-
-if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
-    os.register_at_fork(
-        before=BLAS_LOCK.acquire,
-        after_in_parent=BLAS_LOCK.release,
-        after_in_child=lambda users=BLAS_USERS, lock=BLAS_LOCK: [users.clear(), lock.release()],
-    )
-
-
-def in_blocks(block, arrays, results, n, given, most):
+def in_blocks(block, takes, gives, n, given, most):
     """Call a stage's block for every block of queries of every sequence -> its results, put together.
 
     A result over T is written. One over S is added to, as a block returns its (keys, parts), and one over
     neither too: in the order of the blocks, so that no sum depends on who comes first.
     """
-    cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
-    sums = accumulator(*(given[name] for name in cut))
-    dtypes = {name: getattr(x, "dtype", None) for name, x in given.items()} | {"int32": np.int32, "": sums}
-    dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
-    cut |= {name: True for name in ("k_start", "k_end") if name in given}
-    whole: list[Any] = []
-    for axes, word in results.values():
-        each = (n.get(axis, n.get("S")) for axis in axes)  # of a target without indices K is S
-        shape = [x for size in each for x in (size if isinstance(size, tuple) else (size,))]
-        whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
+    real = accumulator(*(given[name] for name in takes if given[name] is not None))
+    cut = {name: axes for name, (axes, _) in takes.items() if axes[0] == "..." and given[name] is not None}
+    cut |= {name: ("...", "T") for name in ("k_start", "k_end") if name in given}
+    results: list[Any] = []
+    for axes, word in gives.values():
+        shape = [size for axis in axes for size in (n["..."] if axis == "..." else [n[axis]])]
+        if word in given:
+            word = given[word] if given[word] is None else given.get("out_dtype") or native(given[word])
+        kind = word if "T" in axes else real
+        results.append(None if word is None else np.zeros(shape, kind or real))
 
     def work(job):
         b, t = job
-        own = {name: given[name][(*b, t) if by_query else b] for name, by_query in cut.items()}
+        parts = {name: given[name][b][t] if axes[1] == "T" else given[name][b] for name, axes in cut.items()}
         try:
-            found = block(**{**given, **own})
-        except FloatingPointError as wrong:
-            query = (*b, t.start + wrong.args[0])
+            with np.errstate(all="ignore"):
+                found = block(**{**given, **parts})
+        except NotANumber as error:
+            query = (*b, t.start + error.args[0])
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
-        return job, found if isinstance(found, tuple) else (found,)
+        found = found if len(gives) > 1 else [found]
+        for result, part, (axes, _) in zip(results, found, gives.values()):
+            if "T" in axes:
+                result[b][t] = part
+        return b, found
 
-    def put_together():
-        for (b, t), found in spread(work, blocks(n, most)):
-            for x, (axes, _), part in zip(whole, results.values(), found):
-                if "T" in axes:
-                    x[(*b, t)] = part
-                elif part is not None:
-                    where, part = part if "S" in axes else (..., part)
-                    (x[b] if axes[0] == "..." else x)[where] += part
+    def add(done):
+        b, found = done
+        for result, part, (axes, _) in zip(results, found, gives.values()):
+            if "S" in axes and "T" not in axes and part is not None:
+                result[b][part[0]] += part[1]
+            elif "T" not in axes and part is not None:
+                result += part
 
-        words = (word for _, word in results.values())
-        return [None if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
-
-    found = on_one_blas_thread(put_together)
-    return tuple(found) if len(found) > 1 else found[0]
+    spread(work, blocks(n, most(n)), add)
+    for i, (_, word) in enumerate(gives.values()):
+        if word in given and results[i] is not None:
+            results[i] = results[i].astype(given.get("out_dtype") or native(given[word]), copy=False)
+    return tuple(results) if len(gives) > 1 else results[0]
 
 
 def blocks(n, most=64):
     """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
-    width = 1 if "H" in n else n.get("S") or 1  # attention holds tiles of keys, the others whole rows
-    T, J, H = n["T"], n.get("J") or 1, n.get("H") or 1
-    step = max(1, min(most, KEY_TILE // J, 2 * KEY_TILE // H, 2**22 // width))
+    T = n["T"]
+    step = max(1, min(most, 2**20 // max(1, n.get("S", 1)), max(8, -(-T // 4))))
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
-def spread(work, jobs):
-    """work(job) for each job, on threads unless this is one of them -> the results, in order."""
-    threads, name = min(get_num_threads(), len(jobs)), "a thread of dsa"
-    if threads <= 1 or threading.current_thread().name.startswith(name):
-        yield from map(work, jobs)
-        return
-    pool: Any = ThreadPoolExecutor(threads, name, begin_thread)
-
-    def begun(job):
-        try:
-            return pool.submit(work, job).result
-        except RuntimeError:  # no thread can be had, as when Python ends
-            return functools.partial(work, job)
-
-    try:  # so few are under way that results which wait to be taken fill little memory
-        jobs = iter(jobs)
-        under_way = collections.deque(map(begun, itertools.islice(jobs, 2 * threads)))
-        while under_way:  # an error in a thread is raised here
-            yield under_way.popleft()()
-            under_way.extend(map(begun, itertools.islice(jobs, 1)))
-    finally:
-        pool.shutdown(cancel_futures=True)
+def spread(work, jobs, take=lambda x: x):
+    """take(work(job)) for each job, in order, the works on threads unless this is one of them."""
+    n = min(len(jobs), get_num_threads())
+    if n < 2 or threading.current_thread().name.startswith("dsa"):
+        return [take(work(job)) for job in jobs]
+    with ThreadPoolExecutor(n, "dsa") as pool:
+        return [take(x) for x in pool.map(work, jobs)]
 
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
