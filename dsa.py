@@ -30,21 +30,17 @@ selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines an
 
 from __future__ import annotations
 
-
-import importlib
 import functools
 import inspect
-import itertools
 import math
 import numbers
-import operator
 import os
 import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 
@@ -58,8 +54,7 @@ __all__ = [  # noqa: RUF022, in the order of the file
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[str, str], Any] = {}  # (stage, library): what runs a stage on the arrays of that library
-CODES: dict[tuple[str, Any], Any] = {}  # (stage, dtype of its first array): other axes, and what decodes them
-KEY_TILE = 512  # keys of a product, at most
+CODES: dict[Any, Any] = {}  # (stage, dtype of its first array): axes of arrays in codes, what decodes them
 
 
 def stage(declared, most=lambda n: 64):
@@ -67,44 +62,44 @@ def stage(declared, most=lambda n: 64):
 
     The function below it is the definition, in NumPy, for a block of queries of one sequence: arrays without
     `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
-    is called by the name checks the arguments, by these axes and the options' names, and goes through batch
-    and queries in blocks, on threads; or it hands all to the KERNELS of another library. Behind a result's
-    axes stands its dtype, or whose dtype it has; otherwise it is float32, or float64 if any input is.
-    most(n): how many queries a block may have. To read on: a stage is its body; in_blocks is in section 8.
+    is called by the name checks the arguments, and goes through batch and queries in blocks, on threads
+    (in_blocks, in section 8); or it hands all to the KERNELS of another library. Behind a result's axes
+    stands its dtype, or whose dtype it has. most(n): how many queries a block may have.
     """
-    takes, gives = map(axes_of, declared.split(" -> "))
+    arrays, results = map(axes_of, declared.split(" -> "))
 
-    def decorate(block):
-        signature, first = inspect.signature(block), next(iter(takes))
-        optional = {name for name in takes if signature.parameters[name].default is None} | {"v"}
+    def declare(block):
+        name, signature = block.__name__, inspect.signature(block)
+        optional = {"v", *(x for x, parameter in signature.parameters.items() if parameter.default is None)}
 
         @functools.wraps(block)
         def run(*args, **kwargs):
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
+            (bound := signature.bind(*args, **kwargs)).apply_defaults()
             given = bound.arguments
-            axes, decode = CODES.get((block.__name__, getattr(given[first], "dtype", "")), (takes, None))
+            first = getattr(given[next(iter(arrays))], "dtype", None)
+            axes, decode = CODES.get((name, first), (arrays, lambda n, given: given))
             n = sizes(axes, given, optional)
             check_options(n, given)
             if n["xp"] is not np:
-                return KERNELS[block.__name__, n["xp"].__name__](n, **given)
-            given = decode(n, given) if decode else given
-            return on_one_blas_thread(lambda: in_blocks(block, takes, gives, n, given, most))
+                return KERNELS[name, n["xp"].__name__](n, **given)
+            return in_blocks(block, arrays, results, n, decode(n, given), most(n))
 
-        run.block = block
+        run.block = block  # type: ignore[attr-defined]
         run.__doc__ = f"{declared}\n\n    {block.__doc__}"
         return run
 
-    return decorate
+    return declare
 
 
 def axes_of(declared):
     """{"q": (("...", "T", "H", "D"), "")} of "q [..., T, H, D]": names, axes and the word behind them."""
-    found = re.findall(r"(\w+) \[([^]]*)\] ?(\w*)", declared)
+    found = re.findall(r"(\w+) \[([^]]*)\](?: (\w+))?", declared)
     return {name: (tuple(axes.split(", ")), word) for name, axes, word in found}
 
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
+
+KEY_TILE = 512  # keys
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> scores [..., T, S]")
@@ -128,10 +123,11 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
         # are alike, with 8 keys that are nobody's at either side, and a score has the same bits in any chunk.
         keys, r = np.zeros((E, tile + 16), dtype), np.empty((T, J, tile + 16), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), tile):
-            N = min(tile, hi - s)
-            keys[:, 8 : 8 + N] = index_k[s : s + N].T
+            k_s = index_k[s : s + tile]  # [N, E]
+            own = slice(8, 8 + len(k_s))
+            keys[:, own] = k_s.T
             np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, tile + 16]
-            scores[:, s : s + N] = (weights @ r)[:, 0, 8 : 8 + N]  # [T, N]                               (1)
+            scores[:, s : s + tile] = (weights @ r)[:, 0, own]  # [T, N]                                  (1)
 
     spread(score, range(lo, hi, 8 * KEY_TILE))
     return hidden(scores, k_start, k_end)
@@ -152,23 +148,31 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     array([[0, 3]], dtype=int32)
     """
     (T, S), (lo, hi), forced = scores.shape, span(k_start, k_end), local_window + num_sink_tokens
-    x = np.array(scores[:, lo:hi], accumulator(scores), order="C")  # [T, N]
-    hidden(x, k_start - lo, k_end - lo)
-    nan = np.isnan(x.max(1, initial=-np.inf))
-    if nan.any():
-        raise NotANumber(int(nan.argmax()))
+    x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
+    for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # a NaN comes through min
+        raise FloatingPointError(int(t))  # row t of this block; in_blocks says which query that is
     kept = np.zeros(x.shape, bool)
     if forced:
-        visible = x > -np.inf
-        rank = visible.cumsum(1)
-        kept = visible & ((rank <= num_sink_tokens) | (rank > rank[:, -1:] - local_window))
+        place = np.cumsum(x > -np.inf, axis=1)  # 1 is the first visible key
+        kept = (x > -np.inf) & ((place <= num_sink_tokens) | (place > place[:, -1:] - local_window))
         x[kept] = -np.inf
-    if top_k > forced:
-        kept |= first_k(x, top_k - forced)  # [T, N]                                                      (2)
+    kept |= first_k(x, top_k - forced)  # [T, N]                                                          (2)
     indices = np.full((T, min(top_k, S)), -1, np.int32)
-    there = np.arange(indices.shape[1]) < kept.sum(1)[:, None]
-    indices[there] = np.flatnonzero(kept) % max(1, hi - lo) + lo
+    there = np.arange(indices.shape[1]) < np.count_nonzero(kept, axis=1)[:, None]
+    indices[there] = lo + np.flatnonzero(kept) % max(1, hi - lo)  # to columns
     return indices
+
+
+def first_k(x, k):
+    """Equation (2): the k largest above -inf of each row of x [T, N], the first of equal ones -> [T, N]."""
+    kth = np.full((len(x), 1), np.finfo(x.dtype).min)
+    if k < x.shape[1]:
+        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
+    best = x >= kth if k else np.zeros(x.shape, bool)
+    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
+        ties = np.flatnonzero(x[t] == kth[t])
+        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
+    return best
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> indices [..., T, K] int32")
@@ -176,44 +180,18 @@ def lightning_select(
     index_q, index_k, weights, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
 ):
     """select_topk(index_scores(...)) without ever holding [T, S] scores: (1) and (2), a block at a time."""
-    scores = index_scores.block(index_q, index_k, weights, k_start=k_start, k_end=k_end)
+    window = {"k_start": k_start, "k_end": k_end}
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
-
-
-def first_k(x, k):
-    """Equation (2): which of each row of x [T, N] are its k largest above -inf, the first of equal ones."""
-    N, least = x.shape[1], np.finfo(x.dtype).min
-    if N <= k:
-        return x >= least
-    kept = x >= np.maximum(kth_largest(x, k), least)[:, None]
-    surplus = kept.sum(1) - k  # of those that equal the k-th
-    for t in np.flatnonzero(surplus > 0):
-        kept[t, np.flatnonzero(x[t] == x[t, kept[t]].min())[-surplus[t] :]] = False
-    return kept
-
-
-def kth_largest(x, k):
-    """The k-th largest of each row of x [T, N], -> [T]."""
-    N = x.shape[1]
-    if N < 2**14:
-        return np.partition(x, N - k, axis=1)[:, N - k]
-    found, few = np.empty(len(x), x.dtype), k // 16 + math.isqrt(k) + 8  # of every 16th, fewer only by chance
-    some = x[:, ::16]
-    bounds = np.partition(some, max(0, some.shape[1] - few), axis=1)[:, max(0, some.shape[1] - few)]
-    for t, row in enumerate(x):
-        above = row[row >= bounds[t]]
-        above = above if len(above) >= k else row
-        found[t] = np.partition(above, len(above) - k)[len(above) - k]
-    return found
+    scores = index_scores.block(index_q, index_k, weights, **window)  # [T, S], of this block alone
+    return select_topk.block(scores, top_k, **forced, **window)
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
 
 
 @stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H] -> out [..., T, H, Dv] q, lse [..., T, H]",
-    most=lambda n: max(1, 1024 // max(1, n["H"])),
+    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H]"
+    " -> out [..., T, H, Dv] q, lse [..., T, H]"
 )
 def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
     """Attention over every visible key, a tile at a time: softmax(scale * q . k) @ v.
@@ -225,18 +203,16 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     >>> out.ravel().tolist(), np.exp(lse).ravel().round(6).tolist()
     ([2.0, 3.0], [1.0, 2.0])
     """
-    (T, H, D), (lo, hi), dtype = q.shape, span(k_start, k_end), accumulator(q, k, k if v is None else v)
-    q = np.multiply(q, scale, dtype=dtype)
+    v, (lo, hi) = k[..., :d_v] if v is None else v, span(k_start, k_end)
+    q = np.multiply(q, scale, dtype=accumulator(q, k, v))
 
-    def attended(s):
-        k_s = k[s].astype(dtype, copy=False)  # [N, G, D]
-        v_s = k_s[..., :d_v] if v is None else v[s].astype(dtype, copy=False)  # [N, G, Dv]
-        at = np.arange(s.start, s.stop)[:, None]
-        seen = (at >= k_start) & (at < k_end)  # [N, T]
-        return attend(q, k_s, v_s, None if seen.all() else seen)  # [T, H, Dv], [T, H]                    (3)
+    def tile(part):
+        s = np.arange(part.start, part.stop)[:, None]
+        seen = (s >= k_start) & (s < k_end)  # [N, T]
+        return attend(q, k[part], v[part], None if seen.all() else seen)
 
-    out, lse = over_tiles(attended, slice(lo, hi), 2**20 // max(1, T * H))
-    return (out if sink is None else shared_with(out, lse, sink)), lse
+    out, lse = over_tiles(tile, q, lo, hi)
+    return out if sink is None else apply_sink(out, lse, sink), lse
 
 
 @stage(
@@ -255,65 +231,74 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    (T, H, D), (_, G, _), dtype = q.shape, k.shape, accumulator(q, k, k if v is None else v)
-    out, lse = np.empty((T, H, d_v if v is None else v.shape[2]), dtype), np.empty((T, H), dtype)
-    q, tile = np.multiply(q, scale, dtype=dtype), max(1, 2**20 // max(1, G * D))
-    shared = shared_keys(indices, len(k))  # None, or keys [N] and who has which, seen [N, T]
-    for t in [slice(t, t + 1) for t in range(T)] if shared is None else [slice(T)]:
-        keys, seen = (indices[t][indices[t] >= 0], None) if shared is None else shared
+    values, longest = k[..., :d_v] if v is None else v, max(1, 2**12 // max(1, k[:1].size))  # KEY_TILEs
+    q = np.multiply(q, scale, dtype=accumulator(q, k, values))
+    out, lse = np.empty((*q.shape[:2], values.shape[2]), q.dtype), np.empty(q.shape[:2], q.dtype)
 
-        def attended(s, t=t, keys=keys, seen=seen):
-            k_s = k.take(keys[s], 0, mode="clip").astype(dtype, copy=False)  # [N, G, D]
-            v_s = v if v is None else v.take(keys[s], 0, mode="clip").astype(dtype, copy=False)  # [N, G, Dv]
-            v_s = k_s[..., :d_v] if v is None else v_s
-            return attend(q[t], k_s, v_s, None if seen is None else seen[s])  # [1, H, Dv], [1, H]        (3)
+    def attend_to(t, keys, seen=None):
+        def tile(part):
+            k_s = k[keys[part]]  # [N, G, D]
+            v_s = k_s[..., :d_v] if v is None else v[keys[part]]  # [N, G, Dv]
+            return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
-        out[t], lse[t] = over_tiles(attended, slice(0, len(keys)), min(2048, tile))
-    return (out if sink is None else shared_with(out, lse, sink)), lse
+        out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), min(4, longest))
+
+    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])):
+        attend_to(slice(None), *shared)
+    else:
+        for t, row in enumerate(indices):
+            attend_to(slice(t, t + 1), row[row >= 0])
+    return out if sink is None else apply_sink(out, lse, sink), lse
+
+
+def in_common(indices, num_keys, heads):
+    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
+    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
+    """
+    there = np.zeros(num_keys + 1, bool)
+    there[indices] = True
+    there[-1] = False  # what is absent, -1
+    keys, T, slots = np.flatnonzero(there), len(indices), np.count_nonzero(indices >= 0)
+    if heads * len(keys) * T > (heads + 6) * slots:  # measured: a row alone costs 6 heads more
+        return None
+    seen = np.zeros((len(keys) + 1, T), bool)
+    seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
+    return (keys, seen[:-1]) if np.count_nonzero(seen[:-1]) == slots else None
 
 
 def attend(q, k, v, seen=None):
     """Equation (3) for a tile: q [T, H, D], scaled, over all keys k [N, G, D] and v [N, G, Dv], or over those
     that a query sees, seen [N, T] -> out [T, H, Dv], lse [T, H].
     """
-    (T, H, D), (N, G, Dv) = q.shape, v.shape
-    grouped = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)
-    x = k.swapaxes(0, 1) @ grouped.swapaxes(1, 2)  # [G, N, T * H/G], the longer side first
+    (T, H, D), (N, G, _) = q.shape, k.shape
+    keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
+    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, T * (H // G))
+    x = keys @ rows  # [G, N, T * H/G], as BLAS is faster with the longer side first
     if seen is not None:
         np.copyto(x.reshape(G, N, T, H // G), -np.inf, where=~seen[..., None])
-    limits = np.finfo(x.dtype)
-    top = x.max(1, initial=limits.min)[:, None]  # [G, 1, T * H/G], finite
-    np.exp(np.subtract(x, top, out=x), out=x)
-    total = x.sum(1)[..., None]  # [G, T * H/G, 1]
-    out = (x.swapaxes(1, 2) @ v.swapaxes(0, 1)) / np.maximum(total, limits.tiny)  # [G, T * H/G, Dv]
-    lse = top.swapaxes(1, 2) + np.log(total)
-    out, lse = (y.reshape(G, T, H // G, -1).swapaxes(0, 1).reshape(T, H, -1) for y in (out, lse))
-    if seen is not None and not np.isfinite(out).all():  # 0 * NaN, of a value that others see, or nobody
-        for t in range(T):
-            out[t : t + 1], lse[t : t + 1, :, 0] = attend(q[t : t + 1], k[seen[:, t]], v[seen[:, t]])
-    return out, lse[..., 0]
+    top = x.max(1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
+    p = np.exp(np.subtract(x, top, out=x), out=x)
+    total = p.sum(1, keepdims=True)  # [G, 1, T * H/G]
+    out = p.swapaxes(1, 2) @ values / np.where(total == 0, 1, total).swapaxes(1, 2)  # [G, T * H/G, Dv]   (3)
+    out = out.reshape(G, T, H // G, v.shape[2]).swapaxes(0, 1).reshape(T, H, v.shape[2])
+    lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
+    if seen is not None and not np.isfinite(out).all():  # 0 * NaN is NaN: only who sees it may touch it
+        for t, own in enumerate(seen.T):
+            out[t], lse[t] = (x[0] for x in attend(q[t : t + 1], k[own], v[own]))
+    return out, lse
 
 
-def over_tiles(attended, keys, step):
-    """attended(slice) -> out, lse, for the slice `keys` in tiles, on threads, merged in their order."""
-    step = min(max(step, KEY_TILE // 2), 16 * KEY_TILE)
-    tiles = [slice(s, min(s + step, keys.stop)) for s in range(keys.start, max(keys.stop, 1), step)]
-    parts = spread(attended, tiles)
-    return parts[0] if len(parts) == 1 else merged(*zip(*parts))
-
-
-def shared_keys(indices, S):
-    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
-    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
+def over_tiles(work, q, lo, hi, longest=16):
+    """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**20 logits, and of at
+    most `longest` times KEY_TILE, with any threads the same; parts are merged, in order, as they come.
     """
-    T, used = len(indices), np.zeros(S + 1, bool)
-    used[indices] = True
-    keys, slots = np.flatnonzero(used[:-1]), indices >= 0
-    if T == 1 or 2.6 * (count := slots.sum()) < T * len(keys):
-        return None
-    seen = np.zeros((len(keys), T), bool)
-    seen[np.searchsorted(keys, indices[slots]), np.nonzero(slots)[0]] = True
-    return (keys, seen) if seen.sum() == count else None
+    step, done = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE)), []
+
+    def merge(part):
+        done[:] = [merge_attention(*zip(*done, part)) if done else part]
+
+    spread(work, [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)], merge)
+    return done[0]
 
 
 def merge_attention(outs, lses):
@@ -328,24 +313,19 @@ def merge_attention(outs, lses):
     >>> out.round(6).item(), np.exp(lse).round(6).item()
     (3.0, 3.0)
     """
-    expect(len(outs) == len(lses) > 0, "the numbers of outs and lses", (len(outs), len(lses)), "alike, not 0")
-    arrays = {f"{name}[{i}]": x for name, xs in (("outs", outs), ("lses", lses)) for i, x in enumerate(xs)}
-    both = {"o": ("...", "T", "H", "Dv"), "l": ("...", "T", "H")}
-    sizes({name: (both[name[0]], "") for name in arrays}, arrays)
-    arrays = [*arrays.values()]
-    out, lse = merged(arrays[: len(outs)], arrays[len(outs) :])
-    return out.astype(arrays[0].dtype, copy=False), lse
-
-
-@np.errstate(all="ignore")
-def merged(outs, lses):
-    """merge_attention, unchecked, in the dtype that accumulates."""
+    outs, lses = [*outs], [*lses]
+    expect(len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
+    checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
+    dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = accumulator(*outs, *lses)
-    top = np.maximum(functools.reduce(np.maximum, lses), np.finfo(dtype).min)  # finite
-    shares = [np.exp(lse - top, dtype=dtype) for lse in lses]  # [..., T, H]
-    total = sum(shares)
-    out = sum(share[..., None] * out for share, out in zip(shares, outs))
-    return out / np.maximum(total, np.finfo(dtype).tiny)[..., None], top + np.log(total)
+    with np.errstate(all="ignore"):
+        top = np.maximum(functools.reduce(np.maximum, lses), np.finfo(dtype).min, dtype=dtype)  # finite
+        shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
+        total = functools.reduce(np.add, shares)
+        parts = (
+            out * (share / np.where(total == 0, 1, total))[..., None] for out, share in zip(outs, shares)
+        )
+        return functools.reduce(np.add, parts).astype(native(outs[0]), copy=False), top + np.log(total)
 
 
 def apply_sink(out, lse, sink):
@@ -357,17 +337,11 @@ def apply_sink(out, lse, sink):
     >>> apply_sink(np.array([[[6.0]]]), np.log([[2.0]]), np.log([1.0])).round(6).item()
     4.0
     """
-    given = {"out": out, "lse": lse, "sink": sink}
-    sizes(axes_of("out [..., T, H, Dv], lse [..., T, H], sink [H]"), given)
-    return shared_with(**given).astype(given["out"].dtype, copy=False)
-
-
-@np.errstate(all="ignore")
-def shared_with(out, lse, sink):
-    """apply_sink, unchecked; where lse is -inf out is 0, and remains it."""
+    dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     dtype = accumulator(out, lse, sink)
-    lse = np.maximum(lse, np.finfo(dtype).min, dtype=dtype)
-    return out / (1 + np.exp(sink.astype(dtype) - lse))[..., None]
+    with np.errstate(all="ignore"):  # where lse is -inf, out is 0, and stays it
+        z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)
+        return (out / (1 + np.exp(z))[..., None]).astype(native(out), copy=False)
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -379,8 +353,8 @@ def padded_window(lengths, num_queries):
     >>> padded_window(np.array([3, 1]), 3)[1].tolist()
     [[1, 2, 3], [1, 0, 0]]
     """
-    num_queries = integer("num_queries", num_queries, 0)
-    k_end = causal_end(0, check_lengths(lengths, most=num_queries), num_queries)
+    lengths = check_lengths(lengths, most=integer("num_queries", num_queries, 0))
+    k_end = causal_end(0 * lengths, lengths, num_queries)
     return 0 * k_end, k_end
 
 
@@ -391,7 +365,7 @@ def packed_window(lengths):
     [[0, 0, 0, 3, 3], [1, 2, 3, 4, 5]]
     """
     lengths = check_lengths(lengths)
-    return np.repeat(lengths.cumsum() - lengths, lengths), np.arange(lengths.sum()) + 1
+    return np.repeat(np.cumsum(lengths) - lengths, lengths), np.arange(lengths.sum()) + 1
 
 
 def pad_batch(sequences, multiple=64, name="sequences"):
@@ -401,15 +375,14 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     >>> padded.tolist(), lengths.tolist()
     ([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [3, 1])
     """
-    multiple, xp = integer("multiple", multiple, 1), None
-    expect(len(sequences), name, "empty", "at least one sequence")
+    expect(len(sequences), name, "empty", "at least one array")
     for x in sequences:
-        xp, first = library(name, x, xp), sequences[0]
-        alike = x.ndim and (x.shape[1:], native(x)) == (first.shape[1:], native(first))
-        expect(alike, name, f"of {x.shape} {x.dtype} beside {first.shape} {first.dtype}", "alike behind T_i")
-    lengths = np.array([len(x) for x in sequences])
-    T = -(-lengths.max() // multiple) * multiple
-    padded = xp.zeros((len(sequences), T, *sequences[0].shape[1:]), native(sequences[0]))
+        dims(**{name: (x, "...")})
+        like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
+        expect(like, name, f"of {x.dtype} {x.shape}", f"all [T_i, ...] as {sequences[0].shape}")
+    lengths, multiple = np.array([len(x) for x in sequences]), integer("multiple", multiple, 1)
+    shape = len(sequences), -(-int(lengths.max()) // multiple) * multiple, *sequences[0].shape[1:]
+    padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
     return padded, lengths
@@ -418,43 +391,41 @@ def pad_batch(sequences, multiple=64, name="sequences"):
 def causal_end(start, lengths, num_queries):
     """k_end [B, T] of sequences with lengths[b] new tokens behind start[b] others; padding sees nothing."""
     t = np.arange(num_queries)
-    return np.where(t < lengths[:, None], np.add.outer(start, t).reshape(-1, num_queries) + 1, 0)
+    return np.where(t < lengths[:, None], start[:, None] + t + 1, 0)
 
 
 def every_key(windows, width):
     """The indices of all keys in windows [..., T], of at most `width` -> [..., T, width] int32."""
-    start, end = (w[..., None] for w in windows)
-    keys = start + library("k_start", start).arange(width)
-    return np.where(keys < end, keys, -1).astype(np.int32)
+    start, end = (w[..., None].astype(np.int32) for w in windows)
+    keys = start + library("k_start", start).arange(width, dtype=np.int32)
+    return np.where(keys < end, keys, -1).astype(np.int32, copy=False)
 
 
 def span(start, end):
     """The range of keys that a block of windows touches; (0, 0) if they are all empty."""
-    sees = start < end
-    return (int(start[sees].min()), int(end[sees].max())) if sees.any() else (0, 0)
+    seen = start < end
+    return (int(start[seen].min()), int(end[seen].max())) if seen.any() else (0, 0)
 
 
 def hidden(scores, start, end):
     """scores [T, N] themselves, -inf from now on outside the windows [T]."""
-    for row, lo, hi in zip(scores, start.tolist(), end.tolist()):
-        row[: max(0, lo)] = row[max(0, lo, hi) :] = -np.inf
+    for row, lo, hi in zip(scores, np.maximum(start, 0).tolist(), np.maximum(end, start).tolist()):
+        row[:lo] = row[max(0, hi) :] = -np.inf
     return scores
 
 
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ...) -> indices
-PRECISIONS: dict[str, Any] = {}  # of the indexer: x -> x as it sees it
-CHOICES = {  # what a DSAConfig's words may be
-    "strategy": ("dynamic", "fixed", "hybrid"),
-    "global_selection": ("lightning", "approximate", "lsh", "learned", "hierarchical"),
-    "pattern": ("window", "strided", "global", "random"), "cache_strategy": ("lru",),
-    "indexer_precision": ("fp32", "fp16", "fp8"), "progressive_sparsity": (False, True),
-}  # fmt: skip
-LEAST = {
-    "top_k": 1, "local_window": 0, "num_sink_tokens": 0, "batch_pad_to_multiple": 1, "fallback_dense_threshold": 0
-}  # fmt: skip
+PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's largest number becomes that
+    "fp32": lambda x: x,
+    "fp16": lambda x: np.clip(x.astype(np.float32), -65504, 65504).astype(np.float16),
+}
+SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
+DSA_AXES = axes_of(
+    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
+    " index_k [..., S, E], weights [..., T, J]"
+)
 
 
 @dataclass(frozen=True)
@@ -471,36 +442,34 @@ class DSAConfig:
 
     top_k: int = 2048
     sparse_ratio: float | None = None
-    strategy: str = "dynamic"
-    local_window: int = 0
+    strategy: Literal["dynamic", "fixed", "hybrid"] = "dynamic"
+    local_window: int = 0  # 128 and 256 are usual for hybrid
     num_sink_tokens: int = 0
-    global_selection: str = "lightning"
-    pattern: str = "window"
+    global_selection: Literal["lightning", "approximate", "lsh", "learned", "hierarchical"] = "lightning"
+    pattern: Literal["window", "strided", "global", "random"] = "window"
     batch_pad_to_multiple: int = 64
-    cache_strategy: str = "lru"
-    indexer_precision: str = "fp32"
+    cache_strategy: Literal["lru"] = "lru"
+    indexer_precision: str = "fp32"  # of PRECISIONS
     fallback_dense_threshold: int | None = None
-    progressive_sparsity: bool = False
+    progressive_sparsity: Literal[False, True] = False
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name in CHOICES:
-                kind = type(CHOICES[name][0])
-                expect(type(value) is kind and value in CHOICES[name], name, repr(value), CHOICES[name])
-            elif name in LEAST and (value is not None or name != "fallback_dense_threshold"):
-                object.__setattr__(self, name, integer(name, value, LEAST[name], ValueAndType))
-        if self.sparse_ratio is not None:
-            fits = is_number(self.sparse_ratio) and 0 < self.sparse_ratio <= 1
-            expect(fits, "sparse_ratio", repr(self.sparse_ratio), "None or a number above 0, up to 1")
-        local = self.strategy == "hybrid"
-        expect(
-            (self.local_window > 0) == local or self.strategy == "fixed",
-            "local_window",
-            f"{self.local_window} with strategy {self.strategy!r}",
-            "above 0 for 'hybrid', else 0",
-        )
+        for name, kind in get_type_hints(DSAConfig).items():
+            value, allowed = getattr(self, name), tuple(PRECISIONS) if kind is str else get_args(kind)
+            if kind is int or (int in allowed and value is not None):
+                least = int(name in ("top_k", "batch_pad_to_multiple"))
+                object.__setattr__(self, name, integer(name, value, least, ValueError))
+            elif name == "sparse_ratio":
+                fits = value is None or (is_number(value) and 0 < value <= 1)
+                expect(fits, name, repr(value), "None, or above 0 and up to 1 as SELECTION_RATIOS")
+            elif int not in allowed:
+                fits = type(value) is type(allowed[0]) and value in allowed
+                expect(fits, name, repr(value), f"one of {allowed}")
+        strategy, window = self.strategy, self.local_window
+        expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
+        expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
         if self.sparse_ratio is None:
-            check_quota(self.top_k, self.local_window, self.num_sink_tokens)
+            check_options({"S": 0}, {**vars(self)})
 
     def top_k_at(self, layer=0, n_layers=1, num_keys=None):
         """top_k of one layer; num_keys is needed for a sparse_ratio. At least the window and the sink tokens.
@@ -512,51 +481,30 @@ class DSAConfig:
         >>> DSAConfig(sparse_ratio=SELECTION_RATIOS["balanced"]).top_k_at(num_keys=1000)
         30
         """
-        layer, n_layers = integer("layer", layer, 0), integer("n_layers", n_layers, 1)
-        expect(layer < n_layers, "layer", layer, f"below n_layers = {n_layers}")
-        top_k = self.top_k
+        n_layers, layer, top_k = integer("n_layers", n_layers, 1), integer("layer", layer, 0), self.top_k
+        expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
         if self.sparse_ratio is not None:
-            expect(num_keys is not None, "num_keys", None, "how many keys sparse_ratio is of")
-            top_k = math.ceil(float(self.sparse_ratio) * integer("num_keys", num_keys, 0))
+            expect(num_keys is not None, "num_keys", None, "a number, as sparse_ratio is set")
+            top_k = float(self.sparse_ratio) * integer("num_keys", num_keys, 0)
         if self.progressive_sparsity and n_layers > 1:
-            top_k = round(2 * top_k * 0.25 ** (layer / (n_layers - 1)))
-        return max(1, top_k, self.local_window + self.num_sink_tokens)
+            top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
+        return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
 
     def quota_at(self, layer, n_layers, num_keys):
         """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
-        top_k, dense = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
-        quota = {"top_k": top_k, "local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
-        return quota, num_keys <= (top_k if dense is None else dense)
+        top_k, few = self.top_k_at(layer, n_layers, num_keys), self.fallback_dense_threshold
+        forced = {"local_window": self.local_window, "num_sink_tokens": self.num_sink_tokens}
+        return {"top_k": top_k, **forced}, num_keys <= (top_k if few is None else few)
 
     def selector(self):
         """The name in SELECTORS."""
         return self.pattern if self.strategy == "fixed" else self.global_selection
 
 
-def lightning(
-    q, k, top_k, *, index_q=None, index_k=None, weights=None, local_window=0, num_sink_tokens=0, k_start=None,
-    k_end=None,
-):  # fmt: skip
-    """lightning_select as one of SELECTORS."""
-    rest = {
-        "k_start": k_start,
-        "k_end": k_end,
-        "local_window": local_window,
-        "num_sink_tokens": num_sink_tokens,
-    }
-    return lightning_select(index_q, index_k, weights, top_k, **rest)
-
-
-lightning.options = {}  # type: ignore[attr-defined]
-SELECTORS["lightning"] = lightning
-PRECISIONS["fp32"] = lambda x: x
-PRECISIONS["fp16"] = lambda x: np.clip(x, *(np.finfo(np.float16).max * y for y in (-1, 1))).astype(np.float16)
-
-
 def dsa_attention(
     q, k, v, index_q, index_k, weights, config,
-    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
-    lengths=None, cache=None, layer=0, n_layers=1, **options,
+    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
+    cache=None, layer=0, n_layers=1, **options,
 ):  # fmt: skip
     """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
 
@@ -571,106 +519,93 @@ def dsa_attention(
     kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
-    choose = SELECTORS.get(config.selector())
-    expect(choose, "the selector of config", repr(config.selector()), f"one of {[*SELECTORS]}")
-    known = choose.options  # type: ignore[union-attr]
-    expect(options.keys() <= known.keys(), "options", sorted(options), f"some of {[*known]}", TypeError)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
     if isinstance(q, (list, tuple)):
-        expect(lengths is None, "lengths", lengths, "None, as lists have their own")
+        expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
         arrays, lengths = pad_lists(arrays, config.batch_pad_to_multiple)
-    given = {**arrays, "d_v": d_v, "scale": scale, "sink": sink}
-    place = layer, n_layers
-    n, new = dsa_dims(given, {"layer": layer, "n_layers": n_layers}, (k_start, k_end), cache, lengths)
-    q, k, v, *index = (given[name] for name in arrays)
-    rest = {"d_v": d_v, "scale": scale, "sink": sink}
-    own = dict(zip(("index_q", "index_k", "weights", "q", "k"), (*index, q, k)))
-
-    def attended():
-        windows, num_keys = (k_start, k_end), new
-        if cache is not None:
-            windows, num_keys = cache.window(n["T"], new), cache.lengths
-            own["index_k"], own["k"] = cache.read("index_k"), cache.read("k")
-        elif new is not None:
-            windows = padded_window(new, n["T"])
-        windows = [w if w is None else n["xp"].asarray(w) for w in windows]
-        indices, every = choose_keys(config, place, options, own, windows, num_keys)
-        if cache is not None:
-            out, lse = cache.attend(q, indices, **rest)
-        elif every:
-            out, lse = dense_attention(q, k, v, k_start=windows[0], k_end=windows[1], **rest)
-        else:
-            out, lse = sparse_attention(q, k, v, indices, **rest)
-        return out, lse, indices
-
+    kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
+    n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
+    choose = functools.partial(choose_keys, config, (layer, n_layers), options)
+    q, k, v = (arrays[name] for name in "qkv")
     if cache is None:
-        return attended()
-    kept = {name: x for name, x in (("k", k), ("v", v), ("index_k", index[1])) if x is not None}
-    return cache.append_then(attended, lengths=new, **kept)
+        if lengths is not None:
+            k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
+        windows = windows_of(n, k_start, k_end)
+        indices, dense = choose(arrays, windows, lengths)
+        if dense:
+            return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
+        return (*sparse_attention(q, k, v, indices, **kwargs), indices)
+
+    def attend_to_cache():
+        read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
+        keys = {"k": read("k"), "index_k": cache.read("index_k")}
+        indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
+        return (*cache.attend(q, indices, **kwargs), indices)
+
+    tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
+    return cache.append_then(attend_to_cache, lengths=lengths, **tokens)
 
 
-DSA_AXES = axes_of(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], index_q [..., T, J, E], index_k [..., S, E],"
-    " weights [..., T, J], sink [H]"
-)
-
-
-def dsa_dims(given, place, windows, cache, lengths):
+def dsa_dims(arrays, options, windows, cache, lengths):
     """The checks of dsa_attention -> sizes, and lengths [B] if any are given."""
+    n = sizes(DSA_AXES, given := arrays | options, ("v", "sink"))
+    check_options(n, given)
     if cache is not None:
         check_type("cache", cache, KVCache)
-    n = sizes(DSA_AXES, given, {"v", "sink"})
-    check_options(n, {**given, "k_start": windows[0], "k_end": windows[1]})
-    for name, value in place.items():
-        integer(name, value, 0)
-    if cache is None and lengths is None:
-        return n, None
-    for name, window in zip(("k_start", "k_end"), windows):
-        expect(window is None, name, "given", "None beside lengths or a cache")
-    expect(n["T"] == n["S"], "T", f"{n['T']} in q", f"S = {n['S']}, as each query is of a token of its own")
-    expect(len(n["..."]) == 1, "q", f"of shape {given['q'].shape}", "[B, T, H, D]")
-    return n, check_lengths(lengths, n["..."][0], n["T"])
+        expect(n["..."] == (cache.batch,), "B", f"{n['...']} in q", f"the cache's batch = {cache.batch}")
+    if cache is not None or lengths is not None:
+        given = [name for name, w in zip(("k_start", "k_end"), windows) if w is not None]
+        expect(not given, "among the arguments", given, "none with lengths or with a cache")
+        fits = len(n["..."]) == 1 and n["T"] == n["S"]
+        expect(fits, "q", f"of shape {arrays['q'].shape}", f"[B, T, H, D] of the same T as k, {n['S']}")
+        lengths = None if lengths is None else check_lengths(lengths, n["..."][0], n["T"])
+    return n, lengths
 
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    made, lengths = {}, None
+    padded, lengths = dict.fromkeys(arrays), None
     for name, x in arrays.items():
         if x is not None:
-            check_type(name, x, (list, tuple))
-            made[name], own = pad_batch(x, multiple, name)
-            lengths = own if lengths is None else lengths
-            expect(own.tolist() == lengths.tolist(), f"the lengths in {name}", own, f"those in q, {lengths}")
-    return {name: made.get(name) for name in arrays}, lengths
+            expect(isinstance(x, (list, tuple)), name, f"a {type(x).__name__}", "a list, as q is", TypeError)
+            padded[name], found = pad_batch(x, multiple, name)
+            lengths = found if lengths is None else lengths
+            expect((*found,) == (*lengths,), f"the lengths in {name}", found, f"those in q, {lengths}")
+    return padded, lengths
 
 
-def choose_keys(config, place, options, arrays, windows, lengths):
+def choose_keys(config, layer, options, arrays, windows, lengths):
     """The indices that config says, and whether they are all visible keys. Where it goes by the number of
     keys, each sequence goes by its own.
     """
-    if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold is not None):
-        parts = []
-        for b, S in enumerate(lengths):
-            own = {
-                name: x[b : b + 1, : S if name in ("k", "index_k") else None] for name, x in arrays.items()
-            }
-            some = [w[b : b + 1] for w in windows]
-            parts.append(choose_keys(config, place, options, own, some, None))
-        K, xp = max(x.shape[-1] for x, _ in parts), library("q", arrays["q"])
-        wide = [xp.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x, _ in parts]
-        return xp.concatenate(wide), all(every for _, every in parts)
-    n = sizes({name: DSA_AXES[name] for name in arrays}, arrays)
-    quota, every = config.quota_at(*place, n["S"])
-    if every:
-        return every_key(filled(n, windows_of(n, *windows)), n["S"]), True
-    rounded = {name: PRECISIONS[config.indexer_precision](arrays[name]) for name in ("index_q", "index_k")}
-    rest = {"k_start": windows[0], "k_end": windows[1], **options}
-    return SELECTORS[config.selector()](**{**arrays, **rounded, **quota, **rest}), False
+    arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
+    by_length = config.sparse_ratio or config.fallback_dense_threshold
+    if by_length and lengths is not None and len({*lengths.tolist()}) > 1:
+        each = []
+        for b in (slice(b, b + 1) for b in range(len(lengths))):
+            alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
+            each.append(choose_keys(config, layer, options, *alone)[0])
+        K = max(x.shape[-1] for x in each)
+        more = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in each]
+        return np.concatenate(more), False
+    select: Any = SELECTORS.get(chosen := config.selector())
+    unknown = options.keys() - getattr(select, "options", ())
+    expect(not unknown, "among the options", sorted(unknown), f"those of the selector {chosen!r}", TypeError)
+    expect(select or chosen == "lightning", "the selector", repr(chosen), "one that this file has")
+    (*batch, T, _, _), S = arrays["q"].shape, arrays["k"].shape[-3]
+    num_keys = S if lengths is None else int(lengths.max(initial=0))
+    quota, dense = config.quota_at(*layer, num_keys)
+    if dense:
+        n = {"...": tuple(batch), "T": T, "S": S, "xp": library("q", arrays["q"])}
+        return every_key(filled(n, windows), min(max(1, num_keys), S)), True
+    index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
+    index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
+    return (lightning_select(**index) if chosen == "lightning" else select(**arrays | index)), False
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
 
-STORAGES: dict[str, Any] = {}  # name: kind(qk_rope_head_dim), of what stores tokens not as they are
+STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
 
 
 class KVCache:
@@ -692,25 +627,25 @@ class KVCache:
     def __init__(
         self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, xp=np, **streams
     ):
-        self.capacity, self.batch = integer("capacity", capacity, 1), integer("batch", batch, 1)
-        self.qk_rope_head_dim, known = integer("qk_rope_head_dim", qk_rope_head_dim, 0), (*FLOATS, *STORAGES)
-        expect(isinstance(storage, str) and storage in known, "storage", repr(storage), f"one of {known}")
-        expect(isinstance(grow, bool), "grow", repr(grow), "True or False")
-        expect(hasattr(xp, "ndarray"), "xp", repr(xp), "numpy or cupy")
-        expect(streams, "streams", "empty", "name=shape of what a token leaves")
-        self.storage, self.grow, self.xp, self.streams, self._codec = storage, grow, xp, {}, None
+        capacity, self.batch = integer("capacity", capacity, 1), integer("batch", batch, 1)
+        expect(hasattr(xp, "ndarray"), "xp", repr(xp), "numpy, or another library that has kernels")
+        expect(isinstance(grow, bool), "grow", repr(grow), "False or True")
+        expect(storage in STORAGES, "storage", repr(storage), f"one of {tuple(STORAGES)}")
+        expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         for name, shape in streams.items():
-            expect(isinstance(shape, tuple) and shape, name, repr(shape), "a tuple of sizes")
-            self.streams[name] = tuple(integer(name, size, 1) for size in shape)
-        self._stored = self.streams
-        if storage in STORAGES:
-            self._codec = STORAGES[storage](self.qk_rope_head_dim)
-            self._stored = {name: self._codec.shape(name, shape) for name, shape in self.streams.items()}
-        elif storage == "bfloat16":
-            importlib.import_module("ml_dtypes")  # which makes it a dtype
+            expect(isinstance(shape, tuple) and shape, name, repr(shape), "a tuple such as (1, 576)")
+        if storage == "bfloat16":
+            import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
+        self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
+        self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
+        self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
+        self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
         self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        self._lengths, self._data = np.zeros(self.batch, np.int64), {}
-        self._allocate(self.capacity)
+        shape_of = self._codec.shape if self._codec else lambda name, shape: shape
+        self._stored = {name: shape_of(name, shape) for name, shape in self.streams.items()}
+        self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
+        self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
+        self._allocate(capacity)
 
     @property
     def lengths(self):
@@ -726,40 +661,33 @@ class KVCache:
         """Bytes of memory held, whether tokens fill them yet or not."""
         return sum(x.nbytes for x in self._data.values())
 
-    @property
-    def closed(self):
-        return not self._data
-
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
-        expect(tokens.keys() == self.streams.keys(), "streams", sorted(tokens), sorted(self.streams))
-        axes = {name: ("B", "T", *(f"{name}{i}" for i in range(len(x)))) for name, x in self.streams.items()}
-        n = sizes({name: (axes[name], "") for name in axes}, tokens, (), self.xp)
-        for name, shape in {"": (), **self.streams}.items():
-            for i, size in enumerate((self.batch,) if not name else shape):
-                axis = f"{name}{i}" if name else "B"
-                expect(n[axis] == size, name or "B", n[axis], size)
-        new = check_lengths(lengths, self.batch, n["T"])
-        lengths = self._lengths + new
-        parts = [(name, b, x[b, :count]) for name, x in tokens.items() for b, count in enumerate(new)]
-        for name, _, x in parts:
+        expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
+        for name, x in tokens.items():
+            dims(self.xp, **{name: (x, "...")})
+            expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
+            expect(x.shape == expected, name, f"of shape {x.shape}", expected)
+        new = check_lengths(lengths, self.batch, x.shape[1])
+        need, room = max((self._lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
+        expect(self.grow or need <= self.capacity, "the cache", f"full, for {need} tokens", room)
+        rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
+        for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
             self._check_range(name, x)
-        if (most := int(lengths.max())) > self.capacity:
-            expect(
-                self.grow, "the cache", f"full, for {most} tokens", f"at most its capacity {self.capacity}"
-            )
-            self._allocate(max(most, 2 * self.capacity))
-        for name, b, x in parts:
-            room = self._data[name][b, self._lengths[b] : lengths[b]]
+        if need > self.capacity:
+            self._allocate(max(need, 2 * self.capacity))
+        for b, name, x in rows:
+            place = self._data[name][b, self._lengths[b] : self._lengths[b] + len(x)]
             if self._codec:
-                self._codec.encode(name, x, room)
+                self._codec.encode(name, x, place)
             else:
-                room[...] = x
-        self._set_lengths(lengths)
+                place[...] = x
+        self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
         """append, and work() -> what that returns; if either raises, the cache is as it was."""
+        self._check_open()
         before = self.lengths
         try:
             self.append(lengths=lengths, **tokens)
@@ -770,43 +698,40 @@ class KVCache:
 
     def read(self, name):
         """A view (a copy if encoded) [B, longest length, *shape]; beyond a sequence's length undefined."""
-        x = self.stored(name)
-        return self._codec.decode(name, x) if self._codec else x
+        return self._codec.decode(name, self.stored(name)) if self._codec else self.stored(name)
 
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
         self._check_open()
-        expect(name in self._data, "name", repr(name), f"one of {[*self._data]}")
-        return self._data[name][:, : self._lengths.max()]
+        expect(name in self.streams, "name", repr(name), f"one of {[*self.streams]}")
+        return self._data[name][:, : max(self._lengths.tolist())]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
         self._check_open()
         new = check_lengths(lengths, self.batch, integer("num_tokens", num_tokens, 0))
-        expect((new <= self._lengths).all(), "num_tokens", num_tokens, f"at most the lengths {self._lengths}")
-        k_end = causal_end(self._lengths - new, new, num_tokens)
-        return 0 * k_end, k_end
+        check_lengths(new, self.batch, self._lengths, "num_tokens")
+        end = self.xp.asarray(causal_end(self._lengths - new, new, num_tokens))
+        return np.zeros_like(end), end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
         n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
-        expect(n["B"] == self.batch, "B", n["B"], self.batch)
-        check_indices("indices", indices, n | {"...": (self.batch,), "S": int(self._lengths.max())})
-        if self.xp is np:
-            beyond = indices[indices >= self._lengths[:, None, None]]
-            expect(not beyond.size, "indices", beyond[:1], "keys of its own sequence", IndexError)
-        kwargs = {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype}
-        return self._attend(q, indices, kwargs)
+        expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
+        for b, length in enumerate(self._lengths.tolist() if self.xp is np else ()):
+            check_indices("indices", indices[b], {**n, "...": (), "S": length})
+        return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
         self._check_open()
-        self._set_lengths(check_lengths(lengths, self.batch, self._lengths))
+        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self._lengths))
 
     def close(self):
         """Give the memory back. To append, read or attend after that raises ValueError."""
-        self._data = {}
+        self.closed = True
+        self._data.clear()
 
     def __enter__(self):
         self._check_open()
@@ -816,15 +741,17 @@ class KVCache:
         self.close()
 
     def _check_open(self):
-        expect(self._data, "the cache", "closed", "an open one")
+        expect(not self.closed, "the cache", "closed", "an open one")
 
     def _check_range(self, name, x):
         if self._codec:
             self._codec.check_range(name, x)
         elif not np.can_cast(x.dtype, self.dtype):
             with np.errstate(all="ignore"):
-                lost = np.isinf(x.astype(self.dtype)) & np.isfinite(x)
-            expect(not lost.any(), name, "too large", f"what {self.storage} can hold")
+                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
+            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
+
+    # What a cache in two tiers does in another way:
 
     def _set_lengths(self, lengths):
         self._lengths = lengths
@@ -832,128 +759,89 @@ class KVCache:
     def _attend(self, q, indices, kwargs):
         if self._codec:
             return self._codec.attend(self, q, indices, **kwargs)
-        v = self._data.get("v")
-        return sparse_attention(q, self._data["k"], v, indices, **kwargs)
+        v = self.read("v") if "v" in self.streams else None
+        return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
     def _allocate(self, capacity):
         self._data, self.capacity = self._in_memory(self._stored, capacity), capacity
 
     def _in_memory(self, streams, capacity):
         """Streams with room for capacity tokens, the first of which are those of before."""
-        made = {}
+        data = {}
         for name, shape in streams.items():
-            made[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
-            if name in self._data:
-                before = self._data[name]
-                made[name][:, : before.shape[1]] = before
-        return made
+            data[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
+            data[name][:, : self.capacity] = self._data.get(name, 0)
+        return data
 
 
 # 7. Checks ------------------------------------------------------------------------------------------------
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
-class NotANumber(ValueError):
-    """Of a score in the window of the query that it counts."""
-
-
-class ValueAndType(ValueError, TypeError):
-    pass
-
-
-def expect(ok, name, value, expected, error: type[Exception] = ValueError):
+def expect(ok, name, value, expected, error=ValueError):
     if not ok:
         raise error(f"{name} is {value}, expected {expected}")
 
 
 def check_type(name, x, kind):
-    expect(isinstance(x, kind), name, f"a {type(x).__name__}", kind.__name__, TypeError)
+    expect(isinstance(x, kind), name, f"a {type(x).__name__}", f"a {kind.__name__}", TypeError)
 
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
-    kind = type(x).__module__
-    known = hasattr(x, "dtype") and (
-        isinstance(x, np.ndarray) and kind == "numpy" or ("select_topk", kind) in KERNELS
-    )
-    expect(
-        known,
-        name,
-        f"a {type(x).__name__} of {kind}",
-        "an array of numpy, or of cupy where Part II is",
-        TypeError,
-    )
-    xp = sys.modules[kind]
-    same = others is None or others is xp
-    expect(
-        same,
-        name,
-        f"of {kind}",
-        f"an array of {getattr(others, '__name__', others)}, as the others",
-        TypeError,
-    )
-    return xp
+    home, wanted = type(x).__module__, "numpy" if others is None else others.__name__
+    known = home == wanted or (others is None and ("index_scores", home) in KERNELS)
+    known = known and isinstance(x, sys.modules[home].ndarray)
+    expect(known, name, f"a {home}.{type(x).__name__}", f"an array of {wanted}, as by asarray", TypeError)
+    return sys.modules[home]
 
 
 def dims(xp=None, **arrays):
-    """sizes of q=(q, "... T H D"), ...; behind the axes may stand the dtypes that are allowed."""
+    """sizes of q=(q, "... T H D"), ...; behind the axes may stand a dtype."""
     declared = {name: (tuple(axes.split()), *(word or [""])) for name, (_, axes, *word) in arrays.items()}
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
-def sizes(declared, given, optional=(), xp=None):
+def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    found = []
-    for name, (axes, word) in declared.items():
-        x = given[name]
-        if x is not None or name not in optional:
+    arrays = []
+    for name, axes in declared.items():
+        if (x := given[name]) is not None or name not in optional:
             xp = library(name, x, xp)
+            arrays.append((name, axes, x.dtype, x.shape))
             if not x.dtype.isnative:
-                x = given[name] = x.astype(native(x))
-            found.append((name, axes, word, x.dtype, x.shape))
-    return {**sizes_of(tuple(found)), "xp": xp}
+                given[name] = x.astype(native(x))
+    return {**sizes_of(tuple(arrays)), "xp": xp}
 
 
 @functools.lru_cache(maxsize=4096)
 def sizes_of(arrays):
-    """sizes of (name, axes, word, dtype, shape), ...; the layers of a model ask for the same."""
-    n, whose = {}, {}
-    for name, axes, word, dtype, shape in arrays:
-        known = dtype.kind in "iu" if word == "int" else dtype.name in ([word] if word else FLOATS)
-        expect(known, name, f"of dtype {dtype}", word or f"one of {FLOATS}", TypeError)
-        batch = len(shape) - len(axes) + 1 if "..." in axes else 0
-        expect(
-            batch >= 0 and len(shape) - batch == len(axes) - ("..." in axes),
-            name,
-            f"of shape {shape}",
-            f"[{', '.join(axes)}]",
-        )
-        found = [shape[:batch], *shape[batch:]] if "..." in axes else shape
-        for axis, size in zip(axes, found):
-            axis, _, more = axis.partition("+")
-            size = size - int(more) if more else size
-            told = "the batch axes" if axis == "..." else axis
-            expect(
-                n.setdefault(axis, size) == size,
-                f"{told} of {name}",
-                size,
-                f"{n[axis]}, as of {whose.get(axis)}",
-            )
-            whose.setdefault(axis, name)
-    G, most = n.get("G", 1), 2**31 - 1
-    if "H" in n and "G" in n:
-        expect(
-            n["H"] % max(1, G) == 0 and (G or not n["H"]), "H", f"{n['H']} with G = {G}", "a multiple of G"
-        )
-    expect(n.get("S", 0) <= most, "S", n.get("S"), f"at most {most} keys")
+    """sizes of (name, (axes, word), dtype, shape), ...; the layers of a model ask for the same."""
+    n: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for name, (axes, word), dtype, shape in arrays:
+        fits = dtype.kind in "iu" if word == "int" else dtype.name in ((word,) if word else FLOATS)
+        expect(fits, name, f"of dtype {dtype}", word or f"one of {', '.join(FLOATS)}", TypeError)
+        lead, batch = len(shape) - len(axes) + 1, axes[0] == "..."
+        expect(lead >= 0 if batch else lead == 1, name, f"of shape {shape}", f"axes [{', '.join(axes)}]")
+        for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
+            axis, _, more = axis.partition("+")  # as "E+4", a row of E codes and 4 bytes more
+            size, what = size - int(more) if more else size, "" if axis == "..." else f"{axis} = "
+            if n.setdefault(axis, size) != size:
+                raise ValueError(f"{name} has {what}{size}, but {owner[axis]} has {what}{n[axis]}")
+            owner.setdefault(axis, name)
+    if "G" in n and "H" in n:
+        expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
+    expect(n.get("S", 0) < 2**31, "S", n.get("S"), "less than 2**31, as indices are int32")
     return n
 
 
 def accumulator(*arrays):
-    return np.dtype(np.float64 if any(x.dtype == np.float64 for x in arrays) else np.float32)
+    return F64 if np.float64 in [x.dtype.type for x in arrays] else F32
 
 
 def native(x):
@@ -962,112 +850,103 @@ def native(x):
 
 
 def is_number(value):
-    """Whether value is a finite real number, also in an array without axes."""
-    try:
-        return getattr(value, "ndim", 0) == 0 and not isinstance(value, (bool, str)) and math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def integer(name, value, least, error: type[Exception] = TypeError):
-    """value as an int, at least `least`."""
+def integer(name, value, least, error=TypeError):
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    expect(whole, name, repr(value), "an integer", error)
-    expect(value >= least, name, value, f"at least {least}")
+    error = ValueError if whole else error
+    expect(whole and value >= least, name, repr(value), f"an integer of at least {least}", error)
     return int(value)
-
-
-def check_quota(top_k, local_window, num_sink_tokens):
-    names, both = "local_window + num_sink_tokens", f"{local_window} + {num_sink_tokens}"
-    expect(local_window + num_sink_tokens <= top_k, names, both, f"at most top_k = {top_k}")
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
     """lengths as int64 [B], each at least 0 and at most `most`, a number or [B]; None in a batch: `most`."""
     if lengths is None and batch is not None:
-        return np.full(batch, most, np.int64)
+        return np.full(batch, most)
     lengths = np.asarray(lengths)
-    expect(lengths.dtype.kind in "iu", name, f"of dtype {lengths.dtype}", "integers", TypeError)
-    fits = lengths.ndim == 1 and batch in (None, len(lengths)) and (lengths >= 0).all()
-    fits = fits and (most is None or (lengths <= most).all())
-    limit = "" if most is None else f", at most {most}"
-    expect(fits, name, lengths, f"[{'B' if batch is None else batch}] integers, at least 0{limit}")
+    B = dims(**{name: (lengths, "B", "int")})["B"]
+    fits = batch in (None, B) and (lengths >= 0).all() and (most is None or (lengths <= most).all())
+    expect(
+        fits, name, lengths.tolist(), f"{batch or ''} integers from 0 to {'any' if most is None else most}"
+    )
     return lengths.astype(np.int64)
 
 
 def check_indices(name, indices, n):
     """Their shape and, where that costs no waiting for another device, their values."""
-    library(name, indices, n["xp"])
-    expect(indices.dtype.kind in "iu", name, f"of dtype {indices.dtype}", "integers", TypeError)
-    shape = (*n["..."], n["T"], *indices.shape[-1:])
-    expect(indices.shape == shape, name, f"of shape {indices.shape}", shape)
-    if n["xp"] is np and indices.size:
-        least, most = int(indices.min()), int(indices.max())
-        wrong = least if least < -1 else most
-        expect(-1 <= least and most < n["S"], name, wrong, f"-1 or a key below {n['S']}", IndexError)
+    own = dims(n["xp"], **{name: (indices, "... T K", "int")})
+    fits = own["..."] == n["..."] and own["T"] == n["T"]
+    expect(fits, name, f"of shape {indices.shape}", f"{(*n['...'], n['T'])} rows")
+    for s in (indices.min(), indices.max()) if n["xp"] is np and indices.size else ():
+        expect(-1 <= s < n["S"], f"a key in {name}", s, f"-1 or a key in [0, {n['S']})", IndexError)
 
 
 def windows_of(n, k_start, k_end):
     """k_start and k_end as integers [..., T], clipped to the real keys; of another library None stays."""
-    shape, made = (*n["..."], n["T"]), []
+    xp, shape, windows = n["xp"], (*n["..."], n["T"]), []
     for name, w in (("k_start", k_start), ("k_end", k_end)):
         if w is not None:
-            library(name, w, n["xp"])
-            expect(w.dtype.kind in "iu", name, f"of dtype {w.dtype}", "integers", TypeError)
-            own = (1,) * (len(shape) - w.ndim) + w.shape
-            fits = len(own) == len(shape) and own[-1] == shape[-1] and w.ndim
-            fits = fits and all(x in (1, y) for x, y in zip(own, shape))
+            own = dims(xp, **{name: (w, "... T", "int")})
+            fits = own["T"] == n["T"] and w.ndim <= len(shape)
+            fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
             expect(fits, name, f"of shape {w.shape}", f"{shape}")
-            w = np.broadcast_to(np.clip(w, 0, np.int64(n["S"])).astype(np.int64), shape)
-        made.append(w)
-    return filled(n, made) if n["xp"] is np else made
+            w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
+            w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
+            w = w if xp is np else xp.ascontiguousarray(w, np.int32)
+        windows.append(w)
+    return filled(n, windows) if xp is np else windows
 
 
 def filled(n, windows):
     """Windows of which None is the causal default, of queries that are the last T of S tokens, as arrays."""
-    (start, end), xp, shape = windows, n["xp"], (*n["..."], n["T"])
-    start = xp.zeros(n["T"], np.int64) if start is None else start
-    end = xp.maximum(xp.arange(1, n["T"] + 1) + (n["S"] - n["T"]), 0) if end is None else end
-    return xp.broadcast_to(start, shape), xp.broadcast_to(end, shape)
+    end = np.maximum(np.arange(n["S"] - n["T"] + 1, n["S"] + 1), 0)
+    whole = (np.broadcast_to(w, (*n["..."], n["T"])) for w in (0 * end, end))
+    return [n["xp"].asarray(causal) if w is None else w for w, causal in zip(windows, whole)]
 
 
 def check_options(n, given):
     """What a stage's options say, by their names: d_v, scale, top_k, windows, indices, out_dtype."""
-    if "d_v" in given and given["v"] is None:
-        n["Dv"] = given["d_v"] = integer("d_v", given["d_v"], 1)
-        expect(n["Dv"] <= n["D"], "d_v", n["Dv"], f"at most D = {n['D']}")
-    elif given.get("d_v") is not None:
-        expect(given["d_v"] == n["Dv"], "d_v", given["d_v"], f"the {n['Dv']} of v, or None")
+    if "d_v" in given:
+        v, d_v = given["v"], given["d_v"]
+        expect((v is None) != (d_v is None), "d_v", d_v, "a number if v is None, else None")
+        if v is None:
+            most = n.setdefault("Dv", min(n["D"], integer("d_v", d_v, 1)))
+            expect(d_v == most, "d_v", d_v, f"at most k's D = {n['D']}, and out's {most}")
     if "scale" in given:
         scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
-        expect(is_number(scale), "scale", scale, "a finite number")
+        scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
+        fits = is_number(scale) and abs(scale) <= sys.float_info.max
+        expect(fits, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
-        for name, least in ("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0):
+        for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
             given[name] = integer(name, given[name], least)
-        check_quota(given["top_k"], given["local_window"], given["num_sink_tokens"])
-        n["K"] = min(given["top_k"], n["S"])
+        top_k, *forced = (given[x] for x in ("top_k", "local_window", "num_sink_tokens"))
+        expect(
+            sum(forced) <= top_k, "[local_window, num_sink_tokens]", forced, f"at most top_k = {top_k} in all"
+        )
+        n["K"] = min(top_k, n["S"])
+    if "k_start" in given:
+        of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
+        if given["k_end"] is None and (of_scores or given.get("indices") is not None):
+            given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
+        given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
-    if "k_start" in given:
-        k_start, k_end = windows = given["k_start"], given["k_end"]
-        every = "scores" in given or given.get("indices") is not None  # of which no window is a default
-        if every and k_start is k_end is None and n["xp"] is np:
-            windows = None, np.full(n["T"], n["S"])
-        given["k_start"], given["k_end"] = windows_of(n, *windows)
-    if given.get("out_dtype") is not None:
+    if "out_dtype" in given:
         allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
-        named = getattr(given["out_dtype"], "name", given["out_dtype"])
-        named = np.dtype(getattr(np, "float32")).name if named is np.float32 else named
-        expect(named in [x.name for x in allowed], "out_dtype", repr(named), " or ".join(map(str, allowed)))
-        given["out_dtype"] = next(x for x in allowed if x.name == named)
+        asked = allowed[0] if given["out_dtype"] is None else given["out_dtype"]
+        expect(asked in allowed, "out_dtype", asked, " or ".join({str(x): 0 for x in allowed}), TypeError)
+        given["out_dtype"] = allowed[allowed.index(asked)]
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
-# BLAS's own threads would fight with ours for the cores, so that it has one while any call is under way.
 
-SETTINGS: dict[str, Any] = {"threads": None}
-BLAS_LOCK, BLAS_USERS, BLAS_BEFORE = threading.Lock(), set(), {}  # how many threads each library had before
+THREADS: list[int | None] = [None]  # what set_num_threads set
+BLAS_LOCK = threading.Lock()
+BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
+BLAS_BEFORE: dict[Any, int] = {}  # how many threads a BLAS had before the first of them
 
 
 def set_num_threads(n):
@@ -1075,7 +954,7 @@ def set_num_threads(n):
 
     Without threadpoolctl one thread works, whatever n is: see get_num_threads.
     """
-    SETTINGS["threads"] = None if n is None else integer("n", n, 1)
+    THREADS[0] = None if n is None else integer("n", n, 1)
 
 
 def get_num_threads():
@@ -1087,117 +966,117 @@ def get_num_threads():
     1
     >>> set_num_threads(None)
     """
-    if blas_libraries() is None:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return SETTINGS["threads"] or cores
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (THREADS[0] or cpus) if blas_libraries() else 1
 
 
 @functools.cache
 def blas_libraries():
-    """Those in this process, by threadpoolctl; None without it."""
+    """Those in this process, by threadpoolctl; none without it."""
     try:
-        import threadpoolctl
+        from threadpoolctl import ThreadpoolController
     except ImportError:
-        return None
-    return threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+        return []
+    return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
 def on_one_blas_thread(work):
-    """work(), while BLAS keeps to one thread; whatever ends it, at any line, BLAS has its threads again."""
+    """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
     me = object()
     try:
         try:
-            with BLAS_LOCK:
-                for lib in blas_libraries() or () if not BLAS_USERS else ():
-                    BLAS_BEFORE.setdefault(lib, lib.num_threads)
-                    lib.set_num_threads(1)
-                BLAS_USERS.add(me)
-            return work()
+            share_blas(me, hold=True)
+            with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
+                return work()
         finally:
-            leave_blas(me)
+            share_blas(me, hold=False)
     finally:
-        leave_blas(me)  # again, if an interrupt ended the first
+        share_blas(me, hold=False)  # again, as an interrupt may have ended the first
 
 
-def leave_blas(me):
+def share_blas(me, hold):
     with BLAS_LOCK:
-        BLAS_USERS.discard(me)
+        (BLAS_USERS.add if hold else BLAS_USERS.discard)(me)
+        for lib in blas_libraries():
+            if hold:
+                BLAS_BEFORE.setdefault(lib, lib.num_threads)
+            if hold or (lib in BLAS_BEFORE and not BLAS_USERS):
+                lib.set_num_threads(1 if hold else BLAS_BEFORE[lib])
         if not BLAS_USERS:
-            for lib, n in BLAS_BEFORE.items():
-                lib.set_num_threads(n)
             BLAS_BEFORE.clear()
 
 
-def in_blocks(block, takes, gives, n, given, most):
+def in_blocks(block, arrays, results, n, given, most):
     """Call a stage's block for every block of queries of every sequence -> its results, put together.
 
     A result over T is written. One over S is added to, as a block returns its (keys, parts), and one over
     neither too: in the order of the blocks, so that no sum depends on who comes first.
     """
-    real = accumulator(*(given[name] for name in takes if given[name] is not None))
-    cut = {name: axes for name, (axes, _) in takes.items() if axes[0] == "..." and given[name] is not None}
-    cut |= {name: ("...", "T") for name in ("k_start", "k_end") if name in given}
-    results: list[Any] = []
-    for axes, word in gives.values():
-        shape = [size for axis in axes for size in (n["..."] if axis == "..." else [n[axis]])]
-        if word in given:
-            word = given[word] if given[word] is None else given.get("out_dtype") or native(given[word])
-        kind = word if "T" in axes else real
-        results.append(None if word is None else np.zeros(shape, kind or real))
+    cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
+    sums = accumulator(*(given[x] for x in cut))
+    cut |= {x: True for x in ("k_start", "k_end") if x in given}
+    dtypes = {x: getattr(y, "dtype", None) for x, y in given.items()} | {"int32": np.int32, "": sums}
+    dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
+    whole: list[Any] = []
+    for axes, word in results.values():
+        shape = [n.get(axis, n.get("S")) for axis in axes if axis != "..."]  # without indices K is S
+        shape = [*n["..."], *shape] if axes[0] == "..." else shape
+        whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
 
     def work(job):
         b, t = job
-        parts = {name: given[name][b][t] if axes[1] == "T" else given[name][b] for name, axes in cut.items()}
+        own = {x: given[x][(*b, t) if by_query else b] for x, by_query in cut.items()}
         try:
-            with np.errstate(all="ignore"):
-                found = block(**{**given, **parts})
-        except NotANumber as error:
-            query = (*b, t.start + error.args[0])
+            found = block(**{**given, **own})
+        except FloatingPointError as wrong:
+            query = (*b, t.start + wrong.args[0])
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
-        found = found if len(gives) > 1 else [found]
-        for result, part, (axes, _) in zip(results, found, gives.values()):
+        return job, found if isinstance(found, tuple) else (found,)
+
+    def put(done):
+        (b, t), found = done
+        for x, (axes, _), part in zip(whole, results.values(), found):
             if "T" in axes:
-                result[b][t] = part
-        return b, found
+                x[(*b, t)] = part
+            elif part is not None:
+                where, part = part if "S" in axes else (..., part)
+                (x[b] if axes[0] == "..." else x)[where] += part
 
-    def add(done):
-        b, found = done
-        for result, part, (axes, _) in zip(results, found, gives.values()):
-            if "S" in axes and "T" not in axes and part is not None:
-                result[b][part[0]] += part[1]
-            elif "T" not in axes and part is not None:
-                result += part
-
-    spread(work, blocks(n, most(n)), add)
-    for i, (_, word) in enumerate(gives.values()):
-        if word in given and results[i] is not None:
-            results[i] = results[i].astype(given.get("out_dtype") or native(given[word]), copy=False)
-    return tuple(results) if len(gives) > 1 else results[0]
+    on_one_blas_thread(lambda: spread(work, blocks(n, most), put))
+    words = (word for _, word in results.values())
+    found = [x if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def blocks(n, most=64):
     """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
-    T = n["T"]
-    step = max(1, min(most, 2**20 // max(1, n.get("S", 1)), max(8, -(-T // 4))))
+    width = 1 if "H" in n else n.get("S") or 1  # attention holds tiles of keys, the others whole rows
+    T, J, H = n["T"], n.get("J") or 1, n.get("H") or 1
+    step = max(1, min(most, KEY_TILE // J, 2 * KEY_TILE // H, 2**22 // width))
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
-def spread(work, jobs, take=lambda x: x):
-    """take(work(job)) for each job, in order, the works on threads unless this is one of them."""
-    n = min(len(jobs), get_num_threads())
-    if n < 2 or threading.current_thread().name.startswith("dsa"):
-        return [take(work(job)) for job in jobs]
-    with ThreadPoolExecutor(n, "dsa") as pool:
-        return [take(x) for x in pool.map(work, jobs)]
+def spread(work, jobs, take=lambda found: None):
+    """take(work(job)) for each job, in order; work on threads, unless this is one of them."""
+    threads, name = min(get_num_threads(), len(jobs)), "a thread of dsa"
+    if threads <= 1 or threading.current_thread().name.startswith(name):
+        for job in jobs:
+            take(work(job))
+        return
+    with ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore")) as pool:
+        for found in pool.map(work, jobs):
+            take(found)
 
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
 
+import collections
 import contextlib
 import copy
 import importlib
+import itertools
 import json
+import operator
 import tempfile
 import weakref
 import zlib
