@@ -154,7 +154,9 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     kept = np.zeros(x.shape, bool)
     if forced:
         place = np.cumsum(x > -np.inf, axis=1)  # 1 is the first visible key
-        kept = (x > -np.inf) & ((place <= num_sink_tokens) | (place > place[:, -1:] - local_window))
+        kept = (x > -np.inf) & (
+            (place <= min(num_sink_tokens, S)) | (place > place[:, -1:] - min(local_window, S))
+        )
         x[kept] = -np.inf
     kept |= first_k(x, top_k - forced)  # [T, N]                                                          (2)
     indices = np.full((T, min(top_k, S)), -1, np.int32)
@@ -292,7 +294,8 @@ def over_tiles(work, q, lo, hi, longest=16):
     """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**20 logits, and of at
     most `longest` times KEY_TILE, with any threads the same; parts are merged, in order, as they come.
     """
-    step, done = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE)), []
+    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))
+    done: list[Any] = []
 
     def merge(part):
         done[:] = [merge_attention(*zip(*done, part)) if done else part]
@@ -888,12 +891,15 @@ def windows_of(n, k_start, k_end):
     for name, w in (("k_start", k_start), ("k_end", k_end)):
         if w is not None:
             own = dims(xp, **{name: (w, "... T", "int")})
-            fits = own["T"] == n["T"] and w.ndim <= len(shape)
-            fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
-            expect(fits, name, f"of shape {w.shape}", f"{shape}")
-            w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
-            w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
-            w = w if xp is np else xp.ascontiguousarray(w, np.int32)
+            fits = [a in (1, b) for a, b in zip(own["..."][::-1], n["..."][::-1])]
+            expect(
+                own["T"] == n["T"] and all(fits) and len(fits) == w.ndim - 1,
+                name,
+                f"of shape {w.shape}",
+                shape,
+            )
+            w = xp.clip(w, 0, min(n["S"], np.iinfo(w.dtype).max)).astype(np.int64 if xp is np else np.int32)
+            w = xp.ascontiguousarray(xp.broadcast_to(w, shape))
         windows.append(w)
     return filled(n, windows) if xp is np else windows
 
@@ -944,9 +950,9 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-BLAS_LOCK = threading.Lock()
-BLAS_USERS: set[object] = set()  # the calls under way that want BLAS on one thread
-BLAS_BEFORE: dict[Any, int] = {}  # how many threads a BLAS had before the first of them
+# For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
+# that each BLAS had before the first of them.
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.Lock()))
 
 
 def set_num_threads(n):
@@ -991,19 +997,24 @@ def on_one_blas_thread(work):
         finally:
             share_blas(me, hold=False)
     finally:
-        share_blas(me, hold=False)  # again, as an interrupt may have ended the first
+        if me in BLAS_USERS:  # that was interrupted
+            share_blas(me, hold=False)
 
 
 def share_blas(me, hold):
     with BLAS_LOCK:
-        (BLAS_USERS.add if hold else BLAS_USERS.discard)(me)
-        for lib in blas_libraries():
-            if hold:
-                BLAS_BEFORE.setdefault(lib, lib.num_threads)
-            if hold or (lib in BLAS_BEFORE and not BLAS_USERS):
-                lib.set_num_threads(1 if hold else BLAS_BEFORE[lib])
-        if not BLAS_USERS:
-            BLAS_BEFORE.clear()
+        if hold:
+            BLAS_USERS.add(me)
+            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
+        last = BLAS_USERS <= {me}
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
+            release = getattr(lib, "clear_controlling_thread", lambda force: None)
+            release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
+            lib.set_num_threads(1 if hold else before)
+            release(force=True)
+        if not hold:
+            BLAS_BEFORE[:] = () if last else BLAS_BEFORE
+            BLAS_USERS.discard(me)
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1042,9 +1053,12 @@ def in_blocks(block, arrays, results, n, given, most):
                 where, part = part if "S" in axes else (..., part)
                 (x[b] if axes[0] == "..." else x)[where] += part
 
-    on_one_blas_thread(lambda: spread(work, blocks(n, most), put))
-    words = (word for _, word in results.values())
-    found = [x if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+    def run():
+        spread(work, blocks(n, most), put)
+        words = (word for _, word in results.values())
+        return [x if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+
+    found = on_one_blas_thread(run)
     return tuple(found) if len(found) > 1 else found[0]
 
 
@@ -1058,14 +1072,18 @@ def blocks(n, most=64):
 
 def spread(work, jobs, take=lambda found: None):
     """take(work(job)) for each job, in order; work on threads, unless this is one of them."""
-    threads, name = min(get_num_threads(), len(jobs)), "a thread of dsa"
+    threads, name, under_way = min(get_num_threads(), len(jobs)), "a thread of dsa", []
     if threads <= 1 or threading.current_thread().name.startswith(name):
         for job in jobs:
             take(work(job))
         return
     with ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore")) as pool:
-        for found in pool.map(work, jobs):
-            take(found)
+        for job in jobs:
+            under_way.append(pool.submit(work, job))
+            if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
+                take(under_way.pop(0).result())
+        for found in under_way:
+            take(found.result())
 
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
