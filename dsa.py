@@ -28,8 +28,6 @@ selection, 3 attention, 4 windows and batches, 5 all of DSA, 6 the cache, 7 chec
 selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math
@@ -40,7 +38,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -219,7 +217,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, sink [H]"
-    " -> out [..., T, H, Dv] q, lse [..., T, H]"
+    " -> out [..., T, H, Dv] out_dtype, lse [..., T, H]"
 )
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
@@ -304,6 +302,7 @@ def over_tiles(work, q, lo, hi, longest=16):
     return done[0]
 
 
+@np.errstate(all="ignore")
 def merge_attention(outs, lses):
     """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
 
@@ -321,16 +320,14 @@ def merge_attention(outs, lses):
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = accumulator(*outs, *lses)
-    with np.errstate(all="ignore"):
-        top = np.maximum(functools.reduce(np.maximum, lses), np.finfo(dtype).min, dtype=dtype)  # finite
-        shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
-        total = functools.reduce(np.add, shares)
-        parts = (
-            out * (share / np.where(total == 0, 1, total))[..., None] for out, share in zip(outs, shares)
-        )
-        return functools.reduce(np.add, parts).astype(native(outs[0]), copy=False), top + np.log(total)
+    top = np.maximum(functools.reduce(np.maximum, lses), np.finfo(dtype).min, dtype=dtype)  # finite
+    shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
+    total = functools.reduce(np.add, shares)
+    parts = (out * (share / np.where(total == 0, 1, total))[..., None] for out, share in zip(outs, shares))
+    return functools.reduce(np.add, parts).astype(native(outs[0]), copy=False), top + np.log(total)
 
 
+@np.errstate(all="ignore")
 def apply_sink(out, lse, sink):
     """Give the sink [H], a learned logit z per head without a value, its share: out / (1 + exp(z - lse)).
 
@@ -342,9 +339,8 @@ def apply_sink(out, lse, sink):
     """
     dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     dtype = accumulator(out, lse, sink)
-    with np.errstate(all="ignore"):  # where lse is -inf, out is 0, and stays it
-        z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)
-        return (out / (1 + np.exp(z))[..., None]).astype(native(out), copy=False)
+    z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)  # of no key out stays 0
+    return (out / (1 + np.exp(z))[..., None]).astype(native(out), copy=False)
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -457,7 +453,7 @@ class DSAConfig:
     progressive_sparsity: Literal[False, True] = False
 
     def __post_init__(self):
-        for name, kind in get_type_hints(DSAConfig).items():
+        for name, kind in DSAConfig.__annotations__.items():
             value, allowed = getattr(self, name), tuple(PRECISIONS) if kind is str else get_args(kind)
             if kind is int or (int in allowed and value is not None):
                 least = int(name in ("top_k", "batch_pad_to_multiple"))
@@ -664,6 +660,7 @@ class KVCache:
         """Bytes of memory held, whether tokens fill them yet or not."""
         return sum(x.nbytes for x in self._data.values())
 
+    @np.errstate(all="ignore")
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         self._check_open()
@@ -677,7 +674,11 @@ class KVCache:
         expect(self.grow or need <= self.capacity, "the cache", f"full, for {need} tokens", room)
         rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
         for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
-            self._check_range(name, x)
+            if self._codec:
+                self._codec.check_range(name, x)
+            elif not np.can_cast(x.dtype, self.dtype):
+                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
+                expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
         for b, name, x in rows:
@@ -745,14 +746,6 @@ class KVCache:
 
     def _check_open(self):
         expect(not self.closed, "the cache", "closed", "an open one")
-
-    def _check_range(self, name, x):
-        if self._codec:
-            self._codec.check_range(name, x)
-        elif not np.can_cast(x.dtype, self.dtype):
-            with np.errstate(all="ignore"):
-                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
-            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
 
     # What a cache in two tiers does in another way:
 
@@ -1006,7 +999,7 @@ def share_blas(me, hold):
         if hold:
             BLAS_USERS.add(me)
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
-        last = BLAS_USERS <= {me}
+        last = {me} >= BLAS_USERS
         for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
             release = getattr(lib, "clear_controlling_thread", lambda force: None)
             release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
@@ -1024,15 +1017,13 @@ def in_blocks(block, arrays, results, n, given, most):
     neither too: in the order of the blocks, so that no sum depends on who comes first.
     """
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
-    sums = accumulator(*(given[x] for x in cut))
+    sums, whole = accumulator(*(given[x] for x in cut)), []
     cut |= {x: True for x in ("k_start", "k_end") if x in given}
-    dtypes = {x: getattr(y, "dtype", None) for x, y in given.items()} | {"int32": np.int32, "": sums}
-    dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
-    whole: list[Any] = []
     for axes, word in results.values():
         shape = [n.get(axis, n.get("S")) for axis in axes if axis != "..."]  # without indices K is S
         shape = [*n["..."], *shape] if axes[0] == "..." else shape
-        whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
+        dtype = getattr(given[word], "dtype", given[word]) if word in given else np.dtype(word or sums)
+        whole.append((axes, dtype, dtype and np.zeros(shape, dtype if "T" in axes else sums)))
 
     def work(job):
         b, t = job
@@ -1046,7 +1037,7 @@ def in_blocks(block, arrays, results, n, given, most):
 
     def put(done):
         (b, t), found = done
-        for x, (axes, _), part in zip(whole, results.values(), found):
+        for (axes, _, x), part in zip(whole, found):
             if "T" in axes:
                 x[(*b, t)] = part
             elif part is not None:
@@ -1055,11 +1046,10 @@ def in_blocks(block, arrays, results, n, given, most):
 
     def run():
         spread(work, blocks(n, most), put)
-        words = (word for _, word in results.values())
-        return [x if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+        found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
+        return tuple(found) if len(found) > 1 else found[0]
 
-    found = on_one_blas_thread(run)
-    return tuple(found) if len(found) > 1 else found[0]
+    return on_one_blas_thread(run)
 
 
 def blocks(n, most=64):
