@@ -455,19 +455,18 @@ class DSAConfig:
     def __post_init__(self):
         for name, kind in DSAConfig.__annotations__.items():
             value, allowed = getattr(self, name), tuple(PRECISIONS) if kind is str else get_args(kind)
-            if kind is int or (int in allowed and value is not None):
+            if kind is int or (value is not None and name == "fallback_dense_threshold"):
                 least = int(name in ("top_k", "batch_pad_to_multiple"))
                 object.__setattr__(self, name, integer(name, value, least, ValueError))
-            elif name == "sparse_ratio":
-                fits = value is None or (is_number(value) and 0 < value <= 1)
-                expect(fits, name, repr(value), "None, or above 0 and up to 1 as SELECTION_RATIOS")
-            elif int not in allowed:
+            elif type(None) not in allowed:
                 fits = type(value) is type(allowed[0]) and value in allowed
                 expect(fits, name, repr(value), f"one of {allowed}")
-        strategy, window = self.strategy, self.local_window
+        ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
+        fits = ratio is None or (is_number(ratio) and 0 < ratio <= 1)
+        expect(fits, "sparse_ratio", repr(ratio), "None, or above 0 and up to 1 as SELECTION_RATIOS")
         expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
         expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
-        if self.sparse_ratio is None:
+        if ratio is None:
             check_options({"S": 0}, {**vars(self)})
 
     def top_k_at(self, layer=0, n_layers=1, num_keys=None):
@@ -483,8 +482,7 @@ class DSAConfig:
         n_layers, layer, top_k = integer("n_layers", n_layers, 1), integer("layer", layer, 0), self.top_k
         expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
         if self.sparse_ratio is not None:
-            expect(num_keys is not None, "num_keys", None, "a number, as sparse_ratio is set")
-            top_k = float(self.sparse_ratio) * integer("num_keys", num_keys, 0)
+            top_k = float(self.sparse_ratio) * integer("num_keys", num_keys, 0, ValueError)
         if self.progressive_sparsity and n_layers > 1:
             top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
         return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
@@ -525,21 +523,17 @@ def dsa_attention(
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(choose_keys, config, (layer, n_layers), options)
-    q, k, v = (arrays[name] for name in "qkv")
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
-        windows = windows_of(n, k_start, k_end)
-        indices, dense = choose(arrays, windows, lengths)
-        if dense:
-            return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
-        return (*sparse_attention(q, k, v, indices, **kwargs), indices)
+        indices = choose(arrays, windows_of(n, k_start, k_end), lengths)
+        return (*sparse_attention(*(arrays[x] for x in "qkv"), indices, **kwargs), indices)
 
     def attend_to_cache():
         read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
         keys = {"k": read("k"), "index_k": cache.read("index_k")}
-        indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
-        return (*cache.attend(q, indices, **kwargs), indices)
+        indices = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
+        return (*cache.attend(arrays["q"], indices, **kwargs), indices)
 
     tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
     return cache.append_then(attend_to_cache, lengths=lengths, **tokens)
@@ -574,19 +568,17 @@ def pad_lists(arrays, multiple):
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config says, and whether they are all visible keys. Where it goes by the number of
-    keys, each sequence goes by its own.
-    """
+    """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     by_length = config.sparse_ratio or config.fallback_dense_threshold
     if by_length and lengths is not None and len({*lengths.tolist()}) > 1:
         each = []
         for b in (slice(b, b + 1) for b in range(len(lengths))):
             alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
-            each.append(choose_keys(config, layer, options, *alone)[0])
+            each.append(choose_keys(config, layer, options, *alone))
         K = max(x.shape[-1] for x in each)
         more = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in each]
-        return np.concatenate(more), False
+        return np.concatenate(more)
     select: Any = SELECTORS.get(chosen := config.selector())
     unknown = options.keys() - getattr(select, "options", ())
     expect(not unknown, "among the options", sorted(unknown), f"those of the selector {chosen!r}", TypeError)
@@ -596,14 +588,15 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     quota, dense = config.quota_at(*layer, num_keys)
     if dense:
         n = {"...": tuple(batch), "T": T, "S": S, "xp": library("q", arrays["q"])}
-        return every_key(filled(n, windows), min(max(1, num_keys), S)), True
+        return every_key(filled(n, windows), min(max(1, num_keys), S))
     index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
     index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
-    return (lightning_select(**index) if chosen == "lightning" else select(**arrays | index)), False
+    return lightning_select(**index) if chosen == "lightning" else select(**arrays | index)
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
 
+ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int, sink [H]")  # what a cache attends with
 STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
 
 
@@ -721,7 +714,7 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         self._check_open()
-        n = dims(self.xp, q=(q, "B T H D"), indices=(indices, "B T K", "int"))
+        n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
         expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
         for b, length in enumerate(self._lengths.tolist() if self.xp is np else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
@@ -2000,7 +1993,7 @@ class DSALayer:
         arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
         arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         lengths = lengths if by_length else None
-        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths)[0]
+        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths)
 
     def _core(self, w, qr, turn, k, indices, cache, core):
         """Equation (3) for qr [B, T, Q], over the cache or latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
