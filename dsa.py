@@ -60,9 +60,8 @@ def stage(declared, most=lambda n: 64):
 
     The function below it is the definition, in NumPy, for a block of queries of one sequence: arrays without
     `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
-    is called by the name checks the arguments, and goes through batch and queries in blocks, on threads
-    (in_blocks, in section 8); or it hands all to the KERNELS of another library. Behind a result's axes
-    stands its dtype, or whose dtype it has. most(n): how many queries a block may have.
+    is called by the name checks the arguments and goes through the queries in blocks, on threads (in_blocks),
+    or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
@@ -289,8 +288,8 @@ def attend(q, k, v, seen=None):
 
 
 def over_tiles(work, q, lo, hi, longest=16):
-    """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**20 logits, and of at
-    most `longest` times KEY_TILE, with any threads the same; parts are merged, in order, as they come.
+    """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles of about 2**20 logits and at most
+    `longest` times KEY_TILE, merged in their order, with any threads the same.
     """
     step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))
     done: list[Any] = []
@@ -435,8 +434,7 @@ class DSAConfig:
     chosen by strategy: "dynamic", by global_selection; "hybrid", the same beside a local_window of the last
     keys; "fixed", by pattern. num_sink_tokens first keys are always kept. indexer_precision: to which index_q
     and index_k are rounded. fallback_dense_threshold: all keys are kept for S up to that (None: top_k).
-    progressive_sparsity: more keys in the first layers, see top_k_at. batch_pad_to_multiple: what lists of
-    sequences are padded to. cache_strategy: how a HybridKVCache chooses whom it keeps in its fast tier.
+    batch_pad_to_multiple: of lists of sequences. cache_strategy: of whom a HybridKVCache keeps near.
     """
 
     top_k: int = 2048
@@ -507,13 +505,12 @@ def dsa_attention(
 
     q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv] or None, index_q [..., T, J, E], index_k
     [..., S, E], weights [..., T, J] -> out [..., T, H, Dv], lse [..., T, H] and indices [..., T, K]: what was
-    attended to, also where that was dense. d_v to k_end: see dense_attention. Sequences that differ in length
-    stand right-padded in a batch, with lengths [B] in place of k_start and k_end; or q to weights are lists
-    of arrays [T_i, ...], which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
-    cache: its streams are k, v if there is one, and index_k, which are appended to it; lengths counts each
-    sequence's new tokens, and q are the queries of these. If anything raises, the cache is as it was.
-    layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys are
-    kept the index arrays are not looked at.
+    attended to. d_v to k_end: see dense_attention. Sequences that differ in length stand right-padded in a
+    batch, with lengths [B] in place of k_start and k_end; or q to weights are lists of arrays [T_i, ...],
+    which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if there
+    is one, and index_k are appended to it; lengths counts each sequence's new tokens, and q are the queries
+    of these. If anything raises, the cache is as it was. layer, n_layers: for progressive_sparsity. options:
+    of the selector, see SELECTORS. Where all keys are kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
@@ -558,9 +555,10 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
     padded, lengths = dict.fromkeys(arrays), None
+    wrong = [name for name, x in arrays.items() if not isinstance(x, (list, tuple, type(None)))]
+    expect(not wrong, " and ".join(wrong), "no list", "one, as other arguments are", TypeError)
     for name, x in arrays.items():
         if x is not None:
-            expect(isinstance(x, (list, tuple)), name, f"a {type(x).__name__}", "a list, as q is", TypeError)
             padded[name], found = pad_batch(x, multiple, name)
             lengths = found if lengths is None else lengths
             expect((*found,) == (*lengths,), f"the lengths in {name}", found, f"those in q, {lengths}")
@@ -570,12 +568,11 @@ def pad_lists(arrays, multiple):
 def choose_keys(config, layer, options, arrays, windows, lengths):
     """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
-    by_length = config.sparse_ratio or config.fallback_dense_threshold
-    if by_length and lengths is not None and len({*lengths.tolist()}) > 1:
+    if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
-        for b in (slice(b, b + 1) for b in range(len(lengths))):
-            alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
-            each.append(choose_keys(config, layer, options, *alone))
+        for b, S in enumerate(lengths.tolist()):
+            own = {x: y[b : b + 1, : S if x in ("k", "index_k") else None] for x, y in arrays.items()}
+            each.append(choose_keys(config, layer, options, own, [w[b : b + 1] for w in windows], None))
         K = max(x.shape[-1] for x in each)
         more = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in each]
         return np.concatenate(more)
@@ -583,12 +580,10 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     unknown = options.keys() - getattr(select, "options", ())
     expect(not unknown, "among the options", sorted(unknown), f"those of the selector {chosen!r}", TypeError)
     expect(select or chosen == "lightning", "the selector", repr(chosen), "one that this file has")
-    (*batch, T, _, _), S = arrays["q"].shape, arrays["k"].shape[-3]
-    num_keys = S if lengths is None else int(lengths.max(initial=0))
-    quota, dense = config.quota_at(*layer, num_keys)
+    (*batch, T, _, _), S, xp = arrays["q"].shape, arrays["k"].shape[-3], library("q", arrays["q"])
+    quota, dense = config.quota_at(*layer, S)
     if dense:
-        n = {"...": tuple(batch), "T": T, "S": S, "xp": library("q", arrays["q"])}
-        return every_key(filled(n, windows), min(max(1, num_keys), S))
+        return every_key(filled({"...": tuple(batch), "T": T, "S": S, "xp": xp}, windows), S)
     index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
     index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
     return lightning_select(**index) if chosen == "lightning" else select(**arrays | index)
@@ -607,8 +602,7 @@ class KVCache:
     storage: "float64", "float32", "float16", "bfloat16", or another of STORAGES, which may keep the last
     qk_rope_head_dim values of "k", those RoPE turns, more exactly. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
-    xp: the library of the arrays. Any number of threads may read and attend; what changes the cache, such as
-    append, truncate and close, is the caller's to lock.
+    Any number of threads may read and attend; to change the cache is the caller's to lock. xp: whose arrays.
 
     >>> cache = KVCache(4, k=(1, 2), index_k=(3,))
     >>> cache.append(k=np.ones((1, 3, 1, 2)), index_k=np.ones((1, 3, 3)))
@@ -856,9 +850,7 @@ def check_lengths(lengths, batch=None, most=None, name="lengths"):
     lengths = np.asarray(lengths)
     B = dims(**{name: (lengths, "B", "int")})["B"]
     fits = batch in (None, B) and (lengths >= 0).all() and (most is None or (lengths <= most).all())
-    expect(
-        fits, name, lengths.tolist(), f"{batch or ''} integers from 0 to {'any' if most is None else most}"
-    )
+    expect(fits, name, lengths.tolist(), f"{B if batch is None else batch} from 0 to {most}")
     return lengths.astype(np.int64)
 
 
@@ -877,13 +869,9 @@ def windows_of(n, k_start, k_end):
     for name, w in (("k_start", k_start), ("k_end", k_end)):
         if w is not None:
             own = dims(xp, **{name: (w, "... T", "int")})
-            fits = [a in (1, b) for a, b in zip(own["..."][::-1], n["..."][::-1])]
-            expect(
-                own["T"] == n["T"] and all(fits) and len(fits) == w.ndim - 1,
-                name,
-                f"of shape {w.shape}",
-                shape,
-            )
+            fits = own["T"] == n["T"] and w.ndim <= len(shape)
+            fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
+            expect(fits, name, f"of shape {w.shape}", shape)
             w = xp.clip(w, 0, min(n["S"], np.iinfo(w.dtype).max)).astype(np.int64 if xp is np else np.int32)
             w = xp.ascontiguousarray(xp.broadcast_to(w, shape))
         windows.append(w)
@@ -914,10 +902,9 @@ def check_options(n, given):
     if "top_k" in given:
         for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
             given[name] = integer(name, given[name], least)
-        top_k, *forced = (given[x] for x in ("top_k", "local_window", "num_sink_tokens"))
-        expect(
-            sum(forced) <= top_k, "[local_window, num_sink_tokens]", forced, f"at most top_k = {top_k} in all"
-        )
+        top_k, forced = given["top_k"], (given["local_window"], given["num_sink_tokens"])
+        names = "(local_window, num_sink_tokens)"
+        expect(sum(forced) <= top_k, names, forced, f"at most top_k = {top_k} in all")
         n["K"] = min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
@@ -950,9 +937,7 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """The number of threads that work: without threadpoolctl 1.
-
-    BLAS's own threads would fight with ours for the cores, and only threadpoolctl can hold them to one.
+    """The number of threads that work: without threadpoolctl 1, as BLAS's own would be in their way.
 
     >>> set_num_threads(1); get_num_threads()
     1
@@ -1004,10 +989,8 @@ def share_blas(me, hold):
 
 
 def in_blocks(block, arrays, results, n, given, most):
-    """Call a stage's block for every block of queries of every sequence -> its results, put together.
-
-    A result over T is written. One over S is added to, as a block returns its (keys, parts), and one over
-    neither too: in the order of the blocks, so that no sum depends on who comes first.
+    """Call a stage's block for every block of queries of every sequence -> its results, put together: over T
+    written, over S, (keys, parts), and over neither added up, in the order of the blocks with any threads.
     """
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
     sums, whole = accumulator(*(given[x] for x in cut)), []
