@@ -29,6 +29,7 @@ selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines an
 """
 
 import functools
+import importlib.util
 import inspect
 import math
 import numbers
@@ -417,7 +418,7 @@ def hidden(scores, start, end):
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
 PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's largest number becomes that
     "fp32": lambda x: x,
-    "fp16": lambda x: np.clip(x.astype(np.float32), -65504, 65504).astype(np.float16),
+    "fp16": lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16),
 }
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(
@@ -627,20 +628,20 @@ class KVCache:
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
         self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
         self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        shape_of = self._codec.shape if self._codec else lambda name, shape: shape
-        self._stored = {name: shape_of(name, shape) for name, shape in self.streams.items()}
+        encoded = (
+            {name: self._codec.shape(name, x) for name, x in self.streams.items()} if self._codec else {}
+        )
+        self._stored = self.streams | encoded
+        self.bytes_per_token = sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
         self._allocate(capacity)
 
     @property
     def lengths(self):
-        """How many tokens each sequence holds, int64 [B]."""
+        """How many tokens each sequence holds, int64 [B]. All that asks for it refuses a closed cache."""
+        self._check_open()
         return self._lengths.copy()
-
-    @property
-    def bytes_per_token(self):
-        return sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
 
     @property
     def nbytes(self):
@@ -650,14 +651,13 @@ class KVCache:
     @np.errstate(all="ignore")
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
-        self._check_open()
         expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         for name, x in tokens.items():
             dims(self.xp, **{name: (x, "...")})
             expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
             expect(x.shape == expected, name, f"of shape {x.shape}", expected)
         new = check_lengths(lengths, self.batch, x.shape[1])
-        need, room = max((self._lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
+        need, room = max((self.lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
         expect(self.grow or need <= self.capacity, "the cache", f"full, for {need} tokens", room)
         rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
         for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
@@ -678,7 +678,6 @@ class KVCache:
 
     def append_then(self, work, *, lengths=None, **tokens):
         """append, and work() -> what that returns; if either raises, the cache is as it was."""
-        self._check_open()
         before = self.lengths
         try:
             self.append(lengths=lengths, **tokens)
@@ -693,36 +692,32 @@ class KVCache:
 
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
-        self._check_open()
         expect(name in self.streams, "name", repr(name), f"one of {[*self.streams]}")
-        return self._data[name][:, : max(self._lengths.tolist())]
+        longest = max(self.lengths.tolist())
+        return self._data[name][:, :longest]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
-        self._check_open()
         new = check_lengths(lengths, self.batch, integer("num_tokens", num_tokens, 0))
-        check_lengths(new, self.batch, self._lengths, "num_tokens")
+        check_lengths(new, self.batch, self.lengths, "num_tokens")
         end = self.xp.asarray(causal_end(self._lengths - new, new, num_tokens))
         return np.zeros_like(end), end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
-        self._check_open()
         n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
         expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
-        for b, length in enumerate(self._lengths.tolist() if self.xp is np else ()):
+        for b, length in enumerate(self.lengths.tolist() if self.xp is np else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
-        self._check_open()
-        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self._lengths))
+        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self.lengths))
 
     def close(self):
         """Give the memory back. To append, read or attend after that raises ValueError."""
-        self.closed = True
-        self._data.clear()
+        self.closed, self._data = True, {}
 
     def __enter__(self):
         self._check_open()
@@ -828,8 +823,7 @@ def accumulator(*arrays):
 
 
 def native(x):
-    """The dtype of x in this machine's byte order."""
-    return x.dtype.newbyteorder("=")
+    return x.dtype.newbyteorder("=")  # this machine's
 
 
 def is_number(value):
@@ -950,11 +944,14 @@ def get_num_threads():
 @functools.cache
 def blas_libraries():
     """Those in this process, by threadpoolctl; none without it."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
+    if importlib.util.find_spec("threadpoolctl") is None:
         return []
-    return ThreadpoolController().select(user_api="blas").lib_controllers
+    return (
+        importlib.import_module("threadpoolctl")
+        .ThreadpoolController()
+        .select(user_api="blas")
+        .lib_controllers
+    )
 
 
 def on_one_blas_thread(work):
@@ -1057,7 +1054,6 @@ def spread(work, jobs, take=lambda found: None):
 import collections
 import contextlib
 import copy
-import importlib
 import itertools
 import json
 import operator
