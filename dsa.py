@@ -67,23 +67,23 @@ def stage(declared, most=lambda n: 64):
     arrays, results = map(axes_of, declared.split(" -> "))
 
     def declare(block):
-        name, signature = block.__name__, inspect.signature(block)
+        name, signature, first = block.__name__, inspect.signature(block), next(iter(arrays))
         optional = {"v", *(x for x, parameter in signature.parameters.items() if parameter.default is None)}
+        bind: dict[str, Any] = {}  # Python itself binds the arguments: fast, and with its own errors
+        exec(f"def {name}{signature}: return locals()", bind)
 
         @functools.wraps(block)
         def run(*args, **kwargs):
-            (bound := signature.bind(*args, **kwargs)).apply_defaults()
-            given = bound.arguments
-            first = getattr(given[next(iter(arrays))], "dtype", None)
-            axes, decode = CODES.get((name, first), (arrays, lambda n, given: given))
+            given = bind[name](*args, **kwargs)
+            axes, decode = CODES.get((name, getattr(given[first], "dtype", None)), (arrays, None))
             n = sizes(axes, given, optional)
             check_options(n, given)
             if n["xp"] is not np:
                 return KERNELS[name, n["xp"].__name__](n, **given)
-            return in_blocks(block, arrays, results, n, decode(n, given), most(n))
+            return in_blocks(block, arrays, results, n, decode(n, given) if decode else given, most(n))
 
         run.block = block  # type: ignore[attr-defined]
-        run.__doc__ = f"{declared}\n\n    {block.__doc__}"
+        run.__doc__ = f"{block.__doc__}\n    {declared}\n"
         return run
 
     return declare
@@ -640,7 +640,7 @@ class KVCache:
     @property
     def lengths(self):
         """How many tokens each sequence holds, int64 [B]. All that asks for it refuses a closed cache."""
-        self._check_open()
+        expect(not self.closed, "the cache", "closed", "an open one")
         return self._lengths.copy()
 
     @property
@@ -720,14 +720,11 @@ class KVCache:
         self.closed, self._data = True, {}
 
     def __enter__(self):
-        self._check_open()
+        expect(not self.closed, "the cache", "closed", "an open one")
         return self
 
     def __exit__(self, *error):
         self.close()
-
-    def _check_open(self):
-        expect(not self.closed, "the cache", "closed", "an open one")
 
     # What a cache in two tiers does in another way:
 
@@ -756,6 +753,7 @@ class KVCache:
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+LIBRARIES: dict[type, Any] = {}  # whose arrays are of a type, as far as seen
 
 
 def expect(ok, name, value, expected, error=ValueError):
@@ -769,11 +767,13 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
+    if (found := LIBRARIES.get(type(x))) and others in (None, found):
+        return found
     home, wanted = type(x).__module__, "numpy" if others is None else others.__name__
     known = home == wanted or (others is None and ("index_scores", home) in KERNELS)
     known = known and isinstance(x, sys.modules[home].ndarray)
     expect(known, name, f"a {home}.{type(x).__name__}", f"an array of {wanted}, as by asarray", TypeError)
-    return sys.modules[home]
+    return LIBRARIES.setdefault(type(x), sys.modules[home])
 
 
 def dims(xp=None, **arrays):
@@ -831,9 +831,9 @@ def is_number(value):
 
 
 def integer(name, value, least, error=TypeError):
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    error = ValueError if whole else error
-    expect(whole and value >= least, name, repr(value), f"an integer of at least {least}", error)
+    whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+    if not whole or value < least:
+        raise (ValueError if whole else error)(f"{name} is {value!r}, expected an integer from {least} on")
     return int(value)
 
 
@@ -882,11 +882,10 @@ def filled(n, windows):
 def check_options(n, given):
     """What a stage's options say, by their names: d_v, scale, top_k, windows, indices, out_dtype."""
     if "d_v" in given:
-        v, d_v = given["v"], given["d_v"]
-        expect((v is None) != (d_v is None), "d_v", d_v, "a number if v is None, else None")
-        if v is None:
-            most = n.setdefault("Dv", min(n["D"], integer("d_v", d_v, 1)))
-            expect(d_v == most, "d_v", d_v, f"at most k's D = {n['D']}, and out's {most}")
+        tied, d_v = given["v"] is None, given["d_v"]
+        expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
+        fits = not tied or n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]
+        expect(fits, "d_v", d_v, f"at most k's D = {n['D']}, and as in out")
     if "scale" in given:
         scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
         scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
@@ -897,15 +896,17 @@ def check_options(n, given):
         for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
             given[name] = integer(name, given[name], least)
         top_k, forced = given["top_k"], (given["local_window"], given["num_sink_tokens"])
-        names = "(local_window, num_sink_tokens)"
-        expect(sum(forced) <= top_k, names, forced, f"at most top_k = {top_k} in all")
+        if sum(forced) > top_k:
+            raise ValueError(
+                f"local_window, num_sink_tokens are {forced}, expected up to top_k = {top_k} in all"
+            )
         n["K"] = min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
             given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
-    if given.get("indices") is not None:
+    if n["xp"] is np and given.get("indices") is not None:
         check_indices("indices", given["indices"], n)
     if "out_dtype" in given:
         allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
@@ -1540,11 +1541,10 @@ class Session(KVCache):
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
-        self._check_open()
         batch = check_lengths(batch, most=self.batch - 1, name="batch")
         expect(len(batch), "batch", "empty", "at least one sequence")
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
-        self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
+        self.__dict__.update(batch=len(batch), _lengths=self.lengths[batch], _data=data)
 
     __copy__ = copy.deepcopy
 
