@@ -906,7 +906,7 @@ def check_options(n, given):
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
             given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
-    if n["xp"] is np and given.get("indices") is not None:
+    if given.get("indices") is not None and n["xp"] is np:
         check_indices("indices", given["indices"], n)
     if "out_dtype" in given:
         allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
