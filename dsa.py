@@ -231,9 +231,10 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    values, longest = k[..., :d_v] if v is None else v, max(1, 2**12 // max(1, k[:1].size))  # KEY_TILEs
+    values, wide, heads = k[..., :d_v] if v is None else v, max(1, k[:1].size), max(1, q.shape[1])
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
     out, lse = np.empty((*q.shape[:2], values.shape[2]), q.dtype), np.empty(q.shape[:2], q.dtype)
+    longest = max(1, min(4, 2**12 // wide, 256 // heads))  # KEY_TILEs; threads share a query of many heads
 
     def attend_to(t, keys, seen=None):
         def tile(part):
@@ -241,9 +242,9 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
             v_s = k_s[..., :d_v] if v is None else v[keys[part]]  # [N, G, Dv]
             return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
-        out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), min(4, longest))
+        out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), longest)
 
-    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), q.shape[1] // k.shape[1])):
+    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads // k.shape[1])):
         attend_to(slice(None), *shared)
     else:
         for t, row in enumerate(indices):
@@ -252,9 +253,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
 
 
 def in_common(indices, num_keys, heads):
-    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
-    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
-    """
+    """Keys [N] of all rows [T, K] and who has which, [N, T], where one product is cheaper than one a row."""
     there = np.zeros(num_keys + 1, bool)
     there[indices] = True
     there[-1] = False  # what is absent, -1
@@ -267,15 +266,13 @@ def in_common(indices, num_keys, heads):
 
 
 def attend(q, k, v, seen=None):
-    """Equation (3) for a tile: q [T, H, D], scaled, over all keys k [N, G, D] and v [N, G, Dv], or over those
-    that a query sees, seen [N, T] -> out [T, H, Dv], lse [T, H].
-    """
-    (T, H, D), (N, G, _) = q.shape, k.shape
+    """(3) for a tile: q [T, H, D], scaled, over keys k [N, G, D], v [N, G, Dv], or those in seen [N, T]."""
+    (T, H, D), G = q.shape, k.shape[1]
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
     rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, T * (H // G))
     x = keys @ rows  # [G, N, T * H/G], as BLAS is faster with the longer side first
     if seen is not None:
-        np.copyto(x.reshape(G, N, T, H // G), -np.inf, where=~seen[..., None])
+        np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
     top = x.max(1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
     p = np.exp(np.subtract(x, top, out=x), out=x)
     total = p.sum(1, keepdims=True)  # [G, 1, T * H/G]
@@ -289,10 +286,8 @@ def attend(q, k, v, seen=None):
 
 
 def over_tiles(work, q, lo, hi, longest=16):
-    """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles of about 2**20 logits and at most
-    `longest` times KEY_TILE, merged in their order, with any threads the same.
-    """
-    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))
+    """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles, with any threads the same, merged."""
+    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))  # of 2**20 logits
     done: list[Any] = []
 
     def merge(part):
