@@ -238,8 +238,8 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
 
     def attend_to(t, keys, seen=None):
         def tile(part):
-            k_s = k[keys[part]]  # [N, G, D]
-            v_s = k_s[..., :d_v] if v is None else v[keys[part]]  # [N, G, Dv]
+            k_s = k.take(keys[part], 0, mode="clip")  # [N, G, D], the fastest way
+            v_s = k_s[..., :d_v] if v is None else v.take(keys[part], 0, mode="clip")  # [N, G, Dv]
             return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
         out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), longest)
@@ -519,13 +519,16 @@ def dsa_attention(
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
-        indices = choose(arrays, windows_of(n, k_start, k_end), lengths)
-        return (*sparse_attention(*(arrays[x] for x in "qkv"), indices, **kwargs), indices)
+        windows, tokens = windows_of(n, k_start, k_end), [arrays[x] for x in "qkv"]
+        indices, every = choose(arrays, windows, lengths)
+        if every:  # without gathering them
+            return (*dense_attention(*tokens, k_start=windows[0], k_end=windows[1], **kwargs), indices)
+        return (*sparse_attention(*tokens, indices, **kwargs), indices)
 
     def attend_to_cache():
         read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
         keys = {"k": read("k"), "index_k": cache.read("index_k")}
-        indices = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
+        indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(arrays["q"], indices, **kwargs), indices)
 
     tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
@@ -562,16 +565,18 @@ def pad_lists(arrays, multiple):
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config says. Where it goes by the number of keys, each sequence goes by its own."""
+    """The indices that config says, and whether they are all visible keys. Where config goes by the number of
+    keys, each sequence goes by its own.
+    """
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
         for b, S in enumerate(lengths.tolist()):
             own = {x: y[b : b + 1, : S if x in ("k", "index_k") else None] for x, y in arrays.items()}
-            each.append(choose_keys(config, layer, options, own, [w[b : b + 1] for w in windows], None))
+            each.append(choose_keys(config, layer, options, own, [w[b : b + 1] for w in windows], None)[0])
         K = max(x.shape[-1] for x in each)
         more = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in each]
-        return np.concatenate(more)
+        return np.concatenate(more), False
     select: Any = SELECTORS.get(chosen := config.selector())
     unknown = options.keys() - getattr(select, "options", ())
     expect(not unknown, "among the options", sorted(unknown), f"those of the selector {chosen!r}", TypeError)
@@ -579,10 +584,10 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     (*batch, T, _, _), S, xp = arrays["q"].shape, arrays["k"].shape[-3], library("q", arrays["q"])
     quota, dense = config.quota_at(*layer, S)
     if dense:
-        return every_key(filled({"...": tuple(batch), "T": T, "S": S, "xp": xp}, windows), S)
+        return every_key(filled({"...": tuple(batch), "T": T, "S": S, "xp": xp}, windows), S), True
     index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
     index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
-    return lightning_select(**index) if chosen == "lightning" else select(**arrays | index)
+    return (lightning_select(**index) if chosen == "lightning" else select(**arrays | index)), False
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
@@ -1967,7 +1972,7 @@ class DSALayer:
         arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
         arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
         lengths = lengths if by_length else None
-        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths)
+        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths)[0]
 
     def _core(self, w, qr, turn, k, indices, cache, core):
         """Equation (3) for qr [B, T, Q], over the cache or latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
