@@ -519,11 +519,11 @@ def dsa_attention(
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
-        windows, tokens = windows_of(n, k_start, k_end), [arrays[x] for x in "qkv"]
+        windows, main = windows_of(n, k_start, k_end), [arrays[x] for x in "qkv"]
         indices, every = choose(arrays, windows, lengths)
         if every:  # without gathering them
-            return (*dense_attention(*tokens, k_start=windows[0], k_end=windows[1], **kwargs), indices)
-        return (*sparse_attention(*tokens, indices, **kwargs), indices)
+            return (*dense_attention(*main, k_start=windows[0], k_end=windows[1], **kwargs), indices)
+        return (*sparse_attention(*main, indices, **kwargs), indices)
 
     def attend_to_cache():
         read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
