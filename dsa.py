@@ -866,8 +866,8 @@ def windows_of(n, k_start, k_end):
             fits = own["T"] == n["T"] and w.ndim <= len(shape)
             fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
             expect(fits, name, f"of shape {w.shape}", shape)
-            w = xp.clip(w, 0, min(n["S"], np.iinfo(w.dtype).max)).astype(np.int64 if xp is np else np.int32)
-            w = xp.ascontiguousarray(xp.broadcast_to(w, shape))
+            w = w.clip(0, min(n["S"], np.iinfo(w.dtype).max))
+            w = xp.broadcast_to(w, shape).astype(np.int64 if xp is np else np.int32, "C")
         windows.append(w)
     return filled(n, windows) if xp is np else windows
 
