@@ -28,23 +28,18 @@ selection, 3 attention, 4 windows and batches, 5 all of DSA, 6 the cache, 7 chec
 selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
 """
 
-from __future__ import annotations
-
-import collections
-import contextvars
 import functools
+import importlib.util
 import inspect
-import itertools
 import math
 import numbers
-import operator
 import os
 import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -66,18 +61,16 @@ def stage(declared, most=lambda n: 64):
 
     The function below it is the definition, in NumPy, for a block of queries of one sequence: arrays without
     `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
-    is called by the name checks the arguments, by these axes and the options' names, and goes through batch
-    and queries in blocks, on threads; or it hands all to the KERNELS of another library. Behind a result's
-    axes stands its dtype, or whose dtype it has; otherwise it is float32, or float64 if any input is.
-    most(n): how many queries a block may have. To read on: a stage is its body; in_blocks is in section 8.
+    is called by the name checks the arguments and goes through the queries in blocks, on threads (in_blocks),
+    or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
     def declare(block):
-        name, parameters, first = block.__name__, inspect.signature(block).parameters, next(iter(arrays))
-        optional = {"v", *(x for x in parameters if parameters[x].default is None)}
+        name, signature, first = block.__name__, inspect.signature(block), next(iter(arrays))
+        optional = {"v", *(x for x, parameter in signature.parameters.items() if parameter.default is None)}
         bind: dict[str, Any] = {}  # Python itself binds the arguments: fast, and with its own errors
-        exec(f"def {name}{inspect.signature(block)}: return locals()", bind)
+        exec(f"def {name}{signature}: return locals()", bind)
 
         @functools.wraps(block)
         def run(*args, **kwargs):
@@ -90,8 +83,7 @@ def stage(declared, most=lambda n: 64):
             return in_blocks(block, arrays, results, n, decode(n, given) if decode else given, most(n))
 
         run.block = block  # type: ignore[attr-defined]
-        title, _, text = (block.__doc__ or "").partition("\n")
-        run.__doc__ = f"{title}\n\n    {declared}\n{text}"
+        run.__doc__ = f"{block.__doc__}\n    {declared}\n"
         return run
 
     return declare
@@ -105,7 +97,7 @@ def axes_of(declared):
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
 
-KEY_TILE = 512  # about as many keys, by as many rows, are multiplied at a time: 1 MB of float32, an L2 cache
+KEY_TILE = 512  # keys
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> scores [..., T, S]")
@@ -118,11 +110,10 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     >>> index_scores(q, k, w)                      # key 0: 1 * relu(2);  key 1: 0.5 * relu(3)
     array([[2. , 1.5]])
     """
-    (T, J, E), S, (lo, hi) = index_q.shape, len(index_k), span(k_start, k_end)
-    dtype = accumulator(index_q, index_k, weights)
-    scores, weights = np.full((T, S), -np.inf, dtype), weights.astype(dtype, "C")
-    tile = KEY_TILE // 2 if J >= 8 else KEY_TILE  # keys of a product
-    index_q, zero = index_q.astype(dtype, "C"), np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
+    (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
+    scores, tile = np.full((T, len(index_k)), -np.inf, dtype), KEY_TILE // 2 if J >= 8 else KEY_TILE
+    index_q, weights = index_q.astype(dtype, "C"), weights.astype(dtype, "C")[:, None]  # [T, 1, J]
+    zero = np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
 
     def score(first):
         # BLAS may add up in another order in a product of another shape, or at another place in it: OpenBLAS
@@ -134,10 +125,9 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
             own = slice(8, 8 + len(k_s))
             keys[:, own] = k_s.T
             np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, tile + 16]
-            scores[:, s : s + tile] = (weights[:, None] @ r)[:, 0, own]  # [T, N]                         (1)
+            scores[:, s : s + tile] = (weights @ r)[:, 0, own]  # [T, N]                                  (1)
 
-    for _ in spread(score, range(lo - lo % tile, hi, 8 * KEY_TILE)):  # as they end, on threads
-        pass
+    spread(score, range(lo, hi, 8 * KEY_TILE))
     return hidden(scores, k_start, k_end)
 
 
@@ -155,24 +145,34 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0]]), 2, local_window=1)
     array([[0, 3]], dtype=int32)
     """
-    (T, S), (lo, hi) = scores.shape, span(k_start, k_end)
+    (T, S), (lo, hi), forced = scores.shape, span(k_start, k_end), local_window + num_sink_tokens
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
     for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # a NaN comes through min
         raise FloatingPointError(int(t))  # row t of this block; in_blocks says which query that is
-    seen = x > -np.inf
-    count, indices = np.count_nonzero(seen, axis=1), np.full((T, min(top_k, S)), -1, np.int32)
-    for t in np.flatnonzero(count <= top_k):
-        indices[t, : count[t]] = lo + np.flatnonzero(seen[t])
-    more = np.flatnonzero(count > top_k)
-    if len(more) and local_window + num_sink_tokens == 0:
-        indices[more] = lo + first_k(x if len(more) == T else x[more], top_k)  # [M, K]                   (2)
-    elif len(more):
-        place = np.cumsum(seen[more], axis=1)  # [M, N]: 1 is the first visible key, count the last
-        kept = seen[more] & ((place <= num_sink_tokens) | (place > count[more, None] - local_window))
-        best = first_k(np.where(kept, -np.inf, x[more]), top_k - local_window - num_sink_tokens)
-        np.put_along_axis(kept, best, True, axis=1)
-        indices[more] = lo + np.flatnonzero(kept).reshape(len(more), top_k) % x.shape[1]  # to columns
+    kept = np.zeros(x.shape, bool)
+    if forced:
+        place = np.cumsum(x > -np.inf, axis=1)  # 1 is the first visible key
+        kept = (x > -np.inf) & (
+            (place <= min(num_sink_tokens, S)) | (place > place[:, -1:] - min(local_window, S))
+        )
+        x[kept] = -np.inf
+    kept |= first_k(x, top_k - forced)  # [T, N]                                                          (2)
+    indices = np.full((T, min(top_k, S)), -1, np.int32)
+    there = np.arange(indices.shape[1]) < np.count_nonzero(kept, axis=1)[:, None]
+    indices[there] = lo + np.flatnonzero(kept) % max(1, hi - lo)  # to columns
     return indices
+
+
+def first_k(x, k):
+    """Equation (2): the k largest above -inf of each row of x [T, N], the first of equal ones -> [T, N]."""
+    kth = np.full((len(x), 1), np.finfo(x.dtype).min)
+    if k < x.shape[1]:
+        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
+    best = x >= kth if k else np.zeros(x.shape, bool)
+    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
+        ties = np.flatnonzero(x[t] == kth[t])
+        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
+    return best
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> indices [..., T, K] int32")
@@ -184,18 +184,6 @@ def lightning_select(
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
     scores = index_scores.block(index_q, index_k, weights, **window)  # [T, S], of this block alone
     return select_topk.block(scores, top_k, **forced, **window)
-
-
-def first_k(x, top_k):
-    """Equation (2): x [M, N], at least top_k of each row above -inf -> positions [M, top_k], ascending."""
-    if top_k == 0:
-        return np.zeros((len(x), 0), np.intp)
-    kth = np.partition(x, x.shape[1] - top_k, axis=1)[:, x.shape[1] - top_k, None]  # [M, 1]
-    best = x >= kth
-    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > top_k):  # ties go to the lowest index
-        ties = np.flatnonzero(x[t] == kth[t])
-        best[t, ties[top_k - np.count_nonzero(best[t]) :]] = False
-    return np.flatnonzero(best).reshape(len(x), top_k) % x.shape[1]
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
@@ -223,13 +211,13 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
         seen = (s >= k_start) & (s < k_end)  # [N, T]
         return attend(q, k[part], v[part], None if seen.all() else seen)
 
-    out, lse = over_tiles(tile, q, v.shape[-1], lo, hi)
+    out, lse = over_tiles(tile, q, lo, hi)
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
 @stage(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, sink [H]"
-    " -> out [..., T, H, Dv] q, lse [..., T, H]"
+    " -> out [..., T, H, Dv] out_dtype, lse [..., T, H]"
 )
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
@@ -243,20 +231,20 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
     3.5
     """
-    values, heads = k[..., :d_v] if v is None else v, q.shape[1] // k.shape[1]
+    values, wide, heads = k[..., :d_v] if v is None else v, max(1, k[:1].size), max(1, q.shape[1])
     q = np.multiply(q, scale, dtype=accumulator(q, k, values))
-    out, lse = np.empty((*q.shape[:2], values.shape[-1]), q.dtype), np.empty(q.shape[:2], q.dtype)
-    longest = max(1, min(4, 2**21 // max(1, KEY_TILE * k[:1].size)))  # KEY_TILEs of a tile
+    out, lse = np.empty((*q.shape[:2], values.shape[2]), q.dtype), np.empty(q.shape[:2], q.dtype)
+    longest = max(1, min(4, 2**12 // wide, 256 // heads))  # KEY_TILEs; threads share a query of many heads
 
     def attend_to(t, keys, seen=None):
         def tile(part):
-            k_s = k[keys[part]]  # [N, G, D]
-            v_s = k_s[..., :d_v] if v is None else v[keys[part]]
+            k_s = k.take(keys[part], 0, mode="clip")  # [N, G, D], the fastest way
+            v_s = k_s[..., :d_v] if v is None else v.take(keys[part], 0, mode="clip")  # [N, G, Dv]
             return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
-        out[t], lse[t] = over_tiles(tile, q[t], values.shape[-1], 0, len(keys), longest)
+        out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), longest)
 
-    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads)):
+    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads // k.shape[1])):
         attend_to(slice(None), *shared)
     else:
         for t, row in enumerate(indices):
@@ -265,9 +253,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
 
 
 def in_common(indices, num_keys, heads):
-    """The keys [N] of all rows [T, K] and who has which, seen [N, T], where one product with all of them is
-    cheaper than each row's own, as rows share most of their keys; None elsewhere, or if a key repeats.
-    """
+    """Keys [N] of all rows [T, K] and who has which, [N, T], where one product is cheaper than one a row."""
     there = np.zeros(num_keys + 1, bool)
     there[indices] = True
     there[-1] = False  # what is absent, -1
@@ -280,43 +266,38 @@ def in_common(indices, num_keys, heads):
 
 
 def attend(q, k, v, seen=None):
-    """Equation (3) for a tile: q [T, H, D], scaled, over all keys k [N, G, D] and v [N, G, Dv], or over those
-    that a query sees, seen [N, T] -> out [T, H, Dv], lse [T, H].
-    """
-    (T, H, D), G, odd = q.shape, k.shape[1], np.zeros(0, int)  # odd: keys with values that are not finite
-    rows = q.reshape(T, G, H // G, D).swapaxes(0, 1).reshape(G, T * (H // G), D)  # [G, R, D]
+    """(3) for a tile: q [T, H, D], scaled, over keys k [N, G, D], v [N, G, Dv], or those in seen [N, T]."""
+    (T, H, D), G = q.shape, k.shape[1]
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    if D > 256 and keys.shape[1] > rows.shape[1]:  # BLAS is faster with a longer side first
-        x = np.ascontiguousarray((keys @ rows.swapaxes(1, 2)).swapaxes(1, 2))  # [G, R, N]
-    else:
-        x = rows @ keys.swapaxes(1, 2)
+    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, T * (H // G))
+    x = keys @ rows  # [G, N, T * H/G], as BLAS is faster with the longer side first
     if seen is not None:
-        sees = np.repeat(seen.T, H // G, axis=0)  # [R, N]
-        np.copyto(x, -np.inf, where=~sees)
-        odd = np.flatnonzero(~np.isfinite(values).all((0, 2)))
-    top = x.max(-1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
+        np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
+    top = x.max(1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
     p = np.exp(np.subtract(x, top, out=x), out=x)
-    total = p.sum(-1, keepdims=True)  # [G, R, 1]
-    out = p @ (np.where(np.isfinite(values), values, 0) if len(odd) else values)  # [G, R, Dv]
-    for i in odd:  # 0 * NaN is NaN: only who sees it may touch it
-        who, rest = sees[:, i], np.where(np.isfinite(values[:, i]), 0, values[:, i])  # [R], [G, Dv]
-        out[:, who] += p[:, who, i, None] * rest[:, None]
-    out /= np.where(total == 0, 1, total)  #                                                               (3)
-    out, lse = (x.reshape(G, T, H // G, x.shape[-1]).swapaxes(0, 1) for x in (out, top + np.log(total)))
-    return out.reshape(T, H, v.shape[-1]), lse.reshape(T, H)
+    total = p.sum(1, keepdims=True)  # [G, 1, T * H/G]
+    out = p.swapaxes(1, 2) @ values / np.where(total == 0, 1, total).swapaxes(1, 2)  # [G, T * H/G, Dv]   (3)
+    out = out.reshape(G, T, H // G, v.shape[2]).swapaxes(0, 1).reshape(T, H, v.shape[2])
+    lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
+    if seen is not None and not np.isfinite(out).all():  # 0 * NaN is NaN: only who sees it may touch it
+        for t, own in enumerate(seen.T):
+            out[t], lse[t] = (x[0] for x in attend(q[t : t + 1], k[own], v[own]))
+    return out, lse
 
 
-def over_tiles(work, q, d_v, lo, hi, longest=2**20):
-    """work(slice) -> out, lse of q [T, H, D], for the keys lo..hi in tiles of about 2**26 multiply-adds, and
-    at most `longest` times KEY_TILE, with any threads the same; parts are merged, in order, as they come.
-    """
-    each = max(1, q.shape[0] * q.shape[1] * max(64, q.shape[2]))  # multiply-adds of a key
-    step = KEY_TILE * max(1, min(longest, 2**26 // each // KEY_TILE))
-    parts = spread(work, [slice(s, min(s + step, hi)) for s in range(lo, hi, step)])
-    empty = np.zeros((*q.shape[:2], d_v), q.dtype), np.full(q.shape[:2], -np.inf, q.dtype)
-    return functools.reduce(lambda a, b: merge_attention(*zip(a, b)), parts, next(parts, empty))
+def over_tiles(work, q, lo, hi, longest=16):
+    """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles, with any threads the same, merged."""
+    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))  # of 2**20 logits
+    done: list[Any] = []
+
+    def merge(part):
+        done[:] = [merge_attention(*zip(*done, part)) if done else part]
+
+    spread(work, [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)], merge)
+    return done[0]
 
 
+@np.errstate(all="ignore")
 def merge_attention(outs, lses):
     """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
 
@@ -329,23 +310,19 @@ def merge_attention(outs, lses):
     >>> out.round(6).item(), np.exp(lse).round(6).item()
     (3.0, 3.0)
     """
-    outs, lses = list(outs), list(lses)
-    fits = len(outs) == len(lses) > 0
-    expect(fits, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
+    outs, lses = [*outs], [*lses]
+    expect(len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = accumulator(*outs, *lses)
-    with np.errstate(all="ignore"):
-        top = functools.reduce(np.maximum, lses).astype(dtype, copy=False)
-        top = np.where(top == -np.inf, 0, top)
-        shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
-        total = functools.reduce(np.add, shares)
-        whole = np.where(total == 0, 1, total)
-        parts = (x.astype(dtype, copy=False) * (share / whole)[..., None] for x, share in zip(outs, shares))
-        out = functools.reduce(np.add, parts)  # [..., T, H, Dv]
-        return out.astype(native(outs[0]), copy=False), (top + np.log(total)).astype(dtype, copy=False)
+    top = np.maximum(functools.reduce(np.maximum, lses), np.finfo(dtype).min, dtype=dtype)  # finite
+    shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
+    total = functools.reduce(np.add, shares)
+    parts = (out * (share / np.where(total == 0, 1, total))[..., None] for out, share in zip(outs, shares))
+    return functools.reduce(np.add, parts).astype(native(outs[0]), copy=False), top + np.log(total)
 
 
+@np.errstate(all="ignore")
 def apply_sink(out, lse, sink):
     """Give the sink [H], a learned logit z per head without a value, its share: out / (1 + exp(z - lse)).
 
@@ -357,10 +334,8 @@ def apply_sink(out, lse, sink):
     """
     dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     dtype = accumulator(out, lse, sink)
-    with np.errstate(all="ignore"):
-        z = sink.astype(dtype)
-        share = np.where(z == -np.inf, dtype.type(1), 1 / (1 + np.exp(z - lse)))  # [..., T, H]
-        return (out.astype(dtype) * share[..., None]).astype(native(out))
+    z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)  # of no key out stays 0
+    return (out / (1 + np.exp(z))[..., None]).astype(native(out), copy=False)
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -373,8 +348,8 @@ def padded_window(lengths, num_queries):
     [[1, 2, 3], [1, 0, 0]]
     """
     lengths = check_lengths(lengths, most=integer("num_queries", num_queries, 0))
-    end = causal_end(np.zeros_like(lengths), lengths, num_queries)
-    return np.zeros_like(end), end
+    k_end = causal_end(0 * lengths, lengths, num_queries)
+    return 0 * k_end, k_end
 
 
 def packed_window(lengths):
@@ -394,15 +369,13 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     >>> padded.tolist(), lengths.tolist()
     ([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [3, 1])
     """
-    multiple = integer("multiple", multiple, 1)
     expect(len(sequences), name, "empty", "at least one array")
-    for i, x in enumerate(sequences):
-        dims(**{f"{name}[{i}]": (x, "...")})
+    for x in sequences:
+        dims(**{name: (x, "...")})
         like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
-        expect(like, f"{name}[{i}]", f"{x.dtype} of shape {x.shape}", f"[T_i, *{sequences[0].shape[1:]}]")
-    lengths = np.array([len(x) for x in sequences])
-    longest = -(-int(lengths.max()) // multiple) * multiple
-    shape = len(sequences), longest, *sequences[0].shape[1:]
+        expect(like, name, f"of {x.dtype} {x.shape}", f"all [T_i, ...] as {sequences[0].shape}")
+    lengths, multiple = np.array([len(x) for x in sequences]), integer("multiple", multiple, 1)
+    shape = len(sequences), -(-int(lengths.max()) // multiple) * multiple, *sequences[0].shape[1:]
     padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
@@ -438,7 +411,10 @@ def hidden(scores, start, end):
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer
+PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's largest number becomes that
+    "fp32": lambda x: x,
+    "fp16": lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16),
+}
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(
     "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
@@ -454,8 +430,7 @@ class DSAConfig:
     chosen by strategy: "dynamic", by global_selection; "hybrid", the same beside a local_window of the last
     keys; "fixed", by pattern. num_sink_tokens first keys are always kept. indexer_precision: to which index_q
     and index_k are rounded. fallback_dense_threshold: all keys are kept for S up to that (None: top_k).
-    progressive_sparsity: more keys in the first layers, see top_k_at. batch_pad_to_multiple: what lists of
-    sequences are padded to. cache_strategy: how a HybridKVCache chooses whom it keeps in its fast tier.
+    batch_pad_to_multiple: of lists of sequences. cache_strategy: of whom a HybridKVCache keeps near.
     """
 
     top_k: int = 2048
@@ -472,23 +447,21 @@ class DSAConfig:
     progressive_sparsity: Literal[False, True] = False
 
     def __post_init__(self):
-        for field, kind in CONFIG_KINDS.items():
-            value, least = getattr(self, field), int(field in ("top_k", "batch_pad_to_multiple"))
-            if get_origin(kind) is Literal or kind is str:
-                allowed = get_args(kind) or tuple(PRECISIONS)
-                fits = isinstance(value, type(allowed[0])) and value in allowed
-                expect(fits, field, repr(value), f"one of {allowed}")
-            elif kind is int or (value is not None and field != "sparse_ratio"):
-                object.__setattr__(self, field, integer(field, value, least, ValueError))
+        for name, kind in DSAConfig.__annotations__.items():
+            value, allowed = getattr(self, name), tuple(PRECISIONS) if kind is str else get_args(kind)
+            if kind is int or (value is not None and name == "fallback_dense_threshold"):
+                least = int(name in ("top_k", "batch_pad_to_multiple"))
+                object.__setattr__(self, name, integer(name, value, least, ValueError))
+            elif type(None) not in allowed:
+                fits = type(value) is type(allowed[0]) and value in allowed
+                expect(fits, name, repr(value), f"one of {allowed}")
         ratio, strategy, window = self.sparse_ratio, self.strategy, self.local_window
-        if ratio is None:
-            quota(self.top_k, window, self.num_sink_tokens)
-        else:
-            fits = is_number(ratio) and 0 < ratio <= 1
-            expect(fits, "sparse_ratio", repr(ratio), "None, or above 0 and up to 1 as SELECTION_RATIOS")
-            object.__setattr__(self, "sparse_ratio", float(ratio))
+        fits = ratio is None or (is_number(ratio) and 0 < ratio <= 1)
+        expect(fits, "sparse_ratio", repr(ratio), "None, or above 0 and up to 1 as SELECTION_RATIOS")
         expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
         expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
+        if ratio is None:
+            check_options({"S": 0}, {**vars(self)})
 
     def top_k_at(self, layer=0, n_layers=1, num_keys=None):
         """top_k of one layer; num_keys is needed for a sparse_ratio. At least the window and the sink tokens.
@@ -500,12 +473,10 @@ class DSAConfig:
         >>> DSAConfig(sparse_ratio=SELECTION_RATIOS["balanced"]).top_k_at(num_keys=1000)
         30
         """
-        n_layers, layer = integer("n_layers", n_layers, 1), integer("layer", layer, 0)
+        n_layers, layer, top_k = integer("n_layers", n_layers, 1), integer("layer", layer, 0), self.top_k
         expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
-        top_k: float = self.top_k
         if self.sparse_ratio is not None:
-            expect(num_keys is not None, "num_keys", None, "a number, as sparse_ratio is set")
-            top_k = self.sparse_ratio * integer("num_keys", num_keys, 0)
+            top_k = float(self.sparse_ratio) * integer("num_keys", num_keys, 0, ValueError)
         if self.progressive_sparsity and n_layers > 1:
             top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
         return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
@@ -521,9 +492,6 @@ class DSAConfig:
         return self.pattern if self.strategy == "fixed" else self.global_selection
 
 
-CONFIG_KINDS = get_type_hints(DSAConfig)  # what its annotations allow, field by field
-
-
 def dsa_attention(
     q, k, v, index_q, index_k, weights, config,
     *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
@@ -533,107 +501,98 @@ def dsa_attention(
 
     q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv] or None, index_q [..., T, J, E], index_k
     [..., S, E], weights [..., T, J] -> out [..., T, H, Dv], lse [..., T, H] and indices [..., T, K]: what was
-    attended to, also where that was dense. d_v to k_end: see dense_attention. Sequences that differ in length
-    stand right-padded in a batch, with lengths [B] in place of k_start and k_end; or q to weights are lists
-    of arrays [T_i, ...], which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1.
-    cache: its streams are k, v if there is one, and index_k, which are appended to it; lengths counts each
-    sequence's new tokens, and q are the queries of these. If anything raises, the cache is as it was.
-    layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys are
-    kept the index arrays are not looked at.
+    attended to. d_v to k_end: see dense_attention. Sequences that differ in length stand right-padded in a
+    batch, with lengths [B] in place of k_start and k_end; or q to weights are lists of arrays [T_i, ...],
+    which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if there
+    is one, and index_k are appended to it; lengths counts each sequence's new tokens, and q are the queries
+    of these. If anything raises, the cache is as it was. layer, n_layers: for progressive_sparsity. options:
+    of the selector, see SELECTORS. Where all keys are kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
-    if cache is not None:
-        check_type("cache", cache, KVCache)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
     if isinstance(q, (list, tuple)):
         expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
         arrays, lengths = pad_lists(arrays, config.batch_pad_to_multiple)
-        q, k, v, index_q, index_k, weights = arrays.values()
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(choose_keys, config, (layer, n_layers), options)
     if cache is None:
         if lengths is not None:
             k_start, k_end = map(n["xp"].asarray, padded_window(lengths, n["T"]))
-        windows = windows_of(n, k_start, k_end)
-        indices, dense = choose(arrays, windows, lengths)
-        if dense and lengths is None:
-            return (*dense_attention(q, k, v, **kwargs, k_start=windows[0], k_end=windows[1]), indices)
-        return (*sparse_attention(q, k, v, indices, **kwargs), indices)
+        windows, main = windows_of(n, k_start, k_end), [arrays[x] for x in "qkv"]
+        indices, every = choose(arrays, windows, lengths)
+        if every:  # without gathering them
+            return (*dense_attention(*main, k_start=windows[0], k_end=windows[1], **kwargs), indices)
+        return (*sparse_attention(*main, indices, **kwargs), indices)
 
     def attend_to_cache():
         read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
         keys = {"k": read("k"), "index_k": cache.read("index_k")}
         indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
-        return (*cache.attend(q, indices, **kwargs), indices)
+        return (*cache.attend(arrays["q"], indices, **kwargs), indices)
 
-    tokens = {"k": k, "index_k": index_k} | ({} if v is None else {"v": v})
+    tokens = {name: arrays[name] for name in ("k", "v", "index_k") if arrays[name] is not None}
     return cache.append_then(attend_to_cache, lengths=lengths, **tokens)
 
 
 def dsa_dims(arrays, options, windows, cache, lengths):
     """The checks of dsa_attention -> sizes, and lengths [B] if any are given."""
-    n = sizes(DSA_AXES, arrays | options, ("v", "sink"))
-    check_options(n, arrays | options)
+    n = sizes(DSA_AXES, given := arrays | options, ("v", "sink"))
+    check_options(n, given)
+    if cache is not None:
+        check_type("cache", cache, KVCache)
+        expect(n["..."] == (cache.batch,), "B", f"{n['...']} in q", f"the cache's batch = {cache.batch}")
     if cache is not None or lengths is not None:
-        alone = all(w is None for w in windows)
-        expect(alone, "k_start or k_end", "an array", "None with lengths or with a cache")
+        given = [name for name, w in zip(("k_start", "k_end"), windows) if w is not None]
+        expect(not given, "among the arguments", given, "none with lengths or with a cache")
         fits = len(n["..."]) == 1 and n["T"] == n["S"]
         expect(fits, "q", f"of shape {arrays['q'].shape}", f"[B, T, H, D] of the same T as k, {n['S']}")
         lengths = None if lengths is None else check_lengths(lengths, n["..."][0], n["T"])
-    fits = cache is None or n["..."] == (cache.batch,)
-    expect(fits, "B", f"{n['...']} in q", f"the cache's batch = {cache and cache.batch}")
     return n, lengths
 
 
 def pad_lists(arrays, multiple):
     """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    given = {name: x for name, x in arrays.items() if x is not None}
-    for name, x in given.items():
-        expect(isinstance(x, (list, tuple)), name, f"a {type(x).__name__}", "a list, as q is one", TypeError)
-    padded = {name: pad_batch(x, multiple, name) for name, x in given.items()}
-    lengths = padded["q"][1]
-    for name, (_, found) in padded.items():
-        expect(found.tolist() == lengths.tolist(), f"the lengths in {name}", found, f"those in q, {lengths}")
-    return {name: padded[name][0] if name in padded else None for name in arrays}, lengths
+    padded, lengths = dict.fromkeys(arrays), None
+    wrong = [name for name, x in arrays.items() if not isinstance(x, (list, tuple, type(None)))]
+    expect(not wrong, " and ".join(wrong), "no list", "one, as other arguments are", TypeError)
+    for name, x in arrays.items():
+        if x is not None:
+            padded[name], found = pad_batch(x, multiple, name)
+            lengths = found if lengths is None else lengths
+            expect((*found,) == (*lengths,), f"the lengths in {name}", found, f"those in q, {lengths}")
+    return padded, lengths
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config says, and whether they are all visible keys. Where it goes by the number of
+    """The indices that config says, and whether they are all visible keys. Where config goes by the number of
     keys, each sequence goes by its own.
     """
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
-    by_length = config.sparse_ratio or config.fallback_dense_threshold
-    if by_length and lengths is not None and len(set(lengths.tolist())) > 1:
+    if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
-        for b in (slice(b, b + 1) for b in range(len(lengths))):
-            alone = {name: x[b] for name, x in arrays.items()}, [w[b] for w in windows], lengths[b]
-            each.append(choose_keys(config, layer, options, *alone)[0])
-        rest = [[(0, 0), (0, 0), (0, max(x.shape[-1] for x in each) - x.shape[-1])] for x in each]
-        return np.concatenate([np.pad(x, more, constant_values=-1) for x, more in zip(each, rest)]), False
+        for b, S in enumerate(lengths.tolist()):
+            own = {x: y[b : b + 1, : S if x in ("k", "index_k") else None] for x, y in arrays.items()}
+            each.append(choose_keys(config, layer, options, own, [w[b : b + 1] for w in windows], None)[0])
+        K = max(x.shape[-1] for x in each)
+        more = [np.pad(x, [(0, 0), (0, 0), (0, K - x.shape[-1])], constant_values=-1) for x in each]
+        return np.concatenate(more), False
     select: Any = SELECTORS.get(chosen := config.selector())
-    known = sorted(getattr(select, "options", ()))
-    unknown = sorted(options.keys() - {*known})
-    own = f"arguments of dsa_attention, or options of the selector: {known}"
-    expect(not unknown, "among the arguments", unknown, own, TypeError)
-    fits = select or chosen == "lightning"
-    expect(fits, "the selector of config", repr(chosen), "one that this file has, of Part I lightning")
-    q, k = arrays["q"], arrays["k"]
-    num_keys = k.shape[-3] if lengths is None else int(lengths.max(initial=0))
-    quota, dense = config.quota_at(*layer, num_keys)
+    unknown = options.keys() - getattr(select, "options", ())
+    expect(not unknown, "among the options", sorted(unknown), f"those of the selector {chosen!r}", TypeError)
+    expect(select or chosen == "lightning", "the selector", repr(chosen), "one that this file has")
+    (*batch, T, _, _), S, xp = arrays["q"].shape, arrays["k"].shape[-3], library("q", arrays["q"])
+    quota, dense = config.quota_at(*layer, S)
     if dense:
-        n = {"...": q.shape[:-3], "T": q.shape[-3], "S": k.shape[-3], "xp": library("q", q)}
-        return every_key(filled(n, windows), min(max(1, num_keys), n["S"])), True
+        return every_key(filled({"...": tuple(batch), "T": T, "S": S, "xp": xp}, windows), S), True
     index = {x: PRECISIONS[config.indexer_precision](arrays[x]) for x in ("index_q", "index_k")}
     index |= {"weights": arrays["weights"], **quota, "k_start": windows[0], "k_end": windows[1], **options}
-    return lightning_select(**index) if chosen == "lightning" else select(q, k, **index), False
+    return (lightning_select(**index) if chosen == "lightning" else select(**arrays | index)), False
 
 
 # 6. The cache ---------------------------------------------------------------------------------------------
 
-
 ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int, sink [H]")  # what a cache attends with
-ANY_ARRAY = ("...",), ()  # of a stream, whose shape is checked apart
 STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
 
 
@@ -644,8 +603,7 @@ class KVCache:
     storage: "float64", "float32", "float16", "bfloat16", or another of STORAGES, which may keep the last
     qk_rope_head_dim values of "k", those RoPE turns, more exactly. streams: what a token leaves, name=shape.
     attend reads "k" (G, D) and "v" (G, Dv), or "k" alone if it is a tied latent, the indexer "index_k" (E,).
-    xp: the library of the arrays. Any number of threads may read and attend; what changes the cache, such as
-    append, truncate and close, is the caller's to lock.
+    Any number of threads may read and attend; to change the cache is the caller's to lock. xp: whose arrays.
 
     >>> cache = KVCache(4, k=(1, 2), index_k=(3,))
     >>> cache.append(k=np.ones((1, 3, 1, 2)), index_k=np.ones((1, 3, 3)))
@@ -656,15 +614,13 @@ class KVCache:
     def __init__(
         self, capacity, *, batch=1, storage="float32", grow=False, qk_rope_head_dim=64, xp=np, **streams
     ):
-        known = [np, *(sys.modules[name] for _, name in KERNELS if name in sys.modules)]
-        expect(any(xp is x for x in known), "xp", repr(xp), "numpy, or another library that has kernels")
         capacity, self.batch = integer("capacity", capacity, 1), integer("batch", batch, 1)
+        expect(hasattr(xp, "ndarray"), "xp", repr(xp), "numpy, or another library that has kernels")
         expect(isinstance(grow, bool), "grow", repr(grow), "False or True")
         expect(storage in STORAGES, "storage", repr(storage), f"one of {tuple(STORAGES)}")
         expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         for name, shape in streams.items():
-            fits = isinstance(shape, tuple) and len(shape) > 0 and name != "lengths"
-            expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
+            expect(isinstance(shape, tuple) and shape, name, repr(shape), "a tuple such as (1, 576)")
         if storage == "bfloat16":
             import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
         self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
@@ -672,57 +628,56 @@ class KVCache:
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
         self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
         self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        shape_of = self._codec.shape if self._codec else lambda name, shape: shape
-        self._stored = {name: shape_of(name, shape) for name, shape in self.streams.items()}
+        encoded = (
+            {name: self._codec.shape(name, x) for name, x in self.streams.items()} if self._codec else {}
+        )
+        self._stored = self.streams | encoded
+        self.bytes_per_token = sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
         self._allocate(capacity)
 
     @property
     def lengths(self):
-        """How many tokens each sequence holds, int64 [B]."""
+        """How many tokens each sequence holds, int64 [B]. All that asks for it refuses a closed cache."""
+        expect(not self.closed, "the cache", "closed", "an open one")
         return self._lengths.copy()
-
-    @property
-    def bytes_per_token(self):
-        return sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
 
     @property
     def nbytes(self):
         """Bytes of memory held, whether tokens fill them yet or not."""
         return sum(x.nbytes for x in self._data.values())
 
+    @np.errstate(all="ignore")
     def append(self, *, lengths=None, **tokens):
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
-        self._check_open()
         expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         for name, x in tokens.items():
-            sizes({name: ANY_ARRAY}, tokens, (), self.xp)
+            dims(self.xp, **{name: (x, "...")})
             expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
-            if x.shape != expected:
-                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
+            expect(x.shape == expected, name, f"of shape {x.shape}", expected)
         new = check_lengths(lengths, self.batch, x.shape[1])
-        if (need := max((self._lengths + new).tolist())) > self.capacity and not self.grow:
-            room = f"at most capacity = {self.capacity} tokens, not {need}, or grow=True"
-            raise ValueError(f"the cache is full, expected {room}")
+        need, room = max((self.lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
+        expect(self.grow or need <= self.capacity, "the cache", f"full, for {need} tokens", room)
         rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
         for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
-            self._check_range(name, x)
+            if self._codec:
+                self._codec.check_range(name, x)
+            elif not np.can_cast(x.dtype, self.dtype):
+                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
+                expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
         if need > self.capacity:
             self._allocate(max(need, 2 * self.capacity))
-        starts = self._lengths.tolist()
-        with np.errstate(all="ignore"):
-            for b, name, x in rows:
-                place = self._data[name][b, starts[b] : starts[b] + len(x)]
-                if self._codec:
-                    self._codec.encode(name, x, place)
-                else:
-                    place[...] = x
+        for b, name, x in rows:
+            place = self._data[name][b, self._lengths[b] : self._lengths[b] + len(x)]
+            if self._codec:
+                self._codec.encode(name, x, place)
+            else:
+                place[...] = x
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
         """append, and work() -> what that returns; if either raises, the cache is as it was."""
-        self._check_open()
         before = self.lengths
         try:
             self.append(lengths=lengths, **tokens)
@@ -737,56 +692,39 @@ class KVCache:
 
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
-        self._check_open()
-        if name not in self.streams:
-            raise ValueError(f"name is {name!r}, expected one of {sorted(self.streams)}")
-        return self._data[name][:, : max(self._lengths.tolist())]
+        expect(name in self.streams, "name", repr(name), f"one of {[*self.streams]}")
+        longest = max(self.lengths.tolist())
+        return self._data[name][:, :longest]
 
     def window(self, num_tokens, lengths=None):
         """k_start, k_end [B, T] of the num_tokens appended last, the first lengths[b] (default: all) real."""
-        self._check_open()
         new = check_lengths(lengths, self.batch, integer("num_tokens", num_tokens, 0))
-        check_lengths(new, self.batch, self._lengths, "num_tokens")
+        check_lengths(new, self.batch, self.lengths, "num_tokens")
         end = self.xp.asarray(causal_end(self._lengths - new, new, num_tokens))
         return np.zeros_like(end), end
 
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
-        self._check_open()
         n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
-        if n["B"] != self.batch:
-            raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
-        for b, length in enumerate(self._lengths.tolist() if isinstance(indices, np.ndarray) else ()):
+        expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
+        for b, length in enumerate(self.lengths.tolist() if self.xp is np else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
     def truncate(self, lengths):
         """Forget the tokens of each sequence b from lengths[b] on, such as a rejected draft."""
-        self._check_open()
-        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self._lengths))
+        self._set_lengths(check_lengths(np.asarray(lengths), self.batch, self.lengths))
 
     def close(self):
         """Give the memory back. To append, read or attend after that raises ValueError."""
-        self.closed = True
-        self._data.clear()
+        self.closed, self._data = True, {}
 
     def __enter__(self):
-        self._check_open()
+        expect(not self.closed, "the cache", "closed", "an open one")
         return self
 
     def __exit__(self, *error):
         self.close()
-
-    def _check_open(self):
-        expect(not self.closed, "the cache", "closed", "an open one")
-
-    def _check_range(self, name, x):
-        if self._codec:
-            self._codec.check_range(name, x)
-        elif not np.can_cast(x.dtype, self.dtype):
-            with np.errstate(all="ignore"):
-                lost = (np.isfinite(x) & ~np.isfinite(x.astype(self.dtype))).any()
-            expect(not lost, name, f"beyond {self.dtype}'s largest number", "less, or another storage")
 
     # What a cache in two tiers does in another way:
 
@@ -815,7 +753,7 @@ class KVCache:
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-LIBRARIES: dict[type, Any] = {np.ndarray: np}  # whose arrays are of a type, as far as seen
+LIBRARIES: dict[type, Any] = {}  # whose arrays are of a type, as far as seen
 
 
 def expect(ok, name, value, expected, error=ValueError):
@@ -831,17 +769,16 @@ def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
     if (found := LIBRARIES.get(type(x))) and others in (None, found):
         return found
-    known = {"numpy", *(home for _, home in KERNELS)} if others is None else {others.__name__}
-    home, kind = type(x).__module__.partition(".")[0], f"a {type(x).__module__}.{type(x).__name__}"
-    plain = type(x) is np.memmap or home != "numpy"  # not a matrix, nor masked
-    fits = home in known and plain and isinstance(x, sys.modules[home].ndarray)
-    expect(fits, name, kind, f"an array of {' or '.join(sorted(known))}, as by asarray({name})", TypeError)
+    home, wanted = type(x).__module__, "numpy" if others is None else others.__name__
+    known = home == wanted or (others is None and ("index_scores", home) in KERNELS)
+    known = known and isinstance(x, sys.modules[home].ndarray)
+    expect(known, name, f"a {home}.{type(x).__name__}", f"an array of {wanted}, as by asarray", TypeError)
     return LIBRARIES.setdefault(type(x), sys.modules[home])
 
 
 def dims(xp=None, **arrays):
-    """sizes of q=(q, "... T H D"), ...; behind the axes may stand the dtypes that are allowed."""
-    declared = {name: (tuple(axes.split()), tuple(dtypes)) for name, (_, axes, *dtypes) in arrays.items()}
+    """sizes of q=(q, "... T H D"), ...; behind the axes may stand a dtype."""
+    declared = {name: (tuple(axes.split()), *(word or [""])) for name, (_, axes, *word) in arrays.items()}
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
@@ -861,27 +798,23 @@ def sizes(declared, given, optional, xp=None):
 
 @functools.lru_cache(maxsize=4096)
 def sizes_of(arrays):
-    """sizes of (name, (axes, dtypes), dtype, shape), ...; the layers of a model ask for the same."""
+    """sizes of (name, (axes, word), dtype, shape), ...; the layers of a model ask for the same."""
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
-    for name, (axes, dtypes), dtype, shape in arrays:
-        allowed = (dtypes,) if isinstance(dtypes, str) and dtypes else dtypes or FLOATS
-        if not (dtype.kind in "iu" if "int" in allowed else dtype.type.__name__ in allowed):
-            raise TypeError(f"{name} is of dtype {dtype}, expected one of {', '.join(allowed)}")
+    for name, (axes, word), dtype, shape in arrays:
+        fits = dtype.kind in "iu" if word == "int" else dtype.name in ((word,) if word else FLOATS)
+        expect(fits, name, f"of dtype {dtype}", word or f"one of {', '.join(FLOATS)}", TypeError)
         lead, batch = len(shape) - len(axes) + 1, axes[0] == "..."
-        if lead < 0 or (lead != 1 and not batch):
-            raise ValueError(f"{name} is of shape {shape}, expected axes [{', '.join(axes)}]")
+        expect(lead >= 0 if batch else lead == 1, name, f"of shape {shape}", f"axes [{', '.join(axes)}]")
         for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
-            if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
-                axis, size = axis.split("+")[0], size - int(axis.split("+")[1])
+            axis, _, more = axis.partition("+")  # as "E+4", a row of E codes and 4 bytes more
+            size, what = size - int(more) if more else size, "" if axis == "..." else f"{axis} = "
             if n.setdefault(axis, size) != size:
-                what = "batch axes" if axis == "..." else f"{axis} ="
-                raise ValueError(f"{name} has {what} {size}, but {owner[axis]} has {what} {n[axis]}")
+                raise ValueError(f"{name} has {what}{size}, but {owner[axis]} has {what}{n[axis]}")
             owner.setdefault(axis, name)
-    if "G" in n and "H" in n and (n["G"] == 0 or n["H"] % n["G"]):
-        raise ValueError(f"G is {n['G']} in k [S, G, D], expected a divisor of H = {n['H']} in q [T, H, D]")
-    if n.get("S", 0) >= 2**31:
-        raise ValueError(f"S is {n['S']} in {owner['S']}, expected less than 2**31, as indices are int32")
+    if "G" in n and "H" in n:
+        expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
+    expect(n.get("S", 0) < 2**31, "S", n.get("S"), "less than 2**31, as indices are int32")
     return n
 
 
@@ -890,23 +823,7 @@ def accumulator(*arrays):
 
 
 def native(x):
-    """The dtype of x in this machine's byte order."""
-    return x.dtype.newbyteorder("=")
-
-
-def rounded_to_fp16(x):
-    """As float16; what is beyond its largest number becomes that, as in fp8."""
-    with np.errstate(all="ignore"):
-        return np.clip(x.astype(np.float32), -65504, 65504).astype(np.float16)
-
-
-PRECISIONS["fp16"] = rounded_to_fp16
-
-
-def check_integers(name, x, xp=np):
-    library(name, x, xp)
-    if x.dtype.kind not in "iu":
-        raise TypeError(f"{name} is of dtype {x.dtype}, expected integers")
+    return x.dtype.newbyteorder("=")  # this machine's
 
 
 def is_number(value):
@@ -914,114 +831,96 @@ def is_number(value):
 
 
 def integer(name, value, least, error=TypeError):
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or number < least:
-        error = error if number is None else ValueError
-        raise error(f"{name} is {value!r}, expected an integer of at least {least}")
-    return number
-
-
-def quota(top_k, local_window, num_sink_tokens):
-    forced = (integer("local_window", local_window, 0), integer("num_sink_tokens", num_sink_tokens, 0))
-    top_k = integer("top_k", top_k, 1)
-    if sum(forced) > top_k:
-        both = f"local_window + num_sink_tokens is {local_window} + {num_sink_tokens}"
-        raise ValueError(f"{both}, expected at most top_k = {top_k}")
-    return (top_k, *forced)
+    whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+    if not whole or value < least:
+        raise (ValueError if whole else error)(f"{name} is {value!r}, expected an integer from {least} on")
+    return int(value)
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
     """lengths as int64 [B], each at least 0 and at most `most`, a number or [B]; None in a batch: `most`."""
-    if lengths is None and batch is not None and most is not None:
+    if lengths is None and batch is not None:
         return np.full(batch, most)
     lengths = np.asarray(lengths)
-    check_integers(name, lengths)
-    fits = lengths.ndim == 1 and batch in (None, len(lengths))
-    expect(fits, name, f"of shape {lengths.shape}", "[B]" if batch is None else f"{(batch,)}")
-    fits = (lengths >= 0).all() and (most is None or (lengths <= most).all())
-    expect(fits, name, lengths.tolist(), "0 or more" if most is None else f"0 to {np.asarray(most).tolist()}")
+    B = dims(**{name: (lengths, "B", "int")})["B"]
+    fits = batch in (None, B) and (lengths >= 0).all() and (most is None or (lengths <= most).all())
+    expect(fits, name, lengths.tolist(), f"{B if batch is None else batch} from 0 to {most}")
     return lengths.astype(np.int64)
 
 
 def check_indices(name, indices, n):
     """Their shape and, where that costs no waiting for another device, their values."""
-    check_integers(name, indices, n.get("xp", np))
-    shape = (*n["..."], n["T"])
-    if indices.shape[:-1] != shape:
-        raise ValueError(f"{name} is of shape {indices.shape}, expected {(*shape, 'K')}")
-    for s in (indices.min(), indices.max()) if isinstance(indices, np.ndarray) and indices.size else ():
-        if not -1 <= s < n["S"]:
-            raise IndexError(f"a key in {name} is {s}, expected -1 or a key in [0, {n['S']})")
+    own = dims(n["xp"], **{name: (indices, "... T K", "int")})
+    fits = own["..."] == n["..."] and own["T"] == n["T"]
+    expect(fits, name, f"of shape {indices.shape}", f"{(*n['...'], n['T'])} rows")
+    for s in (indices.min(), indices.max()) if n["xp"] is np and indices.size else ():
+        expect(-1 <= s < n["S"], f"a key in {name}", s, f"-1 or a key in [0, {n['S']})", IndexError)
 
 
 def windows_of(n, k_start, k_end):
     """k_start and k_end as integers [..., T], clipped to the real keys; of another library None stays."""
-    shape, xp, windows = (*n["..."], n["T"]), n.get("xp", np), []
+    xp, shape, windows = n["xp"], (*n["..."], n["T"]), []
     for name, w in (("k_start", k_start), ("k_end", k_end)):
         if w is not None:
-            check_integers(name, w, xp)
-            fits = 0 < w.ndim <= len(shape) and w.shape[-1] == n["T"]
+            own = dims(xp, **{name: (w, "... T", "int")})
+            fits = own["T"] == n["T"] and w.ndim <= len(shape)
             fits = fits and all(a in (1, b) for a, b in zip(w.shape[::-1], shape[::-1]))
-            expect(fits, name, f"of shape {w.shape}", f"{shape}")
-            w = xp.minimum(w, w.dtype.type(min(n["S"], np.iinfo(w.dtype).max)))
-            w = xp.broadcast_to(xp.maximum(w.astype(np.int64), 0), shape)
-            w = w if xp is np else xp.ascontiguousarray(w, np.int32)
+            expect(fits, name, f"of shape {w.shape}", shape)
+            w = w.clip(0, min(n["S"], np.iinfo(w.dtype).max))
+            w = xp.broadcast_to(w, shape).astype(np.int64 if xp is np else np.int32, "C")
         windows.append(w)
     return filled(n, windows) if xp is np else windows
 
 
 def filled(n, windows):
     """Windows of which None is the causal default, of queries that are the last T of S tokens, as arrays."""
-    end, xp = np.maximum(np.arange(n["S"] - n["T"] + 1, n["S"] + 1), 0), n.get("xp", np)
-    whole = (np.broadcast_to(w, (*n["..."], n["T"])) if n["..."] else w for w in (np.zeros(n["T"], int), end))
-    return [xp.asarray(causal) if w is None else w for w, causal in zip(windows, whole)]
+    end = np.maximum(np.arange(n["S"] - n["T"] + 1, n["S"] + 1), 0)
+    whole = (np.broadcast_to(w, (*n["..."], n["T"])) for w in (0 * end, end))
+    return [n["xp"].asarray(causal) if w is None else w for w, causal in zip(windows, whole)]
 
 
 def check_options(n, given):
     """What a stage's options say, by their names: d_v, scale, top_k, windows, indices, out_dtype."""
     if "d_v" in given:
-        v, d_v = given["v"], given["d_v"]
-        if (v is None) == (d_v is None):
-            raise ValueError(f"v is {v if v is None else 'given'} and d_v is {d_v}, expected one of them")
-        if v is None:
-            expect(integer("d_v", d_v, 1) <= n["D"], "d_v", d_v, f"at most k's D = {n['D']}")
-            expect(n.setdefault("Dv", d_v) == d_v, "d_v", d_v, f"{n['Dv']}, as in out")
-    if (scale := given.get("scale", 1.0)) is None:
-        given["scale"] = max(1, n["D"]) ** -0.5
-    elif "scale" in given:
-        scale = scale.item() if isinstance(scale, (np.ndarray, np.generic)) and scale.ndim == 0 else scale
+        tied, d_v = given["v"] is None, given["d_v"]
+        expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
+        fits = not tied or n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]
+        expect(fits, "d_v", d_v, f"at most k's D = {n['D']}, and as in out")
+    if "scale" in given:
+        scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
+        scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
         fits = is_number(scale) and abs(scale) <= sys.float_info.max
         expect(fits, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
-        forced = given["local_window"], given["num_sink_tokens"]
-        top_k, given["local_window"], given["num_sink_tokens"] = quota(given["top_k"], *forced)
-        given["top_k"], n["K"] = top_k, min(top_k, n["S"])
+        for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
+            given[name] = integer(name, given[name], least)
+        top_k, forced = given["top_k"], (given["local_window"], given["num_sink_tokens"])
+        if sum(forced) > top_k:
+            raise ValueError(
+                f"local_window, num_sink_tokens are {forced}, expected up to top_k = {top_k} in all"
+            )
+        n["K"] = min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
             given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
-    if given.get("indices") is not None:
+    if given.get("indices") is not None and n["xp"] is np:
         check_indices("indices", given["indices"], n)
     if "out_dtype" in given:
-        like, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
-        asked = like if given["out_dtype"] is None else given["out_dtype"]
-        if asked not in (like, sums):  # what is said of a dtype takes 2 us to say
-            raise TypeError(f"out_dtype is {asked}, expected {' or '.join({str(like): 0, str(sums): 0})}")
-        given["out_dtype"] = like if asked == like else sums
+        allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
+        asked = allowed[0] if given["out_dtype"] is None else given["out_dtype"]
+        expect(asked in allowed, "out_dtype", asked, " or ".join({str(x): 0 for x in allowed}), TypeError)
+        given["out_dtype"] = allowed[allowed.index(asked)]
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-# For all copies of this file in a process: the calls under way that want BLAS on one thread, the threads that
-# each BLAS had before the first of them, and a lock. Up to Python 3.13 no signal comes between a lock and its
-# `with`.
-BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+# For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
+# that each BLAS had before the first of them.
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.Lock()))
 
 
 def set_num_threads(n):
@@ -1033,38 +932,37 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """The number of threads that work: without threadpoolctl 1.
-
-    BLAS's own threads would fight with ours for the cores, and only threadpoolctl can hold them to one.
+    """The number of threads that work: without threadpoolctl 1, as BLAS's own would be in their way.
 
     >>> set_num_threads(1); get_num_threads()
     1
     >>> set_num_threads(None)
     """
-    if not blas_libraries():
-        return 1
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return THREADS[0] or cpus
+    return (THREADS[0] or cpus) if blas_libraries() else 1
 
 
 @functools.cache
 def blas_libraries():
     """Those in this process, by threadpoolctl; none without it."""
-    try:
-        from threadpoolctl import ThreadpoolController
-    except ImportError:
+    if importlib.util.find_spec("threadpoolctl") is None:
         return []
-    return [lib for lib in ThreadpoolController().lib_controllers if lib.user_api == "blas"]
+    return (
+        importlib.import_module("threadpoolctl")
+        .ThreadpoolController()
+        .select(user_api="blas")
+        .lib_controllers
+    )
 
 
 def on_one_blas_thread(work):
     """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
-    me, context = object(), contextvars.copy_context()
+    me = object()
     try:
         try:
             share_blas(me, hold=True)
-            context.run(np.seterr, all="ignore")  # the code answers for -inf - -inf and the like
-            return context.run(work)
+            with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
+                return work()
         finally:
             share_blas(me, hold=False)
     finally:
@@ -1073,63 +971,37 @@ def on_one_blas_thread(work):
 
 
 def share_blas(me, hold):
-    if BLAS_LOCK._is_owned():  # a handler of signals has come in the middle of the lines below
-        return
     with BLAS_LOCK:
         if hold:
             BLAS_USERS.add(me)
-            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.get_num_threads() for lib in blas_libraries()]
-        last = not hold and {me} == BLAS_USERS
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            if hold or last or getattr(lib, "threading_layer", None) == "openmp":
-                set_blas_threads(lib, 1 if hold else before)
-        if last:
-            BLAS_BEFORE.clear()
+            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
+        last = {me} >= BLAS_USERS
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
+            release = getattr(lib, "clear_controlling_thread", lambda force: None)
+            release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
+            lib.set_num_threads(1 if hold else before)
+            release(force=True)
         if not hold:
+            BLAS_BEFORE[:] = () if last else BLAS_BEFORE
             BLAS_USERS.discard(me)
 
 
-def set_blas_threads(lib, n):
-    release = getattr(lib, "clear_controlling_thread", lambda force: None)
-    release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
-    lib.set_num_threads(n)
-    release(force=True)
-
-
-def begin_thread():
-    np.seterr(all="ignore")
-    for lib in blas_libraries():  # OpenMP's number is a thread's own
-        set_blas_threads(lib, 1)
-
-
-if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
-    os.register_at_fork(
-        before=BLAS_LOCK.acquire,
-        after_in_parent=BLAS_LOCK.release,
-        after_in_child=lambda users=BLAS_USERS, lock=BLAS_LOCK: [users.clear(), lock.release()],
-    )
-
-
 def in_blocks(block, arrays, results, n, given, most):
-    """Call a stage's block for every block of queries of every sequence -> its results, put together.
-
-    A result over T is written. One over S is added to, as a block returns its (keys, parts), and one over
-    neither too: in the order of the blocks, so that no sum depends on who comes first.
+    """Call a stage's block for every block of queries of every sequence -> its results, put together: over T
+    written, over S, (keys, parts), and over neither added up, in the order of the blocks with any threads.
     """
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
-    sums = accumulator(*(given[name] for name in cut))
-    dtypes = {name: getattr(x, "dtype", None) for name, x in given.items()} | {"int32": np.int32, "": sums}
-    dtypes["q"] = given.get("out_dtype") or dtypes.get("q")
-    cut |= {name: True for name in ("k_start", "k_end") if name in given}
-    whole: list[Any] = []
+    sums, whole = accumulator(*(given[x] for x in cut)), []
+    cut |= {x: True for x in ("k_start", "k_end") if x in given}
     for axes, word in results.values():
-        each = (n.get(axis, n.get("S")) for axis in axes)  # of a target without indices K is S
-        shape = [x for size in each for x in (size if isinstance(size, tuple) else (size,))]
-        whole.append(dtypes[word] and np.zeros(shape, dtypes[word] if "T" in axes else sums))
+        shape = [n.get(axis, n.get("S")) for axis in axes if axis != "..."]  # without indices K is S
+        shape = [*n["..."], *shape] if axes[0] == "..." else shape
+        dtype = getattr(given[word], "dtype", given[word]) if word in given else np.dtype(word or sums)
+        whole.append((axes, dtype, dtype and np.zeros(shape, dtype if "T" in axes else sums)))
 
     def work(job):
         b, t = job
-        own = {name: given[name][(*b, t) if by_query else b] for name, by_query in cut.items()}
+        own = {x: given[x][(*b, t) if by_query else b] for x, by_query in cut.items()}
         try:
             found = block(**{**given, **own})
         except FloatingPointError as wrong:
@@ -1137,20 +1009,21 @@ def in_blocks(block, arrays, results, n, given, most):
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
         return job, found if isinstance(found, tuple) else (found,)
 
-    def put_together():
-        for (b, t), found in spread(work, blocks(n, most)):
-            for x, (axes, _), part in zip(whole, results.values(), found):
-                if "T" in axes:
-                    x[(*b, t)] = part
-                elif part is not None:
-                    where, part = part if "S" in axes else (..., part)
-                    (x[b] if axes[0] == "..." else x)[where] += part
+    def put(done):
+        (b, t), found = done
+        for (axes, _, x), part in zip(whole, found):
+            if "T" in axes:
+                x[(*b, t)] = part
+            elif part is not None:
+                where, part = part if "S" in axes else (..., part)
+                (x[b] if axes[0] == "..." else x)[where] += part
 
-        words = (word for _, word in results.values())
-        return [None if x is None else x.astype(dtypes[word], copy=False) for x, word in zip(whole, words)]
+    def run():
+        spread(work, blocks(n, most), put)
+        found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
+        return tuple(found) if len(found) > 1 else found[0]
 
-    found = on_one_blas_thread(put_together)
-    return tuple(found) if len(found) > 1 else found[0]
+    return on_one_blas_thread(run)
 
 
 def blocks(n, most=64):
@@ -1161,36 +1034,30 @@ def blocks(n, most=64):
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
-def spread(work, jobs):
-    """work(job) for each job, on threads unless this is one of them -> the results, in order."""
-    threads, name = min(get_num_threads(), len(jobs)), "a thread of dsa"
+def spread(work, jobs, take=lambda found: None):
+    """take(work(job)) for each job, in order; work on threads, unless this is one of them."""
+    threads, name, under_way = min(get_num_threads(), len(jobs)), "a thread of dsa", []
     if threads <= 1 or threading.current_thread().name.startswith(name):
-        yield from map(work, jobs)
+        for job in jobs:
+            take(work(job))
         return
-    pool: Any = ThreadPoolExecutor(threads, name, begin_thread)
-
-    def begun(job):
-        try:
-            return pool.submit(work, job).result
-        except RuntimeError:  # no thread can be had, as when Python ends
-            return functools.partial(work, job)
-
-    try:  # so few are under way that results which wait to be taken fill little memory
-        jobs = iter(jobs)
-        under_way = collections.deque(map(begun, itertools.islice(jobs, 2 * threads)))
-        while under_way:  # an error in a thread is raised here
-            yield under_way.popleft()()
-            under_way.extend(map(begun, itertools.islice(jobs, 1)))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore")) as pool:
+        for job in jobs:
+            under_way.append(pool.submit(work, job))
+            if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
+                take(under_way.pop(0).result())
+        for found in under_way:
+            take(found.result())
 
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
 
+import collections
 import contextlib
 import copy
-import importlib
+import itertools
 import json
+import operator
 import tempfile
 import weakref
 import zlib
@@ -1674,11 +1541,10 @@ class Session(KVCache):
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
-        self._check_open()
         batch = check_lengths(batch, most=self.batch - 1, name="batch")
         expect(len(batch), "batch", "empty", "at least one sequence")
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
-        self.__dict__.update(batch=len(batch), _lengths=self._lengths[batch], _data=data)
+        self.__dict__.update(batch=len(batch), _lengths=self.lengths[batch], _data=data)
 
     __copy__ = copy.deepcopy
 
