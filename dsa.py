@@ -3291,9 +3291,14 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
     dq, dkv = xp.empty(q.shape, kind if latent else acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
     bytes_each = 4 * heads * D + N * (4 * D + 4 * heads + 32) if latent else bytes_each
+    if latent and H <= 8:  # no slot is stored but its pairs
+        bytes_each = N * 160
     whole = chip(q).processors // blocks or 1  # queries whose blocks take a turn of all processors
     for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
         M = len(rows)
+        if latent and H <= 8:
+            slots_of_latents(q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t], dkv[b])
+            continue
         if latent:
             slots = slots_of_latents(q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t])
         else:
@@ -3318,16 +3323,39 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
     return dq, dkv[..., :D], dkv[..., D:]
 
 
-def slots_of_latents(q, k, dout, rows, norms, scale, dq):
+def slots_of_latents(q, k, dout, rows, norms, scale, dq, dkv=None):
     """[dS, P]^T [q, dout] of each slot, and dq, for latents in bfloat16 on Hopper, where one kernel does all
     but that product. Heads come in parts of 32, or all in one.
     """
     xp, (M, H, D), N, parts = sys.modules["cupy"], q.shape, rows.shape[1], -(-q.shape[1] // 32)
     both, pairs = (xp.empty((M, *shape), q.dtype) for shape in ((parts * 64, D), (N, parts * 64)))
+    both = both if dkv is None else None
     arrays, sizes = (q, dout, k, norms, rows, dq, both, pairs), (len(k), H, N, np.float64(scale))
     grid, shared = (M * -(-parts // 2),), 384 * D + 8192 + D // 4  # struct Plan of the kernel
     launch("attend_backward_wgmma", 384, grid, arrays, sizes, shared=shared, D=D)
-    return product(pairs, both)
+    if dkv is None:
+        return product(pairs, both)
+    return add_by_tile(q, dout, rows, pairs, dkv, D, 512, 1, 1)
+
+
+SEGMENTS, SPLITS_TIED = 8, (1, 2)
+
+
+def add_by_tile(q, dout, rows, pairs, dkv, D, DV, G, TIED):
+    """What the slots rows [M, N] of q [M, H, D] and dout bring to their keys is added to dkv [S, G, width]."""
+    (M, N), S, H = rows.shape, len(dkv), q.shape[1]
+    tiles = -(-S // 128)
+    order, first = slots_by_key((rows >> 7).astype(np.uint16 if S <= 2**23 else np.int32), tiles)
+    columns = D // (3 if D == 576 else 4) if TIED else 128 if max(D, DV) > 64 else 64
+    parts = -(-D // columns) + (0 if TIED else -(-DV // columns))
+    segments, (split, blocks) = SEGMENTS, (SPLITS_TIED if TIED else (2, 2 if columns == 128 else 3))
+    block = columns * split
+    to = sys.modules["cupy"].empty((segments, *dkv.shape), dkv.dtype)
+    shared = 3 * 128 * 144 + 2 * 64 * 2 * (columns + 8) + 48 + 12 * (640 // block * block) + 4 * (block // 32)
+    arrays, sizes = (q, dout, rows, pairs, order, first, to), (S, H, G, N)
+    how = {"D": D, "DV": DV, "TIED": TIED, "COLUMNS": columns, "SPLIT": split, "BLOCKS": blocks, "SEGMENTS": segments, "shared": -(-shared // 16) * 16}
+    launch("attend_backward_keys", block, (tiles * segments * G * parts,), arrays, sizes, **how)
+    dkv += to.sum(0)
 
 
 def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma, at_once):
@@ -3338,23 +3366,29 @@ def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma, at_once):
     widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
     q, k, v, dout = map(aligned, (q, k, v, dout))
     by_rows = functools.partial(launch, "attend_backward_rows", 128, sizes=sizes, TYPE=q.dtype, **widths)
-    sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
-    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
+    by_tile = by_mma and not at_once and H // G > 2
+    all_sums = at_once or by_tile
+    sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if all_sums else None
+    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if all_sums else (q, k, v)))
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
             shared = 2**8 * sum(-(-width // 64) * 64 for width in widths.values())  # struct Tiles of 4 warps
-            grid, to = (T * G * -(-H // G // 8),), (dq[b], sums[b] if at_once else None)
+            parts = -(-H // G // 8)
+            pairs_of = xp.empty((T, K, G, parts, 2, 8), q.dtype) if by_tile else None
+            grid, to = (T * G * parts,), (dq[b], sums[b] if at_once else None, pairs_of)
             how = widths | {"shared": shared, "SUMS": int(at_once)}
             launch("attend_backward_mma", 128, grid, (*pairs, rows, *to), sizes, **how)
         else:
             by_rows(grid=(T * H,), arrays=(*pairs, rows, None, dq[b], None), BY_KEY=0)
-        if not at_once:
+        if by_tile:
+            add_by_tile(q[b], dout[b], rows, pairs_of, sums[b], D, v.shape[-1], G, 0)
+        elif not at_once:
             order, first = slots_by_key(rows, S)
             queries = (order // K).astype(np.int32)
             arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
             by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
-    return dq, *((sums[..., :D], sums[..., D:]) if at_once else dk_dv)
+    return dq, *((sums[..., :D], sums[..., D:]) if all_sums else dk_dv)
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):

@@ -2345,6 +2345,7 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16
     if (group == 2) {  // a thread copies 16 bytes of a panel for rows row, row + 16, ..
         setmaxnreg_dec<40>();
         const int row = tid % 128 / 8, column = tid % 8, at = row * 128 + swizzled(row, column);
+        const bool with_both = both;
         both += (m * parts + part) * 64 * D + column * 8;
         q += m * H * D + column * 8, dout += m * H * DV + column * 8, k += column * 8;
         const auto head_of = [&](int r) {  // of 32; so that a lane has 8 heads in a row
@@ -2370,7 +2371,7 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16
             }
         }
         cp_async_wait_all();  // what this thread copied is written side by side, for the product that follows
-        for (int i = 0; i < PANELS * 4 * groups; i++) {
+        for (int i = 0; i < PANELS * 4 * groups && with_both; i++) {
             const int panel = i % PANELS, r = i / PANELS;
             *(uint4*)(both + (r / 2 * 32 + head_of(r)) * D + panel * 64) =
                 *(const uint4*)(plan.both[panel][0] + r * 2048 + at);
@@ -2578,7 +2579,7 @@ __device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], con
 }
 
 KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v,
-        const float2* norms, const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K,
+        const float2* norms, const int* list, bf16* dq, float* dkv, bf16* pairs, i64 S, i64 H, i64 G, i64 K,
         double scale) {
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = H / G, parts = (r + 7) / 8;
@@ -2636,6 +2637,11 @@ KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, c
             }
             p_a[e] = cvt_rn_x2(p[0], p[1], bf16()), ds_a[e] = cvt_rn_x2(ds[0], ds[1], bf16());
             sums[e] = own < 0 ? nullptr : dkv + (i64(own) * G + group) * (D + DV);
+            const i64 slot = (i * 4 + warp) * 16ll + lane / 4 + e * 8;
+            if (pairs && slot < K) {
+                unsigned* const to = (unsigned*)pairs + (((t * K + slot) * G + group) * parts + part) * 8 + lane % 4;
+                to[0] = ds_a[e], to[4] = p_a[e];
+            }
         }
         const unsigned b[2] = {movmatrix_trans(ds_a[0]), movmatrix_trans(ds_a[1])};
         UNROLL for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
@@ -2662,6 +2668,141 @@ KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, c
     __syncthreads();
     for (int i = threadIdx.x; i < heads * D; i += 128)
         dq[first * D + i] = __float2bfloat16_rn(all[i] + all[8 * D + i] + all[16 * D + i] + all[24 * D + i]);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_backward_keys        sparse_attention_backward: what up to 8 heads of each query bring to its keys
+//     dkv[key] += sum ds q + p dout  (TIED: to the same columns),  or of q and dout each to their own
+// in    q [M, H, D], dout [M, H, DV] bf16, rows [M, K] i32; pairs [M, K, UNITS, 2, WIDE] bf16: ds, then p, of
+//       WIDE heads; order [M * K] i64: slots by tile of 128 keys, those of a tile by query; first [tiles + 1]
+// out   dkv [S, G, TIED ? D : D + DV] f32: one block adds to each value, in the order of the queries
+// grid  tiles * G * parts of COLUMNS values, of q, then, unless TIED, of dout   block COLUMNS * SPLIT threads
+// smem  struct Stage: 90 KB at 192 COLUMNS
+// A group is slots of one query whose keys ascend: a key stands in it once. NQ groups make a product of
+// ds and p, laid out by key [128, 64], and of their heads' rows [64, COLUMNS]; 16 keys without a slot are left out.
+// cost  of a group: 16 * COLUMNS * 2 bytes of L2, at most COLUMNS / 32 * 50 cycles of products
+#ifdef ATTEND_BACKWARD_KEYS
+constexpr int THREADS = COLUMNS * SPLIT, NQ = TIED ? 4 : 8, WIDE = TIED ? 32 : 8;
+constexpr int EACH = 640 / THREADS, WINDOW = EACH * THREADS;  // slots at a time, of a thread and of the block
+struct Stage {
+    bf16 a[3][128][64 + 8], b[2][64][COLUMNS + 8];  // padded, so that ldmatrix touches all banks
+    unsigned some[3][4];                            // the 16s of keys with slots in 16 columns of a
+    int query[WINDOW], slot[WINDOW], place[WINDOW], starts[THREADS / 32];
+};
+
+KERNEL(THREADS, BLOCKS) attend_backward_keys(const bf16* q, const bf16* dout, const int* rows, const bf16* pairs,
+        const i64* order, const i64* first, float* dkv, i64 S, i64 H, i64 G, i64 K) {
+    extern __shared__ __align__(128) char shared[];
+    Stage& stage = *(Stage*)shared;
+    constexpr int Q_PARTS = (D + COLUMNS - 1) / COLUMNS, PARTS = Q_PARTS + (TIED ? 0 : (DV + COLUMNS - 1) / COLUMNS);
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const int part = blockIdx.x % PARTS, g = blockIdx.x / PARTS % G, segment = blockIdx.x / (PARTS * (int)G) % SEGMENTS;
+    const int tile = blockIdx.x / (PARTS * (int)G * SEGMENTS);
+    const int side = part >= Q_PARTS, column = (part - side * Q_PARTS) * COLUMNS;
+    const int r = H / G, rounds = (r + 7) / 8, units = TIED ? 1 : G * rounds;
+    const i64 count = first[tile + 1] - first[tile], start = first[tile] + count * segment / SEGMENTS;
+    const i64 end = first[tile] + count * (segment + 1) / SEGMENTS;
+    dkv += segment * S * G * (TIED ? D : D + DV);
+    constexpr int TILES = 8 / SPLIT;  // of 16 keys, of a warp
+    const int own_tile = warp % SPLIT * TILES, own_column = warp / SPLIT * 32;
+    float sum[TILES][4][4] = {};
+
+    for (int round = 0; round < rounds; round++) {
+        const int head = g * r + round * 8, heads = min(8, r - round * 8);
+        for (i64 begin = start; begin < end; begin += WINDOW) {
+            // 1. of this thread's slots: where they stand, and of which group of the window they are
+            int slot[EACH], row[EACH], group[EACH], starts = 0;
+            const i64 own = begin + tid * EACH;
+            unsigned last = tid && own < end ? (unsigned)order[own - 1] : 0;
+            int last_key = tid && own < end ? rows[last] : 0;
+            UNROLL for (int j = 0; j < EACH; j++) {
+                const bool there = own + j < end;
+                slot[j] = there ? (int)order[own + j] : -1;
+                const int key = there ? rows[slot[j]] : 0;
+                row[j] = (unsigned)key < (unsigned)S && key / 128 == tile ? key % 128 : -1;
+                const bool new_one = there && (tid + j == 0 || slot[j] / (unsigned)K != last / (unsigned)K || key <= last_key);
+                group[j] = starts += new_one;
+                last = slot[j], last_key = key;
+            }
+            int before = starts;  // .. of the warp's lanes up to this one
+            for (int d = 1; d < 32; d *= 2) {
+                const int x = __shfl_up_sync(ALL, before, d);
+                before += lane >= d ? x : 0;
+            }
+            __syncthreads();  // the window before is done
+            if (lane == 31) stage.starts[warp] = before;
+            for (int i = tid; i < 3 * 128 * 9; i += THREADS) ((uint4*)stage.a)[i] = make_uint4(0, 0, 0, 0);
+            if (tid < 12) stage.some[tid / 4][tid % 4] = 0;
+            __syncthreads();
+            int groups = 0;
+            before -= starts + 1;  // counted from 0
+            for (int w = 0; w < THREADS / 32; w++) {
+                before += w < warp ? stage.starts[w] : 0;
+                groups += stage.starts[w];
+            }
+            UNROLL for (int j = 0; j < EACH; j++) {
+                const int at = before + group[j];
+                if (group[j] > (j ? group[j - 1] : 0)) stage.query[at] = slot[j] / (unsigned)K;
+                stage.slot[j * THREADS + tid] = slot[j], stage.place[j * THREADS + tid] = slot[j] < 0 || row[j] < 0 ? -1 : at * 128 + row[j];
+            }
+            __syncthreads();
+            // 2. NQ groups at a time: while they are multiplied, the next come
+            const auto fetch = [&](int i) {
+                UNROLL for (int j = 0; j < EACH; j++) {
+                    const int place = stage.place[j * THREADS + tid], at = place / 128 - i * NQ, row = place % 128;
+                    if (place < 0 || at < 0 || at >= NQ) continue;
+                    const i64 slot = stage.slot[j * THREADS + tid];
+                    const bf16* const from = pairs + (TIED ? slot * 64 + round * 8
+                        : (slot * units + g * rounds + round) * 16 + side * 8);
+                    bf16* const to = &stage.a[i % 3][row][at * (TIED ? 16 : 8)];
+                    for (int x = 0; x < (TIED ? 2 : 1); x++) cp_async<16>(cvta_shared(to + x * 8), from + x * WIDE, true);
+                    atomicOr(&stage.some[i % 3][at / (TIED ? 1 : 2)], 1u << row / 16);
+                }
+                constexpr int CHUNKS = COLUMNS / 8;
+                UNROLL for (int j = 0; j < 64 * CHUNKS / THREADS; j++) {
+                    const int at = j * THREADS + tid, b_row = at / CHUNKS, c = column + at % CHUNKS * 8;
+                    const int of = i * NQ + b_row / (TIED ? 16 : 8), h = b_row % 8, second = TIED ? b_row / 8 % 2 : side;
+                    const int width = second ? DV : D;
+                    const bool there = of < groups && h < heads && c < width;
+                    const i64 from = there ? (stage.query[of] * H + head + h) * width + c : 0;
+                    cp_async<16>(cvta_shared(&stage.b[i % 2][b_row][at % CHUNKS * 8]), (second ? dout : q) + from, there);
+                }
+                cp_async_commit_group();
+            };
+            fetch(0);
+            for (int i = 0; i * NQ < groups; i++) {
+                cp_async_wait_all();
+                __syncthreads();  // all have multiplied i - 1, too
+                if (i > 0) {  // a of i - 1 serves i + 2
+                    for (int x = tid; x < 128 * 9; x += THREADS) ((uint4*)stage.a[(i + 2) % 3])[x] = make_uint4(0, 0, 0, 0);
+                    if (tid < 4) stage.some[(i + 2) % 3][tid] = 0;
+                }
+                if ((i + 1) * NQ < groups) fetch(i + 1);
+                UNROLL for (int step = 0; step < 4; step++) {
+                    const unsigned some = stage.some[i % 3][step] >> own_tile;
+                    unsigned b[2][4];
+                    for (int x = 0; x < 2; x++)
+                        ldmatrix_x4_trans(b[x], cvta_shared(&stage.b[i % 2][step * 16 + lane % 16][own_column + x * 16 + lane / 16 * 8]));
+                    UNROLL for (int m = 0; m < TILES; m++) {
+                        if (!(some >> m & 1)) continue;
+                        unsigned a[4];
+                        ldmatrix_x4(a, cvta_shared(&stage.a[i % 3][(own_tile + m) * 16 + lane % 16][step * 16 + lane / 16 * 8]));
+                        for (int x = 0; x < 4; x++)
+                            mma_m16n8k16(sum[m][x], a, b[x / 2][x % 2 * 2], b[x / 2][x % 2 * 2 + 1], bf16());
+                    }
+                }
+            }
+        }
+    }
+    constexpr int WIDTH = TIED ? D : D + DV;
+    UNROLL for (int m = 0; m < TILES; m++)
+        UNROLL for (int x = 0; x < 4; x++)
+            UNROLL for (int e = 0; e < 4; e++) {
+                const i64 key = tile * 128ll + (own_tile + m) * 16 + lane / 4 + e / 2 * 8;
+                const int c = column + own_column + x * 8 + lane % 4 * 2 + e % 2;
+                if (key < S && c < (side ? DV : D)) dkv[(key * G + g) * WIDTH + side * D + c] = sum[m][x][e];
+            }
 }
 #endif
 
