@@ -3334,7 +3334,7 @@ def add_by_tile(q, dout, rows, pairs, sums, columns, tied):
     if not rows.size * sums.size:
         return
     blocks = tiles * G * (-(-D // columns) + (0 if tied else -(-Dv // columns)))
-    segments, block = max(1, 2048 // blocks), 2 * columns  # so that a tile that all see takes no longer
+    segments, block = max(1, 1536 // blocks), 2 * columns  # so that a tile that all see takes no longer
     parts = sys.modules["cupy"].empty((segments, *sums.shape), sums.dtype)
     order, first = slots_by_key((rows >> 7).astype(np.uint16 if S <= 2**23 else np.int32), tiles)
     shared = 55344 + 256 * (columns + 8) + 12 * (640 // block * block) + block // 8  # struct Stage

@@ -2303,8 +2303,8 @@ KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ d
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
 // in    q [M, H, D], dout [M, H, DV], k [S, D] bf16, whose first DV values are v; rows, norms as above, f32
-// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16, unless null: q of 32 heads, then their dout, 0 beyond DV
-//       and H; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
+// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16, unless null: q of 32 heads, then their dout, 0 beyond
+//       DV and H; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
 // grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
 // smem  struct Plan: 224 KB at D = 576
 // A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
@@ -2651,17 +2651,19 @@ KERNEL(128, 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* 
 // out   sums [SEGMENTS, S, G, TIED ? D : D + DV] f32 of as many parts of a tile's slots, every element written
 // grid  tiles * SEGMENTS * G * parts of COLUMNS values, of q, then, unless TIED, of dout   block 2 * COLUMNS
 // smem  struct Stage: 111 KB at 192 COLUMNS, 100 KB at 128
-// A group: slots of one query whose keys ascend, so that each stands there once. ds and p of NQ groups, by key
-// [128, 64] and mostly zeros, are multiplied by the rows of their heads; 16 keys without any slot are left out.
+// A group: slots of one query whose keys ascend, so that each stands there once. ds and p of NQ groups, by
+// key [128, 64] and mostly zeros, multiply the rows of their heads; 16 keys without any slot are left out.
 // cost  of a group: COLUMNS * 32 bytes of L2 (untied half), at most COLUMNS / 8 * 13 cycles of products
 #ifdef ATTEND_BACKWARD_KEYS_MMA
 constexpr int THREADS = 2 * COLUMNS, NQ = TIED ? 4 : 8, OWN = 64 / NQ, WIDE = TIED ? 32 : 8;
 constexpr int EACH = 640 / THREADS, WINDOW = EACH * THREADS;  // slots at a time, of a thread and of the block
-constexpr int Q_PARTS = (D + COLUMNS - 1) / COLUMNS, PARTS = Q_PARTS + (TIED ? 0 : (DV + COLUMNS - 1) / COLUMNS);
+constexpr int Q_PARTS = (D + COLUMNS - 1) / COLUMNS, WIDTH = TIED ? D : D + DV;
+constexpr int PARTS = Q_PARTS + (TIED ? 0 : (DV + COLUMNS - 1) / COLUMNS);
 struct alignas(16) Stage {
     bf16 a[3][128][64 + 8], b[2][64][COLUMNS + 8];  // padded, so that ldmatrix touches all banks
     unsigned some[3][4];                            // which 16s of keys have slots in 16 columns of a
-    int query[WINDOW], slot[WINDOW], place[WINDOW], starts[THREADS / 32];
+    unsigned slot[WINDOW];
+    int query[WINDOW], place[WINDOW], starts[THREADS / 32];
 };
 
 KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16* q, const bf16* dout,
@@ -2675,7 +2677,8 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
     const int side = part >= Q_PARTS, column = (part - side * Q_PARTS) * COLUMNS;
     const int r = H / G, rounds = (r + 7) / 8;
     const i64 count = first[tile + 1] - first[tile];
-    const i64 start = first[tile] + count * segment / SEGMENTS, end = first[tile] + count * (segment + 1) / SEGMENTS;
+    const i64 start = first[tile] + count * segment / SEGMENTS;
+    const i64 end = first[tile] + count * (segment + 1) / SEGMENTS;
     const int own_tile = warp % 2 * 4, own_column = warp / 2 * 32;  // a warp has 64 keys, 32 columns
     float sum[4][4][4] = {};
     const auto clear = [&](int i, int stages) {
@@ -2688,12 +2691,14 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
         for (i64 begin = start; begin < end; begin += WINDOW) {
             // 1. Where this thread's slots stand, and which groups of the window begin with them
             const i64 own = begin + tid * EACH;
-            int slot[EACH], row[EACH], group[EACH], starts = 0;
-            int last = tid && own < end ? (int)order[own - 1] : 0, last_key = tid && own < end ? rows[last] : 0;
+            unsigned slot[EACH];
+            int row[EACH], group[EACH], starts = 0;
+            unsigned last = tid && own < end ? order[own - 1] : 0;
+            int last_key = tid && own < end ? rows[last] : 0;
             UNROLL for (int j = 0; j < EACH; j++) {
                 const bool there = own + j < end;
-                slot[j] = there ? (int)order[own + j] : last;
-                const int key = there ? rows[(unsigned)slot[j]] : 0;
+                slot[j] = there ? order[own + j] : last;
+                const int key = there ? rows[slot[j]] : 0;
                 row[j] = there && (unsigned)key < S && key / 128 == tile ? key % 128 : -1;
                 const bool as_before = slot[j] / (unsigned)K == last / (unsigned)K && key > last_key;
                 group[j] = starts += there && !(tid + j && as_before);
@@ -2723,21 +2728,24 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
             __syncthreads();
             // 2. NQ groups at a time: while they are multiplied, the next come
             const auto fetch = [&](int i) {
-                UNROLL for (int x = tid; x < WINDOW; x += THREADS) {
-                    const int place = stage.place[x], n = place / 128 - i * NQ, row = place % 128;
+                UNROLL for (int j = 0; j < EACH; j++) {
+                    const int x = j * THREADS + tid, place = stage.place[x], row = place % 128;
+                    const int n = place / 128 - i * NQ;
                     if (place < 0 || n < 0 || n >= NQ) continue;
-                    const i64 unit = TIED ? (unsigned)stage.slot[x] : ((unsigned)stage.slot[x] * G + g) * rounds + round;
+                    const i64 slot = stage.slot[x], unit = TIED ? slot : (slot * G + g) * rounds + round;
                     const bf16* const from = pairs + unit * 2 * WIDE + (TIED ? round : side) * 8;
                     const unsigned to = cvta_shared(&stage.a[i % 3][row][n * OWN]);
                     cp_async<16>(to, from, true);
                     if (TIED) cp_async<16>(to + 16, from + WIDE, true);
                     atomicOr(&stage.some[i % 3][n * OWN / 16], 1u << row / 16);
                 }
-                UNROLL for (int x = tid; x < 8 * COLUMNS; x += THREADS) {
-                    const int to = x / (COLUMNS / 8), n = i * NQ + to / OWN, h = to % 8;
-                    const int chunk = x % (COLUMNS / 8) * 8, c = column + chunk;
-                    const bool of_dout = TIED ? to / 8 % 2 : side, there = n < groups && h < heads && c < (of_dout ? DV : D);
-                    const i64 from = there ? (stage.query[n] * H + head + h) * (of_dout ? DV : D) + c : 0;
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const int x = j * THREADS + tid, to = x / (COLUMNS / 8), h = to % 8;
+                    const int n = i * NQ + to / OWN, chunk = x % (COLUMNS / 8) * 8, c = column + chunk;
+                    const bool of_dout = TIED ? to / 8 % 2 : side;
+                    const int width = of_dout ? DV : D;
+                    const bool there = n < groups && h < heads && c < width;
+                    const i64 from = there ? (stage.query[n] * H + head + h) * width + c : 0;
                     cp_async<16>(cvta_shared(&stage.b[i % 2][to][chunk]), (of_dout ? dout : q) + from, there);
                 }
                 cp_async_commit_group();
@@ -2750,9 +2758,10 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
                 if ((i + 1) * NQ < groups) fetch(i + 1);
                 UNROLL for (int step = 0; step < 4; step++) {
                     const unsigned some = stage.some[i % 3][step] >> own_tile;
-                    const bf16* const b_row = stage.b[i % 2][step * 16 + lane % 16] + own_column + lane / 16 * 8;
+                    const bf16* const row = stage.b[i % 2][step * 16 + lane % 16] + own_column;
                     unsigned b[2][4];
-                    ldmatrix_x4_trans(b[0], cvta_shared(b_row)), ldmatrix_x4_trans(b[1], cvta_shared(b_row + 16));
+                    for (int x = 0; x < 2; x++)
+                        ldmatrix_x4_trans(b[x], cvta_shared(row + x * 16 + lane / 16 * 8));
                     UNROLL for (int m = 0; m < 4; m++) {
                         if (!(some >> m & 1)) continue;
                         const bf16* const a_row = stage.a[i % 3][(own_tile + m) * 16 + lane % 16] + step * 16;
@@ -2769,7 +2778,7 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
         const i64 key = tile * 128ll + (own_tile + i / 16) * 16 + lane / 4 + i / 2 % 2 * 8;
         const int c = column + own_column + i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
         if (key < S && c < (side ? DV : D))
-            sums[((segment * S + key) * G + g) * (TIED ? D : D + DV) + side * D + c] = sum[i / 16][i / 4 % 4][i % 4];
+            sums[((segment * S + key) * G + g) * WIDTH + side * D + c] = sum[i / 16][i / 4 % 4][i % 4];
     }
 }
 #endif
