@@ -3288,8 +3288,8 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
     for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
         M = len(rows)
         if latent:
-            arrays = q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t]
-            slots = slots_of_latents(*arrays, dkv[b] if few else None)
+            of_rows = q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t]
+            slots = slots_of_latents(*of_rows, dkv[b] if few else None)
         else:
             keys = gathered_slots(k[b], rows)  # [M * G, N, D]
             values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
@@ -3329,8 +3329,8 @@ def slots_of_latents(q, k, dout, rows, norms, scale, dq, dkv):
 
 
 def add_by_tile(q, dout, rows, pairs, sums, columns, tied):
-    """sums [S, G, width] += what the slots rows [M, N] bring of q [M, H, D] and dout, by their dS and P."""
-    (S, G, width), (_, H, D), (Dv,), tiles = sums.shape, q.shape, dout.shape[2:], -(-len(sums) // 128)
+    """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring of q [M, H, D] and dout, by their dS and P."""
+    (S, G, _), (_, H, D), (Dv,), tiles = sums.shape, q.shape, dout.shape[2:], -(-len(sums) // 128)
     if not rows.size * sums.size:
         return
     blocks = tiles * G * (-(-D // columns) + (0 if tied else -(-Dv // columns)))
