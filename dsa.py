@@ -3329,7 +3329,7 @@ def slots_of_latents(q, k, dout, rows, norms, scale, dq, dkv):
 
 
 def add_by_tile(q, dout, rows, pairs, sums, columns, tied):
-    """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring of q [M, H, D] and dout, by their dS and P."""
+    """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring of q [M, H, D] and dout."""
     (S, G, _), (_, H, D), (Dv,), tiles = sums.shape, q.shape, dout.shape[2:], -(-len(sums) // 128)
     if not rows.size * sums.size:
         return
