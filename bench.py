@@ -1795,7 +1795,7 @@ def attention(q, k, v, index, by, top_k, rows):
     def run(q, k, v):
         out, lse = dsa.sparse_attention(q, k, v, kept)
         args = q, k, v, kept, out, lse
-        return out, lambda dout: dsa.sparse_attention_backward(*args, dout, deterministic=False)[:3]
+        return out, lambda dout: dsa.sparse_attention_backward(*args, dout)[:3]
 
     return Ours.apply(run, q, k, v), kl
 
@@ -1813,7 +1813,7 @@ def learn(q, k, index, rows, few):
     target = dsa.attention_target(*map(give, some[:2]), **where)
 
     def run(index_q, index_k, weights):
-        loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where, deterministic=False)
+        loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where)
         return loss, lambda slope: [slope * x.astype(np.float32) for x in grads]
 
     return Ours.apply(run, *some[2:]).float() / (len(q) * rows)

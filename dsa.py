@@ -2280,16 +2280,14 @@ def slots(numbers):
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
     most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
 )
-def sparse_attention_backward(
-    q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None, deterministic=True
-):
+def sparse_attention_backward(q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None):
     """The gradients of out, lse = sparse_attention(q, k, v, indices, ...), for dout, out's.
 
     With P = exp(scale * q.k - logaddexp(lse, sink)) and dS = P * (dout.v - dout.out), summed over all slots:
     dq = scale * dS k, dk = scale * dS q, dv = P dout, dsink = -exp(sink - logaddexp(lse, sink)) * dout.out.
     dv is None where v is, and dk holds both parts; dsink is None without sink. Slots of -1 scatter nowhere.
-    Errors as in sparse_attention. deterministic=False lets a GPU add up what a key gets in any order, by
-    atomics, without sorting first. Of bfloat16 a GPU rounds P and dS to it, and sums in float32.
+    Errors as in sparse_attention. Runs agree bit for bit. Of bfloat16 a GPU rounds P and dS to it, and sums
+    in float32.
 
     >>> one, v, slots = np.ones((1, 1, 1)), np.array([[[1.0]], [[3.0]]]), np.array([[0, 1]])
     >>> out, lse = sparse_attention(one, 0 * v, v, slots)
@@ -2339,16 +2337,14 @@ def attention_target(q, k, *, scale=None, k_start=None, k_end=None, indices=None
     return softmax(np.where(rows[:, None, None] >= 0, x, -np.inf))[0].sum((1, 2)) / max(1, H)
 
 
-def indexer_loss(
-    index_q, index_k, weights, target, *, indices=None, k_start=None, k_end=None, deterministic=True
-):
+def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=None, k_end=None):
     """KL(p || softmax(I)), summed over all rows, of the scores I of (1); and its gradients, in closed form.
 
     index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]: as in index_scores.
     target: attention_target's, [..., T, S], or with the same indices [..., T, K]; of rows p that sum to 1, dI
     is softmax(I) - p. A row of zeros, or without keys, adds nothing; NaN, or less than 0, makes the loss NaN.
     -> loss, a float64, on a GPU in an array without axes, and (d_index_q, d_index_k, d_weights), in shape and
-    dtype like what they belong to. deterministic: as in sparse_attention_backward.
+    dtype like what they belong to.
 
     >>> one = np.ones((1, 1, 1))
     >>> loss, grads = indexer_loss(one, np.log([[1.0], [3.0]]), one[0], np.array([[0.25, 0.75]]))
@@ -2357,8 +2353,7 @@ def indexer_loss(
     """
     if indices is None:
         dims(index_k=(index_k, "... S E"), target=(target, "... T S"))
-    options = {"k_start": k_start, "k_end": k_end, "deterministic": deterministic}
-    losses, *grads = loss_of_rows(index_q, index_k, weights, target, indices, **options)
+    losses, *grads = loss_of_rows(index_q, index_k, weights, target, indices, k_start=k_start, k_end=k_end)
     return losses.sum(dtype=np.float64), tuple(grads)
 
 
@@ -2368,9 +2363,7 @@ def indexer_loss(
     " -> losses [..., T], d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
     most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
 )
-def loss_of_rows(
-    index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None, deterministic=True
-):
+def loss_of_rows(index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None):
     """The KL of each row, and the gradients of their sum. Without indices K is S: a block shares its keys."""
     (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
     dense = indices is None
@@ -3124,7 +3117,7 @@ def gpu_packed(x, rope, out=None):
 # of a query, or all keys; r: the heads of a group.
 
 
-def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink, deterministic):
+def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink):
     (H, G, D), Dv, tied = (n[axis] for axis in "HGD"), out.shape[-1], v is None
     r, inputs = H // G, (q, k, k if tied else v)
     acc, alike = accumulator(*inputs), {x.dtype for x in inputs} == {dout.dtype}
@@ -3134,11 +3127,10 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     launch("attend_backward_norms", 256, grid, arrays, sizes, TYPE=dout.dtype, OUT=out.dtype, ACC=acc)
     given = q, k, v, indices, dout, norms, scale
     by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
-    at_once = by_mma and not deterministic and r > 4  # of fewer heads atomics take longer
     narrow = not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128
     latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
-    if alike and narrow and (at_once or r <= (4, 16)[by_mma]):
-        grads = gradients_by_rows(n, *given, by_mma, at_once)
+    if alike and narrow and r <= (4, 16)[by_mma]:
+        grads = gradients_by_rows(n, *given, by_mma)
     else:
         grads = gradients_of_slots(n, *given, alike and latent and by_mma and chip(q).sm == 90)
     if z is not None:
@@ -3152,16 +3144,18 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
     """dq, dk and dv of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
     xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], dout.shape[-1]
     r, tied, acc, blocks = H // G, v is None, norms.dtype, -(-H // 64) if latent else 1
+    few = latent and H <= 8  # no slot is stored but its P and dS
     width, heads = D if tied else D + Dv, -(-H // 32) * 32
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
     dq, dkv = xp.empty(q.shape, kind if latent else acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
-    bytes_each = 4 * heads * D + N * (4 * D + 4 * heads + 32) if latent else bytes_each
+    bytes_each = 4 * heads * D + N * (4 * D * (not few) + 4 * heads + 32) if latent else bytes_each
     whole = chip(q).processors // blocks or 1  # queries whose blocks take a turn of all processors
     for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
         M = len(rows)
         if latent:
-            slots = slots_of_latents(q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t])
+            of_rows = q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t]
+            slots = slots_of_latents(*of_rows, dkv[b] if few else None)
         else:
             keys = gathered_slots(k[b], rows)  # [M * G, N, D]
             values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
@@ -3180,47 +3174,72 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
                 slots = xp.empty((M * G, N, width), acc)
                 product(by_key[..., :r], q_t, slots[..., :D])
                 product(by_key[..., r:], dout_t, slots[..., D:])
-        add_by_key(rows, slots, dkv[b])
+        if not few:
+            add_by_key(rows, slots, dkv[b])
     return dq, dkv[..., :D], dkv[..., D:]
 
 
-def slots_of_latents(q, k, dout, rows, norms, scale, dq):
+def slots_of_latents(q, k, dout, rows, norms, scale, dq, dkv):
     """[dS, P]^T [q, dout] of each slot, and dq, for latents in bfloat16 on Hopper, where one kernel does all
-    but that product. Heads come in parts of 32, or all in one.
+    but that product. Heads come in parts of 32, or all in one. With dkv it grows by those of all slots.
     """
     xp, (M, H, D), N, parts = sys.modules["cupy"], q.shape, rows.shape[1], -(-q.shape[1] // 32)
-    both, pairs = (xp.empty((M, *shape), q.dtype) for shape in ((parts * 64, D), (N, parts * 64)))
+    pairs = xp.empty((M, N, parts * 64), q.dtype)
+    both = xp.empty((M, parts * 64, D), q.dtype) if dkv is None else None
     arrays, sizes = (q, dout, k, norms, rows, dq, both, pairs), (len(k), H, N, np.float64(scale))
     grid, shared = (M * -(-parts // 2),), 384 * D + 8192 + D // 4  # struct Plan of the kernel
     launch("attend_backward_wgmma", 384, grid, arrays, sizes, shared=shared, D=D)
-    return product(pairs, both)
+    if dkv is None:
+        return product(pairs, both)
+    add_by_tile(q, dout, rows, pairs, dkv, 192 if D == 576 else 128, True)
 
 
-def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma, at_once):
-    """The same for narrow heads: dq over each query's keys, then dk and dv over each key's queries, whose
-    rows are read again, in their order; or all at once, by atomics. No slot is stored.
+def add_by_tile(q, dout, rows, pairs, sums, columns, tied):
+    """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring of q [M, H, D] and dout."""
+    (S, G, _), (_, H, D), (Dv,), tiles = sums.shape, q.shape, dout.shape[2:], -(-len(sums) // 128)
+    if not rows.size * sums.size:
+        return
+    blocks = tiles * G * (-(-D // columns) + (0 if tied else -(-Dv // columns)))
+    segments, block = max(1, 1536 // blocks), 2 * columns  # so that a tile that all see takes no longer
+    parts = sys.modules["cupy"].empty((segments, *sums.shape), sums.dtype)
+    order, first = slots_by_key((rows >> 7).astype(np.uint16 if S <= 2**23 else np.int32), tiles)
+    shared = 55344 + 256 * (columns + 8) + 12 * (640 // block * block) + block // 8  # struct Stage
+    arrays, sizes = (q, dout, rows, pairs, order, first, parts), (S, H, G, rows.shape[1])
+    how = {"D": D, "DV": Dv, "TIED": int(tied), "COLUMNS": columns, "SEGMENTS": segments}
+    shared += -shared % 16
+    launch("attend_backward_keys_mma", block, (blocks * segments,), arrays, sizes, shared=shared, **how)
+    sums += parts.sum(0)
+
+
+def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma):
+    """The same for narrow heads: dq over each query's keys, then dk and dv over each tile's slots, of which P
+    and dS are stored, or, of few heads, over each key's queries, whose rows are read again.
     """
     xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
     widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
     q, k, v, dout = map(aligned, (q, k, v, dout))
     by_rows = functools.partial(launch, "attend_backward_rows", 128, sizes=sizes, TYPE=q.dtype, **widths)
-    sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if at_once else None
-    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if at_once else (q, k, v)))
+    by_tile, parts = by_mma and H // G > 2, -(-H // G // 8)
+    sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if by_tile else None
+    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if by_tile else (q, k, v)))
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
             shared = 2**8 * sum(-(-width // 64) * 64 for width in widths.values())  # struct Tiles of 4 warps
-            grid, to = (T * G * -(-H // G // 8),), (dq[b], sums[b] if at_once else None)
-            how = widths | {"shared": shared, "SUMS": int(at_once)}
-            launch("attend_backward_mma", 128, grid, (*pairs, rows, *to), sizes, **how)
+            of_slots = xp.empty((T, K, G, parts, 2, 8), q.dtype) if by_tile else None
+            arrays = (*pairs, rows, dq[b], of_slots)
+            launch("attend_backward_mma", 128, (T * G * parts,), arrays, sizes, shared=shared, **widths)
         else:
             by_rows(grid=(T * H,), arrays=(*pairs, rows, None, dq[b], None), BY_KEY=0)
-        if not at_once:
+        if by_tile:
+            columns = 64 if max(widths.values()) <= 64 else 128
+            add_by_tile(q[b], dout[b], rows, of_slots, sums[b], columns, False)
+        else:
             order, first = slots_by_key(rows, S)
             queries = (order // K).astype(np.int32)
             arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
             by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
-    return dq, *((sums[..., :D], sums[..., D:]) if at_once else dk_dv)
+    return dq, *((sums[..., :D], sums[..., D:]) if by_tile else dk_dv)
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
@@ -3244,7 +3263,7 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
     return target
 
 
-def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_end, deterministic):
+def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_end):
     """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
     xp, (T, S, J, E) = n["xp"], (n[axis] for axis in "TSJE")
     like, N, dense = (index_q, index_k, weights), target.shape[-1], indices is None

@@ -2303,8 +2303,8 @@ KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ d
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
 // in    q [M, H, D], dout [M, H, DV], k [S, D] bf16, whose first DV values are v; rows, norms as above, f32
-// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16: q of 32 heads, then their dout, 0 beyond DV and H;
-//       pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
+// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16, unless null: q of 32 heads, then their dout, 0 beyond
+//       DV and H; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
 // grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
 // smem  struct Plan: 224 KB at D = 576
 // A tile of 64 keys comes in panels of 64 values, which are read for s and dp, then for dq, and are free one
@@ -2345,6 +2345,7 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16
     if (group == 2) {  // a thread copies 16 bytes of a panel for rows row, row + 16, ..
         setmaxnreg_dec<40>();
         const int row = tid % 128 / 8, column = tid % 8, at = row * 128 + swizzled(row, column);
+        const bool write = both;
         both += (m * parts + part) * 64 * D + column * 8;
         q += m * H * D + column * 8, dout += m * H * DV + column * 8, k += column * 8;
         const auto head_of = [&](int r) {  // of 32; so that a lane has 8 heads in a row
@@ -2370,7 +2371,7 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16
             }
         }
         cp_async_wait_all();  // what this thread copied is written side by side, for the product that follows
-        for (int i = 0; i < PANELS * 4 * groups; i++) {
+        for (int i = 0; i < PANELS * 4 * groups && write; i++) {
             const int panel = i % PANELS, r = i / PANELS;
             *(uint4*)(both + (r / 2 * 32 + head_of(r)) * D + panel * 64) =
                 *(const uint4*)(plan.both[panel][0] + r * 2048 + at);
@@ -2457,7 +2458,7 @@ KERNEL(384, 1) attend_backward_wgmma(const bf16* q, const bf16* dout, const bf16
 //       BY_KEY 1: a, b are rows of k and v, the others those heads of q and dout that share them, of queries
 //       list[first[key]] .. list[first[key + 1] - 1], in their order
 //       norms [T, H, 2] as above; D, DV multiples of 8, at most 128
-// out   d_a, and BY_KEY d_b, of TYPE, every element written; runs agree bit for bit, as no sum is by atomics
+// out   d_a, and BY_KEY d_b, of TYPE, every element written
 // grid  rows of a  block 128: a warp takes 32 / LANES others at a time, a lane 8 values of each
 // cost  2 * (D + DV) bytes a pair out of L2
 #ifdef ATTEND_BACKWARD_ROWS
@@ -2522,13 +2523,13 @@ KERNEL(128, 6) attend_backward_rows(const TYPE* a, const TYPE* b, const TYPE* ot
 
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_mma        sparse_attention_backward of 8 heads of a query on tensor cores, p and ds as above
-//     dq = sum ds k;  with SUMS also dk += ds q, dv += p dout, by atomics
+//     dq = sum ds k
 // in    q, dout, k, v, norms and list as above, in bf16
-// out   dq, every element written; dkv [S, G, D + DV] f32, added to
+// out   dq, every element written; pairs [T, K, G, ceil(H / G / 8), 2, 8] bf16, unless null: ds, then p
 // grid  T * G * ceil(H / G / 8)  block 128: a warp takes 16 slots at a time, in two tiles of its own
 // smem  struct Tiles for each warp: 32 KB at D = DV = 64
-// cost  2 * (D + DV) bytes a slot out of L2, with SUMS 4 * (D + DV) bytes of atomics
-// All products but those of SUMS have heads for columns: of s [16 keys, 8 heads] nothing is padding.
+// cost  2 * (D + DV) bytes a slot out of L2
+// All products have heads for columns: of s [16 keys, 8 heads] nothing is padding.
 #ifdef ATTEND_BACKWARD_MMA
 constexpr int STEPS = (D + 15) / 16, VSTEPS = (DV + 15) / 16;  // of 16 values
 constexpr int ROW = (D + 63) / 64 * 64, VROW = (DV + 63) / 64 * 64;
@@ -2536,14 +2537,6 @@ static_assert(D % 8 == 0 && DV % 8 == 0 && D <= 128 && DV <= 128, "rows are copi
 struct Tiles {
     bf16 k[2][16][ROW], v[2][16][VROW];  // swizzled
 };
-
-__device__ void atomic_add_x2(float* at, float x, float y) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(at), "f"(x), "f"(y) : "memory");
-#else
-    atomicAdd(at, x), atomicAdd(at + 1, y);
-#endif
-}
 
 // The operand b of a product with x^T, x [heads, WIDTH] of up to 8 heads: of every 16 values two registers.
 template <int WIDTH, int N> __device__ void load_heads(unsigned (&b)[N][2], const bf16* x, int heads) {
@@ -2565,20 +2558,8 @@ __device__ void multiply(float (&d)[4], unsigned tile, int row_bytes, const unsi
     }
 }
 
-// sums [key, WIDTH] += x [16 keys, 8 heads] b^T, of the keys that are there
-template <int WIDTH, int N>
-__device__ void add_to_keys(float* const (&sums)[2], const unsigned (&x)[2], const unsigned (&b)[N][2]) {
-    const unsigned a[4] = {x[0], x[1], 0, 0};  // of 16 columns the last 8 are no heads
-    UNROLL for (int i = 0; i < WIDTH / 8; i++) {
-        float d[4] = {};
-        mma_m16n8k16(d, a, movmatrix_trans(b[i / 2][i % 2]), 0, bf16());
-        for (int e = 0; e < 2; e++)
-            if (sums[e]) atomic_add_x2(sums[e] + i * 8 + threadIdx.x % 4 * 2, d[2 * e], d[2 * e + 1]);
-    }
-}
-
-KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v,
-        const float2* norms, const int* list, bf16* dq, float* dkv, i64 S, i64 H, i64 G, i64 K,
+KERNEL(128, 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* k, const bf16* v,
+        const float2* norms, const int* list, bf16* dq, bf16* pairs, i64 S, i64 H, i64 G, i64 K,
         double scale) {
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = H / G, parts = (r + 7) / 8;
@@ -2626,7 +2607,6 @@ KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, c
         float s[4] = {}, dp[4] = {};
         multiply(s, k_tile, 2 * ROW, q_b), multiply(dp, v_tile, 2 * VROW, dout_b);
         unsigned p_a[2], ds_a[2];  // of keys lane / 4 and lane / 4 + 8
-        float* sums[2];
         UNROLL for (int e = 0; e < 2; e++) {
             const int own = __shfl_sync(ALL, key, lane / 4 + e * 8);
             float p[2], ds[2];
@@ -2635,7 +2615,9 @@ KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, c
                 ds[h] = own < 0 ? 0 : c * p[h] * (dp[2 * e + h] - norm[h].y);
             }
             p_a[e] = cvt_rn_x2(p[0], p[1], bf16()), ds_a[e] = cvt_rn_x2(ds[0], ds[1], bf16());
-            sums[e] = own < 0 ? nullptr : dkv + (i64(own) * G + group) * (D + DV);
+            const i64 slot = (i * 4 + warp) * 16ll + lane / 4 + e * 8, at = (t * K + slot) * G + group;
+            unsigned* const to = (unsigned*)pairs + (at * parts + part) * 8 + lane % 4;
+            if (pairs && slot < K) to[0] = ds_a[e], to[4] = p_a[e];
         }
         const unsigned b[2] = {movmatrix_trans(ds_a[0]), movmatrix_trans(ds_a[1])};
         UNROLL for (int j = 0; j < STEPS; j++) {  // dq^T += k^T ds
@@ -2643,11 +2625,6 @@ KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, c
             const int row = lane / 16 * 8 + lane % 8;
             ldmatrix_x4_trans(a, k_tile + row * 2 * ROW + swizzled(row, j * 2 + lane / 8 % 2));
             mma_m16n8k16(sum[j], a, b[0], b[1], bf16());
-        }
-        if constexpr (SUMS) {
-            add_to_keys<D>(sums, ds_a, q_b);
-            for (int e = 0; e < 2; e++) sums[e] = sums[e] ? sums[e] + D : nullptr;
-            add_to_keys<DV>(sums, p_a, dout_b);
         }
         __syncwarp();  // nobody reads this tile any more
     }
@@ -2662,6 +2639,147 @@ KERNEL(128, SUMS ? 2 : 4) attend_backward_mma(const bf16* q, const bf16* dout, c
     __syncthreads();
     for (int i = threadIdx.x; i < heads * D; i += 128)
         dq[first * D + i] = __float2bfloat16_rn(all[i] + all[8 * D + i] + all[16 * D + i] + all[24 * D + i]);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------
+// attend_backward_keys_mma       sparse_attention_backward: what heads of all queries bring to a tile of keys
+//     dk[key] = sum ds q,  dv[key] = sum p dout;  TIED: both in one row, dv in its first values
+// in    q [M, H, D], dout [M, H, DV] bf16; rows [M, K] i32; pairs bf16, ds and p of each slot: TIED
+//       [M, K, 2, 32], of up to 32 heads, else [M, K, G, ceil(H / G / 8), 2, 8]; order [M * K] i64: slots by
+//       tile of 128 keys, those of a tile in order; first [tiles + 1] i64: where each tile's begin
+// out   sums [SEGMENTS, S, G, TIED ? D : D + DV] f32 of as many parts of a tile's slots, every element written
+// grid  tiles * SEGMENTS * G * parts of COLUMNS values, of q, then, unless TIED, of dout   block 2 * COLUMNS
+// smem  struct Stage: 111 KB at 192 COLUMNS, 100 KB at 128
+// A group: slots of one query whose keys ascend, so that each stands there once. ds and p of NQ groups, by
+// key [128, 64] and mostly zeros, multiply the rows of their heads; 16 keys without any slot are left out.
+// cost  of a group: COLUMNS * 32 bytes of L2 (untied half), at most COLUMNS / 8 * 13 cycles of products
+#ifdef ATTEND_BACKWARD_KEYS_MMA
+constexpr int THREADS = 2 * COLUMNS, NQ = TIED ? 4 : 8, OWN = 64 / NQ, WIDE = TIED ? 32 : 8;
+constexpr int EACH = 640 / THREADS, WINDOW = EACH * THREADS;  // slots at a time, of a thread and of the block
+constexpr int Q_PARTS = (D + COLUMNS - 1) / COLUMNS, WIDTH = TIED ? D : D + DV;
+constexpr int PARTS = Q_PARTS + (TIED ? 0 : (DV + COLUMNS - 1) / COLUMNS);
+struct alignas(16) Stage {
+    bf16 a[3][128][64 + 8], b[2][64][COLUMNS + 8];  // padded, so that ldmatrix touches all banks
+    unsigned some[3][4];                            // which 16s of keys have slots in 16 columns of a
+    unsigned slot[WINDOW];
+    int query[WINDOW], place[WINDOW], starts[THREADS / 32];
+};
+
+KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16* q, const bf16* dout,
+        const int* rows, const bf16* pairs, const i64* order, const i64* first, float* sums, i64 S, i64 H,
+        i64 G, i64 K) {
+    extern __shared__ __align__(128) char shared[];
+    Stage& stage = *(Stage*)shared;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, part = blockIdx.x % PARTS;
+    const int g = blockIdx.x / PARTS % (int)G, at = blockIdx.x / (PARTS * (int)G);
+    const int segment = at % SEGMENTS, tile = at / SEGMENTS;
+    const int side = part >= Q_PARTS, column = (part - side * Q_PARTS) * COLUMNS;
+    const int r = H / G, rounds = (r + 7) / 8;
+    const i64 count = first[tile + 1] - first[tile];
+    const i64 start = first[tile] + count * segment / SEGMENTS;
+    const i64 end = first[tile] + count * (segment + 1) / SEGMENTS;
+    const int own_tile = warp % 2 * 4, own_column = warp / 2 * 32;  // a warp has 64 keys, 32 columns
+    float sum[4][4][4] = {};
+    const auto clear = [&](int i, int stages) {
+        const uint4 zeros = make_uint4(0, 0, 0, 0);
+        for (int x = tid; x < stages * 128 * 9; x += THREADS) ((uint4*)stage.a[i])[x] = zeros;
+        if (tid < stages * 4) stage.some[i][tid] = 0;
+    };
+    for (int round = 0; round < rounds; round++) {
+        const int head = g * r + round * 8, heads = min(8, r - round * 8);
+        for (i64 begin = start; begin < end; begin += WINDOW) {
+            // 1. Where this thread's slots stand, and which groups of the window begin with them
+            const i64 own = begin + tid * EACH;
+            unsigned slot[EACH];
+            int row[EACH], group[EACH], starts = 0;
+            unsigned last = tid && own < end ? order[own - 1] : 0;
+            int last_key = tid && own < end ? rows[last] : 0;
+            UNROLL for (int j = 0; j < EACH; j++) {
+                const bool there = own + j < end;
+                slot[j] = there ? order[own + j] : last;
+                const int key = there ? rows[slot[j]] : 0;
+                row[j] = there && (unsigned)key < S && key / 128 == tile ? key % 128 : -1;
+                const bool as_before = slot[j] / (unsigned)K == last / (unsigned)K && key > last_key;
+                group[j] = starts += there && !(tid + j && as_before);
+                last = slot[j], last_key = key;
+            }
+            int before = starts;  // .. of the warp's lanes up to this one
+            for (int d = 1; d < 32; d *= 2) {
+                const int x = __shfl_up_sync(ALL, before, d);
+                before += lane >= d ? x : 0;
+            }
+            __syncthreads();  // the window before is done
+            if (lane == 31) stage.starts[warp] = before;
+            clear(0, 3);
+            __syncthreads();
+            int groups = 0;
+            before -= starts + 1;  // groups count from 0
+            for (int w = 0; w < THREADS / 32; w++) {
+                before += w < warp ? stage.starts[w] : 0;
+                groups += stage.starts[w];
+            }
+            UNROLL for (int j = 0; j < EACH; j++) {
+                const int i = before + group[j];
+                if (group[j] > (j ? group[j - 1] : 0)) stage.query[i] = slot[j] / (unsigned)K;
+                stage.slot[j * THREADS + tid] = slot[j];
+                stage.place[j * THREADS + tid] = row[j] < 0 ? -1 : i * 128 + row[j];
+            }
+            __syncthreads();
+            // 2. NQ groups at a time: while they are multiplied, the next come
+            const auto fetch = [&](int i) {
+                UNROLL for (int j = 0; j < EACH; j++) {
+                    const int x = j * THREADS + tid, place = stage.place[x], row = place % 128;
+                    const int n = place / 128 - i * NQ;
+                    if (place < 0 || n < 0 || n >= NQ) continue;
+                    const i64 slot = stage.slot[x], unit = TIED ? slot : (slot * G + g) * rounds + round;
+                    const bf16* const from = pairs + unit * 2 * WIDE + (TIED ? round : side) * 8;
+                    const unsigned to = cvta_shared(&stage.a[i % 3][row][n * OWN]);
+                    cp_async<16>(to, from, true);
+                    if (TIED) cp_async<16>(to + 16, from + WIDE, true);
+                    atomicOr(&stage.some[i % 3][n * OWN / 16], 1u << row / 16);
+                }
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const int x = j * THREADS + tid, to = x / (COLUMNS / 8), h = to % 8;
+                    const int n = i * NQ + to / OWN, chunk = x % (COLUMNS / 8) * 8, c = column + chunk;
+                    const bool of_dout = TIED ? to / 8 % 2 : side;
+                    const int width = of_dout ? DV : D;
+                    const bool there = n < groups && h < heads && c < width;
+                    const i64 from = there ? (stage.query[n] * H + head + h) * width + c : 0;
+                    cp_async<16>(cvta_shared(&stage.b[i % 2][to][chunk]), (of_dout ? dout : q) + from, there);
+                }
+                cp_async_commit_group();
+            };
+            fetch(0);
+            for (int i = 0; i * NQ < groups; i++) {
+                cp_async_wait_all();
+                __syncthreads();  // and all have multiplied what came before
+                if (i > 0) clear((i + 2) % 3, 1);
+                if ((i + 1) * NQ < groups) fetch(i + 1);
+                UNROLL for (int step = 0; step < 4; step++) {
+                    const unsigned some = stage.some[i % 3][step] >> own_tile;
+                    const bf16* const row = stage.b[i % 2][step * 16 + lane % 16] + own_column;
+                    unsigned b[2][4];
+                    for (int x = 0; x < 2; x++)
+                        ldmatrix_x4_trans(b[x], cvta_shared(row + x * 16 + lane / 16 * 8));
+                    UNROLL for (int m = 0; m < 4; m++) {
+                        if (!(some >> m & 1)) continue;
+                        const bf16* const a_row = stage.a[i % 3][(own_tile + m) * 16 + lane % 16] + step * 16;
+                        unsigned a[4];
+                        ldmatrix_x4(a, cvta_shared(a_row + lane / 16 * 8));
+                        for (int x = 0; x < 4; x++)
+                            mma_m16n8k16(sum[m][x], a, b[x / 2][x % 2 * 2], b[x / 2][x % 2 * 2 + 1], bf16());
+                    }
+                }
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < 64; i++) {
+        const i64 key = tile * 128ll + (own_tile + i / 16) * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int c = column + own_column + i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
+        if (key < S && c < (side ? DV : D))
+            sums[((segment * S + key) * G + g) * WIDTH + side * D + c] = sum[i / 16][i / 4 % 4][i % 4];
+    }
 }
 #endif
 
