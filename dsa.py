@@ -920,7 +920,7 @@ def check_options(n, given):
 THREADS: list[int | None] = [None]  # what set_num_threads set
 # For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
 # that each BLAS had before the first of them.
-BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.Lock()))
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
 
 
 def set_num_threads(n):
@@ -976,14 +976,31 @@ def share_blas(me, hold):
             BLAS_USERS.add(me)
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
         last = {me} >= BLAS_USERS
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE if hold or last else ()):
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
             release = getattr(lib, "clear_controlling_thread", lambda force: None)
-            release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
-            lib.set_num_threads(1 if hold else before)
-            release(force=True)
+            if hold or last or getattr(lib, "threading_layer", None) == "openmp":  # a number of each thread
+                release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
+                lib.set_num_threads(1 if hold else before)
+                release(force=True)
         if not hold:
             BLAS_BEFORE[:] = () if last else BLAS_BEFORE
             BLAS_USERS.discard(me)
+
+
+def begin_thread():
+    np.seterr(all="ignore")
+    with BLAS_LOCK:
+        for lib in blas_libraries():
+            if getattr(lib, "threading_layer", None) == "openmp":
+                lib.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
+    os.register_at_fork(
+        before=BLAS_LOCK.acquire,
+        after_in_parent=BLAS_LOCK.release,
+        after_in_child=lambda: [BLAS_USERS.clear(), BLAS_LOCK.release()],
+    )
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -997,7 +1014,8 @@ def in_blocks(block, arrays, results, n, given, most):
         shape = [n.get(axis, n.get("S")) for axis in axes if axis != "..."]  # without indices K is S
         shape = [*n["..."], *shape] if axes[0] == "..." else shape
         dtype = getattr(given[word], "dtype", given[word]) if word in given else np.dtype(word or sums)
-        whole.append((axes, dtype, dtype and np.zeros(shape, dtype if "T" in axes else sums)))
+        made = np.empty(shape, dtype) if "T" in axes else np.zeros(shape, sums)
+        whole.append((axes, dtype, dtype and made))
 
     def work(job):
         b, t = job
@@ -1030,7 +1048,7 @@ def blocks(n, most=64):
     """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
     width = 1 if "H" in n else n.get("S") or 1  # attention holds tiles of keys, the others whole rows
     T, J, H = n["T"], n.get("J") or 1, n.get("H") or 1
-    step = max(1, min(most, KEY_TILE // J, 2 * KEY_TILE // H, 2**22 // width))
+    step = max(1, min(most, KEY_TILE // max(J, H), 2**22 // width))
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
@@ -1041,7 +1059,7 @@ def spread(work, jobs, take=lambda found: None):
         for job in jobs:
             take(work(job))
         return
-    with ThreadPoolExecutor(threads, name, functools.partial(np.seterr, all="ignore")) as pool:
+    with ThreadPoolExecutor(threads, name, begin_thread) as pool:
         for job in jobs:
             under_way.append(pool.submit(work, job))
             if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
