@@ -628,10 +628,8 @@ class KVCache:
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
         self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
         self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        encoded = (
-            {name: self._codec.shape(name, x) for name, x in self.streams.items()} if self._codec else {}
-        )
-        self._stored = self.streams | encoded
+        encoded = self._codec.shape if self._codec else lambda name, shape: shape
+        self._stored = {name: encoded(name, shape) for name, shape in self.streams.items()}
         self.bytes_per_token = sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
@@ -692,7 +690,8 @@ class KVCache:
 
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
-        expect(name in self.streams, "name", repr(name), f"one of {[*self.streams]}")
+        if name not in self.streams:
+            raise ValueError(f"name is {name!r}, expected one of {[*self.streams]}")
         longest = max(self.lengths.tolist())
         return self._data[name][:, :longest]
 
@@ -706,7 +705,8 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
-        expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
+        if n["B"] != self.batch:
+            raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
         for b, length in enumerate(self.lengths.tolist() if self.xp is np else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
@@ -732,8 +732,9 @@ class KVCache:
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
-        if self._codec:
-            return self._codec.attend(self, q, indices, **kwargs)
+        kernel = KERNELS.get(("attend_to_cache", self.xp.__name__))
+        if kernel or self._codec:
+            return (kernel or self._codec.attend)(self, q, indices, **kwargs)
         v = self.read("v") if "v" in self.streams else None
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
@@ -786,36 +787,32 @@ def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    arrays = []
-    for name, axes in declared.items():
-        if (x := given[name]) is not None or name not in optional:
-            xp = library(name, x, xp)
-            arrays.append((name, axes, x.dtype, x.shape))
-            if not x.dtype.isnative:
-                given[name] = x.astype(native(x))
-    return {**sizes_of(tuple(arrays)), "xp": xp}
-
-
-@functools.lru_cache(maxsize=4096)
-def sizes_of(arrays):
-    """sizes of (name, (axes, word), dtype, shape), ...; the layers of a model ask for the same."""
     n: dict[str, Any] = {}
-    owner: dict[str, str] = {}
-    for name, (axes, word), dtype, shape in arrays:
-        fits = dtype.kind in "iu" if word == "int" else dtype.name in ((word,) if word else FLOATS)
-        expect(fits, name, f"of dtype {dtype}", word or f"one of {', '.join(FLOATS)}", TypeError)
-        lead, batch = len(shape) - len(axes) + 1, axes[0] == "..."
-        expect(lead >= 0 if batch else lead == 1, name, f"of shape {shape}", f"axes [{', '.join(axes)}]")
-        for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
-            axis, _, more = axis.partition("+")  # as "E+4", a row of E codes and 4 bytes more
-            size, what = size - int(more) if more else size, "" if axis == "..." else f"{axis} = "
+    for name, (axes, word) in declared.items():
+        if (x := given[name]) is None and name in optional:
+            continue
+        xp = library(name, x, xp)
+        allowed = (word,) if word else FLOATS
+        if not (x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed):
+            expect(False, name, f"of dtype {x.dtype}", word or f"one of {', '.join(FLOATS)}", TypeError)
+        if not x.dtype.isnative:
+            given[name] = x.astype(native(x))
+        shape, batch = x.shape, len(x.shape) - len(axes) + 1
+        if axes[0] == "..." and batch >= 0:
+            shape = shape[:batch], *shape[batch:]
+        if len(shape) != len(axes):
+            expect(False, name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
+        for axis, size in zip(axes, shape):
+            if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
+                axis, size = axis[0], size - int(axis[2:])
             if n.setdefault(axis, size) != size:
-                raise ValueError(f"{name} has {what}{size}, but {owner[axis]} has {what}{n[axis]}")
-            owner.setdefault(axis, name)
+                owner = next(x for x in declared if axis in declared[x][0] and given[x] is not None)
+                what = "" if axis == "..." else f"{axis} = "
+                raise ValueError(f"{name} has {what}{size}, but {owner} has {what}{n[axis]}")
     if "G" in n and "H" in n:
         expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
     expect(n.get("S", 0) < 2**31, "S", n.get("S"), "less than 2**31, as indices are int32")
-    return n
+    return n | {"xp": xp}
 
 
 def accumulator(*arrays):
@@ -884,10 +881,11 @@ def check_options(n, given):
     if "d_v" in given:
         tied, d_v = given["v"] is None, given["d_v"]
         expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
-        fits = not tied or n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]
-        expect(fits, "d_v", d_v, f"at most k's D = {n['D']}, and as in out")
-    if "scale" in given:
-        scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
+        if tied and not n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]:
+            raise ValueError(f"d_v is {d_v}, expected at most k's D = {n['D']}, and as in out")
+    if (scale := given.get("scale", 1.0)) is None:
+        given["scale"] = max(1, n["D"]) ** -0.5
+    elif "scale" in given:
         scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
         fits = is_number(scale) and abs(scale) <= sys.float_info.max
         expect(fits, "scale", repr(scale), "a finite number")
@@ -897,21 +895,23 @@ def check_options(n, given):
             given[name] = integer(name, given[name], least)
         top_k, forced = given["top_k"], (given["local_window"], given["num_sink_tokens"])
         if sum(forced) > top_k:
-            raise ValueError(
-                f"local_window, num_sink_tokens are {forced}, expected up to top_k = {top_k} in all"
-            )
+            expected = f"up to top_k = {top_k} in all"
+            raise ValueError(f"local_window, num_sink_tokens are {forced}, expected {expected}")
         n["K"] = min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
             given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
-        given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
+        if n["xp"] is np or given["k_start"] is not given["k_end"]:  # not None, both
+            given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None and n["xp"] is np:
         check_indices("indices", given["indices"], n)
-    if "out_dtype" in given:
+    if given.get("out_dtype") is None:
+        given |= {"out_dtype": given["q"].dtype} if "out_dtype" in given else {}
+    else:
         allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
-        asked = allowed[0] if given["out_dtype"] is None else given["out_dtype"]
-        expect(asked in allowed, "out_dtype", asked, " or ".join({str(x): 0 for x in allowed}), TypeError)
+        asked, expected = given["out_dtype"], " or ".join({str(x): 0 for x in allowed})
+        expect(asked in allowed, "out_dtype", asked, expected, TypeError)
         given["out_dtype"] = allowed[allowed.index(asked)]
 
 
@@ -1070,6 +1070,7 @@ def spread(work, jobs, take=lambda found: None):
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
 
+import bisect
 import collections
 import contextlib
 import copy
@@ -1482,8 +1483,6 @@ class Entries:
         return unpacked(x, *self.widths[name])
 
     def attend(self, cache, q, indices, **kwargs):
-        if kernel := KERNELS.get(("attend_to_entries", cache.xp.__name__)):
-            return kernel(cache, q, indices, **kwargs)
         names, parts = cache.streams.keys() & {"k", "v"}, []
         for b, (used, own) in enumerate(map(among_used, indices)):  # no other key is decoded
             k_v = {name: self.decode(name, cache.stored(name)[b, used]) for name in names}
@@ -2689,6 +2688,7 @@ SUMS = {x.dtype: (x.ctypes.data, x[1:].ctypes.data, (how, -1)) for x, how in zip
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
+TOPK_KEYS = 2**12, 2**13 - 1, 2**13, 2**14, 2**14 + 1  # up to how many keys a row is ranked alike
 TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
 
 # What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0; shared: the bytes that
@@ -2714,6 +2714,34 @@ def like(x):
     """A Like, but as a plain tuple, which is made in half the time."""
     return x.dtype, x.strides, x.data.ptr % 16
 
+
+KNOWN: dict[Any, Any] = {}  # what sizes found, by all that it depends on but S, which grows by each token
+
+
+def known_sizes(declared, given, optional, xp=None, check=sizes):
+    """sizes, looked up where arrays like these were seen."""
+    key, S = [xp], None
+    try:
+        for name, axes in declared.items():
+            if (x := given[name]) is not None or name not in optional:
+                shape = x.shape
+                if "S" in axes[0]:
+                    at = axes[0].index("S") - len(axes[0])
+                    S = shape[at] if S is None else S
+                    shape = shape[:at], shape[at] - S, shape[at:][1:]
+                key += name, axes, type(x), x.dtype, shape
+        n = KNOWN[tuple(key)].copy()
+    except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
+        n = check(declared, given, optional, xp)
+        if all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+            KNOWN.update({tuple(key): n.copy()} if len(KNOWN) < 2**14 else {})
+    if S is not None:
+        n["S"] = S
+        expect(S < 2**31, "S", S, "less than 2**31, as indices are int32")
+    return n
+
+
+globals().update(sizes=known_sizes)
 
 # A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
 # what it returns and launches kernels, of which all is worked out that does not change from call to call. It
@@ -2779,12 +2807,16 @@ class Kernel:
 kernel = functools.cache(Kernel)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.cache
+def long_long():
+    """What CuPy makes of an int at a launch, in a third of a microsecond; its own type is made in a tenth."""
+    return getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
+
+
 def as_arguments(*numbers):
     """What a launch takes for an int, as a long long, and for a number of NumPy's, as what it is."""
-    # CuPy would make it anew each time, in a third of a microsecond. Kernels read what they need of 8 bytes.
-    made = getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
-    return [made(x if isinstance(x, int) else int(x.view(f"i{x.itemsize}"))) for x in numbers]
+    made = long_long()  # kernels read what they need of 8 bytes
+    return [made(x if type(x) is int else int(x.view(f"i{x.itemsize}"))) for x in numbers]
 
 
 def scratch(chip, nbytes):
@@ -2797,8 +2829,7 @@ def scratch(chip, nbytes):
 
 def launch(name, block, grid, arrays, sizes, place=(), shared=0, **constants):
     """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
-    numbers = as_arguments(*place) + as_arguments(*sizes)
-    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, numbers, shared)
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*place, *sizes), shared)
 
 
 def aligned(x, multiple=1):
@@ -2870,9 +2901,11 @@ def score_plan(chip, batch, T, J, E, *given):
     q, k, w = (Like(*x) for x in given)
     real, blocks = accumulator(q, k, w), math.prod(batch)
     found, queries, keys, shared = score_kernel(chip, (q.dtype, k.dtype), real, J, E, T)
+    by_wgmma, made = found.name == "index_scores_wgmma", long_long()
+    queries = FEW if by_wgmma and T <= FEW else queries
     plain, of_fitting = found.name == "index_scores_fma", None  # by how many rows sequences of keys are apart
     dtype, vector = (real, 1) if plain else (q.dtype, 16 // q.dtype.itemsize)
-    first, last = as_arguments(T), as_arguments(J, E) if plain else []
+    first, last = as_arguments(T), as_arguments(*((queries,) if by_wgmma else (J, E) if plain else ()))
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
         # DeepSeek-V3.2's indexer: its attention takes longest to compile, which begins here, as a guess.
         fp8 = k.dtype == np.uint8
@@ -2890,11 +2923,11 @@ def score_plan(chip, batch, T, J, E, *given):
                 of_fitting = apart  # nothing was to be done, nor will be for arrays like these
         S, arrays = index_k.shape[-2], (index_q, index_k, weights, k_start, k_end, scores)
         offset, many, more = S - T if offset is None else offset, queries, last
-        if found.name == "index_scores_wgmma":
+        if by_wgmma and T > FEW:
             many = queries_of_block(chip.processors, blocks, T, min(S, offset + T), queries, keys)
             more = as_arguments(many)
         grid = (blocks * -(-T // many) * -(-S // keys),)
-        found(grid, arrays, [*first, *as_arguments(S, offset, apart), *more], shared)
+        found(grid, arrays, [*first, made(S), made(offset), made(apart), *more], shared)
 
     def fitted(index_q, index_k, weights):
         if plain and index_q.dtype == np.uint8:
@@ -2922,19 +2955,30 @@ def gpu_index_scores(n, index_q, index_k, weights, k_start, k_end):
 
 
 @plan
-def topk_kernel(chip, real, rows, num_keys, quota):
-    """The kernel of (2) for so many rows of so many keys, a row's blocks, and shared memory."""
+def topk_plan(chip, real, batch, T, num_keys, quota):
+    """What launches (2) for rows of up to so many keys, one of TOPK_KEYS."""
+    rows, (top_k, local_window, num_sink_tokens) = math.prod(batch) * T, quota
     block, simple = 512 if rows > 128 else 1024, real == np.float32 and not any(quota[1:])
     # How many keys stay in a thread's registers
     held = next((x for x in (8, 16, 32) if simple and num_keys <= min(x * block, 2**14)), 0)
     blocks = 1 if held else blocks_of_row(chip, rows, num_keys)
     block = 512 if blocks > 1 else block
     # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
-    runs = [1] if held else [8192] * (quota[0] > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
+    runs = [1] if held else [8192] * (top_k > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
     shared = {x: 8500 + 20 * x + 2 * held * block + 40000 * (blocks > 1) for x in runs}  # struct Shared
     most = next(x for x in runs if shared[x] <= chip.shared)
     sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}
-    return kernel(chip, "select_topk", block, REAL=real, **sizes), blocks, shared[most]
+    found, grid = kernel(chip, "select_topk", block, REAL=real, **sizes), (rows * blocks,)
+    made, first, last, new = long_long(), as_arguments(T), as_arguments(top_k), sys.modules["cupy"].ndarray
+
+    def run(S, offset, scores, k_start, k_end, indices=None):
+        K, forced = min(top_k, S), [made(min(local_window, S)), made(min(num_sink_tokens, S))]
+        indices = new((*batch, T, K), np.int32) if indices is None else indices
+        numbers = [*first, made(S), made(K), made(offset), *last, *forced]
+        found(grid, (scores, k_start, k_end, indices), numbers, shared[most])
+        return indices
+
+    return run
 
 
 def blocks_of_row(chip, rows, num_keys):
@@ -2945,14 +2989,11 @@ def blocks_of_row(chip, rows, num_keys):
     return next(x for x in (most, 8, 4, 1) if rows * x <= 64 or x == 1)
 
 
-def ranked(chip, real, batch, T, S, offset, quota, scores, k_start, k_end, indices=None):
-    """(2) for scores, an array or a pointer, as indices. offset: S - T, or of all queries."""
-    rows, shape = math.prod(batch) * T, (*batch, T, min(quota[0], S))
-    found, blocks, shared = topk_kernel(chip, real, rows, min(S, 2**14 + 1), quota)  # one for all longer rows
-    indices = sys.modules["cupy"].ndarray(shape, np.int32) if indices is None else indices
-    numbers = as_arguments(T, S, shape[-1], offset, quota[0], *(min(x, S) for x in quota[1:]))
-    found((rows * blocks,), (scores, k_start, k_end, indices), numbers, shared)
-    return indices
+def ranking(chip, real, batch, T, S, quota):
+    """topk_plan, looked up: run(S, offset, scores, k_start, k_end, indices) ranks scores, an array or a
+    pointer, as indices. offset: S - T, or of all queries.
+    """
+    return topk_plan(chip, real, batch, T, TOPK_KEYS[bisect.bisect_left(TOPK_KEYS, min(S, 2**14 + 1))], quota)
 
 
 def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
@@ -2960,7 +3001,7 @@ def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_
     expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
     scores = aligned(scores.astype(real, copy=False))
     offset = S if k_start is None and k_end is None else S - T  # S: up to the end
-    return ranked(chip(scores), real, n["..."], T, S, offset, quota, scores, k_start, k_end)
+    return ranking(chip(scores), real, n["..."], T, S, quota)(S, offset, scores, k_start, k_end)
 
 
 def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end):
@@ -2972,9 +3013,9 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
     if rows <= most:
         memory = scratch(scored.chip, rows * S * real.itemsize)
         (scores,) = as_arguments(memory.ptr)
-        topk_kernel(scored.chip, real, rows, min(S, 2**14 + 1), quota)  # compiles beside the scores
+        rank = ranking(scored.chip, real, batch, T, S, quota)  # compiles beside the scores
         score(index_q, index_k, weights, k_start, k_end, S - T, scores)
-        return ranked(scored.chip, real, batch, T, S, S - T, quota, scores, k_start, k_end)
+        return rank(S, S - T, scores, k_start, k_end)
     indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     scores = xp.empty((min(most, T), S), real)
@@ -2985,8 +3026,8 @@ def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_
             index = index_q[b][part], index_k[b], weights[b][part]
             start, end = (w if w is None else w[b][part] for w in (k_start, k_end))
             scores_of(some, *index)[2](*index, start, end, offset, scores)
-            how = scored.chip, real, (), some["T"], S, offset, quota
-            ranked(*how, scores, start, end, indices[b][part])
+            rank = ranking(scored.chip, real, (), some["T"], S, quota)
+            rank(S, offset, scores, start, end, indices[b][part])
     return indices
 
 
@@ -3043,19 +3084,19 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
     last = as_arguments(H, G, slots if sparse else -1, each * keys, *strides, np.float64(scale), *more)
     merged, lse_bytes = as_arguments(splits, rows * H, H, Dv), rows * H * real.itemsize
+    xp, made, first = sys.modules["cupy"], long_long(), as_arguments(T)
     results, lse_at = (*batch, T, H, Dv), -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
     apart = itertools.accumulate((*batch, T, H, D)[:0:-1], operator.mul, initial=q.dtype.itemsize)
     fits = q.place == 0 and q.strides[::-1] == (*apart,)  # as aligned would find, but once
 
     def run(num_keys, sink, q, *keys):
-        arrays = q if fits else aligned(q), *keys
-        xp, numbers = sys.modules["cupy"], as_arguments(T, num_keys) + last
+        arrays, numbers = (q if fits else aligned(q), *keys), [*first, made(num_keys), *last]
         memory = scratch(chip, lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         ends = None if sink is None else xp.ascontiguousarray(sink, real), out, lse
         if merge:
             memory = scratch(chip, splits * lse_bytes * (Dv + 1))
-            parts = as_arguments(memory.ptr, memory.ptr + splits * lse_bytes * Dv)
+            parts = made(memory.ptr), made(memory.ptr + splits * lse_bytes * Dv)
             attend(grid, (*arrays, None, *parts), numbers, shared)
             merge((rows * H,), (*parts, *ends), merged)
         else:
@@ -3084,17 +3125,16 @@ def gpu_attention(
     return run(n["S"], sink, q, k, v, indices, k_start, k_end)
 
 
-def gpu_attend_to_entries(cache, q, indices, d_v, scale, sink, out_dtype):
-    """sparse_attention over an fp8 cache, whose entries kernels read as they are stored if they are tied."""
-    if "v" in cache.streams or cache.streams["k"][0] > 1:
-        k, v = cache.read("k"), cache.read("v") if "v" in cache.streams else None
-        return sparse_attention(q, k, v, indices, d_v=d_v, scale=scale, sink=sink, out_dtype=out_dtype)
-    (_, width), (B, T, H, D) = cache.streams["k"], q.shape
-    if not width == D >= integer("d_v", d_v, 1):
-        raise ValueError(f"(D, d_v) is {(D, d_v)}, expected the cache's D = {width}, and d_v up to that")
-    scale, rope = D**-0.5 if scale is None else float(scale), cache.qk_rope_head_dim
-    n = {"...": (B,), "T": T, "S": max(cache._lengths.tolist()), "H": H, "D": D}
-    return gpu_attention(n, q, cache._data["k"], None, d_v, scale, sink, indices, None, None, out_dtype, rope)
+def gpu_attend_to_cache(cache, q, indices, **options):
+    """sparse_attention over a cache as it is stored, also over the entries of tied latents in fp8."""
+    (B, T, H, D), k, v = q.shape, cache.streams.get("k"), cache.streams.get("v")
+    rope = cache.qk_rope_head_dim if cache._codec else None
+    fits = k and len(k) == 2 and k[1] == D and H % k[0] == 0 and (not v or (len(v) == 2 and v[0] == k[0]))
+    if not fits or (rope is not None and (v or k[0] > 1)):  # an error, or what has to be decoded
+        return sparse_attention(q, cache.read("k"), cache.read("v") if v else None, indices, **options)
+    n = {"...": (B,), "T": T, "S": max(cache.lengths.tolist()), "H": H, "D": D, "xp": cache.xp}
+    check_options(n, given := {"q": q, "k": cache._data["k"], "v": cache._data.get("v"), **options})
+    return gpu_attention(n, indices=indices, rope=rope, **given)
 
 
 @plan
