@@ -794,14 +794,14 @@ def sizes(declared, given, optional, xp=None):
         xp = library(name, x, xp)
         allowed = (word,) if word else FLOATS
         if not (x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed):
-            expect(False, name, f"of dtype {x.dtype}", word or f"one of {', '.join(FLOATS)}", TypeError)
+            raise TypeError(f"{name} is of dtype {x.dtype}, expected {' or '.join(allowed)}")
         if not x.dtype.isnative:
             given[name] = x.astype(native(x))
         shape, batch = x.shape, len(x.shape) - len(axes) + 1
         if axes[0] == "..." and batch >= 0:
             shape = shape[:batch], *shape[batch:]
         if len(shape) != len(axes):
-            expect(False, name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
+            raise ValueError(f"{name} is of shape {x.shape}, expected axes [{', '.join(axes)}]")
         for axis, size in zip(axes, shape):
             if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
                 axis, size = axis[0], size - int(axis[2:])
@@ -906,12 +906,12 @@ def check_options(n, given):
             given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None and n["xp"] is np:
         check_indices("indices", given["indices"], n)
-    if given.get("out_dtype") is None:
-        given |= {"out_dtype": given["q"].dtype} if "out_dtype" in given else {}
-    else:
+    if given.get("out_dtype", n) is None:
+        given["out_dtype"] = given["q"].dtype
+    elif "out_dtype" in given:
         allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
-        asked, expected = given["out_dtype"], " or ".join({str(x): 0 for x in allowed})
-        expect(asked in allowed, "out_dtype", asked, expected, TypeError)
+        if (asked := given["out_dtype"]) not in allowed:
+            raise TypeError(f"out_dtype is {asked}, expected {' or '.join({str(x): 0 for x in allowed})}")
         given["out_dtype"] = allowed[allowed.index(asked)]
 
 
