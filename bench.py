@@ -2020,7 +2020,7 @@ def report_lm(bench: Bench, z, found) -> None:
         f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: dense {z.dense:,}; warm-up {z.warm}, {z.rows} queries a "
         f"sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others {z.more} with {one}. "
         f"Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets the "
-        "middle 95 % over draws of packages. One seed; cuBLAS and atomics differ from run to run."
+        "middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)], rows, note)
