@@ -802,10 +802,12 @@ def sizes_of(arrays):
     n: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for name, (axes, word), dtype, shape in arrays:
-        fits = dtype.kind in "iu" if word == "int" else dtype.name in ((word,) if word else FLOATS)
-        expect(fits, name, f"of dtype {dtype}", word or f"one of {', '.join(FLOATS)}", TypeError)
+        allowed = (word,) if word else FLOATS
+        if not (dtype.kind in "iu" if word == "int" else dtype.type.__name__ in allowed):
+            raise TypeError(f"{name} is of dtype {dtype}, expected {' or '.join(allowed)}")
         lead, batch = len(shape) - len(axes) + 1, axes[0] == "..."
-        expect(lead >= 0 if batch else lead == 1, name, f"of shape {shape}", f"axes [{', '.join(axes)}]")
+        if lead < 0 or (lead != 1 and not batch):
+            raise ValueError(f"{name} is of shape {shape}, expected axes [{', '.join(axes)}]")
         for axis, size in zip(axes, (shape[:lead], *shape[lead:]) if batch else shape):
             axis, _, more = axis.partition("+")  # as "E+4", a row of E codes and 4 bytes more
             size, what = size - int(more) if more else size, "" if axis == "..." else f"{axis} = "
@@ -911,7 +913,8 @@ def check_options(n, given):
     if "out_dtype" in given:
         allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
         asked = allowed[0] if given["out_dtype"] is None else given["out_dtype"]
-        expect(asked in allowed, "out_dtype", asked, " or ".join({str(x): 0 for x in allowed}), TypeError)
+        if asked not in allowed:  # what is said of a dtype takes 2 us to say
+            raise TypeError(f"out_dtype is {asked}, expected {' or '.join({str(x): 0 for x in allowed})}")
         given["out_dtype"] = allowed[allowed.index(asked)]
 
 
