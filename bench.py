@@ -15,6 +15,8 @@
 Every answer is checked against brute force before it is timed; a wrong one ends the run.
 """
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -51,12 +53,14 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
+MISSING = ""  # said when a part is to run: --help needs none of these
 try:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import numpy as np
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -65,7 +69,7 @@ try:
     from threadpoolctl import threadpool_info, threadpool_limits
 except ImportError as e:
     how = 'pip install -e ".[bench]", or matplotlib rich threadpoolctl ml_dtypes'
-    sys.exit(f"bench.py needs {e.name}: {how}")
+    MISSING = f"bench.py needs {e.name}: {how}"
 try:
     import torch
 except ImportError:
@@ -87,7 +91,6 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8, "savefig.dpi": 105, "savefig.bbox": "tight", "lines.marker": "o",
     "lines.markersize": 3.5, "figure.constrained_layout.use": True,
 }  # fmt: skip
-plt.rcParams.update(STYLE)
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. What every part shares: checks, clocks, tables, figures, the files that show them
@@ -130,7 +133,7 @@ class Bench:
     checks: dict[str, tuple[int, float]] = field(default_factory=dict)  # what: (how often, largest error)
 
     @cached_property
-    def model(self) -> "MiniLM":
+    def model(self) -> MiniLM:
         return MiniLM()
 
     @cached_property
@@ -2182,6 +2185,9 @@ def run_part(bench: Bench, name: str) -> bool:
 
 def main() -> int:
     args = arguments(sys.argv[1:])
+    if MISSING:
+        raise SystemExit(MISSING)
+    plt.rcParams.update(STYLE)
     dsa.set_num_threads(args.threads)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
