@@ -569,7 +569,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     keys, each sequence goes by its own.
     """
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
-    if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold):
+    if lengths is not None and lengths.size and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
         for b, S in enumerate(lengths.tolist()):
             own = {x: y[b : b + 1, : S if x in ("k", "index_k") else None] for x, y in arrays.items()}
