@@ -569,7 +569,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     keys, each sequence goes by its own.
     """
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
-    if lengths is not None and (config.sparse_ratio or config.fallback_dense_threshold):
+    if lengths is not None and lengths.size and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
         for b, S in enumerate(lengths.tolist()):
             own = {x: y[b : b + 1, : S if x in ("k", "index_k") else None] for x, y in arrays.items()}
@@ -653,10 +653,12 @@ class KVCache:
         for name, x in tokens.items():
             dims(self.xp, **{name: (x, "...")})
             expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
-            expect(x.shape == expected, name, f"of shape {x.shape}", expected)
+            if x.shape != expected:
+                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
         new = check_lengths(lengths, self.batch, x.shape[1])
-        need, room = max((self.lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
-        expect(self.grow or need <= self.capacity, "the cache", f"full, for {need} tokens", room)
+        if (need := max((self.lengths + new).tolist())) > self.capacity and not self.grow:
+            room = f"at most capacity = {self.capacity}, or grow=True"
+            raise ValueError(f"the cache is full, for {need} tokens, expected {room}")
         rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
         for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
             if self._codec:
@@ -902,7 +904,7 @@ def check_options(n, given):
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
         if given["k_end"] is None and (of_scores or given.get("indices") is not None):
             given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
-        if n["xp"] is np or given["k_start"] is not given["k_end"]:  # not None, both
+        if n["xp"] is np or given["k_start"] is not None or given["k_end"] is not None:
             given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None and n["xp"] is np:
         check_indices("indices", given["indices"], n)
@@ -2719,7 +2721,7 @@ KNOWN: dict[Any, Any] = {}  # what sizes found, by all that it depends on but S,
 
 
 def known_sizes(declared, given, optional, xp=None, check=sizes):
-    """sizes, looked up where arrays like these were seen."""
+    """sizes, in a third of the time where arrays like these were seen."""
     key, S = [xp], None
     try:
         for name, axes in declared.items():
@@ -2733,15 +2735,15 @@ def known_sizes(declared, given, optional, xp=None, check=sizes):
         n = KNOWN[tuple(key)].copy()
     except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
         n = check(declared, given, optional, xp)
-        if all(dtype.isnative for dtype in key[4::5]):  # or given was changed
-            KNOWN.update({tuple(key): n.copy()} if len(KNOWN) < 2**14 else {})
+        if len(KNOWN) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+            KNOWN[tuple(key)] = n.copy()
     if S is not None:
         n["S"] = S
         expect(S < 2**31, "S", S, "less than 2**31, as indices are int32")
     return n
 
 
-globals().update(sizes=known_sizes)
+globals().update(sizes=known_sizes)  # for all of the file
 
 # A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
 # what it returns and launches kernels, of which all is worked out that does not change from call to call. It
@@ -3187,10 +3189,13 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
     narrow = not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128
     latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
-    if alike and narrow and r <= (4, 16)[by_mma]:
+    latent = alike and latent and by_mma and chip(q).sm == 90
+    if (latent and H <= 8) or (alike and narrow and by_mma and 2 < r <= 16):
+        grads = gradients_by_tile(n, *given)
+    elif alike and narrow and r <= 4:
         grads = gradients_by_rows(n, *given, by_mma)
     else:
-        grads = gradients_of_slots(n, *given, alike and latent and by_mma and chip(q).sm == 90)
+        grads = gradients_of_slots(n, *given, latent)
     if z is not None:
         from_z = np.where(lse == -np.inf, 0, norms[..., 1] / (1 + np.exp(lse - z)))
         grads += (-from_z.sum(tuple(range(lse.ndim - 1))),)
@@ -3202,18 +3207,18 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
     """dq, dk and dv of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
     xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], dout.shape[-1]
     r, tied, acc, blocks = H // G, v is None, norms.dtype, -(-H // 64) if latent else 1
-    few = latent and H <= 8  # no slot is stored but its P and dS
     width, heads = D if tied else D + Dv, -(-H // 32) * 32
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
     dq, dkv = xp.empty(q.shape, kind if latent else acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
-    bytes_each = 4 * heads * D + N * (4 * D * (not few) + 4 * heads + 32) if latent else bytes_each
+    bytes_each = 4 * heads * D + N * (4 * D + 4 * heads + 32) if latent else bytes_each
     whole = chip(q).processors // blocks or 1  # queries whose blocks take a turn of all processors
     for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
         M = len(rows)
         if latent:
-            of_rows = q[b][t], k[b], dout[b][t], rows, norms[b][t], scale, dq[b][t]
-            slots = slots_of_latents(*of_rows, dkv[b] if few else None)
+            both = xp.empty((M, 2 * heads, D), kind)
+            given = q[b][t], dout[b][t], k[b], norms[b][t], rows, dq[b][t], both
+            slots = product(pairs_of_latents(given, scale), both)
         else:
             keys = gathered_slots(k[b], rows)  # [M * G, N, D]
             values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
@@ -3232,72 +3237,88 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
                 slots = xp.empty((M * G, N, width), acc)
                 product(by_key[..., :r], q_t, slots[..., :D])
                 product(by_key[..., r:], dout_t, slots[..., D:])
-        if not few:
-            add_by_key(rows, slots, dkv[b])
+        add_by_key(rows, slots, dkv[b])
     return dq, dkv[..., :D], dkv[..., D:]
 
 
-def slots_of_latents(q, k, dout, rows, norms, scale, dq, dkv):
-    """[dS, P]^T [q, dout] of each slot, and dq, for latents in bfloat16 on Hopper, where one kernel does all
-    but that product. Heads come in parts of 32, or all in one. With dkv it grows by those of all slots.
+def pairs_of_latents(arrays, scale):
+    """dS and P of each slot, [M, N, parts * 64], and dq, for latents in bfloat16 on Hopper: arrays are the
+    kernel's up to `both`, [q, dout] of heads in parts of 32, or all in one, which a product with pairs wants.
     """
-    xp, (M, H, D), N, parts = sys.modules["cupy"], q.shape, rows.shape[1], -(-q.shape[1] // 32)
-    pairs = xp.empty((M, N, parts * 64), q.dtype)
-    both = xp.empty((M, parts * 64, D), q.dtype) if dkv is None else None
-    arrays, sizes = (q, dout, k, norms, rows, dq, both, pairs), (len(k), H, N, np.float64(scale))
+    (q, _, k, _, rows, *_), D = arrays, arrays[0].shape[2]
+    (M, N), H, parts = rows.shape, q.shape[1], -(-q.shape[1] // 32)
+    pairs = sys.modules["cupy"].empty((M, N, parts * 64), q.dtype)
     grid, shared = (M * -(-parts // 2),), 384 * D + 8192 + D // 4  # struct Plan of the kernel
-    launch("attend_backward_wgmma", 384, grid, arrays, sizes, shared=shared, D=D)
-    if dkv is None:
-        return product(pairs, both)
-    add_by_tile(q, dout, rows, pairs, dkv, 192 if D == 576 else 128, True)
+    sizes = len(k), H, N, np.float64(scale)
+    launch("attend_backward_wgmma", 384, grid, (*arrays, pairs), sizes, shared=shared, D=D)
+    return pairs
 
 
-def add_by_tile(q, dout, rows, pairs, sums, columns, tied):
-    """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring of q [M, H, D] and dout."""
-    (S, G, _), (_, H, D), (Dv,), tiles = sums.shape, q.shape, dout.shape[2:], -(-len(sums) // 128)
+def pairs_of_rows(arrays, scale, pairs=None):
+    """dq of narrow heads in bfloat16, and dS and P of each slot to pairs; arrays: the kernel's up to dq."""
+    q, _, k, v, _, rows, _ = arrays
+    (S, G, D), (M, N), H, DV = k.shape, rows.shape, q.shape[1], v.shape[2]
+    shared = 2**14 * (-(-D // 64) + -(-DV // 64))  # struct Tiles of 4 warps
+    grid, sizes = (M * G * -(-H // G // 8),), (S, H, G, N, np.float64(scale))
+    launch("attend_backward_mma", 128, grid, (*arrays, pairs), sizes, shared=shared, D=D, DV=DV)
+    return pairs
+
+
+def gradients_by_tile(n, q, k, v, indices, dout, norms, scale):
+    """The same for few heads in bfloat16: of a slot only dS and P are stored, which a kernel multiplies and
+    sums for a tile of keys at a time.
+    """
+    xp, (H, G, D), N, Dv = n["xp"], (n[axis] for axis in "HGD"), indices.shape[-1], dout.shape[-1]
+    tied, parts = v is None, -(-H // G // 8)  # of 8 heads
+    q, k, dout, *v = map(aligned, (q, k, dout, *(() if tied else (v,))))
+    dq, sums = xp.empty(q.shape, q.dtype), xp.zeros((*k.shape[:-1], D if tied else D + Dv), np.float32)
+    for b, t, rows in query_chunks(n, indices, None, N * (128 if tied else 32 * G * parts)):
+        own: Any = q[b][t], dout[b][t], k[b], *(x[b] for x in v), norms[b][t], rows, dq[b][t]
+        if tied:
+            pairs = pairs_of_latents((*own, None), scale)
+        else:
+            pairs = pairs_of_rows(own, scale, xp.empty((len(rows), N, G, parts, 2, 8), q.dtype))
+        add_by_tile(q[b][t], dout[b][t], rows, pairs, sums[b], tied)
+    return dq, sums[..., :D], sums[..., D:]
+
+
+def add_by_tile(q, dout, rows, pairs, sums, tied):
+    """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring, of q [M, H, D] and dout."""
+    (S, G, _), (_, H, D), Dv, tiles = sums.shape, q.shape, dout.shape[2], -(-len(sums) // 128)
     if not rows.size * sums.size:
         return
+    columns = 192 if D == 576 else 128 if max(D, Dv) > 64 else 64
     blocks = tiles * G * (-(-D // columns) + (0 if tied else -(-Dv // columns)))
     segments, block = max(1, 1536 // blocks), 2 * columns  # so that a tile that all see takes no longer
     parts = sys.modules["cupy"].empty((segments, *sums.shape), sums.dtype)
     order, first = slots_by_key((rows >> 7).astype(np.uint16 if S <= 2**23 else np.int32), tiles)
-    shared = 55344 + 256 * (columns + 8) + 12 * (640 // block * block) + block // 8  # struct Stage
+    shared = -(-(55344 + 256 * (columns + 8) + 12 * (640 // block * block) + block // 8) // 16) * 16
     arrays, sizes = (q, dout, rows, pairs, order, first, parts), (S, H, G, rows.shape[1])
     how = {"D": D, "DV": Dv, "TIED": int(tied), "COLUMNS": columns, "SEGMENTS": segments}
-    shared += -shared % 16
     launch("attend_backward_keys_mma", block, (blocks * segments,), arrays, sizes, shared=shared, **how)
     sums += parts.sum(0)
 
 
 def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma):
-    """The same for narrow heads: dq over each query's keys, then dk and dv over each tile's slots, of which P
-    and dS are stored, or, of few heads, over each key's queries, whose rows are read again.
+    """The same for narrow heads of which few share a key: dq over each query's keys, then dk and dv over each
+    key's queries, whose rows are read again, in their order. No slot is stored.
     """
     xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
-    widths, sizes = {"D": D, "DV": v.shape[-1]}, (S, H, G, K, np.float64(scale))
+    sizes, widths = (S, H, G, K, np.float64(scale)), {"D": D, "DV": v.shape[-1]}
     q, k, v, dout = map(aligned, (q, k, v, dout))
     by_rows = functools.partial(launch, "attend_backward_rows", 128, sizes=sizes, TYPE=q.dtype, **widths)
-    by_tile, parts = by_mma and H // G > 2, -(-H // G // 8)
-    sums: Any = xp.zeros((*k.shape[:-1], D + v.shape[-1]), np.float32) if by_tile else None
-    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in ((q,) if by_tile else (q, k, v)))
+    dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
-            shared = 2**8 * sum(-(-width // 64) * 64 for width in widths.values())  # struct Tiles of 4 warps
-            of_slots = xp.empty((T, K, G, parts, 2, 8), q.dtype) if by_tile else None
-            arrays = (*pairs, rows, dq[b], of_slots)
-            launch("attend_backward_mma", 128, (T * G * parts,), arrays, sizes, shared=shared, **widths)
+            pairs_of_rows((*pairs, rows, dq[b]), scale)
         else:
             by_rows(grid=(T * H,), arrays=(*pairs, rows, None, dq[b], None), BY_KEY=0)
-        if by_tile:
-            columns = 64 if max(widths.values()) <= 64 else 128
-            add_by_tile(q[b], dout[b], rows, of_slots, sums[b], columns, False)
-        else:
-            order, first = slots_by_key(rows, S)
-            queries = (order // K).astype(np.int32)
-            arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
-            by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
-    return dq, *((sums[..., :D], sums[..., D:]) if by_tile else dk_dv)
+        order, first = slots_by_key(rows, S)
+        queries = (order // K).astype(np.int32)
+        arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
+        by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
+    return dq, *dk_dv
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):

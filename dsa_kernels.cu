@@ -2303,7 +2303,7 @@ KERNEL(256) attend_backward(const ACC* __restrict__ s, const ACC* __restrict__ d
 // ---------------------------------------------------------------------------------------------------------
 // attend_backward_wgmma                     for latents on Hopper: s and dp, p and ds as above, dq = sum ds k
 // in    q [M, H, D], dout [M, H, DV], k [S, D] bf16, whose first DV values are v; rows, norms as above, f32
-// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16, unless null: q of 32 heads, then their dout, 0 beyond
+// out   dq [M, H, D] bf16; both [M, PARTS, 2, 32, D] bf16, or null: q of 32 heads, then their dout, 0 beyond
 //       DV and H; pairs [M, K, PARTS, 2, 32] bf16: ds of 32 heads, then p, 0 where absent
 // grid  M * ceil(PARTS / 2)  block 384: warpgroups 0 and 1 have a part each, 2 copies
 // smem  struct Plan: 224 KB at D = 576
@@ -2567,6 +2567,8 @@ KERNEL(128, 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* 
     const i64 t = blockIdx.x / (parts * G), first = t * H + group * r + part * 8;
     Tiles& tiles = ((Tiles*)shared)[warp];
     const float c = float(scale);
+    const int apart = G * parts * 8;
+    if (pairs) pairs += ((t * K * G + group) * parts + part) * 16 + lane % 4 * 2;
     unsigned q_b[STEPS][2], dout_b[VSTEPS][2];
     load_heads<D>(q_b, q + first * D, heads), load_heads<DV>(dout_b, dout + first * DV, heads);
     float2 norm[2];  // of this lane's two heads
@@ -2615,8 +2617,8 @@ KERNEL(128, 4) attend_backward_mma(const bf16* q, const bf16* dout, const bf16* 
                 ds[h] = own < 0 ? 0 : c * p[h] * (dp[2 * e + h] - norm[h].y);
             }
             p_a[e] = cvt_rn_x2(p[0], p[1], bf16()), ds_a[e] = cvt_rn_x2(ds[0], ds[1], bf16());
-            const i64 slot = (i * 4 + warp) * 16ll + lane / 4 + e * 8, at = (t * K + slot) * G + group;
-            unsigned* const to = (unsigned*)pairs + (at * parts + part) * 8 + lane % 4;
+            const int slot = (i * 4 + warp) * 16 + lane / 4 + e * 8;
+            unsigned* const to = (unsigned*)pairs + i64(slot) * apart;
             if (pairs && slot < K) to[0] = ds_a[e], to[4] = p_a[e];
         }
         const unsigned b[2] = {movmatrix_trans(ds_a[0]), movmatrix_trans(ds_a[1])};
@@ -2661,10 +2663,10 @@ constexpr int Q_PARTS = (D + COLUMNS - 1) / COLUMNS, WIDTH = TIED ? D : D + DV;
 constexpr int PARTS = Q_PARTS + (TIED ? 0 : (DV + COLUMNS - 1) / COLUMNS);
 struct alignas(16) Stage {
     bf16 a[3][128][64 + 8], b[2][64][COLUMNS + 8];  // padded, so that ldmatrix touches all banks
-    unsigned some[3][4];                            // which 16s of keys have slots in 16 columns of a
-    unsigned slot[WINDOW];
+    unsigned some[3][4], slot[WINDOW];              // some: which 16s of keys have slots in 16 columns of a
     int query[WINDOW], place[WINDOW], starts[THREADS / 32];
 };
+static_assert(sizeof(Stage) == (55359 + 256 * COLUMNS + 2048 + 12 * WINDOW + THREADS / 8 & ~15), "dsa.py asks");
 
 KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16* q, const bf16* dout,
         const int* rows, const bf16* pairs, const i64* order, const i64* first, float* sums, i64 S, i64 H,
@@ -2673,24 +2675,21 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
     Stage& stage = *(Stage*)shared;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, part = blockIdx.x % PARTS;
     const int g = blockIdx.x / PARTS % (int)G, at = blockIdx.x / (PARTS * (int)G);
-    const int segment = at % SEGMENTS, tile = at / SEGMENTS;
+    const int segment = at % SEGMENTS, tile = at / SEGMENTS, r = H / G, rounds = (r + 7) / 8;
     const int side = part >= Q_PARTS, column = (part - side * Q_PARTS) * COLUMNS;
-    const int r = H / G, rounds = (r + 7) / 8;
-    const i64 count = first[tile + 1] - first[tile];
-    const i64 start = first[tile] + count * segment / SEGMENTS;
-    const i64 end = first[tile] + count * (segment + 1) / SEGMENTS;
+    const i64 base = first[tile], count = first[tile + 1] - base;  // of slots, in all less than 2**31
+    const int start = base + count * segment / SEGMENTS, end = base + count * (segment + 1) / SEGMENTS;
     const int own_tile = warp % 2 * 4, own_column = warp / 2 * 32;  // a warp has 64 keys, 32 columns
     float sum[4][4][4] = {};
     const auto clear = [&](int i, int stages) {
-        const uint4 zeros = make_uint4(0, 0, 0, 0);
-        for (int x = tid; x < stages * 128 * 9; x += THREADS) ((uint4*)stage.a[i])[x] = zeros;
+        for (int x = tid; x < stages * 128 * 9; x += THREADS) ((uint4*)stage.a[i])[x] = make_uint4(0, 0, 0, 0);
         if (tid < stages * 4) stage.some[i][tid] = 0;
     };
     for (int round = 0; round < rounds; round++) {
         const int head = g * r + round * 8, heads = min(8, r - round * 8);
-        for (i64 begin = start; begin < end; begin += WINDOW) {
+        for (int begin = start; begin < end; begin += WINDOW) {
             // 1. Where this thread's slots stand, and which groups of the window begin with them
-            const i64 own = begin + tid * EACH;
+            const int own = begin + tid * EACH;
             unsigned slot[EACH];
             int row[EACH], group[EACH], starts = 0;
             unsigned last = tid && own < end ? order[own - 1] : 0;
@@ -2739,7 +2738,8 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
                     if (TIED) cp_async<16>(to + 16, from + WIDE, true);
                     atomicOr(&stage.some[i % 3][n * OWN / 16], 1u << row / 16);
                 }
-                UNROLL for (int j = 0; j < 4; j++) {
+#pragma unroll 2
+                for (int j = 0; j < 4; j++) {
                     const int x = j * THREADS + tid, to = x / (COLUMNS / 8), h = to % 8;
                     const int n = i * NQ + to / OWN, chunk = x % (COLUMNS / 8) * 8, c = column + chunk;
                     const bool of_dout = TIED ? to / 8 % 2 : side;
@@ -2756,12 +2756,12 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
                 __syncthreads();  // and all have multiplied what came before
                 if (i > 0) clear((i + 2) % 3, 1);
                 if ((i + 1) * NQ < groups) fetch(i + 1);
-                UNROLL for (int step = 0; step < 4; step++) {
+#pragma unroll 2
+                for (int step = 0; step < 4; step++) {
                     const unsigned some = stage.some[i % 3][step] >> own_tile;
-                    const bf16* const row = stage.b[i % 2][step * 16 + lane % 16] + own_column;
+                    const bf16* const row = stage.b[i % 2][step * 16 + lane % 16] + own_column + lane / 16 * 8;
                     unsigned b[2][4];
-                    for (int x = 0; x < 2; x++)
-                        ldmatrix_x4_trans(b[x], cvta_shared(row + x * 16 + lane / 16 * 8));
+                    for (int x = 0; x < 2; x++) ldmatrix_x4_trans(b[x], cvta_shared(row + x * 16));
                     UNROLL for (int m = 0; m < 4; m++) {
                         if (!(some >> m & 1)) continue;
                         const bf16* const a_row = stage.a[i % 3][(own_tile + m) * 16 + lane % 16] + step * 16;
