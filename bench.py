@@ -1638,7 +1638,7 @@ def sharded(bench: Bench) -> None:
 
 LM = SimpleNamespace(
     d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=512, cues=200, held=40,
-    dense=3600, warm=800, more=480, last=2880, K=[2**i for i in range(6, 12)], text=2**28)  # fmt: skip
+    dense=3600, warm=800, more=480, last=720, K=[2**i for i in range(6, 12)], text=2**28)  # fmt: skip
 TOY = SimpleNamespace(
     d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
     dense=40, warm=32, more=16, last=24, K=[2, 8, 16], text=2**20)  # fmt: skip
@@ -1961,7 +1961,7 @@ def costs(z, weights, windows) -> list[dict[str, Any]]:
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
-      "lm_presets", default=False, takes="21 minutes of an H100, and weeks", options={
+      "lm_presets", default=False, takes="15 minutes of an H100, and weeks", options={
     "source": {"type": Path, "metavar": "DIR", "help": "Python sources to learn from (site-packages)"},
     "resume": {"action": "store_true", "help": "go on after the stages of which --out has a file"},
 })  # fmt: skip

@@ -785,10 +785,36 @@ def dims(xp=None, **arrays):
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
+KNOWN: dict[Any, Any] = {}  # what sizes found, by all that it depends on but S, which grows by each token
+
+
 def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
+    key, S = [xp], None
+    try:
+        for name, axes in declared.items():
+            if (x := given[name]) is not None or name not in optional:
+                shape = x.shape
+                if "S" in axes[0]:
+                    at = axes[0].index("S") - len(axes[0])
+                    S = shape[at] if S is None else S
+                    shape = shape[:at], shape[at] - S, shape[at:][1:]
+                key += name, axes, type(x), x.dtype, shape
+        n = KNOWN[tuple(key)].copy()
+    except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
+        n = sizes_of(declared, given, optional, xp)
+        if len(KNOWN) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+            KNOWN[tuple(key)] = n.copy()
+    if S is not None:
+        n["S"] = S
+        expect(S < 2**31, "S", S, "less than 2**31, as indices are int32")
+    return n
+
+
+def sizes_of(declared, given, optional, xp):
+    """sizes of arrays unlike all that were seen."""
     n: dict[str, Any] = {}
     for name, (axes, word) in declared.items():
         if (x := given[name]) is None and name in optional:
@@ -813,7 +839,6 @@ def sizes(declared, given, optional, xp=None):
                 raise ValueError(f"{name} has {what}{size}, but {owner} has {what}{n[axis]}")
     if "G" in n and "H" in n:
         expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
-    expect(n.get("S", 0) < 2**31, "S", n.get("S"), "less than 2**31, as indices are int32")
     return n | {"xp": xp}
 
 
@@ -2716,34 +2741,6 @@ def like(x):
     """A Like, but as a plain tuple, which is made in half the time."""
     return x.dtype, x.strides, x.data.ptr % 16
 
-
-KNOWN: dict[Any, Any] = {}  # what sizes found, by all that it depends on but S, which grows by each token
-
-
-def known_sizes(declared, given, optional, xp=None, check=sizes):
-    """sizes, in a third of the time where arrays like these were seen."""
-    key, S = [xp], None
-    try:
-        for name, axes in declared.items():
-            if (x := given[name]) is not None or name not in optional:
-                shape = x.shape
-                if "S" in axes[0]:
-                    at = axes[0].index("S") - len(axes[0])
-                    S = shape[at] if S is None else S
-                    shape = shape[:at], shape[at] - S, shape[at:][1:]
-                key += name, axes, type(x), x.dtype, shape
-        n = KNOWN[tuple(key)].copy()
-    except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
-        n = check(declared, given, optional, xp)
-        if len(KNOWN) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
-            KNOWN[tuple(key)] = n.copy()
-    if S is not None:
-        n["S"] = S
-        expect(S < 2**31, "S", S, "less than 2**31, as indices are int32")
-    return n
-
-
-globals().update(sizes=known_sizes)  # for all of the file
 
 # A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
 # what it returns and launches kernels, of which all is worked out that does not change from call to call. It
