@@ -2906,11 +2906,7 @@ def score_plan(chip, batch, T, J, E, *given):
     dtype, vector = (real, 1) if plain else (q.dtype, 16 // q.dtype.itemsize)
     first, last = as_arguments(T), as_arguments(*((queries,) if by_wgmma else (J, E) if plain else ()))
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
-        # DeepSeek-V3.2's indexer: its attention takes longest to compile, which begins here, as a guess.
-        fp8 = k.dtype == np.uint8
-        half = np.dtype(sys.modules["ml_dtypes"].bfloat16) if fp8 else k.dtype
-        latents = 64 if fp8 else None, (half, (), 0), (k.dtype, (), 0), None
-        attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, *latents)
+        begin_to_compile_attention(chip, batch, T, k.dtype)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
         nonlocal of_fitting
@@ -2938,6 +2934,13 @@ def score_plan(chip, batch, T, J, E, *given):
         return aligned(index_q, vector), index_k, aligned(weights.astype(real, copy=False))
 
     return found, real, run
+
+
+def begin_to_compile_attention(chip, batch, T, dtype):
+    """DeepSeek-V3.2's, which takes longest, where its indexer is met: a guess."""
+    half = np.dtype(sys.modules["ml_dtypes"].bfloat16) if dtype == np.uint8 else dtype
+    latents = 64 if dtype == np.uint8 else None, (half, (), 0), (dtype, (), 0), None
+    attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, *latents)
 
 
 def scores_of(n, index_q, index_k, weights):
