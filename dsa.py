@@ -370,10 +370,10 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     ([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]], [3, 1])
     """
     expect(len(sequences), name, "empty", "at least one array")
-    for x in sequences:
-        dims(**{name: (x, "...")})
+    for i, x in enumerate(sequences):
+        dims(**{f"{name}[{i}]": (x, "...")})
         like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
-        expect(like, name, f"of {x.dtype} {x.shape}", f"all [T_i, ...] as {sequences[0].shape}")
+        expect(like, f"{name}[{i}]", f"of {x.dtype} {x.shape}", f"[T_i, ...] as {sequences[0].shape}")
     lengths, multiple = np.array([len(x) for x in sequences]), integer("multiple", multiple, 1)
     shape = len(sequences), -(-int(lengths.max()) // multiple) * multiple, *sequences[0].shape[1:]
     padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
@@ -581,7 +581,8 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
     unknown = options.keys() - getattr(select, "options", ())
     expect(not unknown, "among the options", sorted(unknown), f"those of the selector {chosen!r}", TypeError)
     expect(select or chosen == "lightning", "the selector", repr(chosen), "one that this file has")
-    (*batch, T, _, _), S, xp = arrays["q"].shape, arrays["k"].shape[-3], library("q", arrays["q"])
+    (*batch, T, _, _), xp = arrays["q"].shape, library("q", arrays["q"])
+    S = arrays["k"].shape[-3] if lengths is None else int(lengths.max(initial=0))
     quota, dense = config.quota_at(*layer, S)
     if dense:
         return every_key(filled({"...": tuple(batch), "T": T, "S": S, "xp": xp}, windows), S), True
@@ -620,7 +621,8 @@ class KVCache:
         expect(storage in STORAGES, "storage", repr(storage), f"one of {tuple(STORAGES)}")
         expect(streams, "streams", "empty", "at least one, such as k=(1, 576)")
         for name, shape in streams.items():
-            expect(isinstance(shape, tuple) and shape, name, repr(shape), "a tuple such as (1, 576)")
+            fits = isinstance(shape, tuple) and shape and name != "lengths"
+            expect(fits, name, repr(shape), "the shape of a stream, a tuple such as (1, 576)")
         if storage == "bfloat16":
             import ml_dtypes  # noqa: F401, gives NumPy the dtype of this name
         self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
@@ -774,7 +776,7 @@ def library(name, x, others=None):
         return found
     home, wanted = type(x).__module__, "numpy" if others is None else others.__name__
     known = home == wanted or (others is None and ("index_scores", home) in KERNELS)
-    known = known and isinstance(x, sys.modules[home].ndarray)
+    known = known and isinstance(x, sys.modules[home].ndarray) and type(x).__name__ != "matrix"
     expect(known, name, f"a {home}.{type(x).__name__}", f"an array of {wanted}, as by asarray", TypeError)
     return LIBRARIES.setdefault(type(x), sys.modules[home])
 
