@@ -95,7 +95,6 @@ import copy
 import difflib
 import doctest
 import functools
-import importlib
 import importlib.util
 import inspect
 import itertools
@@ -142,21 +141,16 @@ F32, F64, F16, BFLOAT16 = DTYPES = [np.dtype(x) for x in ("f4", "f8", "f2", ml_d
 TOLERANCE = {F64: 1e-12, F32: 2e-5, F16: 1e-3, BFLOAT16: 8e-3}  # of max(1, |expected|): a few roundings
 
 
-def stages_in(text):
-    """{stage: (positional, all arguments, results, rules below its signature or name)}, and all the rules."""
-    found: dict[str, Any] = {}
-    every: list[str] = []
-    for head, rules in re.findall(r"((?:^\w.*\n)+)((?:^  \S.*\n)+)", re.sub(r"\n {9,}", " ", text), re.M):
-        for stage, arguments, results in re.findall(r"^(\w+)\((.*)\) -> (.*)", head, re.M):
-            positional, _, keywords = (re.findall(r"(\w+)(?:=\w+)?", x) for x in arguments.partition("*"))
-            found[stage] = positional, positional + keywords, results.split(", "), []
-        every += (sentences := [x.strip() for x in rules.splitlines()])
-        for stage in found if head == "every stage\n" else found.keys() & re.findall(r"\w+", head):
-            found[stage][3].extend(sentences)
-    return found, every
-
-
-STAGE, SENTENCES = stages_in(__doc__ or "")
+STAGE: dict[str, Any] = {}  # (positional, all arguments, results, rules below its signature or name)
+SENTENCES: list[str] = []  # all rules
+said = re.sub(r"\n {9,}", " ", __doc__ or "")
+for head, below in re.findall(r"((?:^\w.*\n)+)((?:^  \S.*\n)+)", said, re.M):
+    for name, arguments, results in re.findall(r"^(\w+)\((.*)\) -> (.*)", head, re.M):
+        required, _, keywords = (re.findall(r"(\w+)(?:=\w+)?", x) for x in arguments.partition("*"))
+        STAGE[name] = required, required + keywords, results.split(", "), []
+    SENTENCES += (rules := [x.strip() for x in below.splitlines()])
+    for name in STAGE if head == "every stage\n" else STAGE.keys() & re.findall(r"\w+", head):
+        STAGE[name][3].extend(rules)
 STAGES = list(STAGE)
 
 
@@ -581,7 +575,7 @@ class Verdict:
     reason: str = ""  # why it was not tested
     held: int = 0
     examples: int = 0
-    broken: list = field(default_factory=list)
+    broken: dict = field(default_factory=dict)  # rule: what came of it, but for places and numbers
     wrong: tuple | None = None  # the smallest call that breaks the first, and lines on what came of it
     silent: list = field(default_factory=list)  # bad input for which no error was raised
     errors: dict = field(default_factory=dict)  # (part, dtype): largest error, tolerance
@@ -621,6 +615,11 @@ class Verdict:
             allow = TOLERANCE.get(dtype, 0.0) * factor
             largest, words = difference(name, a, e, allow)
             if words:
+                if name == "indices" and a.shape == e.shape:
+                    order, least = a.view(np.uint32), TOLERANCE[F32] if "index_q" in values else 0
+                    a, e = kept_scores((a, e), values)  # in order, -1 behind all, and as great: a wrong tie
+                    tied = (np.sort(order) == order).all() and difference(name, a, e, least)[0] <= least
+                    words = f"a wrong tie, {words}" if tied else words
                 return [*lines, words]
             before = self.errors.get((name, dtype), (0.0, allow))
             self.errors[name, dtype] = max(before, (largest, allow))
@@ -651,6 +650,13 @@ class Verdict:
                 raise
         return found and min(found, key=lambda wrong: sum(map(np.size, evaluate(wrong[0]).values())))[:2]
 
+    def breaks(self, sentence, call, lines):
+        """One more broken rule, and what may be the cause of others too: a tie, a dtype, an error."""
+        cause = re.sub(r"\b\d+", "", re.split(r"\[| has shape", lines[-1])[0])
+        cause = re.sub(r" is \w+, not \w+$", " has another dtype", cause)
+        self.broken[sentence] = cause if " " in cause else f"{self.stage}: {cause} is wrong"
+        self.wrong = self.wrong or (call, lines)
+
     def examine(self, strict=False, examples=60, seconds=3.0):
         """The stage's rules in order, and the smallest call that shows the first broken one."""
         impl, (positional, _, _, rules) = self.impl, STAGE[self.stage]
@@ -659,8 +665,7 @@ class Verdict:
             if not any(dtype in self.limits["dtypes"] for dtype in options.get("dtypes", DTYPES)):
                 continue
             if wrong := self.search(options, examples, seconds):
-                self.broken.append(sentence)
-                self.wrong = self.wrong or wrong
+                self.breaks(sentence, *wrong)
                 examples, seconds = min(examples, 12), 0  # the other rules are only counted
             else:
                 self.held += 1
@@ -675,18 +680,16 @@ class Verdict:
                     continue
                 self.silent += changes
                 if strict:  # a rule for each bad input that passes
-                    self.broken.append(f"bad input raises an error: here {', '.join(changes)}")
                     call = {key: literal(x) for key, x in arguments.items()}
-                    self.wrong = self.wrong or (call, [f"it raised nothing, where {error.__name__} is due"])
+                    words = f"it raised nothing, where {error.__name__} is due"
+                    self.breaks(f"bad input raises an error: here {', '.join(changes)}", call, [words])
 
     def lines(self, width=110):
         """A failed stage's rule, the call that breaks it, and what came of it, in few lines."""
         positional, names, results, _ = STAGE[self.stage]
         call, ending = self.wrong or ({}, [])
         fill = textwrap.TextWrapper(width, subsequent_indent="      ", break_on_hyphens=False).wrap
-        if more := self.broken[1:]:
-            ending = [*ending, f"{len(more)} more of its rules are broken, such as: {more[0]}"]
-        start = fill(f"{self.stage} breaks a rule: {self.broken[0]}")
+        start = fill(f"{self.stage} breaks a rule: {next(iter(self.broken))}")
         ending = [line for text in ending for line in fill(f"  {text}")]
         texts = {name: literal(x) if np.size(x) <= 40 else call[name] for name, x in evaluate(call).items()}
         arrays = {name: text for name, text in texts.items() if "np." in text}
@@ -729,7 +732,8 @@ def shown(x, most=80):
 
 def kept_scores(selections, values):
     """The scores of selections in falling order, which hardly change where a rounding swaps two keys."""
-    scores = index_scores_by_hand(**{x: values[x] for x in STAGE["index_scores"][1] if x in values})
+    index = {x: values[x] for x in STAGE["index_scores"][1] if x in values}
+    scores = values["scores"] if "scores" in values else index_scores_by_hand(**index)
     scores = np.concatenate([scores, np.full((*scores.shape[:-1], 1), -INF)], -1)  # -1 reads the last
     kept = [np.clip(x, -1, scores.shape[-1] - 1).astype(np.int64) for x in selections]
     return [-np.sort(-np.take_along_axis(scores, x, -1), -1) for x in kept]
@@ -737,6 +741,8 @@ def kept_scores(selections, values):
 
 def conform(module, stages=None, arrays="numpy", limits=LIMITS, strict=False, say=print, **effort):
     """Examines a module's stages, says what it found; the exit status, 0 if all is right."""
+    if not 0 < limits["tolerance"] < INF:  # roundings are above 0, and nothing above infinity
+        raise pytest.UsageError(f"--tolerance is {limits['tolerance']}, expected a finite number above 0")
     library, _, device = arrays.partition(":")
     impl = Stages(module, poisoned(importlib.import_module(library)), device=device or "cpu")
     others = [name for name, x in vars(module).items() if callable(x) and name not in STAGES]
@@ -758,11 +764,19 @@ def conform(module, stages=None, arrays="numpy", limits=LIMITS, strict=False, sa
     for verdict in verdicts if not strict else ():
         if silent := ", ".join(dict.fromkeys(verdict.silent)):
             say(textwrap.shorten(f"{verdict.stage} does not raise an error for bad {silent}", 110))
-    lists = [(name, x) for name, x in limits.items() if isinstance(x, list) and x != DTYPES]
-    unasked = [f"{name} other than {', '.join(map(str, x))}" for name, x in lists]
+    lists = {name: x for name, x in limits.items() if isinstance(x, list) and x != DTYPES}
+    unasked = [f"{name} other than {', '.join(map(str, x))}" for name, x in lists.items()]
     unasked += [f"top_k above {most}"] if (most := limits["max_top_k"]) else []
     unasked += [] if strict else ["errors for bad input (--strict)"]
     say(textwrap.fill(f"not asked: {'; '.join(unasked) or 'nothing'}", 110, subsequent_indent="  "))
+    findings: dict[str, list] = {}  # cause: the rules and stages, the most basic first
+    for verdict in verdicts:
+        for rule, cause in verdict.broken.items():
+            findings.setdefault(cause, []).append((rule, verdict.stage))
+    for i, (cause, found) in enumerate(findings.items(), 1):
+        all_of = f"rules of {', '.join(dict.fromkeys(stage for _, stage in found))}"
+        text = f"finding {i} of {len(findings)}: {cause}, in {len(found)} {all_of}, first: {found[0][0]}"
+        say(textwrap.fill(text, 110, subsequent_indent="  "))
     tested = [verdict.stage for verdict in verdicts if verdict.held or verdict.broken]
     failed = [verdict.stage for verdict in verdicts if verdict.broken]
     if missing := [stage for stage in stages or () if stage not in tested]:
@@ -791,7 +805,7 @@ REPORT = {  # the options beside --impl and pytest's --strict: what they take, a
     "heads": (some_of(()), "numbers of heads that it supports, such as 64,128"),
     "widths": (some_of(()), "widths of vectors that it supports, such as 64,576"),
     "max_top_k": (lambda text: min(some_of(())(text)), "the largest top_k that it supports"),
-    "tolerance": (float, "a factor on the errors allowed"),
+    "tolerance": (float, "a factor on the errors allowed, above 0"),
 }
 
 
@@ -907,6 +921,14 @@ def refused(words, call, *args, error=ValueError, **kwargs):
         call(*args, **kwargs)
 
 
+def all_refused(table, scope, state):
+    """Each call of a table raises its error, a ValueError if it names none, in its words; the state stays."""
+    before = state()
+    for error, words, call in re.findall(r"(\w+Error )?(\S.*?): (.*?)(?: \| |\n)", table):
+        refused(words, eval, call, scope, error=eval(error or "ValueError"))
+        assert state() == before, call
+
+
 def readme(start="[^`]*?>>>"):
     """README.md beside this file, and its first block of Python that starts so, or the test is skipped."""
     file = Path(__file__).with_name("README.md")
@@ -922,7 +944,7 @@ def readme(start="[^`]*?>>>"):
 @pytest.mark.parametrize("stage, sentence", [(x, rule) for x in STAGE for rule in STAGE[x][3]])
 def test_rule(impl, stage, sentence):
     """The rules at the top of this file, in their order: each stage alone, against brute force."""
-    verdict = Verdict(impl, stage, broken=[sentence])
+    verdict = Verdict(impl, stage, broken={sentence: ""})
     verdict.wrong = verdict.search(RULES[sentence], EXAMPLES, 5.0)
     assert not verdict.wrong, "\n".join(verdict.lines())
 
@@ -1053,7 +1075,8 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, error, changes, fragment
 
 
 def test_what_else_is_refused(dsa, monkeypatch, tmp_path):
-    """No streams, more keys than int32 counts, what a storage makes infinite, no communicator, no kernels."""
+    """No streams, more keys than int32 counts, what a storage makes infinite, no communicator, no kernels;
+    by a report, options that ask for nothing, as a tolerance that no rounding is within, or every error."""
     refused("streams is empty", dsa.KVCache, 4)
     index_k = np.broadcast_to(np.float32(1), (2**31, 4))  # of no queries: no memory even without the check
     refused("S is 2147483648", dsa.lightning_select, np.ones((0, 2, 4)), index_k, np.ones((0, 2)), 1)
@@ -1064,6 +1087,10 @@ def test_what_else_is_refused(dsa, monkeypatch, tmp_path):
     for comm in (None, 3, types.SimpleNamespace(rank=0, size=1)):
         refused("^comm is .*communicator", dsa.sharded_select, [], [], [], 3, comm, error=TypeError)
         refused("^comm is .*communicator", dsa.sharded_attention, *[[]] * 6, 3, comm, error=TypeError)
+    for wrong in (0, -1, NAN, INF):
+        refused("--tolerance", conform, dsa, limits=LIMITS | {"tolerance": wrong}, error=pytest.UsageError)
+    for name, text in (("heads", "0"), ("stages", "dsa"), ("dtypes", "int8")):
+        refused(text, REPORT[name][0], text, error=pytest.UsageError)
     monkeypatch.setitem(sys.modules, "cupy", CUPY)
     monkeypatch.setattr(dsa, "__file__", str(tmp_path / "dsa.py"))  # dsa.py was copied alone
     message = re.escape(f"dsa_kernels.cu is missing, expected it beside {tmp_path}")
@@ -1194,14 +1221,6 @@ def test_no_slot_at_all_is_the_empty_set(impl, p):
         assert not out.any() and (lse == -INF).all()
 
 
-def test_one_end_of_a_window_leaves_the_other_causal(impl):
-    """Of scores alone every key is visible, but not once a window is begun or ended."""
-    scores, start, end = normal(np.random.default_rng(0), 5, 40), np.arange(5), np.arange(36, 41)
-    for one, other in (({"k_start": start}, {"k_end": end}), ({"k_end": end}, {"k_start": 0 * start})):
-        expected = select_by_hand(scores, 36, **one, **other)
-        np.testing.assert_array_equal(impl.select_topk(scores, 36, **one), expected)
-
-
 # 3. The harness itself: modules with one bug ----------------------------------------------------------------
 
 TYPED = """
@@ -1295,6 +1314,7 @@ def test_the_report_finds_a_planted_bug(stage, right, wrong):
     ("", None, 1, "NOTHING WAS TESTED$"),
     ("def index_score(*args): pass", None, 1, "did you mean index_scores?.*NOTHING WAS TESTED$"),
     (f"{RIGHT}del merge_attention", ["apply_sink", "merge_attention"], 1, "NOT TESTED.*merge"),
+    (RIGHT.replace("(visible, -row", "(-visible, -row"), None, 1, "finding 1 of 1: a wrong tie.*FAILED: "),
     ("".join(f"def {x}(*_, **__): return np.ones(3)\n" for x in STAGES), None, 1, f"FAILED: .*{STAGES[-1]}$"),
 ])  # fmt: skip
 def test_the_report_says_what_it_has_tested(source, stages, status, words):
@@ -1305,7 +1325,6 @@ def test_the_report_says_what_it_has_tested(source, stages, status, words):
 
 
 # 8. explain, predictive_select, SELECTORS -------------------------------------------------------------------
-
 
 FAR = 10**12  # nothing is allocated by a number that a caller gives
 
@@ -1326,7 +1345,8 @@ def test_explain_gives_the_parts_of_a_score_and_its_rank(dsa, p):
 
 @given(p=problems(), seed=seeds, widen=one_of([0, 1, 2, 3, FAR]), block=one_of([1, 2, 3, 4, FAR]))
 def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen, block):
-    """Eq. (2) over candidates, or blocks, neighbours and forced keys; lightning when all keys are there."""
+    """Eq. (2) over candidates, or blocks, neighbours and forced keys; lightning when all keys are there.
+    hierarchical's are the blocks of the best means, as many as oversample * K keys fill, and both ends."""
     candidates = drawn_indices(p, seed)[..., : max(1, p.S // 3)].astype(int) // block
     scores = index_scores_by_hand(*p.index, **p.windows)
     w, z = p.forced["local_window"], p.forced["num_sink_tokens"]
@@ -1342,6 +1362,13 @@ def test_predictive_select_is_exact_among_its_candidates(dsa, p, seed, widen, bl
     everything = np.broadcast_to(np.arange(p.S), (*p.batch, p.T, p.S))
     actual = predict(everything.astype(np.uint64 if seed % 2 else np.int16))
     assert_same(actual, dsa.lightning_select(*p.index, p.top_k, **p.forced, **p.windows))
+    last, oversample = (p.hi - 1) // 4, 1 + seed % 3
+    first = np.minimum(p.lo // 4, last)  # of an empty window too
+    means = np.stack([p.index_k[..., s : s + 4, :].astype(F64).mean(-2) for s in range(0, p.S, 4)], -2)
+    most = {"top_k": math.ceil(oversample * p.top_k / 4), "k_start": first + 1, "k_end": last}
+    best = lightning_by_hand(p.index_q, means, p.weights, **most)
+    blocks = np.concatenate([first[..., None], best, last[..., None]], -1)
+    assert_same(by_selector(dsa, p, "hierarchical", oversample=oversample), predict(blocks, block=4))
 
 
 @pytest.mark.parametrize("S", [500, 700])  # up to 512 the queries of a block share their keys
@@ -1480,18 +1507,6 @@ def test_a_seed_and_a_precision_change_what_is_selected(dsa):
     assert_same(*found)
 
 
-@given(p=problems(), oversample=st.integers(1, 3))
-def test_hierarchical_is_exact_in_the_blocks_of_the_best_means(dsa, p, oversample):
-    """As many as oversample * K keys fill, beside the first and the last visible block, always in."""
-    last, most = (p.hi - 1) // 4, math.ceil(oversample * p.top_k / 4)
-    first = np.minimum(p.lo // 4, last)  # of an empty window too
-    means = np.stack([p.index_k[..., s : s + 4, :].astype(F64).mean(-2) for s in range(0, p.S, 4)], -2)
-    best = lightning_by_hand(p.index_q, means, p.weights, most, k_start=first + 1, k_end=last)
-    blocks = np.concatenate([first[..., None], best, last[..., None]], -1)
-    expected = dsa.predictive_select(*p.index, p.top_k, blocks, block=4, **p.forced, **p.windows)
-    assert_same(by_selector(dsa, p, "hierarchical", oversample=oversample), expected)
-
-
 # 9. DSAConfig -----------------------------------------------------------------------------------------------
 
 
@@ -1565,6 +1580,9 @@ def test_dsa_attention_selects_then_attends(dsa, p, z):
         out, lse, indices = attend(dsa, p, config, sink=z, scale=scale, **p.windows)
         np.testing.assert_array_equal(indices, kept)
         assert_attention((out, lse), sparse(dsa, p, kept, sink=z), p.q.dtype)
+    if p.windows:  # one end leaves the other causal, also of scores alone, of which else all are visible
+        scores = dsa.index_scores(*p.index, k_end=np.full(p.T, p.S))
+        assert_same(dsa.select_topk(scores, p.top_k, **p.forced, **p.windows), select(dsa, p))
 
 
 @pytest.mark.parametrize("name", SELECTOR_NAMES[:-1])
@@ -1751,6 +1769,24 @@ def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
             assert cache.hits == 2 * max(0, t - 2)
 
 
+CACHE_REFUSES = """
+streams: cache.append(k=good["k"]) | extra: add(extra=p.k) | ^index_k: add(index_k=p.index_k[:, :2])
+^k: add(k=good["k"][..., :1]) | ^d_v .*6: read(0, d_v=6) | B = 1: read(0, q[:1]) | num_tokens: cache.window(7)
+lengths: add(lengths=array([1, 4])) | lengths: add(lengths=array([1, -1])) | lengths: add(lengths=array([1]))
+lengths: cut(array([7, 3])) | lengths: cut(array([-1, 3])) | lengths: cut(array([6]))
+NaN: step(replace(p, index_k=p.index_k * NAN, k=p.k * 9)) | sink: step(p, sink=np.ones(17))
+index_q: step(replace(p, index_q=p.index_q[..., :1])) | k_end: step(p, k_end=np.ones((2, 3), int))
+IndexError 6: read(6) | IndexError -2: read(-2) | IndexError 3: read(3)
+TypeError ^index_k: add(index_k=[[1]]) | TypeError blocksize: step(p, blocksize=3)
+"""  # error, if it is no ValueError, words: call; 3 is no key of sequence 1
+REORDER_REFUSES = "".join(f"batch: cache.reorder(array({x}, int))\n" for x in ("[2]", "[-1]", "[]", "[[0]]"))
+NO_ROOM = "full.*capacity: step(p, rows=np.s_[:, :9]) | full.*capacity: add(**streams_of(p))\n"
+CLOSED = """
+closed: add() | closed: cache.__enter__() | closed: cut(np.zeros(2, int)) | closed: read(0)
+closed: cache.read("k") | closed: cache.append_then(int, **good) | closed: cache.window(1)
+"""
+
+
 @CACHES
 @pytest.mark.parametrize("grow", [False, True])
 def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
@@ -1760,39 +1796,15 @@ def test_a_cache_refuses_and_stays_as_it_was(dsa, kind, grow):
     cache = new_cache(dsa, kind, p, 6 if grow else 9, grow=grow, local_window=2)
     add = lambda **changes: cache.append(**good | changes)  # noqa: E731
     read = lambda s, q=q, d_v=3: cache.attend(q, np.full((2, 1, 1), s), d_v=d_v)  # noqa: E731
-    step = functools.partial(attend, dsa, config=config, rows=np.s_[:, 6:], cache=cache)
-    cases: dict[type, list] = {
-        ValueError: [
-            ("streams", lambda: cache.append(k=good["k"])), ("extra", lambda: add(extra=p.k)),
-            ("^index_k", lambda: add(index_k=p.index_k[:, :2])), ("^k", lambda: add(k=good["k"][..., :1])),
-            *(("lengths", lambda n=n: add(lengths=np.array(n))) for n in ([1, 4], [1, -1], [1])),
-            *(("lengths", lambda n=n: cache.truncate(np.array(n))) for n in ([7, 3], [-1, 3], [6])),
-            ("B = 1", lambda: read(0, q[:1])), ("^d_v .*6", lambda: read(0, d_v=6)),
-            ("NaN", lambda: step(replace(p, index_k=p.index_k * NAN, k=p.k * 9))),
-            ("index_q", lambda: step(replace(p, index_q=p.index_q[..., :1]))),
-            ("sink", lambda: step(p, sink=np.ones(17))), ("num_tokens", lambda: cache.window(7)),
-            ("k_end", lambda: step(p, k_end=np.ones((2, 3), int))),
-            *(("full.*capacity", call) for call in (
-                lambda: step(p, rows=np.s_[:, :9]), lambda: add(**streams_of(p))) if not grow),
-        ],
-        IndexError: [(str(s), lambda s=s: read(s)) for s in (6, -2, 3)],  # 3 is none of sequence 1
-        TypeError: [("^index_k", lambda: add(index_k=[[1]])), ("blocksize", lambda: step(p, blocksize=3))],
-    }  # fmt: skip
-    orders = ([2], [-1], [], [[0]]) if kind == "KVCache" and hasattr(cache, "reorder") else ()  # of Part II
-    cases[ValueError] += [("batch", lambda n=n: cache.reorder(np.array(n, int))) for n in orders]
+    step, cut = functools.partial(attend, dsa, config=config, rows=np.s_[:, 6:], cache=cache), cache.truncate
+    parts, scope = [CACHE_REFUSES], {"array": np.array} | globals() | locals()
+    parts += [REORDER_REFUSES] if kind == "KVCache" and hasattr(cache, "reorder") else []  # of Part II
     with cache:
         cache.append(**streams_of(p, np.s_[:, :6]), lengths=np.array([6, 3]))
-        before = snapshot(cache)
-        for error, words, call in ((error, *case) for error, own in cases.items() for case in own):
-            refused(words, call, error=error)
-            assert snapshot(cache) == before
+        all_refused("".join(parts if grow else [*parts, NO_ROOM]), scope, lambda: snapshot(cache))
         add(lengths=np.array([3, 0]))
         np.testing.assert_array_equal(cache.read("k")[0], p.k[0])
-    for call in (
-        add, cache.__enter__, lambda: cache.truncate(np.zeros(2, int)), lambda: read(0),
-        lambda: cache.read("k"), lambda: cache.append_then(int, **good), lambda: cache.window(1),
-    ):  # fmt: skip
-        refused("closed", call)
+    all_refused(CLOSED, scope, lambda: cache.closed)
     assert cache.closed
 
 
@@ -2069,9 +2081,18 @@ def test_neither_byte_order_nor_error_state_changes_a_bit(dsa, dtype, tmp_path):
 # 12. Threads, memory, documentation -------------------------------------------------------------------------
 
 
-def on_any_threads(dsa, *calls):
-    """What the calls give on one thread, and bit for bit on any number, BLAS's or ours, and side by side."""
+@slow
+@given(seed=seeds, dtype=any_dtype, sparse=flags)
+def test_threads_never_change_a_bit(dsa, seed, dtype, sparse):
+    """Of selections, outputs and gradients: on any number of them, BLAS's or ours, and side by side."""
     threadpoolctl = pytest.importorskip("threadpoolctl")
+    p, index = tokens(seed, (2,), 150 + seed % 100, dtype), index_rows(seed, 90, 1500, dtype)
+    one = tokens(seed, (), 200 + seed % 100, dtype)
+    few = np.random.default_rng(seed).integers(-1, one.T, (one.T, 9), np.int32) if sparse else None
+    calls: list[Any] = [
+        lambda: dsa.lightning_select(*index, 64), lambda: dsa.dense_attention(p.q, *p.kv),
+        lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)), lambda: lessons(dsa, one, few),
+    ]  # fmt: skip
     try:
         dsa.set_num_threads(1)
         expected = [call() for call in calls]
@@ -2083,19 +2104,8 @@ def on_any_threads(dsa, *calls):
                 for act in same:
                     act()
         together(*same)
-        return expected
     finally:
         dsa.set_num_threads(None)
-
-
-@slow
-@given(seed=seeds, dtype=any_dtype)
-def test_threads_never_change_a_bit(dsa, seed, dtype):
-    """Of selections and outputs, causal, dense and over many keys."""
-    p = tokens(seed, (2,), 150 + seed % 100, dtype)
-    select = functools.partial(dsa.lightning_select, *index_rows(seed, 90, 1500, dtype), 64)
-    whole = functools.partial(dsa.dense_attention, p.q, *p.kv)
-    on_any_threads(dsa, select, whole, lambda: attend(dsa, p, dsa.DSAConfig(top_k=9)))
 
 
 @pytest.mark.parametrize("call, least, most", [
@@ -2296,29 +2306,24 @@ def test_a_weight_missing_extra_or_misshapen_is_named(dsa, name, named):
 
 
 LAYER_REFUSES = """
-^x is: layer(nan[:, :2], cache) | layer(x * INF, cache)
-NaN: layer(np.copysign(1.7e308, x), cache)
-dim.* 5.* 64: layer(x[..., :5], cache)
-core: layer(x, cache, core="no")
-full: layer(hidden[:, :3], cache)
-cache: layer(x[:1], cache) | layer(x, other) | layer(x, narrow)
-^lengths is: layer(x, cache, lengths=rows + 1) | layer(x, starts=[1, 1], lengths=[2, 2])
-^starts is: layer(x, starts=[1, 3]) | layer(x, starts=[1]) | layer(x, starts=[-1, 0])
-^indices is: sharing(x) | layer(x, cache, indices=first[:, :1]) | layer(x, cache, indices=slots(11))
-^indices is: layer(x[:, :1], starts=[1, 1], indices=slots(0)) | layer(hidden[:, :9], growing, indices=ahead)
-config: new(config=config(strategy="fixed")) | new(config=config(global_selection="lsh"))
+^x is: layer(nan[:, :2], cache) | ^x is: layer(x * INF, cache) | NaN: layer(np.copysign(1.7e308, x), cache)
+dim.* 5.* 64: layer(x[..., :5], cache) | core: layer(x, cache, core="no") | full: layer(hidden[:, :3], cache)
+cache: layer(x[:1], cache) | cache: layer(x, other) | cache: layer(x, narrow)
+^lengths is: layer(x, cache, lengths=rows + 1) | ^lengths is: layer(x, starts=[1, 1], lengths=[2, 2])
+^starts is: layer(x, starts=[1, 3]) | ^starts is: layer(x, starts=[1]) | ^starts is: layer(x, starts=[-1, 0])
+^indices is: sharing(x) | ^indices is: layer(x, cache, indices=first[:, :1])
+^indices is: layer(x, cache, indices=slots(11)) | ^indices is: layer(hidden[:, :9], growing, indices=ahead)
+^indices is: layer(x[:, :1], starts=[1, 1], indices=slots(0))
+config: new(config=config(strategy="fixed")) | config: new(config=config(global_selection="lsh"))
 layer is 3: new(config=config(progressive_sparsity=True), layer=3)
 fp8.*fp16: new(config=config(indexer_precision="fp16"), indexer_precision="fp8")
-IndexError indices: layer(x, cache, indices=slots(12))
-TypeError indices: layer(x, indices=slots(0.5))
-TypeError ^cache is a: layer(x, {})
-TypeError ^starts is: layer(x, starts=[0.5, 1])
+IndexError indices: layer(x, cache, indices=slots(12)) | TypeError indices: layer(x, indices=slots(0.5))
+TypeError ^cache is a: layer(x, {}) | TypeError ^starts is: layer(x, starts=[0.5, 1])
 TypeError ^weights is a list, expected a dict: dsa.DSALayer([np.ones(3)])
 TypeError ^wq_a is a builtins.list: dsa.DSALayer({"wq_a": [1.0]})
-TypeError ^config is a dict: new(config={"top_k": 3})
-TypeError fast_byte: layer.new_cache(1, 8, local_window=4) | layer.new_cache(1, 8, fast_byte=100)
-TypeError fast_byte: layer.new_cache(1, 8, fast_byte=(1,), fast_bytes=10**4)
-"""  # the error, if it is no ValueError, what it says, and the calls
+TypeError ^config is a dict: new(config={"top_k": 3}) | TypeError fast_byte: new_cache(local_window=4)
+TypeError fast_byte: new_cache(fast_byte=9) | TypeError fast_byte: new_cache(fast_byte=(1,), fast_bytes=10**4)
+"""
 
 
 def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
@@ -2327,16 +2332,14 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa, hidden):
     layer, sharing = new(), dsa.DSALayer(layer_weights(indexer=False), **SMALL)
     cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, hidden)
     first = layer(hidden[:, :10], cache)[1]
-    before, rows, x = snapshot(cache), np.array([2, 0]), hidden[:, :2]
+    rows, x, config = np.array([2, 0]), hidden[:, :2], dsa.DSAConfig
     other = dsa.KVCache(12, batch=2, qk_rope_head_dim=8, k=(1, 576), index_k=(16,))
     narrow = dsa.KVCache(12, batch=2, qk_rope_head_dim=4, **layer.streams)
-    growing, ahead, config = layer.new_cache(2, 4, grow=True), np.full((2, 9, 1), 8), dsa.DSAConfig
-    scope = globals() | locals() | {"slots": lambda s: np.full((2, 2, 1), s)}
-    for error, words, calls in re.findall(r"^(\w+Error )?(.*?): (.*)$", LAYER_REFUSES, re.M):
-        for call in calls.split(" | "):
-            refused(words, eval, call, scope, error=eval(error or "ValueError"))
-            assert snapshot(cache) == before and growing.capacity == 4
-            assert other.lengths.tolist() == narrow.lengths.tolist() == [0, 0]
+    growing, ahead = layer.new_cache(2, 4, grow=True), np.full((2, 9, 1), 8)
+    own = {"slots": lambda s: np.full((2, 2, 1), s), "new_cache": functools.partial(layer.new_cache, 1, 8)}
+    others = other, narrow, growing
+    state = lambda: (snapshot(cache), [(x.capacity, x.lengths.tolist()) for x in others])  # noqa: E731
+    all_refused(LAYER_REFUSES, globals() | locals() | own, state)
     with np.errstate(all="raise"):  # what is in padding is not seen
         layer(np.where([[[True]], [[False]]], x, INF), cache, lengths=rows)
     assert cache.lengths.tolist() == [12, 10]
@@ -2424,7 +2427,7 @@ CONFIGS: list[Any] = [  # config.json, if there is one, what layer_by_hand compu
     (with_yarn() | {"rope_scaling": {"type": "default"}, "rope_theta": 8e6}, NO_YARN | {"theta": 8e6}),
     *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
        {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
-      for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20))),
+      for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20), (5000.0, 4, 4))),
     (V32_CONFIG, NO_YARN | {"hadamard": True}, {"hadamard": True}), (None, {}, SMALL),
     (GLM_CONFIG | {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
      NO_YARN | {"theta": 1e6, "interleaved": True, "eps": (1e-5, 1e-6)}),
@@ -2753,9 +2756,8 @@ def test_all_e4m3_codes_round_trip(dsa):
 
 
 @given(
-    seed=seeds, N=one_of([1, 16, 128, 200, 384]), size=one_of([128, 31, FAR]),
-    scale=one_of(["ue8m0", "float"]), dtype=any_dtype,
-    amax=one_of([0.0, 448.0, 448 + 2.0**-15, 1e30]), k=st.integers(-8, 5),
+    seed=seeds, N=one_of([1, 16, 128, 200, 384]), size=one_of([128, 31, FAR]), k=st.integers(-8, 5),
+    scale=one_of(["ue8m0", "float"]), dtype=any_dtype, amax=one_of([0.0, 448.0, 448 + 2.0**-15, 1e30]),
 )  # fmt: skip
 def test_fp8_is_e4m3_of_x_over_its_scale(impl, seed, N, size, scale, dtype, amax, k):
     """Byte for byte as ml_dtypes rounds; ue8m0 steps up one ulp above 448 * 2^k."""
@@ -3050,7 +3052,7 @@ def test_the_readmes_lines_train_an_indexer(dsa, capsys, xp):
 @slow
 @given(seed=seeds, dtype=any_dtype, sparse=flags)
 def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, sparse):
-    """Threads never change a bit; a query's gradient is its own, a key's the sum over chunks of queries."""
+    """A query's gradient is its own, a key's the sum over chunks of queries, to the bit by its own alone."""
     S, T = 300, 200 + seed % 100
     p, ends = tokens(seed, (), S, dtype), np.arange(S - T, S) + 1
     indices = np.random.default_rng(seed).integers(-1, S, (T, 9), np.int32)
@@ -3060,9 +3062,8 @@ def test_gradients_of_many_blocks_are_added_in_their_order(dsa, seed, dtype, spa
         part = replace(p, **dict(zip(("q", "index_q", "weights"), few, strict=True)))
         return lessons(dsa, part, indices[t] if sparse else None, ends[t])
 
-    (expected,) = on_any_threads(dsa, run)
-    chunks = [run(slice(a, a + T // 3)) for a in range(0, T, T // 3)]
-    for whole, *parts in zip(expected, *chunks, strict=True) if dtype == F64 else ():
+    chunks = [run(slice(a, a + T // 3)) for a in range(0, T, T // 3)] if dtype == F64 else []
+    for whole, *parts in zip(run(), *chunks, strict=True) if chunks else ():
         own = np.shape(whole)[:1] == (T,)
         assert_close(np.concatenate(parts) if own else sum(parts), whole, 1e-12 if own else 1e-10)
     q, (k, v) = p.q[S - T :], p.kv  # by the order of a key's queries, which other keys do not change
@@ -3628,7 +3629,7 @@ def test_rows_that_a_block_holds(dsa, cupy, T):
     rng = np.random.default_rng(18)
     for S in (1, 9, 100, 4096, 4099, 8190, 8193, 16384) if T < 9 else (9, 8192, 12_001):
         start, end = rng.integers(0, S + 1, (2, T))
-        options: Any = {}, {"k_start": start, "k_end": end}
+        options: Any = {}, {"k_start": start}, {"k_end": end}, {"k_start": start, "k_end": end}
         assert_selects_like_numpy(dsa, cupy, rng.standard_normal((T, S)), (1, 72, 2048), [F32], options)
 
 
