@@ -123,7 +123,7 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 # 0. Harness: tolerances, the arguments of a call as text, oracles -------------------------------------------
@@ -1642,6 +1642,7 @@ def snapshot(cache):
         {"num_sink_tokens": 1}, {"strategy": "hybrid", "local_window": 3, "num_sink_tokens": 1},
     ]),
 )  # fmt: skip
+@example(lengths=[3], seed=0, tied=False, dtype=F32, grow=True, step=3, multiple=64, options={})
 @CACHES
 def test_sequences_are_as_if_alone(dsa, kind, lengths, seed, tied, dtype, grow, step, multiple, options):
     """Padded, end to end, or through a cache in steps of any sizes: none sees another, or padding (NaN)."""
@@ -1657,6 +1658,7 @@ def test_sequences_are_as_if_alone(dsa, kind, lengths, seed, tied, dtype, grow, 
     lists: Any = [None if x is None else [x[i, :n] for i, n in enumerate(lengths)] for x in every]
     listed = dsa.dsa_attention(*lists, config, **p.latent)
     assert listed[0].shape[1] == -(-max(lengths) // multiple) * multiple
+    assert listed[2].shape[2] <= max(lengths)  # goes by keys, not by padding
     found = [listed, attend(dsa, p, config, lengths=lengths)]
     if not by_length:
         packed = [None if x is None else np.concatenate(x) for x in lists]
