@@ -859,7 +859,8 @@ def is_number(value):
 def integer(name, value, least, error=TypeError):
     whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
     if not whole or value < least:
-        raise (ValueError if whole else error)(f"{name} is {value!r}, expected an integer from {least} on")
+        error = ValueError if whole else error
+        raise error(f"{name} is {value!r}, expected an integer of at least {least}")
     return int(value)
 
 
