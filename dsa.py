@@ -63,6 +63,7 @@ def stage(declared, most=lambda n: 64):
     `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
     is called by the name checks the arguments and goes through the queries in blocks, on threads (in_blocks),
     or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
+    most(n): how many queries a block may have.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
@@ -97,7 +98,7 @@ def axes_of(declared):
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
 
-KEY_TILE = 512  # keys
+KEY_TILE = 512  # about as many keys, by as many rows, are multiplied at a time: 1 MB, an L2 cache
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> scores [..., T, S]")
@@ -151,10 +152,9 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         raise FloatingPointError(int(t))  # row t of this block; in_blocks says which query that is
     kept = np.zeros(x.shape, bool)
     if forced:
-        place = np.cumsum(x > -np.inf, axis=1)  # 1 is the first visible key
-        kept = (x > -np.inf) & (
-            (place <= min(num_sink_tokens, S)) | (place > place[:, -1:] - min(local_window, S))
-        )
+        seen, first, last = x > -np.inf, min(num_sink_tokens, S), min(local_window, S)
+        place = np.cumsum(seen, axis=1)  # 1 is the first visible key
+        kept = seen & ((place <= first) | (place > place[:, -1:] - last))
         x[kept] = -np.inf
     kept |= first_k(x, top_k - forced)  # [T, N]                                                          (2)
     indices = np.full((T, min(top_k, S)), -1, np.int32)
@@ -977,12 +977,8 @@ def blas_libraries():
     """Those in this process, by threadpoolctl; none without it."""
     if importlib.util.find_spec("threadpoolctl") is None:
         return []
-    return (
-        importlib.import_module("threadpoolctl")
-        .ThreadpoolController()
-        .select(user_api="blas")
-        .lib_controllers
-    )
+    controller = importlib.import_module("threadpoolctl").ThreadpoolController()
+    return controller.select(user_api="blas").lib_controllers
 
 
 def on_one_blas_thread(work):
@@ -1007,22 +1003,30 @@ def share_blas(me, hold):
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
         last = {me} >= BLAS_USERS
         for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            release = getattr(lib, "clear_controlling_thread", lambda force: None)
-            if hold or last or getattr(lib, "threading_layer", None) == "openmp":  # a number of each thread
-                release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
-                lib.set_num_threads(1 if hold else before)
-                release(force=True)
+            if hold or last or of_each_thread(lib):
+                set_blas_threads(lib, 1 if hold else before)
         if not hold:
             BLAS_BEFORE[:] = () if last else BLAS_BEFORE
             BLAS_USERS.discard(me)
+
+
+def set_blas_threads(lib, n):
+    release = getattr(lib, "clear_controlling_thread", lambda force: None)
+    release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
+    lib.set_num_threads(n)
+    release(force=True)
+
+
+def of_each_thread(lib):
+    return getattr(lib, "threading_layer", None) == "openmp"  # whose number is a thread's own
 
 
 def begin_thread():
     np.seterr(all="ignore")
     with BLAS_LOCK:
         for lib in blas_libraries():
-            if getattr(lib, "threading_layer", None) == "openmp":
-                lib.set_num_threads(1)
+            if of_each_thread(lib):
+                set_blas_threads(lib, 1)
 
 
 if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
