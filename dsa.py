@@ -1207,7 +1207,8 @@ class Selection:
         self.n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
         check_options(self.n, given)
         self.q, self.k, *self.index = (given[x] for x in ("q", "k", "index_q", "index_k", "weights"))
-        self.rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
+        self.windows = {x: given[x] for x in ("k_start", "k_end")}
+        self.rest = self.windows | {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens")}
 
     def _drawn(self, seed, *shapes, dtype=np.float64):
         rng = np.random.default_rng(integer("seed", seed, 0))
@@ -1226,7 +1227,7 @@ class Selection:
         block = min(integer("block", block, 1), max(1, n["S"]))
         pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
         pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
-        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        start, end = filled(n, self.windows.values())
         last, most = (end - 1) // block, -(-oversample * self.rest["top_k"] // block)
         first = np.minimum(start // block, last)
         best = lightning_select(index_q, pooled, weights, most, k_start=first + 1, k_end=last)
@@ -1248,8 +1249,7 @@ class Selection:
         (planes,) = self._drawn(seed, (both[0].shape[-1], integer("bits", bits, 1)), dtype=np.float32)
         sides = (by_rows(x, planes.T.astype(x.dtype, "C")) for x in both)
         signs = (np.where(x == 0, 1, np.sign(x)) for x in sides)  # whose product falls with the distance
-        windows = {x: self.rest[x] for x in ("k_start", "k_end")}
-        nearest = lightning_select(*logits(*signs), many, **windows)
+        nearest = lightning_select(*logits(*signs), many, **self.windows)
         return predictive_select(*logits(*both), candidates=nearest, **self.rest)
 
     def learned(self, *, mlp=None, seed=0):
@@ -1292,7 +1292,7 @@ class Selection:
 
         # A causal window ends at its query, however the sequence is cut, or all end as far before it. Else
         # that place goes into the hash, as queries that see the same keys are to choose differently.
-        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        start, end = filled(n, self.windows.values())
         place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
         least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
         causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
@@ -1308,8 +1308,7 @@ def selector(choose):
     """One of SELECTORS, out of a method of Selection."""
 
     def select(
-        q, k, top_k,
-        *, index_q=None, index_k=None, weights=None,
+        q, k, top_k, *, index_q=None, index_k=None, weights=None,
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
         given = {"v": None, "sink": None, **locals()}
@@ -1426,8 +1425,7 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
     block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
     expect(n["M"] == -(-n["N"] // block), "scales", f"of shape {scales.shape}", f"one for {block} codes each")
-    scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
-    return n["xp"].asarray(E4M3)[codes] * scales
+    return n["xp"].asarray(E4M3)[codes] * np.repeat(scales.astype(np.float32), block, -1)[..., : n["N"]]
 
 
 @by_library
@@ -1481,7 +1479,7 @@ def widened(bits):
 
 
 class Entries:
-    """Storage "fp8": a token as `packed`, the last qk_rope_head_dim values of "k" in bfloat16."""
+    """Storage "fp8": a token as `packed`, of "k" the last qk_rope_head_dim values in bfloat16."""
 
     def __init__(self, rope):
         self.dtype, self.rope, self.widths = np.dtype(np.uint8), rope, {}
@@ -1493,7 +1491,7 @@ class Entries:
 
     def check_range(self, name, x):
         largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0))
-        expect(largest < 248 * 2.0**120, name, largest, "what fp8 with a scale, or bfloat16, can hold")
+        expect(largest < 248 * 2.0**120, name, largest, "what fp8 with a scale can hold")
 
     def encode(self, name, x, out):
         packed(x, self.widths[name][1], out)
@@ -1502,10 +1500,10 @@ class Entries:
         return unpacked(x, *self.widths[name])
 
     def attend(self, cache, q, indices, **kwargs):
-        names, parts = cache.streams.keys() & {"k", "v"}, []
+        parts = []
         for b, (used, own) in enumerate(map(among_used, indices)):  # no other key is decoded
-            k_v = {name: self.decode(name, cache.stored(name)[b, used]) for name in names}
-            parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
+            k, v = (self.decode(x, cache.stored(x)[b, used]) if x in self.widths else None for x in "kv")
+            parts.append(sparse_attention(q[b], k, v, own, **kwargs))
         return tuple(map(np.stack, zip(*parts)))
 
 
