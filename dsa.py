@@ -1120,10 +1120,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 __all__ += [  # noqa: RUF022
-    "explain", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8",
-    "unpack_kv_fp8", "HybridKVCache", "LayerDims", "DSALayer", "sparse_attention_backward",
-    "attention_target", "indexer_loss", "learned_loss", "sharded_select", "sharded_attention",
-    "PORTABLE_KERNELS",
+    "explain", "predictive_select", "quantize_fp8", "dequantize_fp8", "pack_kv_fp8", "unpack_kv_fp8",
+    "HybridKVCache", "LayerDims", "DSALayer", "sparse_attention_backward", "attention_target", "indexer_loss",
+    "learned_loss", "sharded_select", "sharded_attention", "PORTABLE_KERNELS",
 ]  # fmt: skip
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
@@ -1147,8 +1146,8 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     x = index_scores(index_q[t : t + 1], index_k, weights[t : t + 1], k_start=start, k_end=end)[0]  # [S]
     expect(not np.isnan(x).any(), f"a score in the window of query {(t,)}", "NaN", "a number")
     heads = index_q[t, :, None], index_k[s : s + 1], weights[t, :, None]  # each as a query of its own
-    parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))  # [J, 1]
-    return parts[:, 0], float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
+    parts = index_scores(*heads, k_end=n["xp"].ones(n["J"], int))[:, 0]  # [J]
+    return parts, float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
 
 
 @stage(
@@ -1185,9 +1184,8 @@ def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens)
     check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-S // block), "xp": xp})
     s, first = xp.arange(S), candidates.astype(np.int64)[..., None]
     keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
-    keys = np.where((first >= 0) & (keys >= 0) & (keys < S), keys, S)
-    seen = xp.zeros((T, S + 1), bool)
-    seen[xp.arange(T)[:, None, None], keys] = True
+    seen = xp.zeros((T, S + 1), bool)  # the last: of no key
+    seen[xp.arange(T)[:, None, None], np.where(first < 0, -1, keys).clip(-1, S)] = True
     seen = seen[:, :-1] | (s >= end - local_window) | (s < start + num_sink_tokens)
     return seen & (s >= start) & (s < end)
 
@@ -1203,15 +1201,14 @@ def select_by(q, k, score, *, top_k, local_window=0, num_sink_tokens=0, k_start=
 
 
 class Selection:
-    """A call of one of SELECTORS, checked. Its methods are these selectors: each takes what it needs of the
-    call and returns what lightning_select does; with a local_window it is a hybrid of that and itself.
-    """
+    """A checked call of one of SELECTORS, which are its methods. With a local_window each is a hybrid."""
 
     def __init__(self, given):
         self.n = sizes(DSA_AXES, given, DSA_AXES.keys() - {"q", "k"})
         check_options(self.n, given)
         self.q, self.k, *self.index = (given[x] for x in ("q", "k", "index_q", "index_k", "weights"))
-        self.rest = {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens", "k_start", "k_end")}
+        self.windows = {x: given[x] for x in ("k_start", "k_end")}
+        self.rest = self.windows | {x: given[x] for x in ("top_k", "local_window", "num_sink_tokens")}
 
     def _drawn(self, seed, *shapes, dtype=np.float64):
         rng = np.random.default_rng(integer("seed", seed, 0))
@@ -1222,16 +1219,15 @@ class Selection:
         return lightning_select(*self.index, **self.rest)
 
     def hierarchical(self, *, block=64, oversample=4):
-        """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks.
-
-        The first and the last visible block are always in, since they may be visible only in part.
+        """Equation (1) on mean-pooled blocks of keys, then on the oversample * top_k keys of the best blocks,
+        and of the first and the last visible one, which may be visible only in part.
         """
         (index_q, x, weights), n, oversample = self.index, self.n, integer("oversample", oversample, 1)
         dims(index_q=(index_q, "... T J E"), index_k=(x, "... S E"), weights=(weights, "... T J"))
         block = min(integer("block", block, 1), max(1, n["S"]))
         pooled = x[..., : n["S"] // block * block, :].reshape(*n["..."], n["S"] // block, block, n["E"])
         pooled = pooled.sum(-2, dtype=accumulator(x)) / block  # [..., S // block, E]
-        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        start, end = filled(n, self.windows.values())
         last, most = (end - 1) // block, -(-oversample * self.rest["top_k"] // block)
         first = np.minimum(start // block, last)
         best = lightning_select(index_q, pooled, weights, most, k_start=first + 1, k_end=last)
@@ -1252,9 +1248,8 @@ class Selection:
         many, both = integer("oversample", oversample, 1) * self.rest["top_k"], features(self.q, self.k)
         (planes,) = self._drawn(seed, (both[0].shape[-1], integer("bits", bits, 1)), dtype=np.float32)
         sides = (by_rows(x, planes.T.astype(x.dtype, "C")) for x in both)
-        signs = [np.where(x == 0, 1, np.sign(x)) for x in sides]  # whose product falls with the distance
-        windows = {x: self.rest[x] for x in ("k_start", "k_end")}
-        nearest = lightning_select(*logits(*signs), many, **windows)
+        signs = (np.where(x == 0, 1, np.sign(x)) for x in sides)  # whose product falls with the distance
+        nearest = lightning_select(*logits(*signs), many, **self.windows)
         return predictive_select(*logits(*both), candidates=nearest, **self.rest)
 
     def learned(self, *, mlp=None, seed=0):
@@ -1263,8 +1258,7 @@ class Selection:
         mlp = (w_q [F, G*D], w_k [F, G*D], b [F], w_out [F]); None is an untrained, random one of 16 units.
         """
         q, k = features(self.q, self.k)
-        if mlp is None:
-            mlp = self._drawn(seed, *[(16, k.shape[-1])] * 2, 16, 16)
+        mlp = self._drawn(seed, *[(16, k.shape[-1])] * 2, 16, 16) if mlp is None else mlp
         return lightning_select(*as_indexer(q, k, mlp), **self.rest)
 
     def window(self):
@@ -1298,7 +1292,7 @@ class Selection:
 
         # A causal window ends at its query, however the sequence is cut, or all end as far before it. Else
         # that place goes into the hash, as queries that see the same keys are to choose differently.
-        start, end = filled(n, (self.rest["k_start"], self.rest["k_end"]))
+        start, end = filled(n, self.windows.values())
         place = n["xp"].arange(n["S"] - n["T"] + 1, n["S"] + 1) - end  # [..., T]
         least = np.sort(np.where(start < end, place, n["S"] + n["T"]))[..., :1]
         causal = ((start >= end) | (place == least)).all(-1, keepdims=True)
@@ -1314,8 +1308,7 @@ def selector(choose):
     """One of SELECTORS, out of a method of Selection."""
 
     def select(
-        q, k, top_k,
-        *, index_q=None, index_k=None, weights=None,
+        q, k, top_k, *, index_q=None, index_k=None, weights=None,
         local_window=0, num_sink_tokens=0, k_start=None, k_end=None, **options,
     ):  # fmt: skip
         given = {"v": None, "sink": None, **locals()}
@@ -1344,8 +1337,7 @@ def logits(q, k):
 
 def as_indexer(q, k, mlp):
     """index_q, index_k and weights by which (1) is w_out . relu(w_q q + w_k k + b), of features q and k."""
-    fits = isinstance(mlp, (tuple, list)) and len(mlp) == 4
-    expect(fits, "mlp", repr(mlp), "(w_q [F, G*D], w_k [F, G*D], b [F], w_out [F])", TypeError)
+    expect(isinstance(mlp, (tuple, list)) and len(mlp) == 4, "mlp", mlp, "(w_q, w_k, b, w_out)", TypeError)
     w_q, w_k, b, w_out = mlp
     n = dims(q=(q, "... T GD"), w_q=(w_q, "F GD"), w_k=(w_k, "F GD"), b=(b, "F"), w_out=(w_out, "F"))
     w_q, w_k, b, w_out = (x.astype(q.dtype, order="C") for x in mlp)
@@ -1408,21 +1400,22 @@ def quantize_fp8(x, *, block=FP8_BLOCK, scale="ue8m0"):
 
 
 @by_library
+@np.errstate(all="ignore")
 def quantized(x, block, scale, least):
     """quantize_fp8, unchecked, of which amax is at least `least`."""
     x = x.astype(accumulator(x), copy=False)
-    with np.errstate(all="ignore"):
-        amax = np.fmax.reduceat(np.abs(x), np.arange(0, x.shape[-1], block), axis=-1).astype(np.float32)
-        scales = np.clip(amax, np.float32(least), np.finfo(np.float32).max) / np.float32(448)
-        if scale == "ue8m0":  # on the bits: the exponent, one more if the mantissa is not 0
-            scales = ((scales.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
-        x = x / np.repeat(scales, block, axis=-1)[..., : x.shape[-1]]
-        size = np.clip(np.abs(x), 2.0**-11, 448)  # 0 itself has no exponent
-        digits = np.minimum(4 - np.frexp(size)[1], 9)  # after the binary point; 9 for subnormals
-        codes = np.rint(np.ldexp(size, digits)) + 8 * (9 - digits)  # a mantissa of 16 steps up the exponent
+    amax = np.fmax.reduceat(np.abs(x), np.arange(0, x.shape[-1], block), axis=-1).astype(np.float32)
+    scales = np.clip(amax, np.float32(least), np.finfo(np.float32).max) / np.float32(448)
+    if scale == "ue8m0":  # on the bits: the exponent, one more if the mantissa is not 0
+        scales = ((scales.view(np.uint32) + 0x7FFFFF) & 0xFF800000).view(np.float32)
+    x = x / np.repeat(scales, block, axis=-1)[..., : x.shape[-1]]
+    size = np.clip(np.abs(x), 2.0**-11, 448)  # 0 itself has no exponent
+    digits = np.minimum(4 - np.frexp(size)[1], 9)  # after the binary point; 9 for subnormals
+    codes = np.rint(np.ldexp(size, digits)) + 8 * (9 - digits)  # a mantissa of 16 steps up the exponent
     return np.where(np.isnan(x), 127, codes).astype(np.uint8) | np.signbit(x).astype(np.uint8) << 7, scales
 
 
+@np.errstate(over="ignore")  # of what was near float32's largest number
 def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     """What quantize_fp8 made: codes uint8 [..., N], scales [..., N / block] -> float32 [..., N].
 
@@ -1432,16 +1425,12 @@ def dequantize_fp8(codes, scales, *, block=FP8_BLOCK):
     n = dims(codes=(codes, "... N", "uint8"), scales=(scales, "... M"))
     block = min(integer("block", block, 1), max(FP8_BLOCK, n["N"]))
     expect(n["M"] == -(-n["N"] // block), "scales", f"of shape {scales.shape}", f"one for {block} codes each")
-    scales = np.repeat(scales.astype(np.float32), block, axis=-1)[..., : n["N"]]
-    with np.errstate(over="ignore"):  # of what was near float32's largest number
-        return n["xp"].asarray(E4M3)[codes] * scales
+    return n["xp"].asarray(E4M3)[codes] * np.repeat(scales.astype(np.float32), block, -1)[..., : n["N"]]
 
 
 @by_library
 def rounded_to_fp8(x):
-    """index_q or index_k as an indexer in fp8 sees it."""
-    # Scales of ue8m0 are powers of two, so eq. (1) over these values has the bits of the fp8 kernel's
-    # relu(q8 . k8) * (weights * scale_q), summed over the heads, times scale_k.
+    """index_q or index_k in fp8: as scales are powers of two, (1) has the bits of scaled sums of codes."""
     return dequantize_fp8(*quantize_fp8(x))
 
 
@@ -1490,21 +1479,15 @@ def widened(bits):
 
 
 class Entries:
-    """Storage "fp8": a token as `packed`, the last qk_rope_head_dim values of "k" in bfloat16, beyond whose
-    numbers nothing may be stored.
-
-    The stages of equation (1) take it as it is stored: index_q e4m3 codes, uint8 [..., T, J, E], whose scales
-    are in the weights, and index_k the entries, uint8 [..., S, E + 4].
-    """
+    """Storage "fp8": a token as `packed`, of "k" the last qk_rope_head_dim values in bfloat16."""
 
     def __init__(self, rope):
         self.dtype, self.rope, self.widths = np.dtype(np.uint8), rope, {}
 
     def shape(self, name, shape):
-        rope = self.rope if name == "k" else 0
-        expect(shape[-1] > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
-        self.widths[name] = shape[-1], rope
-        return (*shape[:-1], packed_bytes(shape[-1], rope))
+        self.widths[name] = width, rope = shape[-1], self.rope if name == "k" else 0
+        expect(width > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
+        return (*shape[:-1], packed_bytes(width, rope))
 
     def check_range(self, name, x):
         largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0))
@@ -1517,10 +1500,10 @@ class Entries:
         return unpacked(x, *self.widths[name])
 
     def attend(self, cache, q, indices, **kwargs):
-        names, parts = cache.streams.keys() & {"k", "v"}, []
+        parts = []
         for b, (used, own) in enumerate(map(among_used, indices)):  # no other key is decoded
-            k_v = {name: self.decode(name, cache.stored(name)[b, used]) for name in names}
-            parts.append(sparse_attention(q[b], k_v["k"], k_v.get("v"), own, **kwargs))
+            k, v = (self.decode(x, cache.stored(x)[b, used]) if x in self.widths else None for x in "kv")
+            parts.append(sparse_attention(q[b], k, v, own, **kwargs))
         return tuple(map(np.stack, zip(*parts)))
 
 
@@ -1536,14 +1519,13 @@ def on_host(x):
 
 
 def decoded(n, given):
-    """index_q as codes and index_k as entries of a cache, to what they stand for."""
+    """For (1), index_q as codes, whose scales are in the weights, and index_k as stored by Entries."""
     expect(n["E"] <= FP8_BLOCK, "E", f"{n['E']} in index_q", f"at most {FP8_BLOCK} in 8 bits")
     return {**given, "index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
 
 
-axes = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]")
-for name in ("index_scores", "lightning_select", "predictive_select"):
-    CODES[name, np.dtype(np.uint8)] = axes, decoded
+CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]"), decoded
+CODES |= {(x, np.dtype(np.uint8)): CODED for x in ("index_scores", "lightning_select", "predictive_select")}
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 
