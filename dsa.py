@@ -512,7 +512,12 @@ def dsa_attention(
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
     if isinstance(q, (list, tuple)):
         expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
-        arrays, lengths = pad_lists(arrays, config.batch_pad_to_multiple)
+        wrong = [name for name, x in arrays.items() if not isinstance(x, (list, tuple, type(None)))]
+        expect(not wrong, " and ".join(wrong), "no list", "one, as other arguments are", TypeError)
+        for name in [name for name, x in arrays.items() if x is not None]:
+            arrays[name], own = pad_batch(arrays[name], config.batch_pad_to_multiple, name)
+            lengths = own if lengths is None else lengths
+            expect((*own,) == (*lengths,), f"the lengths in {name}", own, f"those in q, {lengths}")
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(choose_keys, config, (layer, n_layers), options)
@@ -549,19 +554,6 @@ def dsa_dims(arrays, options, windows, cache, lengths):
         expect(fits, "q", f"of shape {arrays['q'].shape}", f"[B, T, H, D] of the same T as k, {n['S']}")
         lengths = None if lengths is None else check_lengths(lengths, n["..."][0], n["T"])
     return n, lengths
-
-
-def pad_lists(arrays, multiple):
-    """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    padded, lengths = dict.fromkeys(arrays), None
-    wrong = [name for name, x in arrays.items() if not isinstance(x, (list, tuple, type(None)))]
-    expect(not wrong, " and ".join(wrong), "no list", "one, as other arguments are", TypeError)
-    for name, x in arrays.items():
-        if x is not None:
-            padded[name], found = pad_batch(x, multiple, name)
-            lengths = found if lengths is None else lengths
-            expect((*found,) == (*lengths,), f"the lengths in {name}", found, f"those in q, {lengths}")
-    return padded, lengths
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
@@ -787,48 +779,20 @@ def dims(xp=None, **arrays):
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
-KNOWN: dict[Any, Any] = {}  # what sizes found, by all that it depends on but S, which grows by each token
-
-
 def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    key, S = [xp], None
-    try:
-        for name, axes in declared.items():
-            if (x := given[name]) is not None or name not in optional:
-                shape = x.shape
-                if "S" in axes[0]:
-                    at = axes[0].index("S") - len(axes[0])
-                    S = shape[at] if S is None else S
-                    shape = shape[:at], shape[at] - S, shape[at:][1:]
-                key += name, axes, type(x), x.dtype, shape
-        n = KNOWN[tuple(key)].copy()
-    except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
-        n = sizes_of(declared, given, optional, xp)
-        if len(KNOWN) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
-            KNOWN[tuple(key)] = n.copy()
-    if S is not None:
-        n["S"] = S
-        expect(S < 2**31, "S", S, "less than 2**31, as indices are int32")
-    return n
-
-
-def sizes_of(declared, given, optional, xp):
-    """sizes of arrays unlike all that were seen."""
     n: dict[str, Any] = {}
     for name, (axes, word) in declared.items():
         if (x := given[name]) is None and name in optional:
             continue
-        xp = library(name, x, xp)
-        allowed = (word,) if word else FLOATS
+        xp, shape, allowed = library(name, x, xp), x.shape, (word,) if word else FLOATS
         if not (x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed):
             raise TypeError(f"{name} is of dtype {x.dtype}, expected {' or '.join(allowed)}")
         if not x.dtype.isnative:
             given[name] = x.astype(native(x))
-        shape, batch = x.shape, len(x.shape) - len(axes) + 1
-        if axes[0] == "..." and batch >= 0:
+        if axes[0] == "..." and (batch := len(shape) - len(axes) + 1) >= 0:
             shape = shape[:batch], *shape[batch:]
         if len(shape) != len(axes):
             raise ValueError(f"{name} is of shape {x.shape}, expected axes [{', '.join(axes)}]")
@@ -841,6 +805,7 @@ def sizes_of(declared, given, optional, xp):
                 raise ValueError(f"{name} has {what}{size}, but {owner} has {what}{n[axis]}")
     if "G" in n and "H" in n:
         expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
+    expect(n.get("S", 0) < 2**31, "S", n.get("S"), "less than 2**31, as indices are int32")
     return n | {"xp": xp}
 
 
@@ -913,20 +878,17 @@ def check_options(n, given):
         expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
         if tied and not n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]:
             raise ValueError(f"d_v is {d_v}, expected at most k's D = {n['D']}, and as in out")
-    if (scale := given.get("scale", 1.0)) is None:
-        given["scale"] = max(1, n["D"]) ** -0.5
-    elif "scale" in given:
+    if "scale" in given:
+        scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
         scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
-        fits = is_number(scale) and abs(scale) <= sys.float_info.max
-        expect(fits, "scale", repr(scale), "a finite number")
+        expect(is_number(scale) and abs(scale) <= sys.float_info.max, "scale", scale, "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
         for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
             given[name] = integer(name, given[name], least)
         top_k, forced = given["top_k"], (given["local_window"], given["num_sink_tokens"])
         if sum(forced) > top_k:
-            expected = f"up to top_k = {top_k} in all"
-            raise ValueError(f"local_window, num_sink_tokens are {forced}, expected {expected}")
+            raise ValueError(f"local_window, num_sink_tokens are {forced}, expected up to {top_k = } in all")
         n["K"] = min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
@@ -1003,38 +965,14 @@ def share_blas(me, hold):
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
         last = {me} >= BLAS_USERS
         for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            if hold or last or of_each_thread(lib):
-                set_blas_threads(lib, 1 if hold else before)
+            if last or getattr(lib, "threading_layer", None) == "openmp":  # where it is each thread's own
+                release = getattr(lib, "clear_controlling_thread", lambda force: None)
+                release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
+                lib.set_num_threads(1 if hold else before)
+                release(force=True)
         if not hold:
             BLAS_BEFORE[:] = () if last else BLAS_BEFORE
             BLAS_USERS.discard(me)
-
-
-def set_blas_threads(lib, n):
-    release = getattr(lib, "clear_controlling_thread", lambda force: None)
-    release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
-    lib.set_num_threads(n)
-    release(force=True)
-
-
-def of_each_thread(lib):
-    return getattr(lib, "threading_layer", None) == "openmp"  # whose number is a thread's own
-
-
-def begin_thread():
-    np.seterr(all="ignore")
-    with BLAS_LOCK:
-        for lib in blas_libraries():
-            if of_each_thread(lib):
-                set_blas_threads(lib, 1)
-
-
-if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
-    os.register_at_fork(
-        before=BLAS_LOCK.acquire,
-        after_in_parent=BLAS_LOCK.release,
-        after_in_child=lambda: [BLAS_USERS.clear(), BLAS_LOCK.release()],
-    )
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1093,9 +1031,9 @@ def spread(work, jobs, take=lambda found: None):
         for job in jobs:
             take(work(job))
         return
-    with ThreadPoolExecutor(threads, name, begin_thread) as pool:
+    with ThreadPoolExecutor(threads, name) as pool:
         for job in jobs:
-            under_way.append(pool.submit(work, job))
+            under_way.append(pool.submit(on_one_blas_thread, functools.partial(work, job)))
             if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
                 take(under_way.pop(0).result())
         for found in under_way:
@@ -1125,6 +1063,44 @@ __all__ += [  # noqa: RUF022
     "attention_target", "indexer_loss", "learned_loss", "sharded_select", "sharded_attention",
     "PORTABLE_KERNELS",
 ]  # fmt: skip
+
+# Beside other processes, and at a GPU's pace -----------------------------------------------------------
+
+
+if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
+    os.register_at_fork(
+        before=BLAS_LOCK.acquire,
+        after_in_parent=BLAS_LOCK.release,
+        after_in_child=lambda: [BLAS_USERS.clear(), BLAS_LOCK.release()],
+    )
+
+
+def remembered(find):
+    """find, which is sizes, but what it found of arrays alike is kept, by all but S, which grows."""
+    known: dict[Any, Any] = {}
+
+    def sizes(declared, given, optional, xp=None):
+        key, S = [xp], None
+        try:
+            for name, axes in declared.items():
+                if (x := given[name]) is not None or name not in optional:
+                    shape = x.shape
+                    if "S" in axes[0]:
+                        at = axes[0].index("S") - len(axes[0])
+                        S = shape[at] if S is None else S
+                        shape = shape[:at], shape[at] - S, shape[at:][1:], S < 2**31
+                    key += name, axes, type(x), x.dtype, shape
+            n = known[tuple(key)].copy()
+        except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
+            n = find(declared, given, optional, xp)
+            if len(known) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+                known[tuple(key)] = n.copy()
+        return n if S is None else n | {"S": S}
+
+    return sizes
+
+
+sizes = remembered(sizes)
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
