@@ -188,11 +188,10 @@ def lightning_select(
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
 
+ATTENTION = "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H]"
 
-@stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H]"
-    " -> out [..., T, H, Dv] q, lse [..., T, H]"
-)
+
+@stage(f"{ATTENTION} -> out [..., T, H, Dv] q, lse [..., T, H]")
 def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
     """Attention over every visible key, a tile at a time: softmax(scale * q . k) @ v.
 
@@ -215,10 +214,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
-@stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, sink [H]"
-    " -> out [..., T, H, Dv] out_dtype, lse [..., T, H]"
-)
+@stage(f"{ATTENTION}, indices [..., T, K] int -> out [..., T, H, Dv] out_dtype, lse [..., T, H]")
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
 
@@ -301,9 +297,8 @@ def over_tiles(work, q, lo, hi, longest=16):
 def merge_attention(outs, lses):
     """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
 
-    outs of [..., T, H, Dv] and lses of [..., T, H], in lists or stacked on axis 0 -> out, in the dtype of the
-    first, and lse.
-    With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set, (0, -inf), changes nothing.
+    outs of [..., T, H, Dv], lses of [..., T, H], in lists or stacked on axis 0 -> out, in the first's dtype,
+    and lse. With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set is (0, -inf).
 
     >>> outs, lses = [np.array([[[2.0]]]), np.array([[[5.0]]])], [np.log([[2.0]]), np.log([[1.0]])]
     >>> out, lse = merge_attention(outs, lses)
@@ -416,10 +411,7 @@ PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's large
     "fp16": lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16),
 }
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
-DSA_AXES = axes_of(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
-    " index_k [..., S, E], weights [..., T, J]"
-)
+DSA_AXES = axes_of(f"{ATTENTION}, index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
 @dataclass(frozen=True)
@@ -557,9 +549,7 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config says, and whether they are all visible keys. Where config goes by the number of
-    keys, each sequence goes by its own.
-    """
+    """The indices that config chooses, by each sequence's own S where S counts, and if these are all keys."""
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     if lengths is not None and lengths.size and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
@@ -788,14 +778,13 @@ def sizes(declared, given, optional, xp=None):
         if (x := given[name]) is None and name in optional:
             continue
         xp, shape, allowed = library(name, x, xp), x.shape, (word,) if word else FLOATS
-        if not (x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed):
-            raise TypeError(f"{name} is of dtype {x.dtype}, expected {' or '.join(allowed)}")
+        fits = x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed
+        expect(fits, name, f"of dtype {x.dtype}", " or ".join(allowed), TypeError)
         if not x.dtype.isnative:
             given[name] = x.astype(native(x))
         if axes[0] == "..." and (batch := len(shape) - len(axes) + 1) >= 0:
             shape = shape[:batch], *shape[batch:]
-        if len(shape) != len(axes):
-            raise ValueError(f"{name} is of shape {x.shape}, expected axes [{', '.join(axes)}]")
+        expect(len(shape) == len(axes), name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
         for axis, size in zip(axes, shape):
             if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
                 axis, size = axis[0], size - int(axis[2:])
@@ -842,9 +831,9 @@ def check_lengths(lengths, batch=None, most=None, name="lengths"):
 
 def check_indices(name, indices, n):
     """Their shape and, where that costs no waiting for another device, their values."""
-    own = dims(n["xp"], **{name: (indices, "... T K", "int")})
-    fits = own["..."] == n["..."] and own["T"] == n["T"]
-    expect(fits, name, f"of shape {indices.shape}", f"{(*n['...'], n['T'])} rows")
+    dims(n["xp"], **{name: (indices, "... T K", "int")})
+    rows = (*n["..."], n["T"])
+    expect(indices.shape[:-1] == rows, name, f"of shape {indices.shape}", f"{rows} rows")
     for s in (indices.min(), indices.max()) if n["xp"] is np and indices.size else ():
         expect(-1 <= s < n["S"], f"a key in {name}", s, f"-1 or a key in [0, {n['S']})", IndexError)
 
@@ -910,69 +899,29 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-# For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
-# that each BLAS had before the first of them.
-BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+BLAS: dict[str, Any] = {}  # "libraries", those that a later part knows how to "hold" to one thread each
 
 
 def set_num_threads(n):
-    """Work on blocks of queries, or tiles of keys, with n threads, by default (None) one per CPU.
-
-    Without threadpoolctl one thread works, whatever n is: see get_num_threads.
-    """
+    """Work on blocks of queries, or tiles of keys, with n threads; None, the default: see get_num_threads."""
     THREADS[0] = None if n is None else integer("n", n, 1)
 
 
 def get_num_threads():
-    """The number of threads that work: without threadpoolctl 1, as BLAS's own would be in their way.
+    """How many threads work: by default one per CPU, without threadpoolctl 1, as BLAS's would be in their way.
 
     >>> set_num_threads(1); get_num_threads()
     1
     >>> set_num_threads(None)
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return (THREADS[0] or cpus) if blas_libraries() else 1
-
-
-@functools.cache
-def blas_libraries():
-    """Those in this process, by threadpoolctl; none without it."""
-    if importlib.util.find_spec("threadpoolctl") is None:
-        return []
-    controller = importlib.import_module("threadpoolctl").ThreadpoolController()
-    return controller.select(user_api="blas").lib_controllers
+    return THREADS[0] or (cpus if BLAS and BLAS["libraries"]() else 1)
 
 
 def on_one_blas_thread(work):
-    """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
-    me = object()
-    try:
-        try:
-            share_blas(me, hold=True)
-            with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
-                return work()
-        finally:
-            share_blas(me, hold=False)
-    finally:
-        if me in BLAS_USERS:  # that was interrupted
-            share_blas(me, hold=False)
-
-
-def share_blas(me, hold):
-    with BLAS_LOCK:
-        if hold:
-            BLAS_USERS.add(me)
-            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
-        last = {me} >= BLAS_USERS
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            if last or getattr(lib, "threading_layer", None) == "openmp":  # where it is each thread's own
-                release = getattr(lib, "clear_controlling_thread", lambda force: None)
-                release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
-                lib.set_num_threads(1 if hold else before)
-                release(force=True)
-        if not hold:
-            BLAS_BEFORE[:] = () if last else BLAS_BEFORE
-            BLAS_USERS.discard(me)
+    """work(), while NumPy does not warn, and BLAS keeps to one thread where a later part knows how."""
+    with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
+        return BLAS["hold"](work) if BLAS else work()
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1064,9 +1013,54 @@ __all__ += [  # noqa: RUF022
     "PORTABLE_KERNELS",
 ]  # fmt: skip
 
-# Beside other processes, and at a GPU's pace -----------------------------------------------------------
+# 7 and 8, continued: BLAS beside our threads, forks, and checks at the pace of a GPU -----------------------
+
+# For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
+# that each BLAS had before the first of them.
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
 
 
+@functools.cache
+def blas_libraries():
+    """Those in this process, by threadpoolctl; none without it."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return []
+    controller = importlib.import_module("threadpoolctl").ThreadpoolController()
+    return controller.select(user_api="blas").lib_controllers
+
+
+def hold_blas(work):
+    """work(), while BLAS keeps to one thread; whatever ends it, that is undone."""
+    me = object()
+    try:
+        try:
+            share_blas(me, hold=True)
+            return work()
+        finally:
+            share_blas(me, hold=False)
+    finally:
+        if me in BLAS_USERS:  # that was interrupted
+            share_blas(me, hold=False)
+
+
+def share_blas(me, hold):
+    with BLAS_LOCK:
+        if hold:
+            BLAS_USERS.add(me)
+            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
+        last = {me} >= BLAS_USERS
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
+            if last or getattr(lib, "threading_layer", None) == "openmp":  # where it is each thread's own
+                release = getattr(lib, "clear_controlling_thread", lambda force: None)
+                release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
+                lib.set_num_threads(1 if hold else before)
+                release(force=True)
+        if not hold:
+            BLAS_BEFORE[:] = () if last else BLAS_BEFORE
+            BLAS_USERS.discard(me)
+
+
+BLAS |= {"libraries": blas_libraries, "hold": hold_blas}
 if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
     os.register_at_fork(
         before=BLAS_LOCK.acquire,
@@ -1101,6 +1095,7 @@ def remembered(find):
 
 
 sizes = remembered(sizes)
+
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
