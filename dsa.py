@@ -908,7 +908,7 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """How many threads work: by default one per CPU, without threadpoolctl 1, as BLAS's would be in their way.
+    """How many threads work: by default one per CPU, without threadpoolctl 1, as BLAS's are in their way.
 
     >>> set_num_threads(1); get_num_threads()
     1
