@@ -635,14 +635,12 @@ class KVCache:
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         for name, x in tokens.items():
-            dims(self.xp, **{name: (x, "...")})
+            sizes({name: (("...",), "")}, tokens, (), self.xp)
             expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
-            if x.shape != expected:
-                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
+            expect(x.shape == expected, name, f"of shape {x.shape}", expected)
         new = check_lengths(lengths, self.batch, x.shape[1])
-        if (need := max((self.lengths + new).tolist())) > self.capacity and not self.grow:
-            room = f"at most capacity = {self.capacity}, or grow=True"
-            raise ValueError(f"the cache is full, for {need} tokens, expected {room}")
+        need, room = max((self.lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
+        expect(need <= self.capacity or self.grow, "the cache", f"full, for {need} tokens", room)
         rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
         for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
             if self._codec:
@@ -691,8 +689,7 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
-        if n["B"] != self.batch:
-            raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
+        expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
         for b, length in enumerate(self.lengths.tolist() if self.xp is np else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
