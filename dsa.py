@@ -864,10 +864,11 @@ def check_options(n, given):
         expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
         if tied and not n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]:
             raise ValueError(f"d_v is {d_v}, expected at most k's D = {n['D']}, and as in out")
-    if "scale" in given:
-        scale = max(1, n["D"]) ** -0.5 if given["scale"] is None else given["scale"]
-        scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
-        expect(is_number(scale) and abs(scale) <= sys.float_info.max, "scale", scale, "a finite number")
+    if given.get("scale", n) is None:
+        given["scale"] = max(1, n["D"]) ** -0.5
+    elif "scale" in given:
+        scale = given["scale"].item() if getattr(given["scale"], "ndim", 1) == 0 else given["scale"]
+        expect(is_number(scale) and abs(scale) <= sys.float_info.max, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
         for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
@@ -1086,7 +1087,9 @@ def remembered(find):
             n = find(declared, given, optional, xp)
             if len(known) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
                 known[tuple(key)] = n.copy()
-        return n if S is None else n | {"S": S}
+        if S is not None:
+            n["S"] = S
+        return n
 
     return sizes
 
