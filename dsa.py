@@ -25,11 +25,10 @@ Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape
 
 Part I, all above the cut line, is the method and works alone: 1 stages, 2 the indexer and its
 selection, 3 attention, 4 windows and batches, 5 all of DSA, 6 the cache, 7 checks, 8 threads. Part II adds
-selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
+more threads, selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
 """
 
 import functools
-import importlib.util
 import inspect
 import math
 import numbers
@@ -993,6 +992,7 @@ import bisect
 import collections
 import contextlib
 import copy
+import importlib.util
 import itertools
 import json
 import operator
