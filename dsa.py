@@ -25,11 +25,10 @@ Errors   TypeError: the wrong kind of object or dtype. ValueError: a wrong shape
 
 Part I, all above the cut line, is the method and works alone: 1 stages, 2 the indexer and its
 selection, 3 attention, 4 windows and batches, 5 all of DSA, 6 the cache, 7 checks, 8 threads. Part II adds
-selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
+more threads, selectors, fp8, a cache in two tiers, the V3.2 layer, training, many machines and the GPU.
 """
 
 import functools
-import importlib.util
 import inspect
 import math
 import numbers
@@ -188,11 +187,10 @@ def lightning_select(
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
 
+ATTENTION = "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H]"
 
-@stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H]"
-    " -> out [..., T, H, Dv] q, lse [..., T, H]"
-)
+
+@stage(f"{ATTENTION} -> out [..., T, H, Dv] q, lse [..., T, H]")
 def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=None, sink=None):
     """Attention over every visible key, a tile at a time: softmax(scale * q . k) @ v.
 
@@ -215,10 +213,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
-@stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, sink [H]"
-    " -> out [..., T, H, Dv] out_dtype, lse [..., T, H]"
-)
+@stage(f"{ATTENTION}, indices [..., T, K] int -> out [..., T, H, Dv] out_dtype, lse [..., T, H]")
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
 
@@ -301,9 +296,8 @@ def over_tiles(work, q, lo, hi, longest=16):
 def merge_attention(outs, lses):
     """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
 
-    outs of [..., T, H, Dv] and lses of [..., T, H], in lists or stacked on axis 0 -> out, in the dtype of the
-    first, and lse.
-    With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set, (0, -inf), changes nothing.
+    outs of [..., T, H, Dv], lses of [..., T, H], in lists or stacked on axis 0 -> out, in the first's dtype,
+    and lse. With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set is (0, -inf).
 
     >>> outs, lses = [np.array([[[2.0]]]), np.array([[[5.0]]])], [np.log([[2.0]]), np.log([[1.0]])]
     >>> out, lse = merge_attention(outs, lses)
@@ -416,10 +410,7 @@ PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's large
     "fp16": lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16),
 }
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
-DSA_AXES = axes_of(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], sink [H], index_q [..., T, J, E],"
-    " index_k [..., S, E], weights [..., T, J]"
-)
+DSA_AXES = axes_of(f"{ATTENTION}, index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
 @dataclass(frozen=True)
@@ -512,7 +503,12 @@ def dsa_attention(
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
     if isinstance(q, (list, tuple)):
         expect(lengths is None, "lengths", lengths, "None with lists of sequences, which have their own")
-        arrays, lengths = pad_lists(arrays, config.batch_pad_to_multiple)
+        wrong = [name for name, x in arrays.items() if not isinstance(x, (list, tuple, type(None)))]
+        expect(not wrong, " and ".join(wrong), "no list", "one, as other arguments are", TypeError)
+        for name in [name for name, x in arrays.items() if x is not None]:
+            arrays[name], own = pad_batch(arrays[name], config.batch_pad_to_multiple, name)
+            lengths = own if lengths is None else lengths
+            expect((*own,) == (*lengths,), f"the lengths in {name}", own, f"those in q, {lengths}")
     kwargs = {"d_v": d_v, "scale": scale, "sink": sink}
     n, lengths = dsa_dims(arrays, kwargs, (k_start, k_end), cache, lengths)
     choose = functools.partial(choose_keys, config, (layer, n_layers), options)
@@ -551,23 +547,8 @@ def dsa_dims(arrays, options, windows, cache, lengths):
     return n, lengths
 
 
-def pad_lists(arrays, multiple):
-    """Lists of sequences as right-padded arrays, and the lengths that they agree on."""
-    padded, lengths = dict.fromkeys(arrays), None
-    wrong = [name for name, x in arrays.items() if not isinstance(x, (list, tuple, type(None)))]
-    expect(not wrong, " and ".join(wrong), "no list", "one, as other arguments are", TypeError)
-    for name, x in arrays.items():
-        if x is not None:
-            padded[name], found = pad_batch(x, multiple, name)
-            lengths = found if lengths is None else lengths
-            expect((*found,) == (*lengths,), f"the lengths in {name}", found, f"those in q, {lengths}")
-    return padded, lengths
-
-
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config says, and whether they are all visible keys. Where config goes by the number of
-    keys, each sequence goes by its own.
-    """
+    """The indices that config chooses, by each sequence's own S where S counts, and if these are all keys."""
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     if lengths is not None and lengths.size and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
@@ -653,14 +634,12 @@ class KVCache:
         """Add tokens[name] [B, T, *shape] to every stream; for sequence b the first lengths[b], or all."""
         expect(tokens.keys() == self.streams.keys(), "the streams given", [*tokens], [*self.streams])
         for name, x in tokens.items():
-            dims(self.xp, **{name: (x, "...")})
+            sizes({name: (("...",), "")}, tokens, (), self.xp)
             expected = (self.batch, *next(iter(tokens.values())).shape[1:2], *self.streams[name])
-            if x.shape != expected:
-                raise ValueError(f"{name} is of shape {x.shape}, expected {expected}")
+            expect(x.shape == expected, name, f"of shape {x.shape}", expected)
         new = check_lengths(lengths, self.batch, x.shape[1])
-        if (need := max((self.lengths + new).tolist())) > self.capacity and not self.grow:
-            room = f"at most capacity = {self.capacity}, or grow=True"
-            raise ValueError(f"the cache is full, for {need} tokens, expected {room}")
+        need, room = max((self.lengths + new).tolist()), f"at most capacity = {self.capacity}, or grow=True"
+        expect(need <= self.capacity or self.grow, "the cache", f"full, for {need} tokens", room)
         rows = [(b, name, x[b, :n]) for b, n in enumerate(new.tolist()) for name, x in tokens.items()]
         for _, name, x in rows if self.xp is np else ():  # another library would have to be waited for
             if self._codec:
@@ -709,8 +688,7 @@ class KVCache:
     def attend(self, q, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
         """sparse_attention of q [B, T, H, D] over the streams "k" and "v", at indices [B, T, K]."""
         n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
-        if n["B"] != self.batch:
-            raise ValueError(f"B is {n['B']} in q, expected the cache's batch = {self.batch}")
+        expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
         for b, length in enumerate(self.lengths.tolist() if self.xp is np else ()):
             check_indices("indices", indices[b], {**n, "...": (), "S": length})
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
@@ -787,51 +765,22 @@ def dims(xp=None, **arrays):
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
 
-KNOWN: dict[Any, Any] = {}  # what sizes found, by all that it depends on but S, which grows by each token
-
-
 def sizes(declared, given, optional, xp=None):
     """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
     the library. An optional array may be None; other byte orders become the native one.
     """
-    key, S = [xp], None
-    try:
-        for name, axes in declared.items():
-            if (x := given[name]) is not None or name not in optional:
-                shape = x.shape
-                if "S" in axes[0]:
-                    at = axes[0].index("S") - len(axes[0])
-                    S = shape[at] if S is None else S
-                    shape = shape[:at], shape[at] - S, shape[at:][1:]
-                key += name, axes, type(x), x.dtype, shape
-        n = KNOWN[tuple(key)].copy()
-    except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
-        n = sizes_of(declared, given, optional, xp)
-        if len(KNOWN) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
-            KNOWN[tuple(key)] = n.copy()
-    if S is not None:
-        n["S"] = S
-        expect(S < 2**31, "S", S, "less than 2**31, as indices are int32")
-    return n
-
-
-def sizes_of(declared, given, optional, xp):
-    """sizes of arrays unlike all that were seen."""
     n: dict[str, Any] = {}
     for name, (axes, word) in declared.items():
         if (x := given[name]) is None and name in optional:
             continue
-        xp = library(name, x, xp)
-        allowed = (word,) if word else FLOATS
-        if not (x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed):
-            raise TypeError(f"{name} is of dtype {x.dtype}, expected {' or '.join(allowed)}")
+        xp, shape, allowed = library(name, x, xp), x.shape, (word,) if word else FLOATS
+        fits = x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed
+        expect(fits, name, f"of dtype {x.dtype}", " or ".join(allowed), TypeError)
         if not x.dtype.isnative:
             given[name] = x.astype(native(x))
-        shape, batch = x.shape, len(x.shape) - len(axes) + 1
-        if axes[0] == "..." and batch >= 0:
+        if axes[0] == "..." and (batch := len(shape) - len(axes) + 1) >= 0:
             shape = shape[:batch], *shape[batch:]
-        if len(shape) != len(axes):
-            raise ValueError(f"{name} is of shape {x.shape}, expected axes [{', '.join(axes)}]")
+        expect(len(shape) == len(axes), name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
         for axis, size in zip(axes, shape):
             if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
                 axis, size = axis[0], size - int(axis[2:])
@@ -841,6 +790,7 @@ def sizes_of(declared, given, optional, xp):
                 raise ValueError(f"{name} has {what}{size}, but {owner} has {what}{n[axis]}")
     if "G" in n and "H" in n:
         expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
+    expect(n.get("S", 0) < 2**31, "S", n.get("S"), "less than 2**31, as indices are int32")
     return n | {"xp": xp}
 
 
@@ -877,9 +827,9 @@ def check_lengths(lengths, batch=None, most=None, name="lengths"):
 
 def check_indices(name, indices, n):
     """Their shape and, where that costs no waiting for another device, their values."""
-    own = dims(n["xp"], **{name: (indices, "... T K", "int")})
-    fits = own["..."] == n["..."] and own["T"] == n["T"]
-    expect(fits, name, f"of shape {indices.shape}", f"{(*n['...'], n['T'])} rows")
+    dims(n["xp"], **{name: (indices, "... T K", "int")})
+    rows = (*n["..."], n["T"])
+    expect(indices.shape[:-1] == rows, name, f"of shape {indices.shape}", f"{rows} rows")
     for s in (indices.min(), indices.max()) if n["xp"] is np and indices.size else ():
         expect(-1 <= s < n["S"], f"a key in {name}", s, f"-1 or a key in [0, {n['S']})", IndexError)
 
@@ -913,20 +863,18 @@ def check_options(n, given):
         expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
         if tied and not n.setdefault("Dv", integer("d_v", d_v, 1)) == d_v <= n["D"]:
             raise ValueError(f"d_v is {d_v}, expected at most k's D = {n['D']}, and as in out")
-    if (scale := given.get("scale", 1.0)) is None:
+    if given.get("scale", n) is None:
         given["scale"] = max(1, n["D"]) ** -0.5
     elif "scale" in given:
-        scale = scale.item() if getattr(scale, "ndim", 1) == 0 else scale
-        fits = is_number(scale) and abs(scale) <= sys.float_info.max
-        expect(fits, "scale", repr(scale), "a finite number")
+        scale = given["scale"].item() if getattr(given["scale"], "ndim", 1) == 0 else given["scale"]
+        expect(is_number(scale) and abs(scale) <= sys.float_info.max, "scale", repr(scale), "a finite number")
         given["scale"] = float(scale)
     if "top_k" in given:
         for name, least in (("top_k", 1), ("local_window", 0), ("num_sink_tokens", 0)):
             given[name] = integer(name, given[name], least)
         top_k, forced = given["top_k"], (given["local_window"], given["num_sink_tokens"])
         if sum(forced) > top_k:
-            expected = f"up to top_k = {top_k} in all"
-            raise ValueError(f"local_window, num_sink_tokens are {forced}, expected {expected}")
+            raise ValueError(f"local_window, num_sink_tokens are {forced}, expected up to {top_k = } in all")
         n["K"] = min(top_k, n["S"])
     if "k_start" in given:
         of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
@@ -948,93 +896,29 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-# For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
-# that each BLAS had before the first of them.
-BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+BLAS: dict[str, Any] = {}  # "libraries", those that a later part knows how to "hold" to one thread each
 
 
 def set_num_threads(n):
-    """Work on blocks of queries, or tiles of keys, with n threads, by default (None) one per CPU.
-
-    Without threadpoolctl one thread works, whatever n is: see get_num_threads.
-    """
+    """Work on blocks of queries, or tiles of keys, with n threads; None, the default: see get_num_threads."""
     THREADS[0] = None if n is None else integer("n", n, 1)
 
 
 def get_num_threads():
-    """The number of threads that work: without threadpoolctl 1, as BLAS's own would be in their way.
+    """How many threads work: by default one per CPU, without threadpoolctl 1, as BLAS's are in their way.
 
     >>> set_num_threads(1); get_num_threads()
     1
     >>> set_num_threads(None)
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return (THREADS[0] or cpus) if blas_libraries() else 1
-
-
-@functools.cache
-def blas_libraries():
-    """Those in this process, by threadpoolctl; none without it."""
-    if importlib.util.find_spec("threadpoolctl") is None:
-        return []
-    controller = importlib.import_module("threadpoolctl").ThreadpoolController()
-    return controller.select(user_api="blas").lib_controllers
+    return THREADS[0] or (cpus if BLAS and BLAS["libraries"]() else 1)
 
 
 def on_one_blas_thread(work):
-    """work(), while BLAS keeps to one thread and NumPy does not warn; whatever ends it, both are undone."""
-    me = object()
-    try:
-        try:
-            share_blas(me, hold=True)
-            with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
-                return work()
-        finally:
-            share_blas(me, hold=False)
-    finally:
-        if me in BLAS_USERS:  # that was interrupted
-            share_blas(me, hold=False)
-
-
-def share_blas(me, hold):
-    with BLAS_LOCK:
-        if hold:
-            BLAS_USERS.add(me)
-            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
-        last = {me} >= BLAS_USERS
-        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            if hold or last or of_each_thread(lib):
-                set_blas_threads(lib, 1 if hold else before)
-        if not hold:
-            BLAS_BEFORE[:] = () if last else BLAS_BEFORE
-            BLAS_USERS.discard(me)
-
-
-def set_blas_threads(lib, n):
-    release = getattr(lib, "clear_controlling_thread", lambda force: None)
-    release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless it is told
-    lib.set_num_threads(n)
-    release(force=True)
-
-
-def of_each_thread(lib):
-    return getattr(lib, "threading_layer", None) == "openmp"  # whose number is a thread's own
-
-
-def begin_thread():
-    np.seterr(all="ignore")
-    with BLAS_LOCK:
-        for lib in blas_libraries():
-            if of_each_thread(lib):
-                set_blas_threads(lib, 1)
-
-
-if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
-    os.register_at_fork(
-        before=BLAS_LOCK.acquire,
-        after_in_parent=BLAS_LOCK.release,
-        after_in_child=lambda: [BLAS_USERS.clear(), BLAS_LOCK.release()],
-    )
+    """work(), while NumPy does not warn, and BLAS keeps to one thread where a later part knows how."""
+    with np.errstate(all="ignore"):  # the code answers for -inf - -inf and the like
+        return BLAS["hold"](work) if BLAS else work()
 
 
 def in_blocks(block, arrays, results, n, given, most):
@@ -1093,9 +977,9 @@ def spread(work, jobs, take=lambda found: None):
         for job in jobs:
             take(work(job))
         return
-    with ThreadPoolExecutor(threads, name, begin_thread) as pool:
+    with ThreadPoolExecutor(threads, name) as pool:
         for job in jobs:
-            under_way.append(pool.submit(work, job))
+            under_way.append(pool.submit(on_one_blas_thread, functools.partial(work, job)))
             if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
                 take(under_way.pop(0).result())
         for found in under_way:
@@ -1108,6 +992,7 @@ import bisect
 import collections
 import contextlib
 import copy
+import importlib.util
 import itertools
 import json
 import operator
@@ -1124,6 +1009,92 @@ __all__ += [  # noqa: RUF022
     "HybridKVCache", "LayerDims", "DSALayer", "sparse_attention_backward", "attention_target", "indexer_loss",
     "learned_loss", "sharded_select", "sharded_attention", "PORTABLE_KERNELS",
 ]  # fmt: skip
+
+# 7 and 8, continued: BLAS beside our threads, forks, and checks at the pace of a GPU -----------------------
+
+# For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
+# that each BLAS had before the first of them.
+BLAS_USERS, BLAS_BEFORE, BLAS_LOCK = vars(threading).setdefault("_dsa_blas", (set(), [], threading.RLock()))
+
+
+@functools.cache
+def blas_libraries():
+    """Those in this process, by threadpoolctl; none without it."""
+    if importlib.util.find_spec("threadpoolctl") is None:
+        return []
+    controller = importlib.import_module("threadpoolctl").ThreadpoolController()
+    return controller.select(user_api="blas").lib_controllers
+
+
+def hold_blas(work):
+    """work(), while BLAS keeps to one thread; whatever ends it, that is undone."""
+    me = object()
+    try:
+        try:
+            share_blas(me, hold=True)
+            return work()
+        finally:
+            share_blas(me, hold=False)
+    finally:
+        if me in BLAS_USERS:  # that was interrupted
+            share_blas(me, hold=False)
+
+
+def share_blas(me, hold):
+    with BLAS_LOCK:
+        if hold:
+            BLAS_USERS.add(me)
+            BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
+        last = {me} >= BLAS_USERS
+        for lib, before in zip(blas_libraries(), BLAS_BEFORE):
+            if last or getattr(lib, "threading_layer", None) == "openmp":  # where it is each thread's own
+                release = getattr(lib, "clear_controlling_thread", lambda force: None)
+                release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
+                lib.set_num_threads(1 if hold else before)
+                release(force=True)
+        if not hold:
+            BLAS_BEFORE[:] = () if last else BLAS_BEFORE
+            BLAS_USERS.discard(me)
+
+
+BLAS |= {"libraries": blas_libraries, "hold": hold_blas}
+if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
+    os.register_at_fork(
+        before=BLAS_LOCK.acquire,
+        after_in_parent=BLAS_LOCK.release,
+        after_in_child=lambda: [BLAS_USERS.clear(), BLAS_LOCK.release()],
+    )
+
+
+def remembered(find):
+    """find, which is sizes, but what it found of arrays alike is kept, by all but S, which grows."""
+    known: dict[Any, Any] = {}
+
+    def sizes(declared, given, optional, xp=None):
+        key, S = [xp], None
+        try:
+            for name, axes in declared.items():
+                if (x := given[name]) is not None or name not in optional:
+                    shape = x.shape
+                    if "S" in axes[0]:
+                        at = axes[0].index("S") - len(axes[0])
+                        S = shape[at] if S is None else S
+                        shape = shape[:at], shape[at] - S, shape[at:][1:], S < 2**31
+                    key += name, axes, type(x), x.dtype, shape
+            n = known[tuple(key)].copy()
+        except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
+            n = find(declared, given, optional, xp)
+            if len(known) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+                known[tuple(key)] = n.copy()
+        if S is not None:
+            n["S"] = S
+        return n
+
+    return sizes
+
+
+sizes = remembered(sizes)
+
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
