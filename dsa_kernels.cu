@@ -259,19 +259,30 @@ template <class T> __device__ T sum_of_warp(T x) {
     for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
     return x;
 }
-template <class T> __device__ T sum_of_block(T x) {  // of 256 threads, always in the same order
-    __shared__ T parts[8];
+template <int W = 8, class T> __device__ T sum_of_block(T x) {  // always in the same order
+    __shared__ T parts[W];
     x = sum_of_warp(x);
     __syncthreads();  // all have read the sum before
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     T sum = 0;
-    for (int w = 0; w < 8; w++) sum += parts[w];
+    for (int w = 0; w < W; w++) sum += parts[w];
     return sum;
 }
 template <class T> __device__ T max_of_warp(T x) {
     for (int d = 16; d; d /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, d));
     return x;
+}
+template <class T, class Logit> __device__ T lse_of_warp(i64 N, const Logit& logit) {  // of n < N
+    T top = -T(CUDART_INF_F), total = 0;  // of this lane: the maximum, and the sum of exp(logit - top)
+#pragma unroll 32 / sizeof(T)
+    for (i64 n = threadIdx.x % 32; n < N; n += 32) {
+        const T x = logit(n), before = top;
+        top = fmax(top, x);
+        total = x == -T(CUDART_INF_F) ? total : total * exp(before - top) + exp(x - top);
+    }
+    const T all = max_of_warp(top);
+    return all + log(sum_of_warp(total == 0 ? total : total * exp(top - all)));
 }
 __device__ float sum_of_quad(float x) {  // of four lanes, which hold a row of d
     x += __shfl_xor_sync(ALL, x, 1);
@@ -2784,85 +2795,75 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// attention_lse                                            of each head, over the keys that its query sees
-//     lse[m,h] = logsumexp_n(scale s)
+// attention_target                        of each key that a query sees, the mean of its heads' probabilities
+//     target[m,n] = mean_h exp(scale s[h,n] - lse[h]),  lse[h] = logsumexp_n(scale s[h,n])
 // in    s = q . k of ACC, of query m, head h = g R + i and key n at m s_query + g s_group + i N + n;
-//       sees [M, N] bool
-// out   lse [M, H] of ACC, every element written
-// grid  ceil(M * H / 8)  block 256: a warp a head of a query
-#ifdef ATTENTION_LSE
-constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
-
-KERNEL(256) attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query,
-        i64 s_group, double scale) {
-    const i64 at = blockIdx.x * 8ll + threadIdx.x / 32, m = at / H, h = at % H;
-    if (m >= M) return;
-    const ACC c = scale, inf = ACC(CUDART_INF_F);
-    s += m * s_query + h / R * s_group + h % R * N;
-    sees += m * N;
-    ACC top = -inf, total = 0;  // of this lane: the maximum so far, and the sum of exp(logit - top)
-    for (i64 n0 = threadIdx.x % 32; n0 < N; n0 += 32 * LOADS) {
-        ACC logit[LOADS], before = top;
-        UNROLL for (int i = 0; i < LOADS; i++) {
-            const i64 n = min(n0 + 32 * i, N - 1);
-            const ACC x = c * s[n];
-            logit[i] = n0 + 32 * i < N && sees[n] ? x : -inf;
-        }
-        UNROLL for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
-        if (top == -inf) continue;
-        total *= exp(before - top);
-        UNROLL for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
-    }
-    const ACC all = max_of_warp(top);
-    total = sum_of_warp(top == -inf ? ACC(0) : total * exp(top - all));
-    if (threadIdx.x % 32 == 0) lse[at] = all + log(total);
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-// sum_of_heads                       of each key: attention_target, or scores of eq. (1), from their products
-//     TARGET 1: the mean over heads of exp(scale x - w), 0 where not seen;   TARGET 0: the sum of w relu(x)
-// in    x = q . k as attention_lse has it, and of each head w [M, H]: its lse, or a weight; sees, with TARGET
-// out   out [M, N] of ACC, every element written
-// grid  M * ceil(N / 256)  block 256: a thread a key
-#ifdef SUM_OF_HEADS
-KERNEL(256) sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R,
+//       rows [M, N] i32, absent outside [0, S)
+// out   target [M, N] of ACC, every element written: 0 where absent
+// grid  M  block a warp a head, at most 32; then a thread a key   smem  H of ACC
+#ifdef ATTENTION_TARGET
+KERNEL(1024, 1) attention_target(const ACC* s, const int* rows, ACC* target, i64 S, i64 N, i64 H, i64 R,
         i64 s_query, i64 s_group, double scale) {
-    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
-    if (n >= N) return;
-    x += m * s_query + n, w += m * H;
-    ACC sum = 0;
-    for (i64 g = 0; g < H / R; g++)
+    extern __shared__ ACC lse[];
+    s += blockIdx.x * s_query, rows += blockIdx.x * N, target += blockIdx.x * N;
+    for (int h = threadIdx.x / 32; h < H; h += blockDim.x / 32) {
+        lse[h] = lse_of_warp<ACC>(N, [&](i64 n) {
+            const ACC x = ACC(scale) * s[h / (int)R * s_group + h % (int)R * N + n];
+            return (unsigned)rows[n] < S ? x : -ACC(CUDART_INF_F);
+        });
+    }
+    __syncthreads();
+    for (i64 n = threadIdx.x; n < N; n += blockDim.x) {
+        ACC sum = 0;
+        for (i64 g = 0; g < H / R; g++)
 #pragma unroll 8
-        for (int i = 0; i < R; i++) {
-            const ACC z = x[g * s_group + i * N], of_head = w[g * R + i];
-            sum += TARGET ? exp(ACC(scale) * z - of_head) : of_head * relu(z);
-        }
-    out[m * N + n] = !TARGET ? sum : sees[m * N + n] ? sum / H : 0;
+            for (int i = 0; i < R; i++) sum += exp(ACC(scale) * s[g * s_group + i * N + n] - lse[g * R + i]);
+        target[n] = (unsigned)rows[n] < S ? sum / H : 0;
+    }
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// indexer_backward                                                               indexer_loss, a head at a time
-//     d_r = dI w [r > 0],   d_w = sum_s dI relu(r)
-// in    r = index_q . index_k [M, J, N], d_scores [M, N], weights [M, J] of ACC
-// out   d_r [M, J, N] of TYPE, d_w [M, J] of ACC, every element written
-// grid  M * J  block 256: a head of a query
-#ifdef INDEXER_BACKWARD
-KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
-        TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
-    const i64 at = blockIdx.x, m = at / J;
-    const ACC weight = weights[at];
-    ACC sum = 0;
-#pragma unroll 4
-    for (i64 n = threadIdx.x; n < N; n += 256) {
-        const ACC x = r[at * N + n], d = d_scores[m * N + n];
-        const bool on = x > 0;
-        sum += on ? d * x : 0;
-        d_r[at * N + n] = rounded<TYPE>(on ? d * weight : 0);
+// indexer_loss                     of a query: the KL of its scores from p, and slopes; over what it sees, or 0
+//     I = sum_j w_j relu(r_j),  loss = sum_n p (log p - log softmax(I)),  d_i = softmax(I) sum_n p - p,
+//     d_r = d_i w [r > 0],  d_w = sum_n d_i relu(r)
+// in    r = index_q . index_k [M, J, N], w [M, J], p [M, N] of ACC; rows [M, N] i32, absent outside [0, S)
+// out   d_i [M, N], d_w [M, J] of ACC, d_r [M, J, N] of TYPE, loss [M] f64, every element written
+// grid  M  block 32 WARPS: a thread a key, then a warp a head
+#ifdef INDEXER_LOSS
+KERNEL(32 * WARPS, 1) indexer_loss(const ACC* __restrict__ r, const ACC* w, const ACC* p, const int* rows,
+        ACC* __restrict__ d_i, ACC* d_w, TYPE* __restrict__ d_r, double* loss, i64 S, i64 N, i64 J) {
+    const i64 m = blockIdx.x;
+    r += m * J * N, w += m * J, p += m * N, rows += m * N, d_i += m * N, d_r += m * J * N;
+    ACC mass = 0, sum = 0;
+    for (i64 n = threadIdx.x; n < N; n += 32 * WARPS) {
+        ACC score = 0;
+#pragma unroll 8
+        for (i64 j = 0; j < J; j++) score += w[j] * relu(r[j * N + n]);
+        const bool seen = (unsigned)rows[n] < S;
+        d_i[n] = seen ? score : -ACC(CUDART_INF_F), mass += seen ? p[n] : 0;
     }
-    sum = sum_of_block(sum);
-    if (threadIdx.x == 0) d_w[at] = sum;
+    mass = sum_of_block<WARPS>(mass);  // all scores are written
+    const ACC lse = lse_of_warp<ACC>(N, [&](i64 n) { return d_i[n]; });
+    __syncthreads();  // and read
+    for (i64 n = threadIdx.x; n < N; n += 32 * WARPS) {
+        const bool seen = (unsigned)rows[n] < S;
+        const ACC x = seen ? p[n] : 0, log_soft = d_i[n] - lse;
+        sum += x != 0 ? x * (log(x) - log_soft) : 0;
+        d_i[n] = seen ? mass * exp(log_soft) - x : 0;
+    }
+    loss[m] = sum_of_block<WARPS>(sum);  // all slopes are written
+    for (i64 j = threadIdx.x / 32; j < J; j += WARPS) {
+        sum = 0;
+#pragma unroll 8
+        for (i64 n = threadIdx.x % 32; n < N; n += 32) {
+            const ACC x = r[j * N + n], d = d_i[n];
+            const bool on = x > 0 && d != 0;  // else x and the weight may be anything
+            sum += on ? d * x : 0;
+            d_r[j * N + n] = rounded<TYPE>(on ? d * w[j] : 0);
+        }
+        d_w[m * J + j] = sum_of_warp(sum);
+    }
 }
 #endif
 
@@ -2876,8 +2877,7 @@ KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ 
 constexpr int LOADS = 8;  // rows on their way at a time
 struct alignas(WIDE * sizeof(ACC)) Vec { ACC x[WIDE]; };
 
-KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G,
-        i64 width) {
+KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G, i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
     sums += blockIdx.x * width;
