@@ -3335,16 +3335,17 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
             keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)  # [G, N, D]
         else:
             heads, keys, strides = heads.reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
-        arrays = product(heads, keys.swapaxes(1, 2)), rows, target[b][t]
-        block, sizes = 256 if H <= 8 else 1024, (S, N, H, r, *strides, np.float64(scale))
-        launch("attention_target", block, (M,), arrays, sizes, shared=H * acc.itemsize, ACC=acc)
+        arrays = product(heads, keys.swapaxes(1, 2)), rows, xp.empty((M, H), acc), target[b][t]
+        for step, (block, grid) in enumerate(((32, M * H), (256, M * -(-N // 256)))):
+            sizes = S, N, H, r, *strides, np.float64(scale)
+            launch("attention_target", block, (grid,), arrays, sizes, ACC=acc, STEP=step)
     return target
 
 
 def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_end):
     """indexer_loss; over windows one product serves all queries, as they share the keys."""
     xp, (S, J, E), like = n["xp"], (n[axis] for axis in "SJE"), (index_q, index_k, weights)
-    acc, N, dense, warps = accumulator(*like), target.shape[-1], indices is None, 8 if J <= 8 else 32
+    acc, N, dense = accumulator(*like), target.shape[-1], indices is None
     kind, (index_q, index_k) = factors(acc, index_q, index_k)
     weights, target = (aligned(x.astype(acc, copy=False)) for x in (weights, target))
     losses, d_k = xp.empty((*n["..."], n["T"])), xp.zeros(index_k.shape, acc)
@@ -3360,7 +3361,8 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
         r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
         d_i, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
         arrays = r, weights[b][t], target[b][t], rows, d_i, d_w[b][t], d_r, losses[b][t]
-        launch("indexer_loss", 32 * warps, (M,), arrays, (S, N, J), ACC=acc, TYPE=kind, WARPS=warps)
+        for step, grid in enumerate((M * -(-N // 256), M, M * J)):
+            launch("indexer_loss", 256, (grid,), arrays, (S, N, J), ACC=acc, TYPE=kind, STEP=step)
         product(d_r, keys, d_q[b][t].reshape(q.shape))
         slots = product(d_r.swapaxes(1, 2), q)  # [1 or M, N, E]
         if dense:

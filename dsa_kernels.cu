@@ -259,24 +259,24 @@ template <class T> __device__ T sum_of_warp(T x) {
     for (int d = 16; d; d /= 2) x += __shfl_xor_sync(ALL, x, d);
     return x;
 }
-template <int W = 8, class T> __device__ T sum_of_block(T x) {  // always in the same order
-    __shared__ T parts[W];
+template <class T> __device__ T sum_of_block(T x) {  // of 256 threads, always in the same order
+    __shared__ T parts[8];
     x = sum_of_warp(x);
     __syncthreads();  // all have read the sum before
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
     T sum = 0;
-    for (int w = 0; w < W; w++) sum += parts[w];
+    for (int w = 0; w < 8; w++) sum += parts[w];
     return sum;
 }
 template <class T> __device__ T max_of_warp(T x) {
     for (int d = 16; d; d /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, d));
     return x;
 }
-template <class T, class Logit> __device__ T lse_of_warp(i64 N, const Logit& logit) {  // of n < N
+template <class T, class Logit> __device__ T lse_of_warp(i64 first, i64 step, i64 N, const Logit& logit) {
     T top = -T(CUDART_INF_F), total = 0;  // of this lane: the maximum, and the sum of exp(logit - top)
 #pragma unroll 32 / sizeof(T)
-    for (i64 n = threadIdx.x % 32; n < N; n += 32) {
+    for (i64 n = first; n < N; n += step) {
         const T x = logit(n), before = top;
         top = fmax(top, x);
         total = x == -T(CUDART_INF_F) ? total : total * exp(before - top) + exp(x - top);
@@ -2796,81 +2796,81 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
 
 // ---------------------------------------------------------------------------------------------------------
 // attention_target                        of each key that a query sees, the mean of its heads' probabilities
-//     target[m,n] = mean_h exp(scale s[h,n] - lse[h]),  lse[h] = logsumexp_n(scale s[h,n])
-// in    s = q . k of ACC, of query m, head h = g R + i and key n at m s_query + g s_group + i N + n;
-//       rows [M, N] i32, absent outside [0, S)
-// out   target [M, N] of ACC, every element written: 0 where absent
-// grid  M  block a warp a head, at most 32; then a thread a key   smem  H of ACC
+//     STEP 0: lse[m,h] = logsumexp_n(scale s[h,n]);   1: target[m,n] = mean_h exp(scale s[h,n] - lse[h])
+// in    s = q . k of ACC, query m, head g R + i, key n at m s_query + g s_group + i N + n; rows [M, N] i32
+// out   lse [M, H], then target [M, N] of ACC, every element written: 0 where rows are outside [0, S)
+// grid  0: M * H, a head of a query, block 32;  1: M * ceil(N / 256), a thread a key, block 256
 #ifdef ATTENTION_TARGET
-KERNEL(1024, 1) attention_target(const ACC* s, const int* rows, ACC* target, i64 S, i64 N, i64 H, i64 R,
+KERNEL(256) attention_target(const ACC* s, const int* rows, ACC* lse, ACC* target, i64 S, i64 N, i64 H, i64 R,
         i64 s_query, i64 s_group, double scale) {
-    extern __shared__ ACC lse[];
-    s += blockIdx.x * s_query, rows += blockIdx.x * N, target += blockIdx.x * N;
-    for (int h = threadIdx.x / 32; h < H; h += blockDim.x / 32) {
-        lse[h] = lse_of_warp<ACC>(N, [&](i64 n) {
-            const ACC x = ACC(scale) * s[h / (int)R * s_group + h % (int)R * N + n];
-            return (unsigned)rows[n] < S ? x : -ACC(CUDART_INF_F);
-        });
-    }
-    __syncthreads();
-    for (i64 n = threadIdx.x; n < N; n += blockDim.x) {
-        ACC sum = 0;
-        for (i64 g = 0; g < H / R; g++)
+#if STEP == 0
+    const i64 m = blockIdx.x / H, h = blockIdx.x % H;
+    s += m * s_query + h / R * s_group + h % R * N, rows += m * N;
+    lse[blockIdx.x] = lse_of_warp<ACC>(threadIdx.x, 32, N, [&](i64 n) {
+        return (unsigned)rows[n] < S ? ACC(scale) * s[n] : -ACC(CUDART_INF_F);
+    });
+#else
+    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
+    if (n >= N) return;
+    s += m * s_query + n, lse += m * H;
+    ACC sum = 0;
+    for (i64 g = 0; g < H / R; g++)
 #pragma unroll 8
-            for (int i = 0; i < R; i++) sum += exp(ACC(scale) * s[g * s_group + i * N + n] - lse[g * R + i]);
-        target[n] = (unsigned)rows[n] < S ? sum / H : 0;
-    }
+        for (int i = 0; i < R; i++) sum += exp(ACC(scale) * s[g * s_group + i * N] - lse[g * R + i]);
+    target[m * N + n] = (unsigned)rows[m * N + n] < S ? sum / H : 0;
+#endif
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// indexer_loss                     of a query: the KL of its scores from p, and slopes; over what it sees, or 0
-//     I = sum_j w_j relu(r_j),  loss = sum_n p (log p - log softmax(I)),  d_i = softmax(I) sum_n p - p,
-//     d_r = d_i w [r > 0],  d_w = sum_n d_i relu(r)
+// indexer_loss                 of a query, over the keys it sees: the KL of its scores from p, and its slopes
+//     STEP 0: I = sum_j w_j relu(r_j), in d_i;   1: loss = sum_n p (log p - log softmax(I)),
+//     d_i = softmax(I) sum_n p - p;   2: d_r = d_i w [r > 0],  d_w = sum_n d_i relu(r)
 // in    r = index_q . index_k [M, J, N], w [M, J], p [M, N] of ACC; rows [M, N] i32, absent outside [0, S)
-// out   d_i [M, N], d_w [M, J] of ACC, d_r [M, J, N] of TYPE, loss [M] f64, every element written
-// grid  M  block 32 WARPS: a thread a key, then a warp a head
+// out   d_i [M, N], d_w [M, J] of ACC, d_r [M, J, N] of TYPE, loss [M] f64, every element: 0 where absent
+// grid  0: M * ceil(N / 256), a thread a key;  1: M, a query;  2: M * J, a head of a query   block 256
 #ifdef INDEXER_LOSS
-KERNEL(32 * WARPS, 1) indexer_loss(const ACC* __restrict__ r, const ACC* w, const ACC* p, const int* rows,
+KERNEL(256) indexer_loss(const ACC* __restrict__ r, const ACC* w, const ACC* p, const int* rows,
         ACC* __restrict__ d_i, ACC* d_w, TYPE* __restrict__ d_r, double* loss, i64 S, i64 N, i64 J) {
-    const i64 m = blockIdx.x;
-    r += m * J * N, w += m * J, p += m * N, rows += m * N, d_i += m * N, d_r += m * J * N;
-    ACC mass = 0, sum = 0;
-    for (i64 n = threadIdx.x; n < N; n += 32 * WARPS) {
-        ACC score = 0;
+    ACC sum = 0;
+#if STEP == 0
+    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
+    if (n >= N) return;
 #pragma unroll 8
-        for (i64 j = 0; j < J; j++) score += w[j] * relu(r[j * N + n]);
-        const bool seen = (unsigned)rows[n] < S;
-        d_i[n] = seen ? score : -ACC(CUDART_INF_F), mass += seen ? p[n] : 0;
-    }
-    mass = sum_of_block<WARPS>(mass);  // all scores are written
-    const ACC lse = lse_of_warp<ACC>(N, [&](i64 n) { return d_i[n]; });
-    __syncthreads();  // and read
-    for (i64 n = threadIdx.x; n < N; n += 32 * WARPS) {
+    for (i64 j = m * J; j < m * J + J; j++) sum += w[j] * relu(r[j * N + n]);
+    d_i[m * N + n] = (unsigned)rows[m * N + n] < S ? sum : -ACC(CUDART_INF_F);
+#elif STEP == 1
+    __shared__ ACC parts[8];
+    p += blockIdx.x * N, rows += blockIdx.x * N, d_i += blockIdx.x * N;
+    parts[threadIdx.x / 32] = lse_of_warp<ACC>(threadIdx.x, 256, N, [&](i64 n) { return d_i[n]; });
+    for (i64 n = threadIdx.x; n < N; n += 256) sum += (unsigned)rows[n] < S ? p[n] : 0;
+    const ACC mass = sum_of_block(sum);  // and all parts are there
+    const ACC lse = lse_of_warp<ACC>(threadIdx.x % 32, 32, 8, [&](i64 i) { return parts[i]; });
+    sum = 0;
+    for (i64 n = threadIdx.x; n < N; n += 256) {
         const bool seen = (unsigned)rows[n] < S;
         const ACC x = seen ? p[n] : 0, log_soft = d_i[n] - lse;
         sum += x != 0 ? x * (log(x) - log_soft) : 0;
         d_i[n] = seen ? mass * exp(log_soft) - x : 0;
     }
-    loss[m] = sum_of_block<WARPS>(sum);  // all slopes are written
-    for (i64 j = threadIdx.x / 32; j < J; j += WARPS) {
-        sum = 0;
-#pragma unroll 8
-        for (i64 n = threadIdx.x % 32; n < N; n += 32) {
-            const ACC x = r[j * N + n], d = d_i[n];
-            const bool on = x > 0 && d != 0;  // else x and the weight may be anything
-            sum += on ? d * x : 0;
-            d_r[j * N + n] = rounded<TYPE>(on ? d * w[j] : 0);
-        }
-        d_w[m * J + j] = sum_of_warp(sum);
+    loss[blockIdx.x] = sum_of_block(sum);
+#else
+    const i64 at = blockIdx.x, m = at / J;
+#pragma unroll 4
+    for (i64 n = threadIdx.x; n < N; n += 256) {
+        const ACC x = r[at * N + n], d = d_i[m * N + n];
+        const bool on = x > 0 && d != 0;  // else x and the weight may be anything
+        sum += on ? d * x : 0;
+        d_r[at * N + n] = rounded<TYPE>(on ? d * w[at] : 0);
     }
+    d_w[at] = sum_of_block(sum);
+#endif
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
 // add_by_key                                       what the slots of many queries bring to their keys, added up
-// in    x [M, G, K, width] of WIDE values of ACC; order [M * K] i64: slots by key, those of one key in the
-//       order of the queries; first [S + 1] i64: where each key's begin
+// in    x [M, G, K, width] of WIDE values of ACC; order [M * K], first [S + 1] i64 by slots_by_key of dsa.py
 // out   sums [S, G, width] of these grow by it, one row after the other, so that runs agree bit for bit
 // grid  S * G  block as many warps as width has, at most 32
 #ifdef ADD_BY_KEY

@@ -3691,8 +3691,8 @@ merge_attention ACC/OUT/LOADS=float/float/8,float/bf16/32,double/double/16 COLUM
 attend_backward TYPE/ACC=float/float,double/double,bf16/float
 attend_backward_norms TYPE/OUT/ACC=float/float/float,double/double/double,bf16/float/float,half/half/float
 attend_backward_wgmma D=512,576
-attention_target ACC=float,double
-indexer_loss TYPE/ACC=float/float,double/double,bf16/float WARPS=8,32
+attention_target ACC=float,double STEP=0,1
+indexer_loss TYPE/ACC=float/float,double/double,bf16/float STEP=0,1,2
 gather UNIT=short,int,int2,int4
 add_by_key ACC/WIDE=float/1,float/4,double/2
 quantize_fp8 BLOCK=128 UE8M0=1 XT/ACC=float/float,double/double,half/float,bf16/float
