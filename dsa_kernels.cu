@@ -2807,7 +2807,8 @@ KERNEL(256) attention_target(const ACC* s, const int* rows, ACC* lse, ACC* targe
     const i64 m = blockIdx.x / H, h = blockIdx.x % H;
     s += m * s_query + h / R * s_group + h % R * N, rows += m * N;
     lse[blockIdx.x] = lse_of_warp<ACC>(threadIdx.x, 32, N, [&](i64 n) {
-        return (unsigned)rows[n] < S ? ACC(scale) * s[n] : -ACC(CUDART_INF_F);
+        const ACC x = ACC(scale) * s[n];  // read in any case, so that many are on their way
+        return (unsigned)rows[n] < S ? x : -ACC(CUDART_INF_F);
     });
 #else
     const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
@@ -2880,8 +2881,7 @@ struct alignas(WIDE * sizeof(ACC)) Vec { ACC x[WIDE]; };
 KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G, i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
-    sums += blockIdx.x * width;
-    x += g * K * width;
+    sums += blockIdx.x * width, x += g * K * width;
     for (int d = threadIdx.x; d < width; d += blockDim.x) {
         Vec sum = sums[d];
         for (i64 i = begin; i < end; i += LOADS) {
