@@ -1675,7 +1675,7 @@ def give(x):
 
 
 class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
-    """run(*arrays) -> a result, and what makes the arrays' gradients of the result's: both are dsa's."""
+    """run(*arrays) -> a result of dsa's, and what makes of its gradient, a tensor, those of the arrays."""
 
     @staticmethod
     def forward(ctx, run, *tensors):
@@ -1684,7 +1684,7 @@ class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
 
     @staticmethod
     def backward(ctx, slope):
-        return None, *map(tensor, ctx.back(give(slope.contiguous())))
+        return None, *ctx.back(slope)
 
 
 def fused(run):
@@ -1797,29 +1797,30 @@ def attention(q, k, v, index, by, top_k, rows):
 
     def run(q, k, v):
         out, lse = dsa.sparse_attention(q, k, v, kept)
-        args = q, k, v, kept, out, lse
-        return out, lambda dout: dsa.sparse_attention_backward(*args, dout)[:3]
+        back = functools.partial(dsa.sparse_attention_backward, q, k, v, kept, out, lse)
+        return out, lambda slope: map(tensor, back(give(slope.contiguous()))[:3])
 
     return Ours.apply(run, q, k, v), kl
 
 
 def learn(q, k, index, rows, few):
     """The KL, a query, of some: over all keys, or, once few are read, over the best 1/16."""
-    at = torch.randperm(q.shape[1], device=q.device)[:rows]
-    some = [q[:, at], k, index[0][:, at], index[1], index[2][:, at]]
-    where = {"k_end": give((at + 1).repeat(len(q), 1))}
-    if few:
-        kept = tensor(dsa.lightning_select(*map(give, some[2:]), k.shape[1] // 16, **where))
-        begin = k.shape[1] * torch.arange(len(k), dtype=torch.int32, device=k.device)[:, None, None]
-        kept = torch.where(kept < 0, -1, kept + begin)  # sequences put end to end, which launches less
-        where, some = {"indices": give(kept.flatten(0, 1))}, [x.flatten(0, 1) for x in some]
-    target = dsa.attention_target(*map(give, some[:2]), **where)
+    (B, T), S, (index_q, index_k, weights) = q.shape[:2], k.shape[1], index
+    at = torch.randperm(T, device=q.device)[:rows]
+    q, index_q, weights = (x.index_select(1, at) for x in (q, index_q, weights))
 
-    def run(index_q, index_k, weights):
-        loss, grads = dsa.indexer_loss(index_q, index_k, weights, target, **where)
-        return loss, lambda slope: [slope * x.astype(np.float32) for x in grads]
+    def run(*index):
+        where, some = {"k_end": give(at + 1)}, [give(q), give(k), *index]
+        if few:  # sequences put end to end, which launches less
+            kept = dsa.lightning_select(*index, S // 16, **where)
+            begin = give(torch.arange(0, B * S, S, dtype=torch.int32, device=q.device))[:, None, None]
+            where = {"indices": (kept | begin).reshape(-1, S // 16)}  # S is a power of 2, and -1 stays
+            some = [x.reshape(-1, *x.shape[2:]) for x in some]
+        target = dsa.attention_target(some[0], some[1], **where)
+        loss, grads = dsa.indexer_loss(some[2], some[3], some[4], target, **where)
+        return loss, lambda slope: [slope * tensor(d).view(x.shape) for d, x in zip(grads, index)]
 
-    return Ours.apply(run, *some[2:]).float() / (len(q) * rows)
+    return Ours.apply(run, index_q, index_k, weights).float() / (B * rows)
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:

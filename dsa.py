@@ -876,12 +876,11 @@ def check_options(n, given):
         if sum(forced) > top_k:
             raise ValueError(f"local_window, num_sink_tokens are {forced}, expected up to {top_k = } in all")
         n["K"] = min(top_k, n["S"])
-    if "k_start" in given:
-        of_scores = "scores" in given and n["xp"] is np and given["k_start"] is None
-        if given["k_end"] is None and (of_scores or given.get("indices") is not None):
-            given["k_end"] = n["xp"].full(n["T"], n["S"])  # of scores or indices alone all are visible
-        if n["xp"] is np or given["k_start"] is not None or given["k_end"] is not None:
-            given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
+    if "k_start" in given and (n["xp"] is np or given["k_start"] is not None or given["k_end"] is not None):
+        alone = given.get("indices") is not None or ("scores" in given and given["k_start"] is None)
+        if alone and given["k_end"] is None:  # then all are visible
+            given["k_end"] = n["xp"].full(n["T"], n["S"])
+        given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None and n["xp"] is np:
         check_indices("indices", given["indices"], n)
     if given.get("out_dtype", n) is None:
@@ -2378,19 +2377,14 @@ def loss_of_rows(index_q, index_k, weights, target, indices=None, *, k_start=Non
     q[~sees.any(1)] = w[~sees.any(1)] = 0  # of who sees nothing, and may be anything
     q = q.reshape(len(keys), T // len(keys) * J, E)  # one product for all that share the keys
     on = np.maximum((q @ keys.swapaxes(1, 2)).reshape(T, J, sees.shape[1]), 0)  # [T, J, N]
-    losses, d_scores = kl(target, (w[:, None] @ on)[:, 0], sees)  # [T], [T, N]                            (1)
+    scores = np.where(sees, (w[:, None] @ on)[:, 0], -np.inf)  # [T, N]                                    (1)
+    (soft, lse), p = softmax(scores), np.where(sees, target, 0).astype(dtype)
+    losses = np.where(p != 0, p * (np.log(p) - scores + lse), 0).sum(1)
+    d_scores = np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
     d_r = (d_scores[:, None] * w[..., None] * (on > 0)).reshape(*q.shape[:2], sees.shape[1])  # as q @ keys
     d_keys = d_r.swapaxes(1, 2) @ q  # as keys
     d_k = (slice(lo, hi), d_keys[0]) if dense else by_key(rows, d_keys)[0]
     return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
-
-
-def kl(p, scores, sees):
-    """KL(p || softmax(scores)) of each row [M] over the keys it sees, and its slope along scores [M, N]."""
-    scores, p = np.where(sees, scores, -np.inf), np.where(sees, p, 0).astype(scores.dtype)
-    soft, lse = softmax(scores)
-    losses = np.where(p != 0, p * (np.log(p) - scores + lse), 0).sum(1)
-    return losses, np.where(sees, p.sum(1, keepdims=True) * soft - p, 0)
 
 
 def learned_loss(q, k, mlp, target, **options):
@@ -3282,49 +3276,46 @@ def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma):
 
 
 def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
-    """attention_target, by kernels attention_lse and sum_of_heads."""
-    xp, (S, H, G, D), r = n["xp"], (n[axis] for axis in "SHGD"), n["H"] // n["G"]
-    acc, N = accumulator(q, k), S if indices is None else indices.shape[-1]
+    """attention_target; over windows one product serves all queries, as they share a group's keys."""
+    xp, (S, H, G, D), acc = n["xp"], (n[axis] for axis in "SHGD"), accumulator(q, k)
+    r, N, dense = H // G, S if indices is None else indices.shape[-1], indices is None
     target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
-    bytes_each = N * (H * acc.itemsize + 32 + (indices is not None) * G * D * kind.itemsize)
+    bytes_each = N * (H * acc.itemsize + 32 + (not dense) * G * D * kind.itemsize)
     for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
         M, heads = len(rows), q[b][t].reshape(len(rows), G, r, D)
-        if indices is None:  # a group's heads of all queries share the keys
+        if dense:
             heads = xp.ascontiguousarray(heads.swapaxes(0, 1)).reshape(G, M * r, D)
             keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)  # [G, N, D]
         else:
             heads, keys, strides = heads.reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
-        s = product(heads, keys.swapaxes(1, 2))
-        sees, lse, sizes = rows >= 0, xp.empty((M, H), acc), (N, H, r, *strides, np.float64(scale))
-        launch("attention_lse", 256, (-(-M * H // 8),), (s, sees, lse), (M, *sizes), ACC=acc)
-        arrays = s, sees, lse, target[b][t]
-        launch("sum_of_heads", 256, (M * -(-N // 256),), arrays, sizes, ACC=acc, TARGET=1)
+        arrays = product(heads, keys.swapaxes(1, 2)), rows, xp.empty((M, H), acc), target[b][t]
+        for step, (block, grid) in enumerate(((32, M * H), (256, M * -(-N // 256)))):
+            sizes = S, N, H, r, *strides, np.float64(scale)
+            launch("attention_target", block, (grid,), arrays, sizes, ACC=acc, STEP=step)
     return target
 
 
 def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_end):
-    """indexer_loss; in the dense warm-up one product serves all queries, as they share the keys."""
-    xp, (T, S, J, E) = n["xp"], (n[axis] for axis in "TSJE")
-    like, N, dense = (index_q, index_k, weights), target.shape[-1], indices is None
-    acc, losses = accumulator(*like), xp.zeros((*n["..."], T))
+    """indexer_loss; over windows one product serves all queries, as they share the keys."""
+    xp, (S, J, E), like = n["xp"], (n[axis] for axis in "SJE"), (index_q, index_k, weights)
+    acc, N, dense = accumulator(*like), target.shape[-1], indices is None
     kind, (index_q, index_k) = factors(acc, index_q, index_k)
-    d_q, d_k, d_w = (xp.zeros(x.shape, acc) for x in like)
-    bytes_each = N * ((J + (not dense) * E) * (kind.itemsize + acc.itemsize) + 10 * acc.itemsize + 32)
+    weights, target = (aligned(x.astype(acc, copy=False)) for x in (weights, target))
+    losses, d_k = xp.empty((*n["..."], n["T"])), xp.zeros(index_k.shape, acc)
+    d_q, d_w = xp.empty(index_q.shape, kind), xp.empty(weights.shape, acc)
+    bytes_each = N * ((J + (not dense) * E) * (kind.itemsize + acc.itemsize) + 2 * acc.itemsize + 32)
     for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
-        M, sees, q, keys = len(rows), rows >= 0, index_q[b][t], index_k[b][:, None]  # [M, J, E], [S, 1, E]
-        some = sees.any(1)
-        w = np.where(some[:, None], weights[b][t].astype(acc), 0)
+        M, q, keys = len(rows), index_q[b][t], rows  # [M, J, E]
         if dense:  # what nobody sees, or sees nothing, is 0
-            q = gathered_slots(q.reshape(M, 1, J * E), np.where(some, xp.arange(M), -1)[None])
-            q, rows = q.reshape(1, M * J, E), np.where(sees.any(0), xp.arange(S), -1)[None]
-        keys = gathered_slots(keys, rows)  # [1 or M, N, E]
+            seen, sees = ((rows >= 0).any(axis) for axis in (0, 1))
+            q = gathered_slots(q.reshape(M, 1, J * E), np.where(sees, xp.arange(M), -1)[None])
+            q, keys = q.reshape(1, M * J, E), np.where(seen, xp.arange(S), -1)[None]
+        keys = gathered_slots(index_k[b][:, None], keys)  # [1 or M, N, E]
         r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
-        scores, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        sizes = N, J, J, J * N, 0, np.float64(1)
-        launch("sum_of_heads", 256, (M * -(-N // 256),), (r, None, w, scores), sizes, ACC=acc, TARGET=0)
-        losses[b][t], d_scores = kl(target[b][t], scores, sees)
-        arrays = r, d_scores, w, d_r, d_w[b][t]
-        launch("indexer_backward", 256, (M * J,), arrays, (N, J), TYPE=kind, ACC=acc)
+        d_i, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
+        arrays = r, weights[b][t], target[b][t], rows, d_i, d_w[b][t], d_r, losses[b][t]
+        for step, grid in enumerate((M * -(-N // 256), M, M * J)):
+            launch("indexer_loss", 256, (grid,), arrays, (S, N, J), ACC=acc, TYPE=kind, STEP=step)
         product(d_r, keys, d_q[b][t].reshape(q.shape))
         slots = product(d_r.swapaxes(1, 2), q)  # [1 or M, N, E]
         if dense:
@@ -3335,19 +3326,20 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
 
 
 def query_chunks(n, indices, windows, bytes_each, whole=1):
-    """b, a slice of its queries, as many as SLOT_BYTES hold, and the keys that these see, [M, N] int32.
+    """b, a slice of its queries, as many as SLOT_BYTES hold, and their slots [M, N] int32: of indices, or all
+    keys where they are None; -1 for what windows hide.
 
-    Of indices, or, where they are None, of all keys; -1 for none. Without windows rows are what indices say.
     M * G is a grid's y, which ends at 65,535. whole: M is a multiple of it if more queries fit.
     """
     most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
     most = most - most % whole or most
-    (start, end), every = filled(n, windows or (None, None)), n["xp"].arange(n["S"])[None]
+    hide = indices is None or (windows and any(w is not None for w in windows))
+    windows = filled(n, windows) if hide else ()
     for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
         for t in range(0, n["T"], most):
             part = slice(t, min(t + most, n["T"]))
-            rows = every if indices is None else indices[b][part]
-            yield b, part, slot_indices(visible(rows, start[b][part], end[b][part]) if windows else rows)
+            rows = n["xp"].arange(n["S"])[None] if indices is None else indices[b][part]
+            yield b, part, slot_indices(visible(rows, *(w[b][part] for w in windows)) if hide else rows)
 
 
 def factors(acc, *arrays):

@@ -273,6 +273,17 @@ template <class T> __device__ T max_of_warp(T x) {
     for (int d = 16; d; d /= 2) x = fmax(x, __shfl_xor_sync(ALL, x, d));
     return x;
 }
+template <class T, class Logit> __device__ T lse_of_warp(i64 first, i64 step, i64 N, const Logit& logit) {
+    T top = -T(CUDART_INF_F), total = 0;  // of this lane: the maximum, and the sum of exp(logit - top)
+#pragma unroll 32 / sizeof(T)
+    for (i64 n = first; n < N; n += step) {
+        const T x = logit(n), before = top;
+        top = fmax(top, x);
+        total = x == -T(CUDART_INF_F) ? total : total * exp(before - top) + exp(x - top);
+    }
+    const T all = max_of_warp(top);
+    return all + log(sum_of_warp(total == 0 ? total : total * exp(top - all)));
+}
 __device__ float sum_of_quad(float x) {  // of four lanes, which hold a row of d
     x += __shfl_xor_sync(ALL, x, 1);
     return x + __shfl_xor_sync(ALL, x, 2);
@@ -2784,104 +2795,93 @@ KERNEL(THREADS, TIED ? 1 : 4 - COLUMNS / 64) attend_backward_keys_mma(const bf16
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// attention_lse                                            of each head, over the keys that its query sees
-//     lse[m,h] = logsumexp_n(scale s)
-// in    s = q . k of ACC, of query m, head h = g R + i and key n at m s_query + g s_group + i N + n;
-//       sees [M, N] bool
-// out   lse [M, H] of ACC, every element written
-// grid  ceil(M * H / 8)  block 256: a warp a head of a query
-#ifdef ATTENTION_LSE
-constexpr int LOADS = 32 / sizeof(ACC);  // of keys, on their way at a time
-
-KERNEL(256) attention_lse(const ACC* s, const bool* sees, ACC* lse, i64 M, i64 N, i64 H, i64 R, i64 s_query,
-        i64 s_group, double scale) {
-    const i64 at = blockIdx.x * 8ll + threadIdx.x / 32, m = at / H, h = at % H;
-    if (m >= M) return;
-    const ACC c = scale, inf = ACC(CUDART_INF_F);
-    s += m * s_query + h / R * s_group + h % R * N;
-    sees += m * N;
-    ACC top = -inf, total = 0;  // of this lane: the maximum so far, and the sum of exp(logit - top)
-    for (i64 n0 = threadIdx.x % 32; n0 < N; n0 += 32 * LOADS) {
-        ACC logit[LOADS], before = top;
-        UNROLL for (int i = 0; i < LOADS; i++) {
-            const i64 n = min(n0 + 32 * i, N - 1);
-            const ACC x = c * s[n];
-            logit[i] = n0 + 32 * i < N && sees[n] ? x : -inf;
-        }
-        UNROLL for (int i = 0; i < LOADS; i++) top = fmax(top, logit[i]);
-        if (top == -inf) continue;
-        total *= exp(before - top);
-        UNROLL for (int i = 0; i < LOADS; i++) total += exp(logit[i] - top);
-    }
-    const ACC all = max_of_warp(top);
-    total = sum_of_warp(top == -inf ? ACC(0) : total * exp(top - all));
-    if (threadIdx.x % 32 == 0) lse[at] = all + log(total);
-}
-#endif
-
-// ---------------------------------------------------------------------------------------------------------
-// sum_of_heads                       of each key: attention_target, or scores of eq. (1), from their products
-//     TARGET 1: the mean over heads of exp(scale x - w), 0 where not seen;   TARGET 0: the sum of w relu(x)
-// in    x = q . k as attention_lse has it, and of each head w [M, H]: its lse, or a weight; sees, with TARGET
-// out   out [M, N] of ACC, every element written
-// grid  M * ceil(N / 256)  block 256: a thread a key
-#ifdef SUM_OF_HEADS
-KERNEL(256) sum_of_heads(const ACC* x, const bool* sees, const ACC* w, ACC* out, i64 N, i64 H, i64 R,
+// attention_target                        of each key that a query sees, the mean of its heads' probabilities
+//     STEP 0: lse[m,h] = logsumexp_n(scale s[h,n]);   1: target[m,n] = mean_h exp(scale s[h,n] - lse[h])
+// in    s = q . k of ACC, query m, head g R + i, key n at m s_query + g s_group + i N + n; rows [M, N] i32
+// out   lse [M, H], then target [M, N] of ACC, every element written: 0 where rows are outside [0, S)
+// grid  0: M * H, a head of a query, block 32;  1: M * ceil(N / 256), a thread a key, block 256
+#ifdef ATTENTION_TARGET
+KERNEL(256) attention_target(const ACC* s, const int* rows, ACC* lse, ACC* target, i64 S, i64 N, i64 H, i64 R,
         i64 s_query, i64 s_group, double scale) {
+#if STEP == 0
+    const i64 m = blockIdx.x / H, h = blockIdx.x % H;
+    s += m * s_query + h / R * s_group + h % R * N, rows += m * N;
+    lse[blockIdx.x] = lse_of_warp<ACC>(threadIdx.x, 32, N, [&](i64 n) {
+        const ACC x = ACC(scale) * s[n];  // read in any case, so that many are on their way
+        return (unsigned)rows[n] < S ? x : -ACC(CUDART_INF_F);
+    });
+#else
     const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
     if (n >= N) return;
-    x += m * s_query + n, w += m * H;
+    s += m * s_query + n, lse += m * H;
     ACC sum = 0;
     for (i64 g = 0; g < H / R; g++)
 #pragma unroll 8
-        for (int i = 0; i < R; i++) {
-            const ACC z = x[g * s_group + i * N], of_head = w[g * R + i];
-            sum += TARGET ? exp(ACC(scale) * z - of_head) : of_head * relu(z);
-        }
-    out[m * N + n] = !TARGET ? sum : sees[m * N + n] ? sum / H : 0;
+        for (int i = 0; i < R; i++) sum += exp(ACC(scale) * s[g * s_group + i * N] - lse[g * R + i]);
+    target[m * N + n] = (unsigned)rows[m * N + n] < S ? sum / H : 0;
+#endif
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
-// indexer_backward                                                               indexer_loss, a head at a time
-//     d_r = dI w [r > 0],   d_w = sum_s dI relu(r)
-// in    r = index_q . index_k [M, J, N], d_scores [M, N], weights [M, J] of ACC
-// out   d_r [M, J, N] of TYPE, d_w [M, J] of ACC, every element written
-// grid  M * J  block 256: a head of a query
-#ifdef INDEXER_BACKWARD
-KERNEL(256) indexer_backward(const ACC* __restrict__ r, const ACC* __restrict__ d_scores, const ACC* weights,
-        TYPE* __restrict__ d_r, ACC* d_w, i64 N, i64 J) {
-    const i64 at = blockIdx.x, m = at / J;
-    const ACC weight = weights[at];
+// indexer_loss                 of a query, over the keys it sees: the KL of its scores from p, and its slopes
+//     STEP 0: I = sum_j w_j relu(r_j), in d_i;   1: loss = sum_n p (log p - log softmax(I)),
+//     d_i = softmax(I) sum_n p - p;   2: d_r = d_i w [r > 0],  d_w = sum_n d_i relu(r)
+// in    r = index_q . index_k [M, J, N], w [M, J], p [M, N] of ACC; rows [M, N] i32, absent outside [0, S)
+// out   d_i [M, N], d_w [M, J] of ACC, d_r [M, J, N] of TYPE, loss [M] f64, every element: 0 where absent
+// grid  0: M * ceil(N / 256), a thread a key;  1: M, a query;  2: M * J, a head of a query   block 256
+#ifdef INDEXER_LOSS
+KERNEL(256) indexer_loss(const ACC* __restrict__ r, const ACC* w, const ACC* p, const int* rows,
+        ACC* __restrict__ d_i, ACC* d_w, TYPE* __restrict__ d_r, double* loss, i64 S, i64 N, i64 J) {
     ACC sum = 0;
+#if STEP == 0
+    const i64 tiles = (N + 255) / 256, m = blockIdx.x / tiles, n = blockIdx.x % tiles * 256 + threadIdx.x;
+    if (n >= N) return;
+#pragma unroll 8
+    for (i64 j = m * J; j < m * J + J; j++) sum += w[j] * relu(r[j * N + n]);
+    d_i[m * N + n] = (unsigned)rows[m * N + n] < S ? sum : -ACC(CUDART_INF_F);
+#elif STEP == 1
+    __shared__ ACC parts[8];
+    p += blockIdx.x * N, rows += blockIdx.x * N, d_i += blockIdx.x * N;
+    parts[threadIdx.x / 32] = lse_of_warp<ACC>(threadIdx.x, 256, N, [&](i64 n) { return d_i[n]; });
+    for (i64 n = threadIdx.x; n < N; n += 256) sum += (unsigned)rows[n] < S ? p[n] : 0;
+    const ACC mass = sum_of_block(sum);  // and all parts are there
+    const ACC lse = lse_of_warp<ACC>(threadIdx.x % 32, 32, 8, [&](i64 i) { return parts[i]; });
+    sum = 0;
+    for (i64 n = threadIdx.x; n < N; n += 256) {
+        const bool seen = (unsigned)rows[n] < S;
+        const ACC x = seen ? p[n] : 0, log_soft = d_i[n] - lse;
+        sum += x != 0 ? x * (log(x) - log_soft) : 0;
+        d_i[n] = seen ? mass * exp(log_soft) - x : 0;
+    }
+    loss[blockIdx.x] = sum_of_block(sum);
+#else
+    const i64 at = blockIdx.x, m = at / J;
 #pragma unroll 4
     for (i64 n = threadIdx.x; n < N; n += 256) {
-        const ACC x = r[at * N + n], d = d_scores[m * N + n];
-        const bool on = x > 0;
+        const ACC x = r[at * N + n], d = d_i[m * N + n];
+        const bool on = x > 0 && d != 0;  // else x and the weight may be anything
         sum += on ? d * x : 0;
-        d_r[at * N + n] = rounded<TYPE>(on ? d * weight : 0);
+        d_r[at * N + n] = rounded<TYPE>(on ? d * w[at] : 0);
     }
-    sum = sum_of_block(sum);
-    if (threadIdx.x == 0) d_w[at] = sum;
+    d_w[at] = sum_of_block(sum);
+#endif
 }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------
 // add_by_key                                       what the slots of many queries bring to their keys, added up
-// in    x [M, G, K, width] of WIDE values of ACC; order [M * K] i64: slots by key, those of one key in the
-//       order of the queries; first [S + 1] i64: where each key's begin
+// in    x [M, G, K, width] of WIDE values of ACC; order [M * K], first [S + 1] i64 by slots_by_key of dsa.py
 // out   sums [S, G, width] of these grow by it, one row after the other, so that runs agree bit for bit
 // grid  S * G  block as many warps as width has, at most 32
 #ifdef ADD_BY_KEY
 constexpr int LOADS = 8;  // rows on their way at a time
 struct alignas(WIDE * sizeof(ACC)) Vec { ACC x[WIDE]; };
 
-KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G,
-        i64 width) {
+KERNEL(1024) add_by_key(const Vec* x, const i64* order, const i64* first, Vec* sums, i64 K, i64 G, i64 width) {
     const i64 key = blockIdx.x / G, g = blockIdx.x % G, begin = first[key], end = first[key + 1];
     if (begin == end) return;
-    sums += blockIdx.x * width;
-    x += g * K * width;
+    sums += blockIdx.x * width, x += g * K * width;
     for (int d = threadIdx.x; d < width; d += blockDim.x) {
         Vec sum = sums[d];
         for (i64 i = begin; i < end; i += LOADS) {

@@ -3688,11 +3688,11 @@ attend_mma D=40 DV=24 HEADS=16 KEYS=32 TIED=0 TYPE=half OUT=half R8=0 ROPE=0 VEC
 attend_wgmma D/TYPE/OUT=576/bf16/bf16,512/half/float DV=512 HEADS=64 TIED=1 R8=0 ROPE=0
 attend_wgmma D=576 TYPE=bf16 OUT=bf16,float DV=512 HEADS=64 TIED=1 R8=512 ROPE=64
 merge_attention ACC/OUT/LOADS=float/float/8,float/bf16/32,double/double/16 COLUMNS=4
-attend_backward,indexer_backward TYPE/ACC=float/float,double/double,bf16/float
+attend_backward TYPE/ACC=float/float,double/double,bf16/float
 attend_backward_norms TYPE/OUT/ACC=float/float/float,double/double/double,bf16/float/float,half/half/float
 attend_backward_wgmma D=512,576
-attention_lse ACC=float,double
-sum_of_heads ACC=float,double TARGET=0,1
+attention_target ACC=float,double STEP=0,1
+indexer_loss TYPE/ACC=float/float,double/double,bf16/float STEP=0,1,2
 gather UNIT=short,int,int2,int4
 add_by_key ACC/WIDE=float/1,float/4,double/2
 quantize_fp8 BLOCK=128 UE8M0=1 XT/ACC=float/float,double/double,half/float,bf16/float
