@@ -1638,35 +1638,122 @@ def sharded(bench: Bench) -> None:
 
 LM = SimpleNamespace(
     d=512, layers=8, H=8, D=64, J=4, batch=32768, contexts=(4096, 8192, 16384), rows=512, cues=200, held=40,
-    dense=3600, warm=800, more=480, last=720, K=[2**i for i in range(6, 12)], text=2**28)  # fmt: skip
+    K=[2**i for i in range(6, 12)], one=512, each=1, kind="bfloat16")  # fmt: skip
 TOY = SimpleNamespace(
     d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
-    dense=40, warm=32, more=16, last=24, K=[2, 8, 16], text=2**20)  # fmt: skip
-WARM, FIRST, SCRATCH = "DSA, warm-up alone", "DSA, trained at 6%", "window, from scratch"
-MORE, AGAIN = "dense, continued", "dense, continued twice"
-RISE, FALL, LAST = ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), ((0, 0.05, 1), (0, 1, 0.05)), ((0, 1), (0.5, 0))
-FAR, SECRET = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8), b"\nSECRET_###### = '########'\n"
-MATRICES, OTHERS = ("qkv", "out", "up", "down"), ("gain", "index", "embed", "head")
+    K=[2, 8, 16], one=8, each=30, kind="float32")  # fmt: skip
+WARM, SPARSE, WINDOW = "DSA, warm-up alone", "DSA, trained at 6%", "window, from scratch"
+MORE, AGAIN, FEWER = "dense, continued", "dense, continued twice", "DSA, then at 3% and 1.6%"
+METHODS: dict[str, tuple[str, str, str, int, tuple[float, ...]]] = {
+    # whose weights it begins with; which dense model read as much; by what its keys are chosen; steps at full
+    "dense": ("", "dense", "dense", 3600, ()),  # size; the shares of the keys that it reads there, in turn
+    "window, begun": ("", "dense", "window", 3600, ()),
+    WARM: ("dense", "dense", "lightning", 800, ()),
+    MORE: ("dense", MORE, "dense", 480, ()),
+    AGAIN: (MORE, AGAIN, "dense", 720, ()),
+    "window, trained": ("dense", MORE, "window", 480, ()),
+    WINDOW: ("window, begun", MORE, "window", 480, ()),
+    SPARSE: (WARM, MORE, "lightning", 480, (1 / 16,)),
+    FEWER: (SPARSE, AGAIN, "lightning", 720, (1 / 32, 1 / 64)),
+    "random and window, trained": ("dense", MORE, "random", 480, ()),
+    "oracle's keys": ("dense", "dense", "oracle", 0, ()),
+    "before warm-up": ("dense", "dense", "lightning", 0, ()),
+}
+FAR = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8  # of the longest context, from a secret to who asks for it
 F = torch and torch.nn.functional
 
 
-def methods(z) -> dict[str, Any]:
-    """Whose weights it begins with, which dense read as much; keys: by what, and how many; steps, rates."""
-    one = z.contexts[1] // 16
-    return {
-        "dense": ("", "", "dense", 1, z.dense, RISE),
-        "window, begun": ("", "dense", "window", one, z.dense, RISE),
-        WARM: ("dense", "dense", "lightning", 1, z.warm, FALL),
-        MORE: ("dense", "", "dense", 1, z.more, LAST),
-        AGAIN: (MORE, "", "dense", 1, z.last, LAST),
-        "window, trained": ("dense", MORE, "window", one, z.more, LAST),
-        SCRATCH: ("window, begun", MORE, "window", one, z.more, LAST),
-        FIRST: (WARM, MORE, "lightning", 1 / 16, z.more, LAST),
-        "DSA, then at 1.6%": (FIRST, AGAIN, "lightning", 1 / 64, z.last, LAST),
-        "random and window, trained": ("dense", MORE, "random", one, z.more, LAST),
-        "oracle's keys": ("dense", "dense", "oracle", one, 0, LAST),
-        "before warm-up": ("dense", "dense", "lightning", one, 0, LAST),
+def sources(folder: Path, z):
+    """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words."""
+    packages, n = dict[str, list[bytes]](), z.contexts[-1]
+    for path in filter(Path.is_file, sorted(folder.rglob("*.py"))):
+        packages.setdefault(path.relative_to(folder).parts[0], []).append(path.read_bytes())
+    middling = [x for x, files in packages.items() if 4 * n <= sum(map(len, files)) <= 128 * n]
+    middling = sorted(middling, key=lambda name: zlib.crc32(name.encode()))
+    held = [b"\0".join(packages.pop(x)) for x in middling[: z.held]]
+    rest = [x for files in packages.values() for x in files]
+
+    def lines(text):
+        return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
+
+    judged = set().union(*map(lines, held))  # of a file that is, or is nearly, one held out, most stand there
+    learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
+    if not (held and learned):
+        raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
+    text = torch.frombuffer(bytearray(b"\0".join(learned)), dtype=torch.uint8)
+    windows = np.stack([np.frombuffer(x, np.uint8, n + 1, (len(x) - n - 1) // 2) for x in held])
+    note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
+    note += f"packages held out, and {len(rest) - len(learned)} files that repeat these left out."
+    return text, torch.from_numpy(windows), note
+
+
+@functools.cache
+def fused(run):
+    """On a GPU by torch.compile: else what stands between the products takes as long as they do."""
+    return torch.compile(run, dynamic=False) if torch.cuda.is_available() else run
+
+
+def before(x, turn, gain, qkv, index):
+    """Of states [N, d]: q, k, v, index_q, index_k and weights; these three teach the states nothing.
+
+    RoPE turns the first half of each head; turn [N, 1, D / 2]: cosines, then sines.
+    """
+    H, D, (cos, sin) = len(gain), 2 * turn.shape[-1], turn.chunk(2, -1)
+
+    def turned(x):
+        a, b, rest = x.tensor_split((D // 4, D // 2), -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
+
+    x, J = F.rms_norm(x, x.shape[-1:]), len(index) // (D + 1)
+    q, k, v = (x @ qkv.T).view(len(x), -1, D).split((H, 1, 1), 1)
+    y, weights = (x.detach() @ index.T).tensor_split(((J + 1) * D,), -1)
+    y = turned(y.view(len(x), J + 1, D))
+    index = y[:, :J].contiguous(), F.rms_norm(y[:, J], (D,)), weights.float() * (J * D) ** -0.5
+    return turned(F.rms_norm(q, (D,)) * gain[:, None]), turned(F.rms_norm(k, (D,))), v.contiguous(), *index
+
+
+def after(x, y, out, up, down):
+    """The rest of a layer, y [N, H, D] being attention's: an MLP that squares what is positive."""
+    x = x + y.flatten(1) @ out.T
+    return x + torch.relu(F.rms_norm(x, x.shape[-1:]) @ up.T).square() @ down.T
+
+
+def begin(z, device: str) -> dict[str, Any]:
+    """A matrix of each name for each layer, which begins as nothing, and is sharp enough to choose."""
+    torch.manual_seed(0)
+    d, L, n = z.d, z.layers, z.H * z.D
+    shapes = {"gain": (L, z.H), "qkv": (L, n + 2 * z.D, d), "index": (L, (z.J + 1) * z.D + z.J, d)}
+    shapes |= {"out": (L, d, n), "up": (L, 4 * d, d), "down": (L, d, 4 * d)}
+    shapes |= {"embed": (1, 256, d), "head": (1, 256, d)}
+    weights = {
+        x: torch.randn(y) * d**-0.5 * (x in ("qkv", "index", "up", "embed")) for x, y in shapes.items()
     }
+    weights["gain"] += 1.5
+    return {x: [w.to(device, copy=True) for w in layers] for x, layers in weights.items()}
+
+
+def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
+    """Bytes [B, T] -> logits [B, T, 256], and the indexers' KL at `rows` queries.
+
+    past: for each layer k, v, index_k of all places [B, S, ...], of which the last T are written here.
+    """
+    (B, T), kind, kl = ids.shape, getattr(torch, z.kind), torch.zeros((), device=ids.device)
+    places = torch.arange(past[0][0].shape[1] if past else T, device=ids.device)[-T:]
+    angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
+    turn = torch.cat([angles.cos(), angles.sin()], -1).repeat(B, 1)[:, None]
+    embed, head, *layers = (w.to(kind) for name in ("embed", "head") for w in weights[name])
+    x = F.rms_norm(F.embedding(ids.flatten(), embed), (z.d,))
+    for i, layer in enumerate(zip(*list(weights.values())[:6], strict=True)):
+        gain, qkv, index, *rest = (w.to(kind) for w in layer)
+        found = (y.unflatten(0, (B, T)) for y in fused(before)(x, turn, gain, qkv, index))
+        q, k, v, index_q, index_k, w = found
+        if past:
+            for old, new in zip(past[i], (k, v, index_k), strict=True):
+                old[:, -T:] = new
+            k, v, index_k = past[i]
+        y, loss = attention(q, k, v, (index_q, index_k, w), by, top_k, rows)
+        x, kl = fused(after)(x, y.flatten(0, 1), *rest), kl + loss / z.layers
+    return (F.rms_norm(x, (z.d,)) @ head.T).unflatten(0, (B, T)).float(), kl
 
 
 def give(x):
@@ -1687,113 +1774,17 @@ class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
         return None, *map(tensor, ctx.back(give(slope.contiguous())))
 
 
-def fused(run):
-    """On a GPU by torch.compile: else what stands between the products takes as long as they do."""
-    compiled = functools.cache(lambda: torch.compile(run, dynamic=False))
-    return lambda x, *rest: (compiled() if x.is_cuda and len(x) > 99 else run)(x, *rest)
-
-
-@fused
-def before(x, turn, gain, qkv, index):
-    """Of states [N, d]: q, k, v, and if asked index_q, index_k, weights, which teach the states nothing.
-
-    RoPE turns the first half of each head; turn [N, 1, D / 2]: cosines, then sines.
-    """
-    H, D, (cos, sin) = len(gain), 2 * turn.shape[-1], turn.chunk(2, -1)
-
-    def turned(x):
-        a, b, rest = x.tensor_split((D // 4, D // 2), -1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
-
-    x = F.rms_norm(x, x.shape[-1:])
-    q, k, v = (x @ qkv.T).view(len(x), -1, D).split((H, 1, 1), 1)
-    found = turned(F.rms_norm(q, (D,)) * gain[:, None]), turned(F.rms_norm(k, (D,))), v.contiguous()
-    if index is None:
-        return found
-    J = len(index) // (D + 1)
-    y, weights = (x.detach() @ index.T).tensor_split(((J + 1) * D,), -1)
-    y = turned(y.view(len(x), J + 1, D))
-    return *found, y[:, :J].contiguous(), F.rms_norm(y[:, J], (D,)), weights.float() * (J * D) ** -0.5
-
-
-@fused
-def after(x, y, out, up, down):
-    """The rest of a layer, y [N, H * D] being attention's: an MLP that squares what is positive."""
-    x = x + y @ out.T
-    return x + torch.relu(F.rms_norm(x, x.shape[-1:]) @ up.T).square() @ down.T
-
-
-def begin(z, device: str) -> dict[str, Any]:
-    """A matrix of each name for each layer, which begins as nothing, and is sharp enough to choose."""
-    torch.manual_seed(0)
-    d, L, n = z.d, z.layers, z.H * z.D
-    shapes = {"embed": (1, 256, d), "index": (L, (z.J + 1) * z.D + z.J, d), "qkv": (L, n + 2 * z.D, d)}
-    weights = {x: torch.randn(y) * d**-0.5 for x, y in (shapes | {"up": (L, 4 * d, d)}).items()}
-    weights |= {"out": torch.zeros(L, d, n), "down": torch.zeros(L, d, 4 * d)}
-    weights |= {"head": torch.zeros(1, 256, d), "gain": torch.full((L, z.H), 1.5)}
-    return {x: [w.to(device, copy=True) for w in layers] for x, layers in weights.items()}
-
-
-def decoder(z, weights, ids, by, top_k, rows=0, past=()):
-    """Bytes [B, T] -> logits [B, T, 256], the indexers' KL at `rows` queries, and a past for what follows."""
-    (B, T), kind = ids.shape, torch.bfloat16 if ids.is_cuda else torch.float32
-    places = torch.arange(T, device=ids.device) + (past[0][0].shape[1] if past else 0)
-    angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
-    turn = torch.cat([angles.cos(), angles.sin()], -1).repeat(B, 1)[:, None]
-    x, kl, now = F.embedding(ids.flatten(), weights["embed"][0]), torch.zeros((), device=ids.device), []
-    x = F.rms_norm(x, (z.d,)).to(kind)
-    for i, layer in enumerate(zip(*(weights[name] for name in ("gain", "index", *MATRICES)))):
-        gain, index, qkv, *rest = (w.to(kind) for w in layer)
-        found = before(x, turn, gain, qkv, index if by == "lightning" else None)
-        q, k, v, *index = (y.view(B, T, *y.shape[1:]) for y in found)
-        if past:
-            k, v, *index[1:2] = (torch.cat(y, 1) for y in zip(past[i], (k, v, *index[1:2])))
-        now.append((k, v, *index[1:2]))
-        y, loss = attention(q, k, v, index, by, top_k, rows)
-        x, kl = after(x, y.reshape(B * T, -1), *rest), kl + loss
-    return (F.rms_norm(x, (z.d,)) @ weights["head"][0].to(kind).T).view(B, T, 256).float(), kl / z.layers, now
-
-
-def bits(z, weights, ids, *how):
-    """Of each byte but the first, [B, T]; and the KL."""
-    (logits, kl, _), want = decoder(z, weights, ids[:, :-1], *how), ids[:, 1:].long()
-    each = F.cross_entropy(logits.flatten(0, 1), want.flatten(), reduction="none")
-    return each.view(want.shape) / math.log(2), kl
-
-
-def sdpa(q, k, v, width: int = 0):
-    """torch's own, by cuDNN where it can, which is the fastest; a query after a past sees all of it.
-
-    To the last `width` keys alone, blocks of as many queries see their own block and the one before.
-    """
-    (B, T, H, D), by, seen = q.shape, torch.nn.attention.SDPBackend, None
-    if width:
-        k, v = (F.pad(x, (0, 0, 0, 0, width, 0)).unfold(1, 2 * width, width) for x in (k, v))
-        k, v = (x.permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [B * T / width, 2 * width, 1, D]
-        seen = torch.ones(width, 2 * width, dtype=torch.bool, device=q.device).tril(width).triu(1)
-        seen = seen.repeat(B, T // width, 1, 1)
-        seen[:, 0, :, :width] = False  # nothing stands before the first block
-        q, seen = q.reshape(-1, width, H, D), seen.flatten(0, 1)[:, None]
-    fast = [by.EFFICIENT_ATTENTION] if width else [by.CUDNN_ATTENTION, by.FLASH_ATTENTION]
-    q, k, v = (x.expand(-1, -1, H, -1).transpose(1, 2) for x in (q, k, v))
-    with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
-        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and T > 1)
-    return out.transpose(1, 2).reshape(B, T, H, D)
-
-
-def attention(q, k, v, index, by, top_k, rows):
+def attention(q, k, v, index, by: str, top_k: int, rows: int):
     """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
-    (B, T), S, device = q.shape[:2], k.shape[1], q.device
-    top_k = math.ceil(top_k * S) if top_k <= 1 else top_k
-    kl = learn(q, k, index, rows, top_k < S) if rows else 0
-    if by == "window" or top_k >= S:
-        return sdpa(q, k, v, top_k if top_k < S else 0), kl
-    if by == "lightning":
-        kept = dsa.lightning_select(*map(give, index), top_k)
+    kl = learn(q, k, index, rows, by != "dense") if rows else 0
+    if by in ("dense", "window"):
+        return window(q, k, v, top_k) if by == "window" else sdpa(q, k, v), kl
+    if by == "random":
+        index = [torch.randn_like(x) for x in index]
+    if by == "oracle":
+        kept = dsa.SELECTORS["oracle"](give(q), give(k), top_k)
     else:
-        ends, near = give(torch.arange(1, T + 1, device=device)), top_k // 2 * (by == "random")
-        scores = give(torch.rand(B, T, S, device=device)) if near else dsa.attention_target(give(q), give(k))
-        kept = dsa.select_topk(scores, top_k, local_window=near, k_end=ends)
+        kept = dsa.lightning_select(*map(give, index), top_k, local_window=top_k // 2 * (by == "random"))
 
     def run(q, k, v):
         out, lse = dsa.sparse_attention(q, k, v, kept)
@@ -1801,6 +1792,25 @@ def attention(q, k, v, index, by, top_k, rows):
         return out, lambda dout: dsa.sparse_attention_backward(*args, dout)[:3]
 
     return Ours.apply(run, q, k, v), kl
+
+
+def sdpa(q, k, v, seen=None):
+    """torch's own, by cuDNN where it can, which is the fastest; causal, but for a single query."""
+    by = torch.nn.attention.SDPBackend
+    fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
+    heads = [x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v)]
+    with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
+        causal = seen is None and q.shape[1] > 1
+        return F.scaled_dot_product_attention(*heads, seen, is_causal=causal).transpose(1, 2)
+
+
+def window(q, k, v, K: int):
+    """To the last K keys alone: the first K queries, then blocks of K, which see their keys and K before."""
+    B, T, H, D = q.shape
+    pairs = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
+    seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
+    rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), *pairs, seen)  # heads are rows over the one key head
+    return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), rest.reshape(B, T - K, H, D)], 1)
 
 
 def learn(q, k, index, rows, few):
@@ -1823,45 +1833,58 @@ def learn(q, k, index, rows, few):
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:
-    """Of attention and the KL of all queries: dsa's, and plain torch's over the same keys; and a window."""
-    n, shapes = z.contexts[0], ((z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,))
+    """Of attention and the KL of all queries, and of a window: ours, and plain torch's over the same keys."""
+    n, K, shapes = (
+        z.contexts[0],
+        z.contexts[0] // 16,
+        ((z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)),
+    )
     q, k, v, *index = inputs = [torch.randn(2, n, *x, device=device, requires_grad=True) for x in shapes]
-    out, kl = attention(q, k, v, index, "lightning", 1 / 16, n)
-    ours = torch.autograd.grad(out.square().sum() + 2 * n * kl, inputs)
-    kept = tensor(dsa.lightning_select(*map(give, index), n // 16)).long()  # [2, n, K]
-    hidden = torch.ones(2, n, n + 1, dtype=torch.bool, device=device)  # with a column for what is absent
-    hidden = hidden.scatter(2, kept % (n + 1), False)[..., :n]
-    scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
-    logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
-    p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
-    kl = -(p.detach().mean(1) * scores.masked_fill(hidden, -1e9).log_softmax(-1)).sum()  # but for a constant
-    plain = torch.autograd.grad(torch.einsum("bhts,bsgd->bthd", p, v).square().sum() + kl, inputs)
-    for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
-        bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
-    kept = dsa.SELECTORS["window"](give(q), give(k), n // 16)
-    want, _ = dsa.sparse_attention(*map(give, (q, k, v)), kept)
-    bench.check("lm: a window", exact(sdpa(q, k, v, n // 16)), exact(tensor(want)), 1e-4)
-    few, every = (attention(q, k, v, index, "oracle", x, 0)[0] for x in (1 / 16, 1))
-    few, every = (exact(x[:, : n // 16]) for x in (few, every))
-    bench.check("lm: the oracle reads nothing later", few, every, 1e-4)
+    kept = tensor(dsa.lightning_select(*map(give, index), K)).long() % (n + 1)  # [2, n, K]
+    seen = torch.zeros(2, n, n + 1, dtype=torch.bool, device=device).scatter(
+        2, kept, True
+    )  # the last: absent
+    near = torch.ones_like(seen).tril().triu(1 - K)
+    for by, seen in (("lightning", seen[..., :n]), ("window", near[..., :n])):
+        scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
+        logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
+        p = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
+        kl = -(
+            p.detach().mean(1) * scores.masked_fill(~seen, -1e9).log_softmax(-1)
+        ).sum()  # but for a constant
+        out, ours = attention(q, k, v, index, by, K, n * (by == "lightning"))
+        some = inputs if by == "lightning" else inputs[:3]
+        pairs = (
+            torch.autograd.grad(out.square().sum() + 2 * n * ours, some),
+            torch.autograd.grad(torch.einsum("bhts,bsgd->bthd", p, v).square().sum() + kl, some),
+        )
+        for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), *pairs):
+            bench.check(f"lm: {by}, gradient of {name}", exact(x), exact(y), 1e-4)
 
 
-def fit(bench: Bench, name: str, z, weights, text, by, top_k, steps: int, rates):
-    """Train all, or the indexers where rates FALL; matrices by Muon -> [step, bits a byte, KL]s, weights."""
-    curve, losses, device, each = list[list[float]](), list[Any](), text.device, 8 * -(-steps // 400)
-    for x, w in ((x, w) for x, layers in weights.items() for w in layers):
-        w.requires_grad_(rates is not FALL or x == "index")
-    muons, others = ([w for x in names for w in weights[x]] for names in (MATRICES, OTHERS))
+def fit(bench: Bench, name: str, z, weights, text) -> tuple[list[list[float]], Any]:
+    """Train all, or in a warm-up the indexers; matrices by Muon -> [step, bits a byte, KL]s, weights."""
+    start, _, by, steps, shares = METHODS[name]
+    warm, losses, curve, steps = name == WARM, list[Any](), list[list[float]](), steps // z.each
+    rates = ((0, 0.05, 1), (0, 1, 0.05)) if warm else ((0, 1), (0.5, 0))
+    rates, each = rates if start else ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), 8 * -(-steps // 400)
+    muons, others = list[Any](), list[Any]()
+    for x, layers in weights.items():
+        (muons if x in ("qkv", "out", "up", "down") else others).extend(layers)
+        for w in layers:
+            w.requires_grad_(by == "lightning" if x == "index" else not warm)
     both = torch.optim.AdamW(others, 2e-3, (0.9, 0.95)), torch.optim.Muon(muons, 0.015, 0)
     paces = [torch.optim.lr_scheduler.LambdaLR(x, lambda i: np.interp(i / steps, *rates)) for x in both]
-    draw, rows = torch.Generator(device).manual_seed(steps), z.rows if by == "lightning" else 0
+    draw, rows = torch.Generator(text.device).manual_seed(steps), z.rows if by == "lightning" else 0
     torch.manual_seed(0)
     for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
-        at = np.searchsorted((0.6, 0.9), i / steps) if rates is RISE else (0, 1, 0, 2, 0, 1, 0, 0)[i % 8]
+        at = (0, 1, 0, 2, 0, 1, 0, 0)[i % 8] if start else np.searchsorted((0.6, 0.9), i / steps)
         n = z.contexts[at]
-        at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=device)
-        found, kl = bits(z, weights, text[at + torch.arange(n + 1, device=device)].int(), by, top_k, rows)
-        losses.append(torch.stack([found.mean(), kl]))
+        K = int(n * shares[i // 8 % len(shares)]) if shares else z.one
+        at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=text.device)
+        ids = text[at + torch.arange(n + 1, device=text.device)].long()
+        logits, kl = decoder(z, weights, ids[:, :-1], "dense" if warm else by, K, rows)
+        losses.append(torch.stack([F.cross_entropy(logits.mT, ids[:, 1:]) / math.log(2), kl]))
         losses[-1].sum().backward()
         losses[-1].detach_()
         for pace in paces:
@@ -1875,73 +1898,56 @@ def fit(bench: Bench, name: str, z, weights, text, by, top_k, steps: int, rates)
     return curve, weights
 
 
-def sources(folder: Path, z):
-    """A text to learn from; windows held out, [windows, n + 1], one of a package; what was done, in words."""
-    packages, n = dict[str, list[bytes]](), z.contexts[-1]
-    for path in filter(Path.is_file, sorted(folder.rglob("*.py"))):
-        packages.setdefault(path.relative_to(folder).parts[0], []).append(path.read_bytes())
-    order = {x: packages[x] for x in sorted(packages, key=lambda name: zlib.crc32(name.encode()))}
-    middling = [x for x, files in order.items() if 4 * n <= sum(map(len, files)) <= 128 * n]
-    held, rest = [b"\0".join(order.pop(x)) for x in middling[: z.held]], list[bytes]()
-    for files in order.values():
-        rest += files if sum(map(len, rest)) < z.text else []
-
-    def lines(text):
-        return {hash(line) for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
-
-    # A file of whose longer lines most stand in what is held out, packages of middling size, may be a copy.
-    judged = set[int]().union(*map(lines, held))
-    learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
-    if not (held and learned):
-        raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
-    text = torch.frombuffer(bytearray(b"\0".join(learned)), dtype=torch.uint8)
-    windows = np.stack([np.frombuffer(x, np.uint8, n + 1, (len(x) - n - 1) // 2) for x in held])
-    note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
-    note += f"packages held out, and {len(rest) - len(learned)} files that repeat these left out."
-    return text, torch.from_numpy(windows), note
-
-
-def judge(z, weights, by, sizes, windows) -> list[dict[str, Any]]:
-    """Of length and K: bits a byte of the windows' last halves; in the longest by position; secrets found."""
-    (_, middle, most), cells, line = z.contexts, list[dict[str, Any]](), np.frombuffer(SECRET, np.uint8)
-    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", np.uint8)
-    letters = np.random.default_rng(0).choice(letters, (z.cues, len(FAR), len(line)))
-    own = torch.from_numpy(np.where(line == ord("#"), letters, line)).to(windows.device)
+def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
+    """Of length and K: bits a byte of last halves, of each package; in the longest by position; secrets found."""
+    by, most, cells = METHODS[name][2], z.contexts[-1], list[dict[str, Any]]()
+    line = np.frombuffer(b"\nSECRET_###### = '########'\n", np.uint8)
+    own = np.random.default_rng(0).integers(97, 123, (z.cues, len(FAR), len(line)), np.uint8)
+    own = torch.from_numpy(np.where(line == ord("#"), own, line)).to(windows.device)
     asked, body = windows.repeat(-(-z.cues // len(windows)), 1)[: z.cues], most + 1 - own[0].numel()
     ends = [body + i * len(line) for i in range(len(FAR))]
     for i, far in enumerate(FAR):
         for at in (body - int(far * body), ends[i]):
             asked[:, at : at + len(line)] = own[:, i]
-    for n, k in itertools.product(z.contexts, sizes):
-        parts = windows[:, -n - 1 :].int().split(z.batch // n)
-        found = torch.cat([bits(z, weights, x, by, k)[0] for x in parts]).cpu().numpy()
-        cells.append({"K": k, "n": n, "bits": found[:, n // 2 :].mean(1).tolist()})
-        if n == most and (k == middle // 16 or k not in z.K):
-            places = np.split(found, [n >> i for i in range(5, 0, -1)], 1)
-            parts = asked.int().split(z.batch // n)
-            right = [decoder(z, weights, x[:, :-1], by, k)[0].argmax(-1) == x[:, 1:] for x in parts]
-            hits = (torch.cat(right)[:, at + len(line) - 11 : at + len(line) - 3].all(1) for at in ends)
-            cells[-1] |= {"by position": [float(x.mean()) for x in places]}
-            cells[-1] |= {"secrets": [hit.float().mean().item() for hit in hits]}
+
+    def each(ids, K, of):
+        parts = ids.long().split(z.batch // (ids.shape[1] - 1))
+        return (
+            torch.cat([of(decoder(z, weights, x[:, :-1], by, K)[0], x[:, 1:]) for x in parts]).cpu().numpy()
+        )
+
+    for n in z.contexts:
+        presets = [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] if name == SPARSE else []
+        for K in (*(z.K if by in ("lightning", "window") else [z.one]), *presets):
+            ids = windows.unfold(1, n + 1, n).flatten(0, 1)  # all of a window at any length
+            found = each(ids, K, lambda x, want: F.cross_entropy(x.mT, want, reduction="none") / math.log(2))
+            halves = found[:, n // 2 :].reshape(len(windows), -1)
+            cells.append({"method": name, "K": K, "n": n, "bits": halves.mean(1).tolist()})
+            if n == most and (K == z.one or K in presets):
+                places = np.split(found, [n >> i for i in range(5, 0, -1)], 1)
+                right = each(asked, K, lambda x, want: x.argmax(-1) == want)
+                hits = [right[:, at + len(line) - 11 : at + len(line) - 3].all(1).mean() for at in ends]
+                cells[-1] |= {
+                    "by position": [float(x.mean()) for x in places],
+                    "secrets": [*map(float, hits)],
+                }
     return cells
 
 
-def costs(z, weights, windows) -> list[dict[str, Any]]:
-    """Seconds and bytes a token: training, a prefill, and one token after it; dense and DSA take turns."""
-    (_, middle, n), cells = z.contexts, list[dict[str, Any]]()
-    some, long = windows[: z.batch // middle, :middle].int(), windows[: z.batch // n, :n].int()
-    work = {f"training {middle:,}": some, f"prefill {n:,}": long, f"a token at {n:,}": long[:, -1:]}
+def costs(z, weights, windows) -> list[list[Any]]:
+    """Seconds a token, of dense and DSA in turn, and bytes: training, a prefill, and one token after it."""
+    (_, middle, n), rows, shapes = z.contexts, list[list[Any]](), ((1, z.D), (1, z.D), (z.D,))
+    draw = functools.partial(torch.randn, device=windows.device, dtype=getattr(torch, z.kind))
+    some, long = windows[: z.batch // middle, :middle].long(), windows[: z.batch // n, :n].long()
 
-    def run(ids, *how):
+    def run(ids, past, by):
         with torch.set_grad_enabled(ids is some):
-            logits, kl, past = decoder(z, weights, ids, *how)
+            logits, kl = decoder(z, weights, ids, by, z.one, z.rows * (ids is some and by != "dense"), past)
         if ids is some:
             (logits.square().mean() + kl).backward()
         logits.sum().item()  # waits for the GPU
-        return past
 
     def room(run):
-        run()  # compiles
         if not windows.is_cuda:
             return 0
         (pool := sys.modules["cupy"].get_default_memory_pool()).free_all_blocks()
@@ -1950,14 +1956,17 @@ def costs(z, weights, windows) -> list[dict[str, Any]]:
         run()
         return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
 
-    for what, ids in work.items():
-        ways, rows = dict[str, Any](), z.rows if ids is some else 0
-        for name, *how in (("dense", "dense", 1, 0), ("DSA", "lightning", middle // 16, rows)):
-            ways[name] = functools.partial(run, ids, *how, run(long, *how) if ids.shape[1] == 1 else ())
-        memory = {name: room(way) for name, way in ways.items()}
-        laps = {name: Laps(t / ids.numel() for t in lap) for name, lap in race(ways).items()}
-        cells.append({"what": what, "laps": laps, "bytes": memory})
-    return cells
+    for what, ids in (
+        (f"training {middle:,}", some),
+        (f"prefill {n:,}", long),
+        (f"a token at {n:,}", long[:1, :1]),
+    ):
+        past = [[draw(1, n, *x) for x in shapes] for _ in range(z.layers)] if ids.numel() == 1 else ()
+        ways = {by: functools.partial(run, ids, past, by) for by in ("dense", "lightning")}
+        race(ways, 0, 1)  # compiles
+        memory = [room(way) for way in ways.values()]
+        rows.append([what, *(Laps(t / ids.numel() for t in laps) for laps in race(ways).values()), *memory])
+    return rows
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
@@ -1969,19 +1978,20 @@ def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
         raise MissingPackage("needs torch: pip install torch")
-    z, seconds = TOY if bench.args.quick else LM, dict[str, float]()
-    device = "cuda" if torch.cuda.is_available() or not bench.args.quick else "cpu"
-    if device == "cuda":
-        Chip(bench)  # says which it is
-    if bench.args.quick:
+    z, seconds, device = TOY if bench.args.quick else LM, dict[str, float](), "cuda"
+    if bench.args.quick and not torch.cuda.is_available():
+        device = "cpu"
         torch.set_num_threads(1)  # on a toy, on cores that others use, threads mostly wait for each other
+    else:
+        Chip(bench)  # says which it is
 
     def once(name, run, *args):
         """run(*args), or what it returned in an earlier run."""
         file = bench.args.out / f"lm, {name}.pt"
         if not (bench.args.resume and file.exists()):
             start = time.perf_counter()
-            torch.save((run(*args), time.perf_counter() - start), file)
+            torch.save((run(*args), time.perf_counter() - start), file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)  # never a part of one
         result, seconds[name] = torch.load(file, map_location=device, weights_only=False)
         bench.say(f"lm, {name}: {seconds[name]:.1f} s")
         return result
@@ -1989,90 +1999,94 @@ def lm(bench: Bench) -> None:
     text, windows, note = once("text", sources, bench.args.source or Path(sysconfig.get_path("purelib")), z)
     check_gradients(bench, z, device)
     models, curves, cells = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
-    for name, (start, beside, by, top_k, steps, rates) in methods(z).items():
+    for name, (start, _, by, steps, _) in METHODS.items():
         models[name] = copy.deepcopy(models[start]) if start else begin(z, device)
         if steps:
-            how = models[name], text, by, top_k, steps, rates
-            curves[name], models[name] = once(name, fit, bench, name, z, *how)
+            curves[name], models[name] = once(name, fit, bench, name, z, models[name], text)
             (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
-            if not new[name == WARM] < old[name == WARM] * (1.5 if rates is LAST else 1):
+            if not new[name == WARM] < old[name == WARM] * (1.5 if start and name != WARM else 1):
                 raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
-        sizes = [*(z.K if by in ("lightning", "window") else [top_k])]
-        sizes += dsa.SELECTION_RATIOS.values() if name == FIRST else []
-        judged = once(f"{name}, judged", torch.no_grad()(judge), z, models[name], by, sizes, windows)
-        cells += [{"method": name, "beside": beside} | cell for cell in judged]
+        cells += once(f"{name}, judged", torch.no_grad()(judge), z, models[name], name, windows)
     found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
-    found |= {"judged": cells, "costs": once("costs", costs, z, models[FIRST], windows)}
+    found |= {"judged": cells, "costs": once("costs", costs, z, models[SPARSE], windows)}
     report_lm(bench, z, found)
 
 
-def over(bits, reference):
-    """How far packages' bits are over the reference's, in %, and the middle 95 % over draws of packages."""
-    draws = np.random.default_rng(0).integers(len(bits), size=(2000, len(bits)))
-    x, y = (np.array(b)[np.vstack([np.arange(len(b)), draws])].sum(1) for b in (bits, reference))
-    return [100 * float(q) - 100 for q in ((x / y)[0], *np.percentile((x / y)[1:], (2.5, 97.5)))]
-
-
 def report_lm(bench: Bench, z, found) -> None:
-    (_, middle, most), one = z.contexts, z.contexts[1] // 16
-    cells = {(c["method"], c["K"], c["n"]): c for c in found["judged"]}
-    gaps = {x: over(c["bits"], cells[c["beside"], 1, x[2]]["bits"]) for x, c in cells.items() if c["beside"]}
+    """Tables and figures out of the JSON's numbers."""
+    (_, middle, most), cells = z.contexts, {(c["method"], c["n"], c["K"]): c for c in found["judged"]}
+    gaps, draws = dict[Any, list[float]](), np.random.default_rng(0).integers(z.held, size=(2000, z.held))
+    for (name, n, K), c in cells.items():  # over dense, in %, and the middle 95 % over draws of packages
+        x, y = (
+            np.array(b)[np.vstack([np.arange(z.held), draws])].sum(1)
+            for b in (c["bits"], cells[METHODS[name][1], n, z.one]["bits"])
+        )
+        gaps[name, n, K] = [
+            100 * float(q) - 100 for q in ((x / y)[0], *np.percentile((x / y)[1:], (2.5, 97.5)))
+        ]
     texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
-    rows = [[m, f"{n:,}", *(texts.get((m, k, n), "") for k in z.K)] for m, k, n in gaps if k == one]
-    level = ", ".join(f"{np.mean(cells[x, 1, middle]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
+    sparse = [name for name, m in METHODS.items() if m[2] != "dense"]
+    rows = [[m, f"{n:,}", *(texts.get((m, n, K), "") for K in z.K)] for m in sparse for n in z.contexts]
+    level = ", ".join(f"{np.mean(cells[x, middle, z.one]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
+    steps = {name: f"{m[3] // z.each:,}" for name, m in METHODS.items()}
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: dense {z.dense:,}; warm-up {z.warm}, {z.rows} queries a "
-        f"sequence; {z.more} with 1/16 of the keys, then {z.last} with 1/64; others {z.more} with {one}. "
-        f"Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets the "
-        "middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
+        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: dense {steps['dense']}; warm-up {steps[WARM]}, {z.rows} queries a "
+        f"sequence; {steps[SPARSE]} with 1/16 of the keys, then {steps[FEWER]} with 1/32 and 1/64 in turn, by eights; others "
+        f"{steps[MORE]} with {z.one}. Each beside the dense model that read as much: {level} bits a byte at {middle:,}. "
+        "In brackets the middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
-    bench.table("lm", title, ["method", "tokens", *(f"K = {k} ({k / middle:.1%})" for k in z.K)], rows, note)
-    far = {f"{m}, K = {k}" if k > 1 else m: c for (m, k, _), c in cells.items() if "secrets" in c and k >= 1}
-    rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in far.items()]
+    bench.table("lm", title, ["method", "tokens", *(f"K = {K} ({K / middle:.1%})" for K in z.K)], rows, note)
+    far = {m: c for (m, n, K), c in cells.items() if (n, K) == (most, z.one)}
+    named = {m: f"{m}, K = {z.one}" if m in sparse else m for m in far}
+    rows = [[named[m], *(f"{x:.4f}" for x in c["by position"])] for m, c in far.items()]
     columns = ["method", *(f"from {most >> i if i < 6 else 0:,}" for i in range(6, 0, -1))]
     bench.table("lm_position", f"Bits a byte in {most:,} tokens, by position", columns, rows)
-    rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
+    rows = [[named[m], *(f"{x:.0%}" for x in c["secrets"])] for m, c in far.items()]
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
-    rows = []
-    for what, laps, memory in (c.values() for c in found["costs"]):
-        faster = f"{laps['dense'].median / laps['DSA'].median:.2f}x"
-        rows.append([what, *map(str, laps.values()), faster, *map(size, memory.values())])
-    title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {one}"
+    rows = [
+        [what, str(dense), str(ours), f"{dense.median / ours.median:.2f}x", *map(size, memory)]
+        for what, dense, ours, *memory in found["costs"]
+    ]
+    title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {z.one}"
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
     rows = []
     for name, share in dsa.SELECTION_RATIOS.items():
-        hits, kept = np.mean(cells[FIRST, share, most]["secrets"]), math.ceil(share * middle)
-        rows.append([name, f"{share:.0%}", f"{kept:,}", texts[FIRST, share, middle], f"{hits:.0%}"])
-    note = f"{FIRST}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
+        K, hits = math.ceil(share * middle), np.mean(cells[SPARSE, most, math.ceil(share * most)]["secrets"])
+        rows.append([name, f"{share:.0%}", f"{K:,}", texts[SPARSE, middle, K], f"{hits:.0%}"])
+    note = f"{SPARSE}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
-    draw_lm(bench, z, found["curves"], gaps)
+    draw_lm(
+        bench,
+        z,
+        found["curves"],
+        {m: {K: gaps[m, middle, K][0] for K in z.K if (m, middle, K) in gaps} for m in sparse},
+    )
 
 
 def draw_lm(bench: Bench, z, curves, gaps) -> None:
     """Quality against K of all methods; loss against step, on from those of the weights it began with."""
-    middle, one, plan, ends = z.contexts[1], z.contexts[1] // 16, methods(z), {"": 0.0}
-    look: dict[str, Any] = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(plan)}
+    middle, ends = z.contexts[1], {"": 0.0}
+    look: dict[str, Any] = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(METHODS)}
     fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name in dict.fromkeys(name for name, *_ in gaps):
-        points = [(k, gap[0]) for (m, k, n), gap in gaps.items() if (m, n) == (name, middle) and k in z.K]
-        ax.plot(*zip(*points), **look[name])
+    for name, points in gaps.items():
+        ax.plot(*zip(*points.items()), **look[name])
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    good, bad = (gaps[x, one, middle][0] for x in (FIRST, SCRATCH))
     finding = (
         "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
-        f"attention, {good:+.2f} % with {one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
+        f"attention, {gaps[SPARSE][z.one]:+.2f} % with {z.one / middle:.0%} of the keys, "
+        f"{gaps[WINDOW][z.one]:+.0f} % with a window of as many"
     )
     bench.figure("lm", "lm.png", finding, fig)
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
     for name, curve in curves.items():
         steps, *losses = np.array(curve).T
-        steps += ends[plan[name][0]]
+        steps += ends[METHODS[name][0]]
         ends[name] = steps[-1]
         for ax, loss in zip(axes, losses):
             if loss.any():
