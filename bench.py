@@ -1642,24 +1642,26 @@ LM = SimpleNamespace(
 TOY = SimpleNamespace(
     d=32, layers=2, H=2, D=16, J=2, batch=512, contexts=(64, 128, 256), rows=16, cues=5, held=4,
     K=[2, 8, 16], one=8, each=30, kind="float32")  # fmt: skip
-WARM, SPARSE, WINDOW = "DSA, warm-up alone", "DSA, trained at 6%", "window, from scratch"
-MORE, AGAIN, FEWER = "dense, continued", "dense, continued twice", "DSA, then at 3% and 1.6%"
-METHODS: dict[str, tuple[str, str, str, int, tuple[float, ...]]] = {
-    # whose weights it begins with; which dense model read as much; by what its keys are chosen; steps at full
-    "dense": ("", "dense", "dense", 3600, ()),  # size; the shares of the keys that it reads there, in turn
+WARM, SPARSE = "DSA, warm-up alone", "DSA, trained at 6%"
+MORE, AGAIN = "dense, continued", "dense, continued twice"
+METHODS: dict[
+    str, Any
+] = {  # whose weights it begins with; which dense model read as much; by what its keys are
+    "dense": ("", "dense", "dense", 3600, ()),  # chosen; steps; the shares of the keys that it reads in turn
     "window, begun": ("", "dense", "window", 3600, ()),
     WARM: ("dense", "dense", "lightning", 800, ()),
     MORE: ("dense", MORE, "dense", 480, ()),
     AGAIN: (MORE, AGAIN, "dense", 720, ()),
     "window, trained": ("dense", MORE, "window", 480, ()),
-    WINDOW: ("window, begun", MORE, "window", 480, ()),
+    "window, from scratch": ("window, begun", MORE, "window", 480, ()),
     SPARSE: (WARM, MORE, "lightning", 480, (1 / 16,)),
-    FEWER: (SPARSE, AGAIN, "lightning", 720, (1 / 32, 1 / 64)),
+    "DSA, then at 3% and 1.6%": (SPARSE, AGAIN, "lightning", 720, (1 / 32, 1 / 64)),
     "random and window, trained": ("dense", MORE, "random", 480, ()),
     "oracle's keys": ("dense", "dense", "oracle", 0, ()),
     "before warm-up": ("dense", "dense", "lightning", 0, ()),
 }
-FAR = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8  # of the longest context, from a secret to who asks for it
+FAR = 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 7 / 8  # of the longest context: from a secret to the question
+MATRICES = "qkv", "out", "up", "down"  # which learn by Muon
 F = torch and torch.nn.functional
 
 
@@ -1668,15 +1670,15 @@ def sources(folder: Path, z):
     packages, n = dict[str, list[bytes]](), z.contexts[-1]
     for path in filter(Path.is_file, sorted(folder.rglob("*.py"))):
         packages.setdefault(path.relative_to(folder).parts[0], []).append(path.read_bytes())
-    middling = [x for x, files in packages.items() if 4 * n <= sum(map(len, files)) <= 128 * n]
-    middling = sorted(middling, key=lambda name: zlib.crc32(name.encode()))
+    order = sorted(packages, key=lambda name: zlib.crc32(name.encode()))
+    middling = [x for x in order if 4 * n <= sum(map(len, packages[x])) <= 128 * n]
     held = [b"\0".join(packages.pop(x)) for x in middling[: z.held]]
     rest = [x for files in packages.values() for x in files]
 
     def lines(text):
         return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
 
-    judged = set().union(*map(lines, held))  # of a file that is, or is nearly, one held out, most stand there
+    judged = set().union(*map(lines, held))  # most lines of a file that is like one held out stand here
     learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
     if not (held and learned):
         raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
@@ -1694,13 +1696,10 @@ def fused(run):
 
 
 def before(x, turn, gain, qkv, index):
-    """Of states [N, d]: q, k, v, index_q, index_k and weights; these three teach the states nothing.
+    """Of states [N, d]: q, k, v, and index_q, index_k, weights, which teach the states nothing."""
+    H, D, (cos, sin) = len(gain), 2 * turn.shape[-1], turn.chunk(2, -1)  # [N, 1, D / 4]
 
-    RoPE turns the first half of each head; turn [N, 1, D / 2]: cosines, then sines.
-    """
-    H, D, (cos, sin) = len(gain), 2 * turn.shape[-1], turn.chunk(2, -1)
-
-    def turned(x):
+    def turned(x):  # RoPE, of the first half of each head
         a, b, rest = x.tensor_split((D // 4, D // 2), -1)
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], -1).to(x.dtype)
 
@@ -1719,41 +1718,40 @@ def after(x, y, out, up, down):
 
 
 def begin(z, device: str) -> dict[str, Any]:
-    """A matrix of each name for each layer, which begins as nothing, and is sharp enough to choose."""
+    """Matrices of each name, one for each layer, which begins as nothing, and is sharp enough to choose."""
     torch.manual_seed(0)
     d, L, n = z.d, z.layers, z.H * z.D
-    shapes = {"gain": (L, z.H), "qkv": (L, n + 2 * z.D, d), "index": (L, (z.J + 1) * z.D + z.J, d)}
-    shapes |= {"out": (L, d, n), "up": (L, 4 * d, d), "down": (L, d, 4 * d)}
-    shapes |= {"embed": (1, 256, d), "head": (1, 256, d)}
-    weights = {
-        x: torch.randn(y) * d**-0.5 * (x in ("qkv", "index", "up", "embed")) for x, y in shapes.items()
-    }
-    weights["gain"] += 1.5
+    shapes = {"qkv": (L, n + 2 * z.D, d), "index": (L, (z.J + 1) * z.D + z.J, d), "out": (L, d, n)}
+    shapes |= {"up": (L, 4 * d, d), "down": (L, d, 4 * d), "embed": (1, 256, d), "head": (1, 256, d)}
+    weights = {"gain": torch.full((L, z.H), 1.5)} | {x: torch.randn(y) * d**-0.5 for x, y in shapes.items()}
+    for x in ("out", "down", "head"):
+        weights[x].zero_()
     return {x: [w.to(device, copy=True) for w in layers] for x, layers in weights.items()}
 
 
 def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
-    """Bytes [B, T] -> logits [B, T, 256], and the indexers' KL at `rows` queries.
+    """Bytes [B, T + 1] -> bits of all but the first, who was the likeliest, the indexers' KL at `rows` queries.
 
     past: for each layer k, v, index_k of all places [B, S, ...], of which the last T are written here.
     """
-    (B, T), kind, kl = ids.shape, getattr(torch, z.kind), torch.zeros((), device=ids.device)
+    (B, T), kind, kl = ids[:, 1:].shape, getattr(torch, z.kind), torch.zeros((), device=ids.device)
     places = torch.arange(past[0][0].shape[1] if past else T, device=ids.device)[-T:]
     angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
     turn = torch.cat([angles.cos(), angles.sin()], -1).repeat(B, 1)[:, None]
-    embed, head, *layers = (w.to(kind) for name in ("embed", "head") for w in weights[name])
-    x = F.rms_norm(F.embedding(ids.flatten(), embed), (z.d,))
-    for i, layer in enumerate(zip(*list(weights.values())[:6], strict=True)):
-        gain, qkv, index, *rest = (w.to(kind) for w in layer)
-        found = (y.unflatten(0, (B, T)) for y in fused(before)(x, turn, gain, qkv, index))
-        q, k, v, index_q, index_k, w = found
+    *layers, (embed,), (head,) = ([w.to(kind) for w in weights[x]] for x in weights)
+    x = F.rms_norm(F.embedding(ids[:, :-1].flatten(), embed), (z.d,))
+    for i, (gain, qkv, index, *rest) in enumerate(zip(*layers, strict=True)):
+        found = fused(before)(x, turn, gain, qkv, index)
+        q, k, v, *index = (y.unflatten(0, (B, T)) for y in found)
         if past:
-            for old, new in zip(past[i], (k, v, index_k), strict=True):
+            for old, new in zip(past[i], (k, v, index[1]), strict=True):
                 old[:, -T:] = new
-            k, v, index_k = past[i]
-        y, loss = attention(q, k, v, (index_q, index_k, w), by, top_k, rows)
+            k, v, index[1] = past[i]
+        y, loss = attention(q, k, v, index, by, top_k, rows)
         x, kl = fused(after)(x, y.flatten(0, 1), *rest), kl + loss / z.layers
-    return (F.rms_norm(x, (z.d,)) @ head.T).unflatten(0, (B, T)).float(), kl
+    logits, want = (F.rms_norm(x, (z.d,)) @ head.T).float(), ids[:, 1:].flatten()
+    bits = F.cross_entropy(logits, want, reduction="none") / math.log(2)
+    return bits.view(B, T), (logits.argmax(-1) == want).view(B, T), kl
 
 
 def give(x):
@@ -1778,9 +1776,8 @@ def attention(q, k, v, index, by: str, top_k: int, rows: int):
     """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
     kl = learn(q, k, index, rows, by != "dense") if rows else 0
     if by in ("dense", "window"):
-        return window(q, k, v, top_k) if by == "window" else sdpa(q, k, v), kl
-    if by == "random":
-        index = [torch.randn_like(x) for x in index]
+        return sdpa(q, k, v, top_k * (by == "window")), kl
+    index = [torch.randn_like(x) for x in index] if by == "random" else index
     if by == "oracle":
         kept = dsa.SELECTORS["oracle"](give(q), give(k), top_k)
     else:
@@ -1794,23 +1791,18 @@ def attention(q, k, v, index, by: str, top_k: int, rows: int):
     return Ours.apply(run, q, k, v), kl
 
 
-def sdpa(q, k, v, seen=None):
-    """torch's own, by cuDNN where it can, which is the fastest; causal, but for a single query."""
-    by = torch.nn.attention.SDPBackend
+def sdpa(q, k, v, K: int = 0, seen=None):
+    """torch's own, by cuDNN where it can, which is the fastest; to the last K keys alone in blocks of K."""
+    (B, T, H, D), by = q.shape, torch.nn.attention.SDPBackend
+    if K:  # behind the first, a block of queries, whose heads are rows, sees its keys and the K before
+        pairs = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
+        seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
+        rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), *pairs, seen=seen).reshape(B, T - K, H, D)
+        return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), rest], 1)
     fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
-    heads = [x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v)]
+    q, k, v = (x.expand(-1, -1, H, -1).transpose(1, 2) for x in (q, k, v))
     with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
-        causal = seen is None and q.shape[1] > 1
-        return F.scaled_dot_product_attention(*heads, seen, is_causal=causal).transpose(1, 2)
-
-
-def window(q, k, v, K: int):
-    """To the last K keys alone: the first K queries, then blocks of K, which see their keys and K before."""
-    B, T, H, D = q.shape
-    pairs = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
-    seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
-    rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), *pairs, seen)  # heads are rows over the one key head
-    return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), rest.reshape(B, T - K, H, D)], 1)
+        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and T > 1).transpose(1, 2)
 
 
 def learn(q, k, index, rows, few):
@@ -1833,58 +1825,47 @@ def learn(q, k, index, rows, few):
 
 
 def check_gradients(bench: Bench, z, device: str) -> None:
-    """Of attention and the KL of all queries, and of a window: ours, and plain torch's over the same keys."""
-    n, K, shapes = (
-        z.contexts[0],
-        z.contexts[0] // 16,
-        ((z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)),
-    )
+    """Of attention and the KL of all queries: ours, and plain torch's over the same keys; and a window."""
+    n, K = z.contexts[0], z.contexts[0] // 16
+    shapes = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)
     q, k, v, *index = inputs = [torch.randn(2, n, *x, device=device, requires_grad=True) for x in shapes]
     kept = tensor(dsa.lightning_select(*map(give, index), K)).long() % (n + 1)  # [2, n, K]
-    seen = torch.zeros(2, n, n + 1, dtype=torch.bool, device=device).scatter(
-        2, kept, True
-    )  # the last: absent
-    near = torch.ones_like(seen).tril().triu(1 - K)
-    for by, seen in (("lightning", seen[..., :n]), ("window", near[..., :n])):
-        scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
-        logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
-        p = logits.masked_fill(~seen[:, None], -math.inf).softmax(-1)
-        kl = -(
-            p.detach().mean(1) * scores.masked_fill(~seen, -1e9).log_softmax(-1)
-        ).sum()  # but for a constant
-        out, ours = attention(q, k, v, index, by, K, n * (by == "lightning"))
-        some = inputs if by == "lightning" else inputs[:3]
-        pairs = (
-            torch.autograd.grad(out.square().sum() + 2 * n * ours, some),
-            torch.autograd.grad(torch.einsum("bhts,bsgd->bthd", p, v).square().sum() + kl, some),
-        )
-        for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), *pairs):
-            bench.check(f"lm: {by}, gradient of {name}", exact(x), exact(y), 1e-4)
+    hidden = torch.ones(2, n, n + 1, dtype=torch.bool, device=device)  # with a column for what is absent
+    hidden = hidden.scatter(2, kept, False)[..., :n]
+    scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
+    logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
+    p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
+    kl = -(p.detach().mean(1) * scores.masked_fill(hidden, -1e9).log_softmax(-1)).sum()  # but for a constant
+    plain = torch.autograd.grad(torch.einsum("bhts,bsgd->bthd", p, v).square().sum() + kl, inputs)
+    out, kl = attention(q, k, v, index, "lightning", K, n)
+    ours = torch.autograd.grad(out.square().sum() + 2 * n * kl, inputs)
+    for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
+        bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
+    seen = torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - K)
+    bench.check("lm: a window", exact(sdpa(q, k, v, K)), exact(sdpa(q, k, v, seen=seen)), 1e-4)
 
 
-def fit(bench: Bench, name: str, z, weights, text) -> tuple[list[list[float]], Any]:
-    """Train all, or in a warm-up the indexers; matrices by Muon -> [step, bits a byte, KL]s, weights."""
+def fit(bench: Bench, name: str, z, weights, text) -> list[list[float]]:
+    """Train all, or in a warm-up the indexers; matrices by Muon -> [step, bits a byte, KL]s."""
     start, _, by, steps, shares = METHODS[name]
     warm, losses, curve, steps = name == WARM, list[Any](), list[list[float]](), steps // z.each
     rates = ((0, 0.05, 1), (0, 1, 0.05)) if warm else ((0, 1), (0.5, 0))
     rates, each = rates if start else ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), 8 * -(-steps // 400)
-    muons, others = list[Any](), list[Any]()
-    for x, layers in weights.items():
-        (muons if x in ("qkv", "out", "up", "down") else others).extend(layers)
-        for w in layers:
-            w.requires_grad_(by == "lightning" if x == "index" else not warm)
+    named = [(x, w) for x, layers in weights.items() for w in layers]
+    for x, w in named:
+        w.requires_grad_(by == "lightning" if x == "index" else not warm)
+    muons, others = ([w for x, w in named if (x in MATRICES) == of] for of in (True, False))
     both = torch.optim.AdamW(others, 2e-3, (0.9, 0.95)), torch.optim.Muon(muons, 0.015, 0)
     paces = [torch.optim.lr_scheduler.LambdaLR(x, lambda i: np.interp(i / steps, *rates)) for x in both]
-    draw, rows = torch.Generator(text.device).manual_seed(steps), z.rows if by == "lightning" else 0
+    draw, rows = torch.Generator(text.device).manual_seed(steps), z.rows * (by == "lightning")
     torch.manual_seed(0)
     for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
-        at = (0, 1, 0, 2, 0, 1, 0, 0)[i % 8] if start else np.searchsorted((0.6, 0.9), i / steps)
-        n = z.contexts[at]
+        n = z.contexts[(0, 1, 0, 2, 0, 1, 0, 0)[i % 8] if start else np.searchsorted((0.6, 0.9), i / steps)]
         K = int(n * shares[i // 8 % len(shares)]) if shares else z.one
         at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=text.device)
         ids = text[at + torch.arange(n + 1, device=text.device)].long()
-        logits, kl = decoder(z, weights, ids[:, :-1], "dense" if warm else by, K, rows)
-        losses.append(torch.stack([F.cross_entropy(logits.mT, ids[:, 1:]) / math.log(2), kl]))
+        bits, _, kl = decoder(z, weights, ids, "dense" if warm else by, K, rows)
+        losses.append(torch.stack([bits.mean(), kl]))
         losses[-1].sum().backward()
         losses[-1].detach_()
         for pace in paces:
@@ -1895,59 +1876,54 @@ def fit(bench: Bench, name: str, z, weights, text) -> tuple[list[list[float]], A
             curve.append([i + 1, *torch.stack(losses[-each:]).mean(0).tolist()])
             if len(curve) % 5 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
-    return curve, weights
+    return curve
 
 
 def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
-    """Of length and K: bits a byte of last halves, of each package; in the longest by position; secrets found."""
+    """Of length and K: packages' bits a byte, of last halves; in the longest by position; secrets found."""
     by, most, cells = METHODS[name][2], z.contexts[-1], list[dict[str, Any]]()
     line = np.frombuffer(b"\nSECRET_###### = '########'\n", np.uint8)
     own = np.random.default_rng(0).integers(97, 123, (z.cues, len(FAR), len(line)), np.uint8)
     own = torch.from_numpy(np.where(line == ord("#"), own, line)).to(windows.device)
     asked, body = windows.repeat(-(-z.cues // len(windows)), 1)[: z.cues], most + 1 - own[0].numel()
-    ends = [body + i * len(line) for i in range(len(FAR))]
+    asked[:, body:] = own.flatten(1)
     for i, far in enumerate(FAR):
-        for at in (body - int(far * body), ends[i]):
-            asked[:, at : at + len(line)] = own[:, i]
+        asked[:, body - int(far * body) :][:, : len(line)] = own[:, i]
 
-    def each(ids, K, of):
+    def read(ids, K):
         parts = ids.long().split(z.batch // (ids.shape[1] - 1))
-        return (
-            torch.cat([of(decoder(z, weights, x[:, :-1], by, K)[0], x[:, 1:]) for x in parts]).cpu().numpy()
-        )
+        with torch.no_grad():
+            found = zip(*(decoder(z, weights, x, by, K)[:2] for x in parts))
+            return (torch.cat(x).cpu().numpy() for x in found)
 
     for n in z.contexts:
         presets = [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] if name == SPARSE else []
-        for K in (*(z.K if by in ("lightning", "window") else [z.one]), *presets):
-            ids = windows.unfold(1, n + 1, n).flatten(0, 1)  # all of a window at any length
-            found = each(ids, K, lambda x, want: F.cross_entropy(x.mT, want, reduction="none") / math.log(2))
-            halves = found[:, n // 2 :].reshape(len(windows), -1)
-            cells.append({"method": name, "K": K, "n": n, "bits": halves.mean(1).tolist()})
-            if n == most and (K == z.one or K in presets):
-                places = np.split(found, [n >> i for i in range(5, 0, -1)], 1)
-                right = each(asked, K, lambda x, want: x.argmax(-1) == want)
-                hits = [right[:, at + len(line) - 11 : at + len(line) - 3].all(1).mean() for at in ends]
-                cells[-1] |= {
-                    "by position": [float(x.mean()) for x in places],
-                    "secrets": [*map(float, hits)],
-                }
+        for K in [*(z.K if by in ("lightning", "window") else [z.one]), *presets]:
+            bits, _ = read(windows.unfold(1, n + 1, n).flatten(0, 1), K)  # all of a window, at any length
+            halves = bits[:, n // 2 :].reshape(len(windows), -1).mean(1)
+            cells.append({"n": n, "K": K, "bits": halves.tolist()})
+            if n == most and K in (z.one, *presets):
+                _, right = read(asked, K)
+                hits = right[:, body - 1 :].reshape(z.cues, len(FAR), -1)[..., -10:-2].all(-1).mean(0)
+                places = np.split(bits, [n >> i for i in range(5, 0, -1)], 1)
+                cells[-1] |= {"by position": [float(x.mean()) for x in places], "secrets": hits.tolist()}
     return cells
 
 
 def costs(z, weights, windows) -> list[list[Any]]:
-    """Seconds a token, of dense and DSA in turn, and bytes: training, a prefill, and one token after it."""
-    (_, middle, n), rows, shapes = z.contexts, list[list[Any]](), ((1, z.D), (1, z.D), (z.D,))
+    """Seconds a token of dense and DSA, in turn, and bytes: training, a prefill, and one token after it."""
+    (_, middle, n), rows = z.contexts, list[list[Any]]()
     draw = functools.partial(torch.randn, device=windows.device, dtype=getattr(torch, z.kind))
-    some, long = windows[: z.batch // middle, :middle].long(), windows[: z.batch // n, :n].long()
 
     def run(ids, past, by):
-        with torch.set_grad_enabled(ids is some):
-            logits, kl = decoder(z, weights, ids, by, z.one, z.rows * (ids is some and by != "dense"), past)
-        if ids is some:
-            (logits.square().mean() + kl).backward()
-        logits.sum().item()  # waits for the GPU
+        with torch.set_grad_enabled(train := ids.shape[1] == middle + 1):
+            bits, _, kl = decoder(z, weights, ids, by, z.one, z.rows * (train and by != "dense"), past)
+        if train:
+            (bits.mean() + kl).backward()
+        bits.sum().item()  # waits for the GPU
 
     def room(run):
+        run()  # compiles
         if not windows.is_cuda:
             return 0
         (pool := sys.modules["cupy"].get_default_memory_pool()).free_all_blocks()
@@ -1956,16 +1932,13 @@ def costs(z, weights, windows) -> list[list[Any]]:
         run()
         return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
 
-    for what, ids in (
-        (f"training {middle:,}", some),
-        (f"prefill {n:,}", long),
-        (f"a token at {n:,}", long[:1, :1]),
-    ):
-        past = [[draw(1, n, *x) for x in shapes] for _ in range(z.layers)] if ids.numel() == 1 else ()
-        ways = {by: functools.partial(run, ids, past, by) for by in ("dense", "lightning")}
-        race(ways, 0, 1)  # compiles
+    past = [[draw(1, n, *x, z.D) for x in ((1,), (1,), ())] for _ in weights["qkv"]]
+    some, long, one = windows[: z.batch // middle, : middle + 1], windows[: z.batch // n], windows[:1, :2]
+    for what, ids in {f"training {middle:,}": some, f"prefill {n:,}": long, f"a token at {n:,}": one}.items():
+        how = ids.long(), past if ids is one else ()
+        ways = {by: functools.partial(run, *how, by) for by in ("dense", "lightning")}
         memory = [room(way) for way in ways.values()]
-        rows.append([what, *(Laps(t / ids.numel() for t in laps) for laps in race(ways).values()), *memory])
+        rows.append([what, *([t / ids[:, 1:].numel() for t in x] for x in race(ways).values()), *memory])
     return rows
 
 
@@ -1978,123 +1951,113 @@ def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
         raise MissingPackage("needs torch: pip install torch")
-    z, seconds, device = TOY if bench.args.quick else LM, dict[str, float](), "cuda"
-    if bench.args.quick and not torch.cuda.is_available():
-        device = "cpu"
-        torch.set_num_threads(1)  # on a toy, on cores that others use, threads mostly wait for each other
-    else:
+    z, seconds = TOY if bench.args.quick else LM, dict[str, float]()
+    device = "cuda" if torch.cuda.is_available() or not bench.args.quick else "cpu"
+    if device == "cuda":
         Chip(bench)  # says which it is
+    torch.set_num_threads(1)  # on a toy, on cores that others use, threads mostly wait for each other
 
-    def once(name, run, *args):
-        """run(*args), or what it returned in an earlier run."""
-        file = bench.args.out / f"lm, {name}.pt"
-        if not (bench.args.resume and file.exists()):
-            start = time.perf_counter()
-            torch.save((run(*args), time.perf_counter() - start), file.with_suffix(".new"))
-            file.with_suffix(".new").replace(file)  # never a part of one
-        result, seconds[name] = torch.load(file, map_location=device, weights_only=False)
-        bench.say(f"lm, {name}: {seconds[name]:.1f} s")
-        return result
-
-    text, windows, note = once("text", sources, bench.args.source or Path(sysconfig.get_path("purelib")), z)
+    text, windows, note = sources(bench.args.source or Path(sysconfig.get_path("purelib")), z)
+    text, windows, found = text.to(device), windows.to(device), dict[str, Any]()
     check_gradients(bench, z, device)
-    models, curves, cells = dict[str, Any](), dict[str, Any](), list[dict[str, Any]]()
-    for name, (start, _, by, steps, _) in METHODS.items():
-        models[name] = copy.deepcopy(models[start]) if start else begin(z, device)
-        if steps:
-            curves[name], models[name] = once(name, fit, bench, name, z, models[name], text)
-            (_, *old), *_, (_, *new) = curves[name]  # what begins with a trained model has little to gain
-            if not new[name == WARM] < old[name == WARM] * (1.5 if start and name != WARM else 1):
-                raise WrongAnswer(f"lm, {name}: bits and KL went from {old} to {new}")
-        cells += once(f"{name}, judged", torch.no_grad()(judge), z, models[name], name, windows)
-    found = bench.results["lm"] = {"text": note, "curves": curves, "sizes": vars(z), "seconds": seconds}
-    found |= {"judged": cells, "costs": once("costs", costs, z, models[SPARSE], windows)}
-    report_lm(bench, z, found)
+    for name, (start, _, _, steps, _) in METHODS.items():
+        file, began = bench.args.out / f"lm, {name}.pt", time.perf_counter()
+        if not (bench.args.resume and file.exists()):
+            weights = copy.deepcopy(found[start]["weights"]) if start else begin(z, device)
+            curve = fit(bench, name, z, weights, text) if steps else []
+            x = {"weights": weights, "curve": curve, "judged": judge(z, weights, name, windows)}
+            torch.save(x | {"seconds": time.perf_counter() - began}, part := file.with_suffix(".part"))
+            part.replace(file)
+        found[name] = torch.load(file, device)
+        bench.say(f"lm, {name}: {found[name]['seconds']:.0f} s")
+        if steps:  # what begins with a trained model has little to gain
+            first, last = (found[name]["curve"][i][1 + (name == WARM)] for i in (0, -1))
+            most = first * (1.5 if start and name != WARM else 1)
+            bench.check(f"lm: {name}, a loss that falls", last < most, True, 0)
+    cost = costs(z, found[SPARSE]["weights"], windows)
+    methods = {name: {k: y for k, y in x.items() if k != "weights"} for name, x in found.items()}
+    bench.results["lm"] = {"text": note, "sizes": vars(z), "costs": cost, "methods": methods}
+    report_lm(bench, z, bench.results["lm"])
 
 
 def report_lm(bench: Bench, z, found) -> None:
-    """Tables and figures out of the JSON's numbers."""
-    (_, middle, most), cells = z.contexts, {(c["method"], c["n"], c["K"]): c for c in found["judged"]}
-    gaps, draws = dict[Any, list[float]](), np.random.default_rng(0).integers(z.held, size=(2000, z.held))
-    for (name, n, K), c in cells.items():  # over dense, in %, and the middle 95 % over draws of packages
-        x, y = (
-            np.array(b)[np.vstack([np.arange(z.held), draws])].sum(1)
-            for b in (c["bits"], cells[METHODS[name][1], n, z.one]["bits"])
-        )
-        gaps[name, n, K] = [
-            100 * float(q) - 100 for q in ((x / y)[0], *np.percentile((x / y)[1:], (2.5, 97.5)))
-        ]
-    texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*x) for at, x in gaps.items()}
-    sparse = [name for name, m in METHODS.items() if m[2] != "dense"]
-    rows = [[m, f"{n:,}", *(texts.get((m, n, K), "") for K in z.K)] for m in sparse for n in z.contexts]
+    """Tables, and under the first of them quality against K, and loss against step."""
+    (_, middle, most), methods = z.contexts, found["methods"]
+    cells = {(name, c["n"], c["K"]): c for name, x in methods.items() for c in x["judged"]}
+    P = len(cells["dense", most, z.one]["bits"])
+    draws = np.vstack([np.arange(P), np.random.default_rng(0).integers(P, size=(2000, P))])
+    for (name, n, _), c in cells.items():  # over dense, in %, and the middle 95 % over draws of packages
+        ours, dense = (np.array(x["bits"])[draws].sum(1) for x in (c, cells[METHODS[name][1], n, z.one]))
+        more = 100 * ours / dense - 100
+        c["over"] = [float(more[0]), *np.percentile(more[1:], (2.5, 97.5)).tolist()]
+        c["text"] = "{:.2f} ({:.2f} to {:.2f})".format(*c["over"])
+    sparse = [name for name, (_, _, by, *_) in METHODS.items() if by != "dense"]
+    rows = [
+        [name, f"{n:,}", *(cells.get((name, n, K), {"text": ""})["text"] for K in z.K)]
+        for name, n in itertools.product(sparse, z.contexts)
+    ]
     level = ", ".join(f"{np.mean(cells[x, middle, z.one]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
-    steps = {name: f"{m[3] // z.each:,}" for name, m in METHODS.items()}
+    steps = "; ".join(f"{name} {m[3] // z.each:,}" for name, m in METHODS.items() if m[3])
     note = (
         f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: dense {steps['dense']}; warm-up {steps[WARM]}, {z.rows} queries a "
-        f"sequence; {steps[SPARSE]} with 1/16 of the keys, then {steps[FEWER]} with 1/32 and 1/64 in turn, by eights; others "
-        f"{steps[MORE]} with {z.one}. Each beside the dense model that read as much: {level} bits a byte at {middle:,}. "
-        "In brackets the middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
+        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: {steps}. The warm-up takes {z.rows} queries a sequence; at 6% "
+        "is with 1/16 of the keys, at 3% and 1.6% with 1/32 and 1/64, eight steps each in turn; others learn with "
+        f"{z.one}. Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets "
+        "the middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {K} ({K / middle:.1%})" for K in z.K)], rows, note)
-    far = {m: c for (m, n, K), c in cells.items() if (n, K) == (most, z.one)}
-    named = {m: f"{m}, K = {z.one}" if m in sparse else m for m in far}
-    rows = [[named[m], *(f"{x:.4f}" for x in c["by position"])] for m, c in far.items()]
+    far = {m + f", K = {z.one}" * (m in sparse): cells[m, most, z.one] for m in METHODS}
     columns = ["method", *(f"from {most >> i if i < 6 else 0:,}" for i in range(6, 0, -1))]
+    rows = [[name, *(f"{x:.4f}" for x in c["by position"])] for name, c in far.items()]
     bench.table("lm_position", f"Bits a byte in {most:,} tokens, by position", columns, rows)
-    rows = [[named[m], *(f"{x:.0%}" for x in c["secrets"])] for m, c in far.items()]
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
+    rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
-    rows = [
-        [what, str(dense), str(ours), f"{dense.median / ours.median:.2f}x", *map(size, memory)]
-        for what, dense, ours, *memory in found["costs"]
-    ]
+    rows = []
+    for what, *laps, dense, ours in found["costs"]:
+        faster = np.median(laps[0]) / np.median(laps[1])
+        rows.append([what, *(str(Laps(x)) for x in laps), f"{faster:.2f}x", size(dense), size(ours)])
     title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {z.one}"
     bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
     rows = []
     for name, share in dsa.SELECTION_RATIOS.items():
-        K, hits = math.ceil(share * middle), np.mean(cells[SPARSE, most, math.ceil(share * most)]["secrets"])
-        rows.append([name, f"{share:.0%}", f"{K:,}", texts[SPARSE, middle, K], f"{hits:.0%}"])
+        K, hits = math.ceil(share * middle), cells[SPARSE, most, math.ceil(share * most)]["secrets"]
+        rows.append(
+            [name, f"{share:.0%}", f"{K:,}", cells[SPARSE, middle, K]["text"], f"{np.mean(hits):.0%}"]
+        )
     note = f"{SPARSE}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
-    draw_lm(
-        bench,
-        z,
-        found["curves"],
-        {m: {K: gaps[m, middle, K][0] for K in z.K if (m, middle, K) in gaps} for m in sparse},
-    )
+    draw_lm(bench, z, methods, {x: c["over"][0] for x, c in cells.items()})
 
 
-def draw_lm(bench: Bench, z, curves, gaps) -> None:
+def draw_lm(bench: Bench, z, methods, over) -> None:
     """Quality against K of all methods; loss against step, on from those of the weights it began with."""
-    middle, ends = z.contexts[1], {"": 0.0}
-    look: dict[str, Any] = {x: {"color": plt.get_cmap("tab20")(i), "label": x} for i, x in enumerate(METHODS)}
-    fig, ax = plt.subplots(figsize=(8, 3.8))
-    for name, points in gaps.items():
-        ax.plot(*zip(*points.items()), **look[name])
+    middle, ends, (plot, ax) = z.contexts[1], {"": 0.0}, plt.subplots(figsize=(8, 3.8))
+    losses, axes = plt.subplots(1, 2, figsize=(10, 3.4))
+    for i, (name, (start, _, by, steps, _)) in enumerate(METHODS.items()):
+        look: dict[str, Any] = {"color": plt.get_cmap("tab20")(i), "label": name}
+        if by != "dense":
+            ax.plot(*zip(*((K, over[name, middle, K]) for K in z.K if (name, middle, K) in over)), **look)
+        at, *curve = np.array(methods[name]["curve"] or [[0, 0, 0]]).T
+        ends[name] = ends[start] + at[-1]
+        for part, loss in zip(axes, curve, strict=True):
+            if loss.any():
+                part.plot(ends[start] + at, loss, marker="", **look)
     log2_axis(ax, z.K, f"K, keys kept of {middle:,}")
     ax.set(yscale="symlog", ylim=(-1, None), ylabel="bits a byte over dense attention's, %")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for part, title in zip(axes, ("bits a byte", "KL of the indexers, nats"), strict=True):
+        part.set(title=title, yscale="log", xlabel=f"steps of {z.batch:,} tokens")
+        part.legend()
+    good, bad = (over[x, middle, z.one] for x in (SPARSE, "window, from scratch"))
     finding = (
         "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
-        f"attention, {gaps[SPARSE][z.one]:+.2f} % with {z.one / middle:.0%} of the keys, "
-        f"{gaps[WINDOW][z.one]:+.0f} % with a window of as many"
+        f"attention, {good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
     )
-    bench.figure("lm", "lm.png", finding, fig)
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    for name, curve in curves.items():
-        steps, *losses = np.array(curve).T
-        steps += ends[METHODS[name][0]]
-        ends[name] = steps[-1]
-        for ax, loss in zip(axes, losses):
-            if loss.any():
-                ax.plot(steps, loss, marker="", **look[name])
-    for ax, title in zip(axes, ("bits a byte", "KL of the indexers, nats")):
-        ax.set(title=title, yscale="log", xlabel=f"steps of {z.batch:,} tokens")
-        ax.legend()
-    bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", fig)
+    bench.figure("lm", "lm.png", finding, plot)
+    bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", losses)
 
 
 # ------------------------------------------------------------------------------------------------------------
