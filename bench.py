@@ -1730,9 +1730,9 @@ def begin(z, device: str) -> dict[str, Any]:
 
 
 def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
-    """Bytes [B, T + 1] -> bits of all but the first, who was the likeliest, the indexers' KL at `rows` queries.
+    """Bytes [B, T + 1] -> bits of all but the first, who was likeliest, the indexers' KL at `rows` queries.
 
-    past: for each layer k, v, index_k of all places [B, S, ...], of which the last T are written here.
+    past: of each layer k, v and index_k of all places, [B, S, ...], of which the last T are written here.
     """
     (B, T), kind, kl = ids[:, 1:].shape, getattr(torch, z.kind), torch.zeros((), device=ids.device)
     places = torch.arange(past[0][0].shape[1] if past else T, device=ids.device)[-T:]
@@ -1741,8 +1741,7 @@ def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
     *layers, (embed,), (head,) = ([w.to(kind) for w in weights[x]] for x in weights)
     x = F.rms_norm(F.embedding(ids[:, :-1].flatten(), embed), (z.d,))
     for i, (gain, qkv, index, *rest) in enumerate(zip(*layers, strict=True)):
-        found = fused(before)(x, turn, gain, qkv, index)
-        q, k, v, *index = (y.unflatten(0, (B, T)) for y in found)
+        q, k, v, *index = (y.unflatten(0, (B, T)) for y in fused(before)(x, turn, gain, qkv, index))
         if past:
             for old, new in zip(past[i], (k, v, index[1]), strict=True):
                 old[:, -T:] = new
@@ -1795,10 +1794,11 @@ def sdpa(q, k, v, K: int = 0, seen=None):
     """torch's own, by cuDNN where it can, which is the fastest; to the last K keys alone in blocks of K."""
     (B, T, H, D), by = q.shape, torch.nn.attention.SDPBackend
     if K:  # behind the first, a block of queries, whose heads are rows, sees its keys and the K before
-        pairs = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
+        first = sdpa(q[:, :K], k[:, :K], v[:, :K])
+        k, v = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
         seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
-        rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), *pairs, seen=seen).reshape(B, T - K, H, D)
-        return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), rest], 1)
+        rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), k, v, seen=seen).reshape(B, T - K, H, D)
+        return torch.cat([first, rest], 1)
     fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
     q, k, v = (x.expand(-1, -1, H, -1).transpose(1, 2) for x in (q, k, v))
     with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
@@ -1849,8 +1849,8 @@ def fit(bench: Bench, name: str, z, weights, text) -> list[list[float]]:
     """Train all, or in a warm-up the indexers; matrices by Muon -> [step, bits a byte, KL]s."""
     start, _, by, steps, shares = METHODS[name]
     warm, losses, curve, steps = name == WARM, list[Any](), list[list[float]](), steps // z.each
-    rates = ((0, 0.05, 1), (0, 1, 0.05)) if warm else ((0, 1), (0.5, 0))
-    rates, each = rates if start else ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3)), 8 * -(-steps // 400)
+    each, new = 8 * -(-steps // 400), ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3))
+    rates: Any = ((0, 0.05, 1), (0, 1, 0.05)) if warm else ((0, 1), (0.5, 0)) if start else new
     named = [(x, w) for x, layers in weights.items() for w in layers]
     for x, w in named:
         w.requires_grad_(by == "lightning" if x == "index" else not warm)
@@ -1910,36 +1910,41 @@ def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
     return cells
 
 
-def costs(z, weights, windows) -> list[list[Any]]:
+def costs(bench: Bench, z, weights, windows) -> dict[str, list[Any]]:
     """Seconds a token of dense and DSA, in turn, and bytes: training, a prefill, and one token after it."""
-    (_, middle, n), rows = z.contexts, list[list[Any]]()
+    (_, middle, n), cells, cuda = z.contexts, dict[str, list[Any]](), windows.is_cuda
     draw = functools.partial(torch.randn, device=windows.device, dtype=getattr(torch, z.kind))
+    past = [[draw(1, n, *x, z.D) for x in ((1,), (1,), ())] for _ in weights["qkv"]]
 
-    def run(ids, past, by):
-        with torch.set_grad_enabled(train := ids.shape[1] == middle + 1):
-            bits, _, kl = decoder(z, weights, ids, by, z.one, z.rows * (train and by != "dense"), past)
+    def run(by, ids, train, past):
+        with torch.set_grad_enabled(train):
+            bits, _, kl = decoder(z, weights, ids.long(), by, z.one, z.rows * (train and by != "dense"), past)
         if train:
             (bits.mean() + kl).backward()
         bits.sum().item()  # waits for the GPU
 
     def room(run):
         run()  # compiles
-        if not windows.is_cuda:
-            return 0
-        (pool := sys.modules["cupy"].get_default_memory_pool()).free_all_blocks()
+        pool = sys.modules["cupy"].get_default_memory_pool()
+        pool.free_all_blocks()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() + pool.total_bytes()
         run()
         return torch.cuda.max_memory_allocated() + pool.total_bytes() - held
 
-    past = [[draw(1, n, *x, z.D) for x in ((1,), (1,), ())] for _ in weights["qkv"]]
-    some, long, one = windows[: z.batch // middle, : middle + 1], windows[: z.batch // n], windows[:1, :2]
-    for what, ids in {f"training {middle:,}": some, f"prefill {n:,}": long, f"a token at {n:,}": one}.items():
-        how = ids.long(), past if ids is one else ()
-        ways = {by: functools.partial(run, *how, by) for by in ("dense", "lightning")}
-        memory = [room(way) for way in ways.values()]
-        rows.append([what, *([t / ids[:, 1:].numel() for t in x] for x in race(ways).values()), *memory])
-    return rows
+    for what, *how in (
+        (f"training {middle:,}", windows[: z.batch // middle, : middle + 1], True, ()),
+        (f"prefill {n:,}", windows[: z.batch // n], False, ()),
+        (f"a token at {n:,}", windows[:1, :2], False, past),
+    ):
+        ways = {by: functools.partial(run, by, *how) for by in ("dense", "lightning")}
+        memory = [size(room(way)) if cuda else "" for way in ways.values()]
+        dense, ours = (Laps(t / how[0][:, 1:].numel() for t in laps) for laps in race(ways).values())
+        cells[what] = [dense, ours, f"{dense.median / ours.median:.2f}x", *memory]
+    title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {z.one}"
+    rows = [[what, *map(str, x)] for what, x in cells.items()]
+    bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
+    return cells
 
 
 @part("a language model that learns to read sparsely, on a GPU", "lm", "lm_position", "lm_secrets", "lm_cost",
@@ -1951,12 +1956,10 @@ def lm(bench: Bench) -> None:
     """Needs torch, and without --quick a GPU and CuPy."""
     if torch is None:
         raise MissingPackage("needs torch: pip install torch")
-    z, seconds = TOY if bench.args.quick else LM, dict[str, float]()
-    device = "cuda" if torch.cuda.is_available() or not bench.args.quick else "cpu"
-    if device == "cuda":
-        Chip(bench)  # says which it is
+    z, device = TOY if bench.args.quick else LM, "cpu"
+    if torch.cuda.is_available() or not bench.args.quick:
+        device, _ = "cuda", Chip(bench)  # which says what it is
     torch.set_num_threads(1)  # on a toy, on cores that others use, threads mostly wait for each other
-
     text, windows, note = sources(bench.args.source or Path(sysconfig.get_path("purelib")), z)
     text, windows, found = text.to(device), windows.to(device), dict[str, Any]()
     check_gradients(bench, z, device)
@@ -1974,36 +1977,34 @@ def lm(bench: Bench) -> None:
             first, last = (found[name]["curve"][i][1 + (name == WARM)] for i in (0, -1))
             most = first * (1.5 if start and name != WARM else 1)
             bench.check(f"lm: {name}, a loss that falls", last < most, True, 0)
-    cost = costs(z, found[SPARSE]["weights"], windows)
-    methods = {name: {k: y for k, y in x.items() if k != "weights"} for name, x in found.items()}
-    bench.results["lm"] = {"text": note, "sizes": vars(z), "costs": cost, "methods": methods}
-    report_lm(bench, z, bench.results["lm"])
+    results = bench.results["lm"] = {"text": note, "sizes": vars(z), "methods": found}
+    report_lm(bench, z, note, found)
+    results["costs"] = costs(bench, z, found[SPARSE]["weights"], windows)
+    for x in found.values():
+        del x["weights"]
 
 
-def report_lm(bench: Bench, z, found) -> None:
-    """Tables, and under the first of them quality against K, and loss against step."""
-    (_, middle, most), methods = z.contexts, found["methods"]
-    cells = {(name, c["n"], c["K"]): c for name, x in methods.items() for c in x["judged"]}
-    P = len(cells["dense", most, z.one]["bits"])
-    draws = np.vstack([np.arange(P), np.random.default_rng(0).integers(P, size=(2000, P))])
+def report_lm(bench: Bench, z, text: str, found) -> None:
+    """Of what was judged: tables, and quality against K."""
+    _, middle, most = z.contexts
+    cells = {(name, c["n"], c["K"]): c for name, x in found.items() for c in x["judged"]}
+    many = len(cells["dense", most, z.one]["bits"])
+    draws = np.vstack([np.arange(many), np.random.default_rng(0).integers(many, size=(2000, many))])
     for (name, n, _), c in cells.items():  # over dense, in %, and the middle 95 % over draws of packages
         ours, dense = (np.array(x["bits"])[draws].sum(1) for x in (c, cells[METHODS[name][1], n, z.one]))
         more = 100 * ours / dense - 100
         c["over"] = [float(more[0]), *np.percentile(more[1:], (2.5, 97.5)).tolist()]
-        c["text"] = "{:.2f} ({:.2f} to {:.2f})".format(*c["over"])
+    texts = {at: "{:.2f} ({:.2f} to {:.2f})".format(*c["over"]) for at, c in cells.items()}
     sparse = [name for name, (_, _, by, *_) in METHODS.items() if by != "dense"]
-    rows = [
-        [name, f"{n:,}", *(cells.get((name, n, K), {"text": ""})["text"] for K in z.K)]
-        for name, n in itertools.product(sparse, z.contexts)
-    ]
+    rows = [[m, f"{n:,}", *(texts.get((m, n, K), "") for K in z.K)] for m in sparse for n in z.contexts]
     level = ", ".join(f"{np.mean(cells[x, middle, z.one]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
     steps = "; ".join(f"{name} {m[3] // z.each:,}" for name, m in METHODS.items() if m[3])
     note = (
-        f"{found['text']} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index "
-        f"{z.J}x{z.D}. Steps of {z.batch:,} bytes: {steps}. The warm-up takes {z.rows} queries a sequence; at 6% "
-        "is with 1/16 of the keys, at 3% and 1.6% with 1/32 and 1/64, eight steps each in turn; others learn with "
-        f"{z.one}. Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets "
-        "the middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
+        f"{text} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index {z.J}x{z.D}. "
+        f"Steps of {z.batch:,} bytes: {steps}. DSA learned with 1/16 of the keys (6%), or with 1/32 and 1/64 in "
+        f"turn, for eight steps each (3% and 1.6%); others with {z.one}; the KL of {z.rows} queries a sequence. "
+        f"Each beside the dense model that read as much: {level} bits a byte at {middle:,}. In brackets the "
+        "middle 95 % over draws of packages. One seed; cuBLAS differs from run to run."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {K} ({K / middle:.1%})" for K in z.K)], rows, note)
@@ -2015,32 +2016,24 @@ def report_lm(bench: Bench, z, found) -> None:
     rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
     rows = []
-    for what, *laps, dense, ours in found["costs"]:
-        faster = np.median(laps[0]) / np.median(laps[1])
-        rows.append([what, *(str(Laps(x)) for x in laps), f"{faster:.2f}x", size(dense), size(ours)])
-    title = f"Time a token of the whole model, memory beyond its weights: SDPA, and DSA at K = {z.one}"
-    bench.table("lm_cost", title, ["", "dense", "DSA", "faster", "memory, dense", "DSA"], rows)
-    rows = []
     for name, share in dsa.SELECTION_RATIOS.items():
         K, hits = math.ceil(share * middle), cells[SPARSE, most, math.ceil(share * most)]["secrets"]
-        rows.append(
-            [name, f"{share:.0%}", f"{K:,}", cells[SPARSE, middle, K]["text"], f"{np.mean(hits):.0%}"]
-        )
+        rows.append([name, f"{share:.0%}", f"{K:,}", texts[SPARSE, middle, K], f"{np.mean(hits):.0%}"])
     note = f"{SPARSE}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
     bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
-    draw_lm(bench, z, methods, {x: c["over"][0] for x, c in cells.items()})
+    draw_lm(bench, z, found, {x: c["over"][0] for x, c in cells.items()})
 
 
-def draw_lm(bench: Bench, z, methods, over) -> None:
+def draw_lm(bench: Bench, z, found, over) -> None:
     """Quality against K of all methods; loss against step, on from those of the weights it began with."""
     middle, ends, (plot, ax) = z.contexts[1], {"": 0.0}, plt.subplots(figsize=(8, 3.8))
     losses, axes = plt.subplots(1, 2, figsize=(10, 3.4))
-    for i, (name, (start, _, by, steps, _)) in enumerate(METHODS.items()):
+    for i, (name, (start, _, by, *_)) in enumerate(METHODS.items()):
         look: dict[str, Any] = {"color": plt.get_cmap("tab20")(i), "label": name}
         if by != "dense":
             ax.plot(*zip(*((K, over[name, middle, K]) for K in z.K if (name, middle, K) in over)), **look)
-        at, *curve = np.array(methods[name]["curve"] or [[0, 0, 0]]).T
+        at, *curve = np.array(found[name]["curve"] or [[0, 0, 0]]).T
         ends[name] = ends[start] + at[-1]
         for part, loss in zip(axes, curve, strict=True):
             if loss.any():
