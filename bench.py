@@ -1644,8 +1644,8 @@ TOY = SimpleNamespace(
     K=[2, 8, 16], one=8, each=30, kind="float32")  # fmt: skip
 WARM, SPARSE = "DSA, warm-up alone", "DSA, trained at 6%"
 MORE, AGAIN = "dense, continued", "dense, continued twice"
-# By name: whose weights it begins with; which dense model read as much; what chooses the keys, dense all of them;
-# steps; which shares of the keys it reads in these, in turn.
+# Whose weights it begins with; which dense model read as much; what chooses its keys; how many steps it learns,
+# and, if not all keys or `one`, which shares of the keys it reads there, in turn.
 METHODS: dict[str, tuple[str, str, str, int, tuple[float, ...]]] = {
     "dense": ("", "dense", "dense", 3600, ()),
     "window, begun": ("", "dense", "window", 3600, ()),
@@ -1887,6 +1887,7 @@ def fit(bench: Bench, name: str, z, weights, text) -> list[list[float]]:
 def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
     """Of length and K: packages' bits a byte, of last halves; in the longest by position; secrets found."""
     by, most, cells = METHODS[name][2], z.contexts[-1], list[dict[str, Any]]()
+    weights = {x: [w.detach() for w in layers] for x, layers in weights.items()}
     line = np.frombuffer(b"\nSECRET_###### = '########'\n", np.uint8)
     own = np.random.default_rng(0).integers(97, 123, (z.cues, len(FAR), len(line)), np.uint8)
     own = torch.from_numpy(np.where(line == ord("#"), own, line)).to(windows.device)
@@ -1897,9 +1898,8 @@ def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
 
     def read(ids, K):
         parts = ids.long().split(z.batch // (ids.shape[1] - 1))
-        with torch.no_grad():
-            found = zip(*(decoder(z, weights, x, by, K)[:2] for x in parts))
-            return (torch.cat(x).cpu().numpy() for x in found)
+        found = zip(*(decoder(z, weights, x, by, K)[:2] for x in parts))
+        return (torch.cat(x).cpu().numpy() for x in found)
 
     for n in z.contexts:
         presets = [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] if name == SPARSE else []
@@ -2007,9 +2007,9 @@ def report_lm(bench: Bench, z, text: str, found) -> None:
     note = (
         f"{text} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index {z.J}x{z.D}. "
         f"Steps of {z.batch:,} bytes: {steps}. DSA learned with 1/16 of the keys (6%), or with 1/32 and 1/64 "
-        f"in turn (3% and 1.6%), others with {z.one}; the KL is of {z.rows} queries a sequence. Each beside the "
-        f"dense model that read as much: {level} bits a byte at {middle:,}. Scored are the last halves of pieces "
-        "of each length; in brackets the middle 95 % over draws of packages. One seed; runs differ by cuBLAS."
+        f"in turn (3% and 1.6%), others with {z.one}; the KL is of {z.rows} queries a sequence. Each beside "
+        f"the dense model that read as much: {level} bits a byte at {middle:,}. Scored are the last halves of "
+        "pieces of each length; in brackets the middle 95 % over draws of packages. One seed; runs differ."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {K} ({K / middle:.1%})" for K in z.K)], rows, note)
@@ -2051,8 +2051,8 @@ def draw_lm(bench: Bench, z, found, over) -> None:
         part.legend()
     good, bad = (over[x, middle, z.one] for x in (SPARSE, "window, from scratch"))
     finding = (
-        "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside "
-        f"dense attention, {good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
+        "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
+        f"attention, {good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
     )
     bench.figure("lm", "lm.png", finding, plot)
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", losses)
