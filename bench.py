@@ -1644,8 +1644,8 @@ TOY = SimpleNamespace(
     K=[2, 8, 16], one=8, each=30, kind="float32")  # fmt: skip
 WARM, SPARSE = "DSA, warm-up alone", "DSA, trained at 6%"
 MORE, AGAIN = "dense, continued", "dense, continued twice"
-# Whose weights it begins with; which dense model read as much; what chooses its keys; how many steps it learns,
-# and, if not all keys or `one`, which shares of the keys it reads there, in turn.
+# Whose weights it begins with; which dense model read as much; what chooses its keys; its steps;
+# if neither all keys nor `one`, which shares of them it reads there, in turn.
 METHODS: dict[str, tuple[str, str, str, int, tuple[float, ...]]] = {
     "dense": ("", "dense", "dense", 3600, ()),
     "window, begun": ("", "dense", "window", 3600, ()),
@@ -1684,9 +1684,7 @@ def sources(folder: Path, z):
         raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
     text = torch.frombuffer(bytearray(b"\0".join(learned)), dtype=torch.uint8)
     windows = np.stack([np.frombuffer(x, np.uint8, n + 1, (len(x) - n - 1) // 2) for x in held])
-    note = (
-        f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; {n:,} bytes of each of {len(held)} "
-    )
+    note = f"{len(text) / 1e6:.0f} MB of Python in {len(learned):,} files; a window of each of {len(held)} "
     note += f"packages held out, and {len(rest) - len(learned)} files that repeat these left out."
     return text, torch.from_numpy(windows), note
 
@@ -2005,10 +2003,10 @@ def report_lm(bench: Bench, z, text: str, found) -> None:
     level = ", ".join(f"{np.mean(cells[x, middle, z.one]['bits']):.4f}" for x in ("dense", MORE, AGAIN))
     steps = "; ".join(f"{name} {m[3] // z.each:,}" for name, m in METHODS.items() if m[3])
     note = (
-        f"{text} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over one key head, index {z.J}x{z.D}. "
+        f"{text} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over a key head, index {z.J}x{z.D}. "
         f"Steps of {z.batch:,} bytes: {steps}. DSA learned with 1/16 of the keys (6%), or with 1/32 and 1/64 "
         f"in turn (3% and 1.6%), others with {z.one}; the KL is of {z.rows} queries a sequence. Each beside "
-        f"the dense model that read as much: {level} bits a byte at {middle:,}. Scored are the last halves of "
+        f"the dense model that read as much: {level} bits a byte at {middle:,}. Scored: the last halves of "
         "pieces of each length; in brackets the middle 95 % over draws of packages. One seed; runs differ."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
@@ -2052,7 +2050,7 @@ def draw_lm(bench: Bench, z, found, over) -> None:
     good, bad = (over[x, middle, z.one] for x in (SPARSE, "window, from scratch"))
     finding = (
         "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
-        f"attention, {good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with a window of as many"
+        f"attention, {good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with a window as long"
     )
     bench.figure("lm", "lm.png", finding, plot)
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", losses)
