@@ -1972,8 +1972,8 @@ def lm(bench: Bench) -> None:
             weights = copy.deepcopy(found[start]["weights"]) if start else begin(z, device)
             curve = fit(bench, name, z, weights, text) if steps else []
             x = {"weights": weights, "curve": curve, "judged": judge(z, weights, name, windows)}
-            torch.save(x | {"seconds": time.perf_counter() - began}, part := file.with_suffix(".part"))
-            part.replace(file)
+            torch.save(x | {"seconds": time.perf_counter() - began}, new := file.with_suffix(".part"))
+            new.replace(file)
         found[name] = torch.load(file, device)
         bench.say(f"lm, {name}: {found[name]['seconds']:.0f} s")
         if steps:  # what begins with a trained model has little to gain
