@@ -1723,9 +1723,8 @@ def begin(z, device: str) -> dict[str, Any]:
     d, L, n = z.d, z.layers, z.H * z.D
     shapes = {"qkv": (L, n + 2 * z.D, d), "index": (L, (z.J + 1) * z.D + z.J, d), "out": (L, d, n)}
     shapes |= {"up": (L, 4 * d, d), "down": (L, d, 4 * d), "embed": (1, 256, d), "head": (1, 256, d)}
-    weights = {"gain": torch.full((L, z.H), 1.5)} | {x: torch.randn(y) * d**-0.5 for x, y in shapes.items()}
-    for x in ("out", "down", "head"):
-        weights[x].zero_()
+    drawn = {x: torch.randn(y) * d**-0.5 * (x not in ("out", "down", "head")) for x, y in shapes.items()}
+    weights = {"gain": torch.full((L, z.H), 1.5)} | drawn
     return {x: [w.to(device, copy=True) for w in layers] for x, layers in weights.items()}
 
 
