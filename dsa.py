@@ -2155,8 +2155,7 @@ def named_weights(weights, d):
     sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
     shapes = d.shapes(*sizes.values())
     for name, x in named.items():
-        expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
-        expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", expected)
+        expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", f"{shapes[name]}, as by {sizes}")
     dtype, as_kept = accumulator(*named.values()), KERNELS.get(("as_kept", xp.__name__))
     return as_kept(named, dtype) if as_kept else {x: named[x].astype(dtype, copy=False) for x in named}
 
@@ -2225,9 +2224,27 @@ def read_layer(path, layer):
         for name, tensor in read_safetensors(file).items():
             expect(name not in tensors, name, f"in {file} and another file", "in one (split for ranks?)")
             tensors[name] = tensor
-    own = of_layer(tensors, layer)
-    expect(own, "path", repr(str(path)), f"a checkpoint with kv_a_layernorm, or kv_norm, of layer {layer}")
-    return dequantized({name: tensors[name] for name in own})
+    tensors = {name: tensors[name] for name in of_layer(tensors, layer)}
+    expect(tensors, "path", repr(str(path)), f"a checkpoint with kv_a_layernorm, or kv_norm, of {layer = }")
+    floats, scales = {}, collections.defaultdict[str, list](list)  # the names of each fp8 weight's scales
+    for name, (dtype, x) in tensors.items():
+        kinds = [kind for pattern, kind in REFUSED.items() if re.search(pattern, f"{name} {dtype}")]
+        words = " or ".join(kinds or ["another dtype"])
+        expect(dtype in STORED and not kinds, name, f"{dtype}, as with {words}", "floats, or fp8 with scales")
+        floats[name], of = STORED[dtype][1](x), SCALE.sub(".weight", name)
+        if dtype == "F8_E4M3" or of != name:
+            scales[of] += [name] if of != name else []
+    for name, own in scales.items():
+        dtype, x = tensors.get(name, ("not there", np.zeros(0)))
+        one = (dtype, x.ndim, len(own)) == ("F8_E4M3", 2, 1)
+        expect(one, name, f"{dtype}, {x.shape}, with {own}", "fp8 [out, in], with one weight_scale_inv")
+        z, blocks = floats.pop(own[0]).astype(np.float32), tuple(-(-n // FP8_BLOCK) for n in x.shape)
+        fits = z.shape in (blocks, (len(x), 1), (1, 1), (1,), ()) and np.isfinite(z).all()
+        expect(fits, own[0], f"of shape {z.shape}, up to {z.max(initial=0)}", f"{blocks}, by rows, or one")
+        if z.shape == blocks:
+            z = z.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: len(x), : x.shape[1]]
+        floats[name] *= z
+    return floats
 
 
 def read_safetensors(path):
@@ -2248,31 +2265,6 @@ def read_safetensors(path):
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no whole safetensors file (a Git LFS pointer?): {error}") from None
     return tensors
-
-
-def dequantized(tensors):
-    """A layer's tensors (dtype, array) as floats, fp8 multiplied by its scales, which go."""
-    floats = {}
-    scales: dict[str, list] = collections.defaultdict(list)  # of each weight in fp8
-    for name, (dtype, x) in tensors.items():
-        kinds = [kind for pattern, kind in REFUSED.items() if re.search(pattern, f"{name} {dtype}")]
-        words = " or ".join(kinds or ["another dtype"])
-        expect(dtype in STORED and not kinds, name, f"{dtype}, as with {words}", "floats, or fp8 with scales")
-        floats[name], of = STORED[dtype][1](x), SCALE.sub(".weight", name)
-        if dtype == "F8_E4M3" or of != name:
-            scales[of] += [name] if of != name else []
-    for name, own in scales.items():
-        dtype, x = tensors.get(name, ("not there", np.zeros(0)))
-        one = (dtype, x.ndim, len(own)) == ("F8_E4M3", 2, 1)
-        expect(one, name, f"{dtype}, {x.shape}, with {own}", "fp8 [out, in], with one weight_scale_inv")
-        z, blocks = floats.pop(own[0]).astype(np.float32), tuple(-(-n // FP8_BLOCK) for n in x.shape)
-        fits = z.shape in (blocks, (len(x), 1), (1, 1), (1,), ()) and np.isfinite(z).all()
-        found = f"of shape {z.shape}, up to {z.max(initial=0)}"
-        expect(fits, own[0], found, f"one for {blocks}, rows, or all")
-        if z.shape == blocks:
-            z = z.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: len(x), : x.shape[1]]
-        floats[name] *= z
-    return floats
 
 
 # 13. Training the indexer ---------------------------------------------------------------------------------
