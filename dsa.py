@@ -1986,9 +1986,8 @@ class DSALayer:
             check_indices("indices", indices, n | {"...": (B,), "S": max(start + new, default=0)})
         if starts is not None:  # as if the padding stood behind
             expect(lengths is None, "lengths", lengths, "None with starts")
-            left = check_lengths(starts, B, T, "starts")
-            (b, t), by = xp.ogrid[:B, :T], xp.asarray(left)[:, None]
-            at, back = (b, (t + by) % T), (b, (t - by) % T)
+            left, (b, t) = check_lengths(starts, B, T, "starts"), np.ogrid[:B, :T]
+            at, back = (tuple(map(xp.asarray, (b, (t + by[:, None]) % T))) for by in (left, -left))
             given = None if indices is None else indices[at]
             return tuple(z[back] for z in self(x[at], cache, lengths=T - left, indices=given, core=core))
         k_end = causal_end(start, new, T)
@@ -2150,12 +2149,12 @@ def named_weights(weights, d):
         expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
         keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
     for name in d.shapes() if keys.keys() - WEIGHTS.values() else WEIGHTS.values():
-        expect(name in keys, " or ".join(x for x in names if names[x] == name), "missing", "it among them")
+        expect(name in keys, " or ".join(x for x in names if names[x] == name), "missing", "one of them")
     named = {name: weights[key] for name, key in keys.items()}
     sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
     shapes = d.shapes(*sizes.values())
     for name, x in named.items():
-        expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", f"{shapes[name]}, as by {sizes}")
+        expect(x.shape == (s := shapes[name]), keys[name], f"of shape {x.shape}", f"{s}, for lengths {sizes}")
     dtype, as_kept = accumulator(*named.values()), KERNELS.get(("as_kept", xp.__name__))
     return as_kept(named, dtype) if as_kept else {x: named[x].astype(dtype, copy=False) for x in named}
 
