@@ -999,7 +999,6 @@ import tempfile
 import weakref
 import zlib
 from concurrent.futures import wait
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1754,7 +1753,6 @@ class LayerDims:
     indexer_precision: str = "fp32"  # as in DSAConfig
 
     def __post_init__(self):
-        rope, E, slow = self.qk_rope_head_dim, self.index_head_dim, self.beta_slow
         for name, value in vars(self).items():
             kind = type(getattr(LayerDims, name))  # its default's
             if kind in (int, float):
@@ -1763,6 +1761,7 @@ class LayerDims:
                 allowed = (False, True) if kind is bool else tuple(PRECISIONS)
                 expect(type(value) is kind and value in allowed, name, repr(value), f"one of {allowed}")
             object.__setattr__(self, name, kind(value))  # a scalar of NumPy's would widen what it multiplies
+        rope, E, slow = self.qk_rope_head_dim, self.index_head_dim, self.beta_slow
         expect(rope % 2 == 0 and rope <= E, "qk_rope_head_dim", rope, f"even, at most index_head_dim = {E}")
         expect(not self.hadamard or E & (E - 1) == 0, "index_head_dim", E, "a power of 2, for hadamard")
         expect(self.beta_fast >= slow, "beta_fast", self.beta_fast, f"at least beta_slow = {slow}")
@@ -1773,11 +1772,30 @@ class LayerDims:
 
         dims: these win, also in what follows from them. ValueError for RoPE, or a layout, that is not known.
         """
-        config = read_json(config)
+        config, original = read_json(config), IN_CONFIG["original_seq_len"]
         foreign = sorted(IN_CONFIG.keys() & config.keys())  # DeepSeek's code has its own names
         expect(not foreign, "config.json", f"with {foreign}", f"{[IN_CONFIG[name] for name in foreign]}")
-        said, names = with_rope(config, dims), {x.name: IN_CONFIG.get(x.name, x.name) for x in fields(cls)}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        check_type("RoPE in config.json", rope, dict)
+        kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
+        known = kind in ("default", "yarn") and not any(isinstance(x, dict) for x in rope.values())
+        expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
+        said = {"mscale_all_dim": 0.0} | config | {name: x for name, x in rope.items() if x is not None}
+        for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
+            expect(said.get(name, 1) == 1, f"{name} in config.json", said.get(name), "true, or 1")
+        said[original] = config.get(original, said.get(original, config.get("max_position_embeddings")))
+        if not (yarn := kind == "yarn" and dims.get("rope_factor") != 1):
+            said |= {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
+        names = {name: IN_CONFIG.get(name, name) for name in LayerDims.__annotations__}
         found = {name: said[own] for name, own in names.items() if said.get(own) is not None} | dims
+        if yarn:
+            length, m, all_dim = found.get("original_seq_len"), said.get("mscale"), said["mscale_all_dim"]
+            length, longest = real(original, length, 1), said.get("max_position_embeddings")
+            if "rope_factor" not in found:
+                found["rope_factor"] = real("max_position_embeddings", longest) / length
+            log = math.log(real("factor", found["rope_factor"], 1))
+            top, bottom = (real("mscale", m), real("mscale_all_dim", all_dim)) if m and all_dim else (1, 0)
+            found.setdefault("rope_attention_factor", (0.1 * top * log + 1) / (0.1 * bottom * log + 1))
         if "index_rope_interleaved" not in found:  # transformers drops it on saving
             model = str(config.get("model_type", "deepseek"))
             expect(model.startswith(("glm", "deepseek")), "model_type", repr(model), "GLM's or DeepSeek's")
@@ -1790,8 +1808,7 @@ class LayerDims:
         >>> LayerDims().shapes()["wkv_b"]
         (32768, 512)
         """
-        H, nope, rope, v = self.n_heads, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim
-        J, E, Q, R = self.index_n_heads, self.index_head_dim, q_lora_rank, kv_lora_rank
+        (H, nope, rope, v, J, E, *_), Q, R = vars(self).values(), q_lora_rank, kv_lora_rank
         return {
             "wq_a": (Q, dim), "q_norm": (Q,), "wq_b": (H * (nope + rope), Q), "wkv_a": (R + rope, dim),
             "kv_norm": (R,), "wkv_b": (H * (nope + v), R), "wo": (dim, H * v), "indexer.wq_b": (J * E, Q),
@@ -1802,11 +1819,9 @@ class LayerDims:
     def frequencies(self):
         """By how much each pair of RoPE turns from one position to the next, [qk_rope_head_dim / 2]."""
         d, i, theta = self.qk_rope_head_dim, np.arange(self.qk_rope_head_dim // 2), self.rope_theta
-        lo, hi = (  # the pairs that turn beta times in original_seq_len positions
-            d * math.log(self.original_seq_len / (2 * math.pi * beta)) / (2 * math.log(theta))
-            for beta in (self.beta_fast, self.beta_slow)
-        )
-        lo, hi = (min(max(x, 0), d - 1) for x in (math.floor(lo), math.ceil(hi)))
+        beta = np.array([self.beta_fast, self.beta_slow])  # which pairs turn so often in the original length?
+        lo, hi = d * np.log(self.original_seq_len / (2 * math.pi * beta)) / (2 * math.log(theta))
+        lo, hi = np.clip((np.floor(lo), np.ceil(hi)), 0, d - 1)
         slowed = np.clip((i - lo) / max(hi - lo, 0.001), 0, 1)
         f = theta ** (-2 * i / d)
         return f / self.rope_factor * slowed + f * (1 - slowed)
@@ -1824,8 +1839,8 @@ class DSALayer:
     config: a DSAConfig, which selects in place of index_topk, always by the layer's own indexer; layer and
     n_layers are for its progressive_sparsity.
 
-    Attributes: weights, dims, config, dim and kv_lora_rank, which follow from the weights, has_indexer, and
-    streams, what a token leaves in a cache. No call changes them.
+    Attributes, which no call changes: weights, dims, config, dim, kv_lora_rank, has_indexer, and streams,
+    what a token leaves in a cache.
     """
 
     def __init__(self, weights, *, config=None, layer=0, n_layers=1, **dims):
@@ -1836,9 +1851,8 @@ class DSALayer:
         given, own = d.indexer_precision, config.indexer_precision
         expect("fp32" in (given, own) or given == own, "indexer_precision", given, f"{own}, as in config")
         self.dims = d = d if own == "fp32" else LayerDims(**vars(d) | {"indexer_precision": own})
-        self.weights = named_weights(weights, d)
-        self.dim, self.kv_lora_rank = len(self.weights["wo"]), len(self.weights["kv_norm"])
-        self.has_indexer = "indexer.wk" in self.weights
+        self.weights = w = named_weights(weights, d)
+        self.dim, self.kv_lora_rank, self.has_indexer = len(w["wo"]), len(w["kv_norm"]), "indexer.wk" in w
         index_k = {"index_k": (d.index_head_dim,)} if self.has_indexer else {}
         self.streams = {"k": (1, self.kv_lora_rank + d.qk_rope_head_dim), **index_k}
         self._place = (layer, n_layers) if config.progressive_sparsity else (0, 1)
@@ -1856,14 +1870,22 @@ class DSALayer:
         converted works too, if it is in one part (model0-mp1).
         ValueError or TypeError where something is missing, cut short, or of another kind.
         """
-        path, known = Path(path).expanduser(), {}
+        path, said = Path(path).expanduser(), {}
         weights = read_layer(path, integer("layer", layer, 0))
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
-            known = read_json(file)
-            dims = vars(LayerDims.from_config(known, **dims))
-        if shares_indexer(known, layer):
+            said = read_json(file)
+            dims = vars(LayerDims.from_config(said, **dims))
+        kinds = said.get("indexer_types") or said.get("index_topk_pattern")
+        if not kinds:
+            freq = integer("index_topk_freq", said.get("index_topk_freq", 1), 1)
+            offset = integer("index_skip_topk_offset", said.get("index_skip_topk_offset", 2), 0)
+            layers = integer("num_hidden_layers", said.get("num_hidden_layers", layer + 1), 1)
+            kinds = ["FS"[max(i - offset + 1, 0) % freq > 0] for i in range(layers)]
+        known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
+        expect(known, "indexer_types in config.json", kinds, "full or shared")
+        if kinds[layer : layer + 1] in ("S", ["S"], ["shared"]):  # it takes the last selection
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
-        n_layers = known.get("num_hidden_layers") if n_layers is None else n_layers
+        n_layers = said.get("num_hidden_layers") if n_layers is None else n_layers
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
 
     @property
@@ -1899,85 +1921,76 @@ class DSALayer:
         core: "absorbed" attends to the latents themselves, "expanded" to the keys and values of every head,
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
-        start, new = self._checked(x, cache, lengths, indices, core)
-        d, w, (B, T) = self.dims, self.weights, x.shape[:2]
+        xp, able = self.xp, self.has_indexer or indices is not None
+        n = dims(xp, x=(x, "B T dim"))
+        (B, T, dim), start = x.shape, np.zeros(len(x), np.int64)
+        expect(dim == self.dim, "dim", f"{dim} in x", self.dim)
+        expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
+        expect(able, "indices", None, "another layer's, as this one has no indexer")
+        new = check_lengths(lengths, B, T)
+        if cache is not None:
+            check_type("cache", cache, KVCache)
+            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
+            own = (self.streams, self.dims.qk_rope_head_dim, B)
+            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
+            start = cache.lengths
+        if indices is not None:
+            check_indices("indices", indices, n | {"...": (B,), "S": max(start + new, default=0)})
         if starts is not None:  # as if the padding stood behind
             expect(lengths is None, "lengths", lengths, "None with starts")
-            left = check_lengths(starts, B, T, "starts")
-            own, given = (z if z is None else rolled(z, -left) for z in (x, indices))
-            y, chosen = self(own, cache, lengths=T - left, indices=given, core=core)
-            return rolled(y, left), rolled(chosen, left)
+            left, (b, t) = check_lengths(starts, B, T, "starts"), np.ogrid[:B, :T]
+            at, back = (tuple(map(xp.asarray, (b, (t + by[:, None]) % T))) for by in (left, -left))
+            given = None if indices is None else indices[at]
+            return tuple(z[back] for z in self(x[at], cache, lengths=T - left, indices=given, core=core))
         k_end = causal_end(start, new, T)
-        if self.xp is np:  # a GPU would wait for what is asked of the contents of arrays
+        if xp is np:  # a GPU would wait for what is asked of the contents of arrays
             expect(np.isfinite(x[k_end > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
             behind = indices is None or (indices < k_end[..., None]).all()
             expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
+        return self._run(x, cache, start, new, k_end, indices, core)
+
+    def _run(self, x, cache, start, new, k_end, indices, core):
+        """What __call__ checked: new[b] tokens behind start[b] others, which see the keys up to k_end."""
+        d, w, (B, T), choice = self.dims, self.weights, x.shape[:2], self._choice
         if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
-        fp8 = d.index_head_dim <= FP8_BLOCK and d.indexer_precision == "fp8"
-        codes = fp8 and getattr(cache, "storage", None) == "fp8"  # are compared, as the cache stores them
         own = x.astype(w["wo"].dtype, copy=False)
         turn = turns(own, start, d)
         qr, k, *indexer = made_of_x(own, w, turn, d)
-        tokens = {"k": k}
-        if indexer:
-            tokens["index_k"] = self._compared(indexer[0], codes)[:, :, 0]
+        both = d.indexer_precision, getattr(cache, "storage", None)
+        codes = both == ("fp8", "fp8") and d.index_head_dim <= FP8_BLOCK  # are compared, as they are stored
+
+        def compared(u):  # u [B, T, J, E] of the indexer as (1) sees it; of codes, what they are made of
+            u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
+            return u if codes else PRECISIONS[d.indexer_precision](u)
+
+        tokens = {"k": k} | ({"index_k": compared(indexer[0])[:, :, 0]} if indexer else {})
+
+        def selected(keys, weights):  # (1) and (2), over the cache or keys [B, T, E]
+            q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, d.index_head_dim)
+            rotate(q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
+            q = compared(q)
+            if codes:
+                q, scales = quantized(q, FP8_BLOCK, "ue8m0", 1e-4)
+                keys, weights = cache.stored("index_k"), weights * scales[..., 0]
+            elif cache is not None:
+                keys = cache.read("index_k")
+                keys = keys.astype(q.dtype, copy=False) if q.dtype.name == "bfloat16" else keys  # of a GPU
+            S, by_length = keys.shape[1], choice.sparse_ratio or choice.fallback_dense_threshold
+            default = T and (k_end == np.arange(S - T, S) + 1).all()  # then nothing goes to a GPU
+            windows = [None, None] if default else [self.xp.asarray(z) for z in (0 * k_end, k_end)]
+            arrays = {"q": q, "k": keys[:, :, None], "index_q": q, "index_k": keys, "weights": weights}
+            lengths = start + new if by_length else None
+            return choose_keys(choice, self._place, {}, arrays, windows, lengths)[0]
 
         def attended():
-            chosen = indices
-            if chosen is None:
-                index_q = by_rows(qr, w["indexer.wq_b"]).reshape(B, T, d.index_n_heads, d.index_head_dim)
-                rotate(index_q[..., : d.qk_rope_head_dim], turn, d.index_rope_interleaved)
-                index = self._compared(index_q, codes), tokens["index_k"], indexer[1]
-                chosen = self._select(*index, cache, start + new, k_end, codes)
-            heads = self._core(w, qr, turn, k, chosen, cache, core)
+            chosen = selected(tokens["index_k"], indexer[1]) if indices is None else indices
+            heads = self._core(w, turn, qr, k, chosen, cache, core)  # (3)
             return projected(heads, w["wo"], x.dtype), chosen
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 
-    def _checked(self, x, cache, lengths, indices, core):
-        """How many tokens each sequence has before x, and in it."""
-        n = dims(self.xp, x=(x, "B T dim"))
-        expect(n["dim"] == self.dim, "dim", f"{n['dim']} in x", self.dim)
-        expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
-        able = indices is not None or self.has_indexer
-        expect(able, "indices", None, "another layer's, as this one has no indexer")
-        new, start = check_lengths(lengths, n["B"], n["T"]), np.zeros(n["B"], np.int64)
-        if cache is not None:
-            check_type("cache", cache, KVCache)
-            has = (cache.streams, cache.qk_rope_head_dim, cache.batch)
-            own = (self.streams, self.dims.qk_rope_head_dim, n["B"])
-            expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
-            start = cache.lengths
-        if indices is not None:
-            check_indices("indices", indices, n | {"...": start.shape, "S": max(start + new, default=0)})
-        return start, new
-
-    def _compared(self, u, codes):
-        """The indexer's vectors u [B, T, J, E] as (1) compares them, of codes what they are made of."""
-        d = self.dims
-        u = u @ self.xp.asarray(self._hadamard, u.dtype) if d.hadamard else u
-        return u if codes else PRECISIONS[d.indexer_precision](u)
-
-    def _select(self, index_q, index_k, weights, cache, lengths, k_end, codes):
-        """Equations (1) and (2) for the indexer's queries and weights over the cache or index_k [B, S, E]."""
-        by_length = self._choice.sparse_ratio or self._choice.fallback_dense_threshold  # else by the keys
-        if codes:
-            index_q, scales = quantized(index_q, FP8_BLOCK, "ue8m0", 1e-4)
-            index_k, weights = cache.stored("index_k"), weights * scales[..., 0]
-        elif cache is not None:
-            index_k = cache.read("index_k")
-            if index_q.dtype.name == "bfloat16":  # as a GPU compares them
-                index_k = index_k.astype(index_q.dtype, copy=False)
-        T, S = index_q.shape[1], index_k.shape[1]
-        default = T and (k_end == np.arange(S - T, S) + 1).all()  # then nothing goes to a GPU
-        windows = [None, None] if default else [self.xp.asarray(w) for w in (0 * k_end, k_end)]
-        arrays = {"index_q": index_q, "index_k": index_k, "weights": weights}
-        arrays |= {"q": index_q, "k": index_k[:, :, None]}  # of which only the shapes are looked at
-        lengths = lengths if by_length else None
-        return choose_keys(self._choice, self._place, {}, arrays, windows, lengths)[0]
-
-    def _core(self, w, qr, turn, k, indices, cache, core):
+    def _core(self, w, turn, qr, k, indices, cache, core):
         """Equation (3) for qr [B, T, Q], over the cache or latents k [B, S, 1, R + rope] -> [B, T, H * v]."""
         d, R, (B, T), H, K = self.dims, self.kv_lora_rank, qr.shape[:2], self.dims.n_heads, indices.shape[-1]
         nope, rope, each = d.qk_nope_head_dim, d.qk_rope_head_dim, d.qk_nope_head_dim + d.v_head_dim
@@ -1998,33 +2011,24 @@ class DSALayer:
             own = {"k": k.astype(q.dtype, copy=False), "v": None} if cache is None else {}
             latents, _ = attend(latent_q, indices=indices, d_v=R, scale=scale, **own)
             by_heads(latents, up[:, nope:].swapaxes(1, 2), out)
-        else:
-            # A head is a batch entry, which makes for larger products, and few are expanded at a time.
-            rotate(q[..., nope:], turn, interleaved=True)
-            k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
-            some = max(1, 2**25 // max(1, k.size))
-            for h in (slice(h, h + some) for h in range(0, H, some)):
-                kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
-                k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
-                keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
-                heads = q.swapaxes(1, 2)[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
-                same = np.broadcast_to(indices[:, None], (*kv.shape[:2], T, K))
-                out.swapaxes(1, 2)[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
+            return out.reshape(B, T, H * d.v_head_dim)
+        # A head is a batch entry, which makes for larger products, and few are expanded at a time.
+        rotate(q[..., nope:], turn, interleaved=True)
+        k = (k if cache is None else cache.read("k")).swapaxes(1, 2)  # [B, 1, S, R + rope]
+        some = max(1, 2**25 // max(1, k.size))
+        for h in (slice(h, h + some) for h in range(0, H, some)):
+            kv = k[..., :R] @ up[h].swapaxes(1, 2)  # [B, h, S, nope + v]
+            k_pe = np.broadcast_to(k[..., R:], (*kv.shape[:3], rope))
+            keys = np.concatenate([kv[..., :nope], k_pe], -1)  # [B, h, S, nope + rope]
+            heads = q.swapaxes(1, 2)[:, h, :, None], keys[..., None, :], kv[..., None, nope:]
+            same = np.broadcast_to(indices[:, None], (*kv.shape[:2], T, K))
+            out.swapaxes(1, 2)[:, h] = sparse_attention(*heads, same, scale=scale)[0][..., 0, :]
         return out.reshape(B, T, H * d.v_head_dim)
-
-
-def rolled(x, by):
-    """x [B, T, ...] with the tokens of each sequence by[b] places later, and the last ones first."""
-    (B, T), xp = x.shape[:2], library("x", x)
-    at = np.arange(B)[:, None], (np.arange(T) - by[:, None]) % max(1, T)
-    return x[tuple(map(xp.asarray, at))]
 
 
 @by_library
 def made_of_x(x, w, turn, d):
-    """What the weights OF_X make of tokens x [B, T, dim]: qr [B, T, Q], normed, and [c | k_pe] [B, T, 1,
-    R + rope], normed and turned; if there is an indexer its key [B, T, 1, E], which is both, and its weights.
-    """
+    """Of x: qr [B, T, Q], [c | k_pe] [B, T, 1, R + rope], an indexer's keys [B, T, 1, E] and weights."""
     R, rope = len(w["kv_norm"]), d.qk_rope_head_dim
     qr = rms_norm(by_rows(x, w["wq_a"]), w["q_norm"], d.norm_eps)
     k = projected(x, w["wkv_a"])[:, :, None]
@@ -2043,11 +2047,9 @@ def made_of_x(x, w, turn, d):
 @by_library
 @stage("x [..., T, N], weight [O, N] -> y [..., T, O]")
 def by_rows(x, weight):
-    """x @ weight.T, in NumPy with the same bits for a token in any batch, block, chunk or order in memory.
-
-    As in index_scores, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
-    cuBLAS chooses by the number of rows, so that on a GPU scores that all but tie may rank in another order.
-    """
+    """x @ weight.T, in NumPy with the same bits for a token in any batch, block, chunk or order in memory."""
+    # As in index_scores, all calls of BLAS are alike: one row by a part of the weight that fits an L2 cache.
+    # cuBLAS chooses by the number of rows: on a GPU scores that all but tie may rank in another order.
     x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
     y, part = np.empty((len(x), 1, len(weight)), x.dtype), max(1, KEY_TILE**2 // max(1, weight.shape[1]))
     for i in range(0, len(weight), part):
@@ -2066,7 +2068,6 @@ def projected(x, weight, dtype=None):
 def by_heads(x, weight, out):
     """x [B, T, H, in] @ weight [H, in, out], each head by its own -> out [B, T, H, out]."""
     np.matmul(x.swapaxes(1, 2), weight, out=out.swapaxes(1, 2))
-    return out
 
 
 def rms_norm(x, weight, eps):
@@ -2082,9 +2083,7 @@ def turns(x, start, d):
 
 @by_library
 def rotate(x, turn, interleaved, out=None):
-    """RoPE: turn the pairs of x [B, T, H, d], (2i, 2i + 1) if interleaved, otherwise (i, i + d / 2), by cos
-    and sin [B, T, 1, d / 2], in place or to out.
-    """
+    """RoPE turns the pairs of x [B, T, H, d], (2i, 2i + 1) or (i, i + d / 2), in place or to out."""
     (cos, sin), d, out = turn, x.shape[-1], x if out is None else out
     i, j = (slice(0, d, 2), slice(1, d, 2)) if interleaved else (slice(0, d // 2), slice(d // 2, d))
     out[..., i], out[..., j] = x[..., i] * cos - x[..., j] * sin, x[..., i] * sin + x[..., j] * cos
@@ -2092,7 +2091,7 @@ def rotate(x, turn, interleaved, out=None):
 
 def named_weights(weights, d):
     """The weights by their names in a layer, checked against d, as their library's layer wants them."""
-    expect(hasattr(weights, "items"), "weights", f"a {type(weights).__name__}", "a dict by name", TypeError)
+    check_type("weights", weights, dict)
     names = {name: name for name in d.shapes()} | WEIGHTS  # each that is known: in a layer
     xp: Any = None
     keys: dict[Any, str] = {}  # what the weights are called here, by their names in a layer
@@ -2102,20 +2101,17 @@ def named_weights(weights, d):
         expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
         keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
     for name in d.shapes() if keys.keys() - WEIGHTS.values() else WEIGHTS.values():
-        both = " or ".join(key for key in names if names[key] == name)
-        expect(name in keys, both, "missing", "it among the weights")
+        expect(name in keys, " or ".join(x for x in names if names[x] == name), "missing", "one of them")
     named = {name: weights[key] for name, key in keys.items()}
     sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
     shapes = d.shapes(*sizes.values())
     for name, x in named.items():
-        expected = f"{shapes[name]}, by the dims and the lengths of {sizes}"
-        expect(x.shape == shapes[name], keys[name], f"of shape {x.shape}", expected)
+        expect(x.shape == (s := shapes[name]), keys[name], f"of shape {x.shape}", f"{s}, for lengths {sizes}")
     dtype, as_kept = accumulator(*named.values()), KERNELS.get(("as_kept", xp.__name__))
     return as_kept(named, dtype) if as_kept else {x: named[x].astype(dtype, copy=False) for x in named}
 
 
-# A checkpoint's folder.
-# A tensor's name: its prefix, the layer's number in that, if there is one, and its name in a layer.
+# A tensor's name in a checkpoint: its prefix, the layer's number in that, if any, and its name in a layer.
 NAME: Any = re.compile(r"((?:(?:.*\.)?layers\.(\d+)\.)?(?:(?:self_)?attn\.)?)(.*?)(?:\.weight)?", re.DOTALL)
 SCALE = re.compile(r"\.(weight_scale_inv|weight_scale|scale)$")  # of an fp8 weight; the last is DeepSeek's
 BUFFER = re.compile(r"\b(([qkv]|kv|prob|input)_scale|(k|v|kv|pe|k_scale)_cache|(cos|sin)_cached)$|inv_freq$")
@@ -2129,25 +2125,22 @@ REFUSED = {  # patterns of "name dtype" that occur in checkpoints of other kinds
     r"\.(qweight|qzeros|scales|g_idx) ": "AWQ or GPTQ", r" I8$": "int8", r"(?<!k_norm)\.bias ": "biases",
     r"weight_packed | (U8|F4)$": "4 bits packed in bytes (NVFP4, MXFP4 or int4)",
     r"\b(w_)?(k_b|v_b|uk|uv|kc|vc)(_proj)?\b|embed_q|unembed_out": "a split kv_b_proj",
-    r"\bq_proj\b": "queries of full rank, without q_a_proj",
-    r"(?<!scale)(?<!scale_inv) F8_E8M0$": "scales alone",
-    r" (?!(F64|F32|F16|BF16|F8_E4M3|F8_E8M0|I8|U8|F4)$)": "another dtype",
+    r"\bq_proj\b": "queries of full rank, without q_a_proj", r"(?<!scale)(?<!_inv) F8_E8M0$": "scales alone",
 }  # fmt: skip
 
 
 def read_json(path):
     """A JSON file without nulls: a folder's config.json; of a model that also sees, its text's. Or a dict."""
-    config = path
+    found = path
     if not isinstance(path, dict):
         path = Path(path).expanduser()
         path = path / "config.json" if path.is_dir() else path
         try:
-            config = json.loads(path.read_bytes())
+            found = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            config = error
-    found = f"without a JSON object: {config!s:.99}"
-    expect(isinstance(config, dict), path, found, "it (a Git LFS pointer?)")
-    return {name: x for name, x in (config | (config.get("text_config") or {})).items() if x is not None}
+            found = error
+    expect(isinstance(found, dict), path, f"without a JSON object: {found!s:.99}", "it (a Git LFS pointer?)")
+    return {name: x for name, x in (found | (found.get("text_config") or {})).items() if x is not None}
 
 
 def real(name, value, least=1e-99):
@@ -2155,41 +2148,6 @@ def real(name, value, least=1e-99):
     fits = is_number(value) and least <= (value if isinstance(value, int) else float(value)) <= 1e99
     expect(fits, name, repr(value), f"a number from {least} to 1e99")
     return value
-
-
-def with_rope(config, given):
-    """A config.json with RoPE's numbers, or those given and what follows, by their names in IN_CONFIG."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    check_type("RoPE in config.json", rope, dict)
-    kind = rope.get("rope_type", rope.get("type", None if "factor" in rope else "default"))
-    known = kind in ("default", "yarn") and not any(isinstance(value, dict) for value in rope.values())
-    expect(known, "RoPE in config.json", rope, "default or YaRN's, of one kind in all layers")
-    original, longest = "original_max_position_embeddings", "max_position_embeddings"
-    own = {"factor": given.get("rope_factor"), original: given.get("original_seq_len", config.get(original))}
-    parts = ({original: config.get(longest)}, rope, own)  # as in transformers the last one wins
-    said = config | {name: x for part in parts for name, x in part.items() if x is not None}
-    for name in ("rope_interleave", "partial_rotary_factor", "truncate"):
-        expect(said.get(name, 1) == 1, f"{name} in config.json", said.get(name), "true, or 1")
-    if kind == "default" or own["factor"] == 1:
-        return said | {"factor": 1.0, **dict.fromkeys((original, "mscale_all_dim", "attention_factor"))}
-    length = real(original, said.get(original), 1)
-    factor = said["factor"] if "factor" in said else real(longest, said.get(longest)) / length
-    log, m, all_dim = math.log(real("factor", factor, 1)), said.get("mscale"), said.get("mscale_all_dim", 0.0)
-    top, bottom = (real("mscale", m), real("mscale_all_dim", all_dim)) if m and all_dim else (1, 0)
-    on_rope = (0.1 * top * log + 1) / (0.1 * bottom * log + 1)
-    return {"attention_factor": on_rope} | said | {"factor": factor, "mscale_all_dim": all_dim}
-
-
-def shares_indexer(config, layer):
-    """Whether a layer takes its selection from the last that has an indexer, by a config.json."""
-    if kinds := config.get("indexer_types") or config.get("index_topk_pattern"):
-        known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
-        expect(known, "indexer_types in config.json", kinds, "full or shared")
-        return layer < len(kinds) and kinds[layer] in ("shared", "S")
-    freq = integer("index_topk_freq", config.get("index_topk_freq", 1), 1)
-    offset = integer("index_skip_topk_offset", config.get("index_skip_topk_offset", 2), 0)
-    layers = integer("num_hidden_layers", config.get("num_hidden_layers", layer + 1), 1)
-    return layer < layers and max(layer - offset + 1, 0) % freq > 0
 
 
 def of_layer(names, layer):
@@ -2204,7 +2162,7 @@ def of_layer(names, layer):
 
 
 def read_layer(path, layer):
-    """The weights of a layer's attention in a checkpoint, fp8 multiplied by its scales, by full name."""
+    """The weights of a layer's attention in a checkpoint, by full name, as floats."""
     index, adapters = path / "model.safetensors.index.json", [*path.glob("adapter_*")]
     expect(not adapters, "path", f"with {[*map(str, adapters)]}", "weights that are merged")
     files = [index] if index.exists() else sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -2217,54 +2175,47 @@ def read_layer(path, layer):
         for name, tensor in read_safetensors(file).items():
             expect(name not in tensors, name, f"in {file} and another file", "in one (split for ranks?)")
             tensors[name] = tensor
-    found = of_layer(tensors, layer)
-    expect(found, "path", repr(str(path)), f"a checkpoint with kv_a_layernorm, or kv_norm, of layer {layer}")
-    return dequantized({name: tensors[name] for name in found})
-
-
-def read_safetensors(path):
-    """A file's tensors, {name: (dtype, array)}, mapped. It is a length, a header in JSON, and the tensors."""
-    tensors = {}
-    try:
-        raw = np.memmap(path, np.uint8, "r")
-        at = start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
-        header = json.loads(raw[8:start].tobytes())
-        header.pop("__metadata__", None)
-        for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, (begin, end) = x["dtype"], x["data_offsets"]
-            known = dtype in STORED
-            shape, stored = (tuple(x["shape"]), STORED[dtype][0]) if known else ((end - begin,), "u1")
-            tensors[name] = dtype, (array := np.ndarray(shape, stored, raw, at))
-            fits = begin == at - start and end - begin == array.nbytes
-            expect(fits, name, x, f"its bytes from {at - start} on")
-            at += array.nbytes
-        expect(at == len(raw), "it", f"of {len(raw)} bytes", at)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no whole safetensors file (a Git LFS pointer?): {error}") from None
-    return tensors
-
-
-def dequantized(tensors):
-    """A layer's tensors (dtype, array) as floats, fp8 multiplied by its scales, which go."""
-    scales: dict[str, list] = {name: [] for name, (dtype, _) in tensors.items() if dtype == "F8_E4M3"}
-    for name, (dtype, _) in tensors.items():
+    tensors = {name: tensors[name] for name in of_layer(tensors, layer)}
+    expect(tensors, "path", repr(str(path)), f"a checkpoint with kv_a_layernorm, or kv_norm, of {layer = }")
+    floats, scales = {}, collections.defaultdict[str, list](list)  # the names of each fp8 weight's scales
+    for name, (dtype, x) in tensors.items():
         kinds = [kind for pattern, kind in REFUSED.items() if re.search(pattern, f"{name} {dtype}")]
-        expect(not kinds, name, f"{dtype}, as with {' or '.join(kinds)}", "floats, or fp8 with scales")
-        if SCALE.search(name):
-            scales.setdefault(SCALE.sub(".weight", name), []).append(name)
-    floats = {name: STORED[dtype][1](x) for name, (dtype, x) in tensors.items()}
+        words = " or ".join(kinds or ["another dtype"])
+        expect(dtype in STORED and not kinds, name, f"{dtype}, as with {words}", "floats, or fp8 with scales")
+        floats[name], of = STORED[dtype][1](x), SCALE.sub(".weight", name)
+        if dtype == "F8_E4M3" or of != name:
+            scales[of] += [name] if of != name else []
     for name, own in scales.items():
         dtype, x = tensors.get(name, ("not there", np.zeros(0)))
         one = (dtype, x.ndim, len(own)) == ("F8_E4M3", 2, 1)
         expect(one, name, f"{dtype}, {x.shape}, with {own}", "fp8 [out, in], with one weight_scale_inv")
-        scale, blocks = floats.pop(own[0]).astype(np.float32), tuple(-(-n // FP8_BLOCK) for n in x.shape)
-        fits = scale.shape in (blocks, (len(x), 1), (1, 1), (1,), ()) and np.isfinite(scale).all()
-        found = f"of shape {scale.shape}, up to {scale.max(initial=0)}"
-        expect(fits, own[0], found, f"one for {blocks}, rows, or all")
-        if scale.shape == blocks:
-            scale = scale.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: len(x), : x.shape[1]]
-        floats[name] *= scale
+        z, blocks = floats.pop(own[0]).astype(np.float32), tuple(-(-n // FP8_BLOCK) for n in x.shape)
+        fits = z.shape in (blocks, (len(x), 1), (1, 1), (1,), ()) and np.isfinite(z).all()
+        expect(fits, own[0], f"of shape {z.shape}, up to {z.max(initial=0)}", f"{blocks}, by rows, or one")
+        if z.shape == blocks:
+            z = z.repeat(FP8_BLOCK, 0).repeat(FP8_BLOCK, 1)[: len(x), : x.shape[1]]
+        floats[name] *= z
     return floats
+
+
+def read_safetensors(path):
+    """A file's tensors, {name: (dtype, array)}, mapped. It is a length, a header in JSON, and the tensors."""
+    tensors, at = {}, 0
+    try:
+        raw = np.memmap(path, np.uint8, "r")
+        start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header, data = json.loads(raw[8:start].tobytes()), raw[start:]
+        header.pop("__metadata__", None)
+        for name, x in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, (begin, end) = x["dtype"], x["data_offsets"]
+            shape, stored = (tuple(x["shape"]), STORED[dtype][0]) if dtype in STORED else (end - begin, "u1")
+            tensors[name] = dtype, (array := np.ndarray(shape, stored, data, at))
+            expect((begin, end) == (at, at + array.nbytes), name, x, f"its bytes from {at} on")
+            at += array.nbytes
+        expect(at == len(data), "it", f"of {len(raw)} bytes", start + at)
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no whole safetensors file (a Git LFS pointer?): {error}") from None
+    return tensors
 
 
 # 13. Training the indexer ---------------------------------------------------------------------------------
