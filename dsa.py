@@ -2570,31 +2570,29 @@ def agreement(undo, comm, config, cache, owner, windows, call):
 
 def select_over_shards(at, quota, windows, q, k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, (*batch, T), windows = at.xp, at.queries, windows_of(at.n, *map(on_host, windows))
+    xp, S, windows = at.xp, at.n["S"], windows_of(at.n, *map(on_host, windows))
     if quota is None:
         with together(at.comm):
-            return xp.asarray(every_key(windows, at.n["S"]))
-    K, (first, end) = min(quota["top_k"], at.n["S"]), at.edges[at.comm.rank :][:2, ..., None]
-    base = xp.asarray(first, np.int32 if at.n["S"] <= 2**31 else np.int64)[..., None]
+            return xp.asarray(every_key(windows, S))
+    K, (first, end) = min(quota["top_k"], S), at.edges[at.comm.rank :][:2, ..., None]
     lo, hi = (xp.asarray(np.clip(w, first, end) - first, np.int32) for w in windows)
 
     def offers():  # what this shard selects: scores and keys [..., T, K], -inf where none is
-        (S, E), shard, found = k.shape[-2:], k, []
-        if S < K:
-            shard = np.zeros_like(k, shape=(*batch, K, E))
-            shard[..., :S, :] = k
-        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(batch))
+        best = xp.full((*at.queries, K), -np.inf, accumulator(q, k, weights))
+        keys = xp.zeros(best.shape, np.int32 if S <= 2**31 else np.int64)
+        step = SHARD_BUFFER // max(1, k.shape[-2] * math.prod(at.queries[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
-        for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
+        for t in (slice(t, t + step) for t in range(0, at.queries[-1], step)):
             window = {"k_start": lo[..., t], "k_end": hi[..., t]}
-            scores = index_scores(q[..., t, :, :], shard, weights[..., t, :], **window)
+            scores = index_scores(q[..., t, :, :], k, weights[..., t, :], **window)
             try:
-                kept = select_topk(scores, **quota)[..., :K]
+                kept = select_topk(scores, **quota)
             except ValueError as error:
                 raise ValueError(f"counting queries from {t.start}, {error}") from None
-            best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
-            found.append((best, kept + base))
-        return [np.concatenate(x, -2) for x in zip(*found)]
+            own = np.s_[..., t, : kept.shape[-1]]
+            best[own] = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
+            keys[own] = kept + xp.asarray(first, keys.dtype)[..., None]
+        return best, keys
 
     def decide(*both):  # of candidates [R, M, K], side by side and thus by ascending key
         best, keys = (np.concatenate([*x], -1) for x in both)
