@@ -1684,8 +1684,10 @@ class HybridKVCache(Session):
 
     def _set_lengths(self, lengths):
         if (lengths < self._lengths).any():  # then the fast tier forgets them, too
-            gone = self._owner // self.batch >= lengths[self._owner % self.batch]
-            self._owner[gone] = self._stamp[gone] = -1
+            slots = np.flatnonzero(self._owner >= lengths.min() * self.batch)
+            tokens, b = np.divmod(self._owner[slots], self.batch)
+            slots = slots[tokens >= lengths[b]]
+            self._owner[slots] = self._stamp[slots] = -1
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
@@ -2643,8 +2645,7 @@ def together(comm):
         yield
     except Exception as raised:
         error = raised
-    failed = gathered(comm, error is not None)
-    if failed.any():
+    if (failed := gathered(comm, error is not None)).any():
         kind, first = next((x for x in kinds if isinstance(error, x)), RuntimeError), int(failed.argmax())
         raise comm.bcast(kind(f"rank {first}: {error}"), first) from error
 
