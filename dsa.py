@@ -1500,8 +1500,6 @@ PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 # 11. Caches that last, and a cache in two tiers -----------------------------------------------------------
 
-OPTIONS = ("capacity", "batch", "storage", "grow", "qk_rope_head_dim")  # of a cache, beside its streams
-
 
 class Session(KVCache):
     """Methods of KVCache by which a session outlasts its process, and copies are independent."""
@@ -1511,29 +1509,29 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        path = os.path.realpath(os.fsdecode(path))
-        meta = {key: getattr(self, key) for key in (*OPTIONS, "streams")} | {"order": sys.byteorder}
+        names = "capacity", "batch", "storage", "grow", "qk_rope_head_dim", "streams"
+        meta = json.dumps({x: getattr(self, x) for x in names} | {"order": sys.byteorder})
         data = {f"stream_{name}": on_host(self.stored(name)) for name in self.streams}
-        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.npz")
-        try:
-            np.savez(part, meta=json.dumps(meta), lengths=self.lengths, **data)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        path = os.path.realpath(os.fsdecode(path))
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+            np.savez(part := os.path.join(folder, "part.npz"), meta=meta, lengths=self.lengths, **data)
+            os.replace(part, path)
 
-    @classmethod
-    def load(cls, path, *, xp=np):
+    @staticmethod
+    def load(path, *, xp=np):
         """The KVCache that save wrote, also of a cache in two tiers. ValueError where the file is none."""
         try:
             with np.load(path) as data:
                 meta = json.loads(data["meta"].item())
-                expect(meta["order"] == sys.byteorder, "the byte order", meta["order"], sys.byteorder)
-                streams = {name: tuple(shape) for name, shape in meta["streams"].items()}
-                cache = KVCache(xp=xp, **{key: meta[key] for key in OPTIONS}, **streams)
+                expect((order := meta.pop("order")) == sys.byteorder, "the byte order", order, sys.byteorder)
+                streams = {name: tuple(shape) for name, shape in meta.pop("streams").items()}
+                cache = KVCache(xp=xp, **meta, **streams)
                 lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
                 for name, x in cache._data.items():
-                    rows = x[:, : lengths.max()]
-                    rows[...] = xp.asarray(data[f"stream_{name}"].view(cache.dtype).reshape(rows.shape))
+                    kept, rows = data[f"stream_{name}"], x[:, : lengths.max()]
+                    found, own = ((y.dtype.str[1:], y.shape) for y in (kept, rows))
+                    expect(found == own, name, found, own)
+                    rows[...] = xp.asarray(kept.view(cache.dtype))
                 cache._set_lengths(lengths)
                 return cache
         except Exception as error:  # a zip that is cut or changed has many kinds
@@ -1564,21 +1562,21 @@ for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstat
 class HybridKVCache(Session):
     """A KVCache in two tiers, with the same results to the bit, whatever is evicted.
 
-    The slow tier, a memory-mapped file, holds every token of the streams that attention reads. The fast tier,
-    of at most fast_bytes of memory, holds copies of each sequence's last local_window tokens and, of the
-    others, those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every
-    step, stay in memory besides. path: where close saves the session, which the same call then loads to go
-    on; the slow tier is an unnamed file in that folder, by default the temporary one. It is not copied, nor
-    reordered. hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it
-    reads, of all sequences, two or three times while it works. Of threads that attend at once, one has the
-    fast tier, and the others miss. A forked process can read the cache, but not append to it.
-    On a GPU the slow tier is pinned memory of the host, and misses are read by the GPU over the bus.
-    OSError, with the cache as it was: the path cannot be written, or the disk is full.
+    The slow tier, a memory-mapped file, holds every token of the streams that attention reads; the fast tier,
+    of at most fast_bytes of memory, copies of each sequence's last local_window tokens and, of the others,
+    those selected most recently (LRU). Streams named index_*, which the indexer reads whole at every step,
+    stay in memory besides. path: where close saves the session, which the same call then loads to go on; the
+    slow tier is an unnamed file in that folder, by default the temporary one. Neither copied nor reordered.
+    hits and misses count tokens, bytes_moved is what misses read. attend holds the tokens that it reads, of
+    all sequences, two or three times. Of threads that attend at once, one has the fast tier, the others miss.
+    A forked process can read the cache, but not append to it. On a GPU the slow tier is pinned memory of the
+    host, and misses are read by the GPU over the bus. OSError, with the cache as it was: the path cannot be
+    written, or the disk is full.
     """
 
     # What attention reads of a token, its record, is row token * batch + b of _slow [rows, W]. At every line,
     # the fast tier has a row if _owner[s] is it for s = _slot_of[row], and then _fast[s] is the same record,
-    # unless the row is beyond its sequence's length. So whatever interrupts, the worst is a miss.
+    # and of a token there is. So whatever interrupts, the worst is a miss.
 
     def __init__(self, capacity, *, fast_bytes, local_window=0, path=None, **kwargs):
         self.fast_bytes = integer("fast_bytes", fast_bytes, 1)
@@ -1587,16 +1585,6 @@ class HybridKVCache(Session):
         self.hits = self.misses = self.bytes_moved = self._clock = 0
         self._lock, self._process = threading.Lock(), os.getpid()
         super().__init__(capacity, **kwargs)
-        self._index = {name: x for name, x in self._stored.items() if name.startswith("index_")}
-        self._kept = {name: x for name, x in self._stored.items() if name not in self._index}  # in a record
-        expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
-        record = sum(map(math.prod, self._kept.values())) * self.dtype.itemsize  # its bytes
-        slots, least = self.fast_bytes // record, max(1, self.batch * self.local_window) * record
-        expect(self.fast_bytes >= least, "fast_bytes", fast_bytes, f"at least {least}, for the local windows")
-        self._fast: Any = self.xp.zeros((slots, record // self.dtype.itemsize), self.dtype)
-        self._slow, self._slot_of = self._fast[:0], np.zeros(0, np.int64)
-        self._stamp, self._owner = np.arange(-slots, 0), np.full(slots, -1)  # last used when, by which row
-        self._allocate(capacity)
         if self.path and os.path.exists(self.path):
             before = Session.load(self.path, xp=self.xp)
             self.append(lengths=before.lengths, **{name: before.read(name) for name in before.streams})
@@ -1620,21 +1608,23 @@ class HybridKVCache(Session):
 
     __getstate__ = reorder
 
-    def close(self):
-        if self.path and not self.closed and os.getpid() == self._process:
-            self.save(self.path)
-        super().close()
-        nothing: Any = np.zeros((1, 0), np.int64)  # views that were read keep the mapping, and only they
-        self._slow = self._fast = self._stamp = self._owner = self._slot_of = nothing
-
     def _allocate(self, capacity):
-        if not hasattr(self, "_fast"):  # in KVCache's __init__, after which the tiers are made
-            return
+        index = {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
+        if not self._data:
+            self._kept = {name: shape for name, shape in self._stored.items() if name not in index}
+            expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
+            width = sum(map(math.prod, self._kept.values()))
+            record, least = width * self.dtype.itemsize, max(1, self.batch * self.local_window)
+            slots, expected = self.fast_bytes // record, f"at least {least * record}, for the local windows"
+            expect(slots >= least, "fast_bytes", self.fast_bytes, expected)
+            self._fast: Any = self.xp.zeros((slots, width), self.dtype)
+            self._slow, self._slot_of = self._fast[:0], np.zeros(0, np.int64)  # where a row was last
+            self._owner, self._stamp = np.full(slots, -1), np.arange(-slots, 0)  # which row, last used when
         rows, slow_tier = capacity * self.batch, KERNELS.get(("slow_tier", self.xp.__name__), mapped)
         slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
-        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))  # where a row was last
-        streams = self._split(slow.reshape(capacity, self.batch, -1)).items()
-        data = {name: x.swapaxes(0, 1) for name, x in streams} | self._in_memory(self._index, capacity)
+        slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
+        data = self._split(slow.reshape(capacity, self.batch, -1).swapaxes(0, 1))
+        data |= self._in_memory(index, capacity)
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
     def _split(self, records):
@@ -1643,42 +1633,35 @@ class HybridKVCache(Session):
         columns = zip(self._kept.items(), np.split(records, ends[:-1], axis=-1))
         return {name: x.reshape(*x.shape[:-1], *shape) for (name, shape), x in columns}
 
-    def _rows(self, starts, ends):
-        """The rows of the tokens starts[b]..ends[b] of each sequence b."""
-        return np.concatenate([np.arange(*span) * self.batch + b for b, span in enumerate(zip(starts, ends))])
-
     def _set_lengths(self, lengths):
-        """Forget the tokens between the old lengths and the new, also what an interrupted call left there."""
-        rows = self._rows(np.minimum(self._lengths, lengths), np.maximum(self._lengths, lengths))
-        slots = self._slot_of[rows]
-        slots = slots[self._owner[slots] == rows]
-        self._owner[slots] = self._stamp[slots] = -1
+        if (lengths < self._lengths).any():  # then the fast tier forgets them, too
+            slots = np.flatnonzero(self._owner >= lengths.min() * self.batch)
+            tokens, b = np.divmod(self._owner[slots], self.batch)
+            slots = slots[tokens >= lengths[b]]
+            self._owner[slots] = self._stamp[slots] = -1
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
-        tokens, b = on_host(indices).astype(np.int64), np.arange(self.batch)[:, None, None]
-        rows, own = among_used(np.where(tokens < 0, -1, tokens * self.batch + b))
+        tokens, B, b = on_host(indices).astype(np.int64), self.batch, np.arange(self.batch)[:, None]
+        rows, own = among_used(np.where(tokens < 0, -1, tokens * B + b[..., None]))
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
-            records, misses = self._slow[self.xp.asarray(rows)], len(rows)  # [N, W]
+            records, hits, misses = self._slow[self.xp.asarray(rows)], 0, len(rows)  # [N, W]
         else:
             with self._lock:
+                last = self._lengths[:, None] - np.arange(self.local_window, 0, -1)  # [B, local_window]
                 self._clock += 1
-                self._fetch(self._rows(np.maximum(self._lengths - self.local_window, 0), self._lengths))
-                records, misses = self._fetch(rows)
-        self.hits += len(rows) - misses
-        self.misses += misses
+                self._fetch((last * B + b)[last >= 0])
+                records, hits, misses = self._fetch(rows)
+        self.hits, self.misses = self.hits + hits, self.misses + misses
         self.bytes_moved += misses * self._fast[0].nbytes
         near, streams = KVCache.__new__(KVCache), self._split(records).items()
-        data = {x: np.broadcast_to(self.xp.ascontiguousarray(y), (self.batch, *y.shape)) for x, y in streams}
+        data = {x: np.broadcast_to(self.xp.ascontiguousarray(y), (B, *y.shape)) for x, y in streams}
         near.__dict__.update(self.__dict__, _data=data, _lengths=np.array([len(rows)]))
         return near._attend(q, self.xp.asarray(own), kwargs)
 
     def _fetch(self, rows):
-        """The records [N, W] of rows [N], and how many of these the fast tier did not have, but has now.
-
-        They go to the slots unused for longest, of too many the last.
-        """
+        """The records [N, W] of rows [N], hits, and misses, which go to the slots unused for longest."""
         slots, at = self._slot_of[rows], self.xp.asarray
         hit = self._owner[slots] == rows
         self._stamp[slots[hit]] = self._clock
@@ -1687,11 +1670,17 @@ class HybridKVCache(Session):
             records[at(there)] = missed = self._slow[at(rows[there])]
             free = np.argpartition(self._stamp, most - 1)[:most]
             free = free[self._stamp[free] < self._clock]  # what was asked for just now stays
-            late = len(there) - len(free)
+            late = len(there) - len(free)  # of too many the last are kept
             self._owner[free], new = -1, rows[there[late:]]
             self._fast[at(free)], self._slot_of[new] = missed[late:], free
             self._owner[free], self._stamp[free] = new, self._clock
-        return records, len(there)
+        return records, len(rows) - len(there), len(there)
+
+    def close(self):
+        if self.path and not self.closed and os.getpid() == self._process:
+            self.save(self.path)
+        super().close()  # views that were read keep the mapping, and only they
+        self._slow = self._fast = self._stamp = self._owner = self._slot_of = np.zeros(0, np.int64)
 
 
 def mapped(cache, shape, before):
@@ -1704,7 +1693,6 @@ def mapped(cache, shape, before):
                 os.posix_fallocate(file.fileno(), 0, nbytes)
             for at in range(file.seek(0, os.SEEK_END), nbytes, 2**20):
                 file.write(bytes(min(nbytes - at, 2**20)))
-            file.flush()
             slow = np.asarray(np.memmap(file, cache.dtype, "r+", shape=shape))
     except OSError as e:
         raise OSError(e.errno, f"the slow tier cannot hold {nbytes} bytes: {e.strerror}", cache.path) from e
@@ -2482,31 +2470,29 @@ def agreement(undo, comm, config, cache, owner, windows, call):
 
 def select_over_shards(at, quota, windows, q, k, weights):
     """Equation (2) over the keys of all ranks -> indices [..., T, K]; every visible key without a quota."""
-    xp, (*batch, T), windows = at.xp, at.queries, windows_of(at.n, *map(on_host, windows))
+    xp, S, windows = at.xp, at.n["S"], windows_of(at.n, *map(on_host, windows))
     if quota is None:
         with together(at.comm):
-            return xp.asarray(every_key(windows, at.n["S"]))
-    K, (first, end) = min(quota["top_k"], at.n["S"]), at.edges[at.comm.rank :][:2, ..., None]
-    base = xp.asarray(first, np.int32 if at.n["S"] <= 2**31 else np.int64)[..., None]
+            return xp.asarray(every_key(windows, S))
+    K, (first, end) = min(quota["top_k"], S), at.edges[at.comm.rank :][:2, ..., None]
     lo, hi = (xp.asarray(np.clip(w, first, end) - first, np.int32) for w in windows)
 
     def offers():  # what this shard selects: scores and keys [..., T, K], -inf where none is
-        (S, E), shard, found = k.shape[-2:], k, []
-        if S < K:
-            shard = np.zeros_like(k, shape=(*batch, K, E))
-            shard[..., :S, :] = k
-        step = SHARD_BUFFER // max(1, shard.shape[-2] * math.prod(batch))
+        best = xp.full((*at.queries, K), -np.inf, accumulator(q, k, weights))
+        keys = xp.zeros(best.shape, np.int32 if S <= 2**31 else np.int64)
+        step = SHARD_BUFFER // max(1, k.shape[-2] * math.prod(at.queries[:-1]))
         step = step // 192 * 192 or max(1, step)  # whole blocks of the GPU's kernel
-        for t in (slice(t, t + step) for t in range(0, max(1, T), step)):
+        for t in (slice(t, t + step) for t in range(0, at.queries[-1], step)):
             window = {"k_start": lo[..., t], "k_end": hi[..., t]}
-            scores = index_scores(q[..., t, :, :], shard, weights[..., t, :], **window)
+            scores = index_scores(q[..., t, :, :], k, weights[..., t, :], **window)
             try:
-                kept = select_topk(scores, **quota)[..., :K]
+                kept = select_topk(scores, **quota)
             except ValueError as error:
                 raise ValueError(f"counting queries from {t.start}, {error}") from None
-            best = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
-            found.append((best, kept + base))
-        return [np.concatenate(x, -2) for x in zip(*found)]
+            own = np.s_[..., t, : kept.shape[-1]]
+            best[own] = np.where(kept < 0, -np.inf, np.take_along_axis(scores, kept, -1))
+            keys[own] = kept + xp.asarray(first, keys.dtype)[..., None]
+        return best, keys
 
     def decide(*both):  # of candidates [R, M, K], side by side and thus by ascending key
         best, keys = (np.concatenate([*x], -1) for x in both)
@@ -2557,8 +2543,7 @@ def together(comm):
         yield
     except Exception as raised:
         error = raised
-    failed = gathered(comm, error is not None)
-    if failed.any():
+    if (failed := gathered(comm, error is not None)).any():
         kind, first = next((x for x in kinds if isinstance(error, x)), RuntimeError), int(failed.argmax())
         raise comm.bcast(kind(f"rank {first}: {error}"), first) from error
 
