@@ -2757,7 +2757,6 @@ class Kernel:
         self.compiling: Any = COMPILERS.submit(self.compile)
 
     def compile(self):
-        """Compile it; CuPy keeps it on disk."""
         cupy, file = sys.modules["cupy"], Path(__file__).with_name("dsa_kernels.cu")
         expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
         with cupy.cuda.Device(self.chip.device):
@@ -2785,8 +2784,8 @@ class Kernel:
         if 0 not in grid:
             if self.function is None:
                 self.wait()
-            null = self.null
-            self.function(grid, self.block, [null if x is None else x for x in arrays] + numbers, shared)
+            arguments = [self.null if x is None else x for x in arrays] + numbers
+            self.function(grid, self.block, arguments, shared)
 
 
 kernel = functools.cache(Kernel)
@@ -2908,7 +2907,6 @@ def score_plan(chip, batch, T, J, E, *given):
 
 
 def scoring(n, q, k, w):
-    """score_plan, looked up."""
     return score_plan(chip(q), n["..."], n["T"], n["J"], n["E"], like(q), like(k), like(w))
 
 
@@ -2937,11 +2935,12 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
     sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}
     found, grid = kernel(chip, "select_topk", block, REAL=real, **sizes), (rows * blocks,)
     made, shared, new = long_long(), fixed + 20 * most, sys.modules["cupy"].ndarray
+    first, last = as_arguments(T), as_arguments(top_k)
 
     def run(S, offset, scores, k_start, k_end, indices=None):
-        K, forced = min(top_k, S), (min(local_window, S), min(num_sink_tokens, S))
+        K, forced = min(top_k, S), (made(min(local_window, S)), made(min(num_sink_tokens, S)))
         indices = new((*batch, T, K), np.int32) if indices is None else indices
-        numbers = [*map(made, (T, S, K, offset, top_k, *forced))]
+        numbers = [*first, made(S), made(K), made(offset), *last, *forced]
         found(grid, (scores, k_start, k_end, indices), numbers, shared)
         return indices
 
@@ -2949,7 +2948,6 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
 
 
 def ranking(n, chip, real, *quota):
-    """topk_plan, looked up."""
     expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
     alike = TOPK_KEYS[bisect.bisect_left(TOPK_KEYS, n["S"])]
     return topk_plan(chip, real, n["..."], n["T"], alike, *quota)
@@ -3062,13 +3060,12 @@ def gpu_attention(
     Dv, D = d_v if v is None else v.shape[-1], n["D"]
     # Values that are k[..., :Dv] are read once.
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    k = standing(k, 3)
-    v = k if tied else standing(v, 3)
+    k, v = standing(k, 3), None if tied else standing(v, 3)
     shape, slots = (n["H"], k.shape[-2], D, Dv), n["S"] if indices is None else indices.shape[-1]
-    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), None if tied else like(v)
+    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), v if tied else like(v)
     indices = None if indices is None else slot_indices(indices)
     run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
-    return run(n["S"], sink, q, k, v, indices, k_start, k_end)
+    return run(n["S"], sink, q, k, k if tied else v, indices, k_start, k_end)
 
 
 def gpu_attend_to_cache(cache, q, indices, **options):
@@ -3112,8 +3109,6 @@ def gpu_packed(x, rope, out=None):
 
 # Training: what section 13 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
 # of a query, or all keys; r: the heads of a group.
-
-
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink):
     (H, G, D), Dv, tied = (n[axis] for axis in "HGD"), out.shape[-1], v is None
     r, inputs, on = H // G, (q, k, k if tied else v), chip(q)
@@ -3168,10 +3163,7 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale):
 
 
 def gradients_of_pairs(n, q, k, v, indices, dout, norms, scale):
-    """Of latents and narrow heads in bfloat16: kernels find dq and, all that is stored, a slot's dS and P.
-
-    cuBLAS multiplies those of many heads by [q, dout] in parts of 32, a kernel those of few, by tile of keys.
-    """
+    """Of latents and narrow heads in bfloat16: kernels find dq and, all that is stored, a slot's dS and P."""
     xp, (S, H, G, D), N, tied = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], v is None
     many, parts = tied and H > 8, -(-H // 32) if tied else -(-H // G // 8)
     q, k, dout, *v = map(aligned, (q, k, dout, *(() if tied else (v,))))
@@ -3189,9 +3181,9 @@ def gradients_of_pairs(n, q, k, v, indices, dout, norms, scale):
             launch("attend_backward_wgmma", 384, (M * blocks,), arrays, sizes, shared, D=D)
         else:
             pairs_of_rows(q[b][t], dout[b][t], k[b], v[0][b], norms[b][t], rows, dq[b][t], pairs, scale)
-        if many:
+        if many:  # cuBLAS multiplies the pairs by [q, dout], both in parts of 32 heads
             add_by_key(rows, product(pairs, both), sums[b])
-        else:
+        else:  # a kernel does, and adds up, for a tile of keys at a time
             add_by_tile(q[b][t], dout[b][t], rows, pairs, sums[b], tied)
     return dq, sums[..., :D], sums[..., D:]
 
@@ -3425,8 +3417,6 @@ def gpu_rounded_to_fp8(x):
 
 
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
-
-
 def gpu_as_kept(w, dtype):
     """In dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
     xp, half = sys.modules["cupy"], {x.dtype.name for x in w.values() if x.ndim == 2} == {"bfloat16"}
@@ -3451,12 +3441,8 @@ def gpu_made_of_x(x, w, turn, d):
 
 
 def gpu_projected(x, weight, dtype=None):
-    cupy, acc, (N, width), x = (
-        sys.modules["cupy"],
-        accumulator(weight),
-        weight.shape,
-        aligned(x, weight.dtype),
-    )
+    cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
+    x = aligned(x, weight.dtype)
     y = cupy.ndarray((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
         kind, (one, zero, how), multiply = CUDA_R[weight.dtype.char], SUMS[acc], cupy.cuda.cublas.gemmEx
@@ -3470,10 +3456,9 @@ def gpu_projected(x, weight, dtype=None):
 def turn_table(d, length, dtype, device):
     """cos and sin at the first positions, [length, 1, rope / 2]; all layers of a model share it."""
     xp = sys.modules["cupy"]
-    with xp.cuda.Device(device):
-        angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
-        table = [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
-        xp.cuda.get_current_stream().synchronize()  # as other streams may read it next
+    angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
+    table = [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
+    xp.cuda.get_current_stream().synchronize()  # as other streams may read it next
     return table
 
 
