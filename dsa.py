@@ -1110,7 +1110,6 @@ import contextlib
 import copy
 import itertools
 import json
-import operator
 import tempfile
 import weakref
 import zlib
@@ -2817,12 +2816,6 @@ def aligned(x, dtype=None, multiple=1):
     return padded
 
 
-def is_aligned(like, *shape):
-    dtype, strides, place = like
-    apart = itertools.accumulate(shape[:0:-1], operator.mul, initial=dtype.itemsize)
-    return place == 0 and strides[::-1] == (*apart,)
-
-
 def standing(x, axes):
     """x [..., *axes] with one batch axis and a contiguous last one; keys stay where they are in a cache."""
     x = x if x.ndim <= axes + 1 else x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
@@ -2870,17 +2863,14 @@ def queries_of_block(processors, batch, T, S, most, keys):
 
 
 @plan
-def score_plan(chip, batch, T, J, E, *given):
-    """(1) for arrays like those given: the chip, the dtype of scores, and what launches it."""
-    (q, *_), (k, strides, place), (w, *_), blocks = *given, math.prod(batch)
+def score_plan(chip, batch, T, J, E, *likes):
+    """(1) for arrays of these likes: the chip, the dtype of scores, and what launches it."""
+    (q, k, w), blocks, fits = (dtype for dtype, *_ in likes), math.prod(batch), False
     real, made, first = F64 if F64 in (q, k, w) else F32, long_long(), as_arguments(T)
     found, queries, keys, shared = score_kernel(chip, q if q == k else real, real, J, E, T)
     plain, by_wgmma = found.name == "index_scores_fma", found.name == "index_scores_wgmma"
     dtype, vector, more = (real, 1, (J, E)) if plain else (q, 16 // q.itemsize, (queries,) * by_wgmma)
     last, row = as_arguments(*more), max(1, (E + 4 * (dtype == np.uint8)) * dtype.itemsize)  # bytes of a key
-    whole = is_aligned(given[0], *batch, T, J, E) and is_aligned(given[2], *batch, T, J) and place == 0
-    apart = len(strides) < 4 and strides[-2:] == (row, dtype.itemsize) and strides[0] % row == 0
-    fits = whole and apart and (q, k, w) == (dtype, dtype, real) and E % vector == 0
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
         # A guess: DeepSeek-V3.2's attention, which takes longest to compile, will follow its indexer.
         rope, half = (64, np.dtype("bfloat16")) if k == np.uint8 else (None, k)
@@ -2888,13 +2878,19 @@ def score_plan(chip, batch, T, J, E, *given):
         attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, rope, *latents)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
+        nonlocal fits
         if not fits:
+            given = index_q, index_k, weights
             if plain and q == np.uint8:
                 index_q, index_k = sys.modules["cupy"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
             index_q, weights = aligned(index_q, dtype, vector), aligned(weights, real)
             index_k = standing(index_k.astype(dtype, copy=False), 2)
             if index_k.strides[-2] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
                 index_k = aligned(index_k)
+            same = all(x is y for x, y in zip(given, (index_q, index_k, weights)))
+            fits = (
+                same and index_k.strides[-2] == row
+            )  # as will all like them; of one key it may be otherwise
         S, many, more = index_k.shape[-2], queries, last
         if by_wgmma and T > FEW:
             many = queries_of_block(chip.processors, blocks, T, min(S, offset + T), queries, keys)
@@ -3017,7 +3013,7 @@ def attend_tile(chip, shape, real, rope, tied, q, *given):
 @plan
 def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, k, v):
     """What launches (3), of so many slots a query, for arrays like q, k and v, or k alone that is both."""
-    (H, G, D, Dv), rows, tied, v = shape, math.prod(batch) * T, v is None, v or k
+    (H, G, D, Dv), rows, tied, fits, v = shape, math.prod(batch) * T, v is None, False, v or k
     real, out_dtype = F64 if F64 in (q[0], k[0], v[0]) else F32, np.dtype(dtype or q[0])
     name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q[0], k, v)
     # Few rows of queries share their tiles of keys out over more blocks, whose parts are merged.
@@ -3032,12 +3028,16 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, 
     strides = [stride // x.itemsize for x, at, _ in (k, v) for stride in (0, *at)[-4:-1]]
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
     last = as_arguments(H, G, slots if sparse else -1, each * keys, *strides, np.float64(scale), *more)
-    xp, made, first, fits = sys.modules["cupy"], long_long(), as_arguments(T), is_aligned(q, *batch, T, H, D)
+    xp, made, first = sys.modules["cupy"], long_long(), as_arguments(T)
     merged, results = as_arguments(splits, rows * H, H, Dv), (*batch, T, H, Dv)
     lse_bytes, lse_at = rows * H * real.itemsize, -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
 
     def run(num_keys, sink, q, *keys):
-        arrays, numbers = (q if fits else aligned(q), *keys), [*first, made(num_keys), *last]
+        nonlocal fits
+        if not fits:
+            given, q = q, aligned(q)
+            fits = q is given  # as will be all like it
+        arrays, numbers = (q, *keys), [*first, made(num_keys), *last]
         memory = xp.cuda.alloc(lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         ends = None if sink is None else xp.ascontiguousarray(sink, real), out, lse
