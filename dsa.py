@@ -2779,7 +2779,7 @@ class Kernel:
             cupy = sys.modules["cupy"]
             on = {x.data.device_id for x in arrays if isinstance(x, cupy.ndarray)}
             on.add(cupy.cuda.runtime.getDevice())
-            expect(len(on) == 1, "devices, of the arrays and the current one,", on, self.chip.device)
+            expect(on == {self.chip.device}, "the arrays' or the current device", on, self.chip.device)
         if 0 not in grid:
             if self.function is None:
                 self.wait()
@@ -2888,9 +2888,7 @@ def score_plan(chip, batch, T, J, E, *likes):
             if index_k.strides[-2] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
                 index_k = aligned(index_k)
             same = all(x is y for x, y in zip(given, (index_q, index_k, weights)))
-            fits = (
-                same and index_k.strides[-2] == row
-            )  # as will all like them; of one key it may be otherwise
+            fits = same and index_k.strides[-2] == row  # of one key it may not be; all like these will fit
         S, many, more = index_k.shape[-2], queries, last
         if by_wgmma and T > FEW:
             many = queries_of_block(chip.processors, blocks, T, min(S, offset + T), queries, keys)
@@ -3121,11 +3119,9 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     by_mma = q.dtype.name == "bfloat16" and on.sm >= 80
     narrow = alike and not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) <= max(D, Dv) <= 128
     latent = alike and tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
-    if by_mma and ((latent and on.sm == 90) or (narrow and 2 < r <= 16)):
-        gradients = gradients_of_pairs
-    else:
-        gradients = gradients_by_rows if narrow and r <= 4 else gradients_of_slots
-    grads = gradients(n, q, k, v, indices, dout, norms, scale)
+    pairs = by_mma and ((latent and on.sm == 90) or (narrow and 2 < r <= 16))
+    others = gradients_by_rows if narrow and r <= 4 else gradients_of_slots
+    grads = (gradients_of_pairs if pairs else others)(n, q, k, v, indices, dout, norms, scale)
     if z is not None:
         from_z = np.where(lse == -np.inf, 0, norms[..., 1] / (1 + np.exp(lse - z)))
         grads += (-from_z.sum(tuple(range(lse.ndim - 1))),)
@@ -3224,8 +3220,7 @@ def gradients_by_rows(n, q, k, v, indices, dout, norms, scale):
         if by_mma:
             pairs_of_rows(*pairs, rows, dq[b], None, scale)
         else:
-            arrays = *pairs, rows, None, dq[b], None
-            launch("attend_backward_rows", 128, (T * H,), arrays, BY_KEY=0, **how)
+            launch("attend_backward_rows", 128, (T * H,), (*pairs, rows, None, dq[b], None), BY_KEY=0, **how)
         order, first = slots_by_key(rows, S)
         queries = (order // K).astype(np.int32)
         arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
@@ -3456,9 +3451,10 @@ def gpu_projected(x, weight, dtype=None):
 def turn_table(d, length, dtype, device):
     """cos and sin at the first positions, [length, 1, rope / 2]; all layers of a model share it."""
     xp = sys.modules["cupy"]
-    angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
-    table = [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
-    xp.cuda.get_current_stream().synchronize()  # as other streams may read it next
+    with xp.cuda.Device(device):
+        angles = xp.arange(length)[:, None, None] * xp.asarray(d.frequencies())
+        table = [(d.rope_attention_factor * f(angles)).astype(dtype) for f in (np.cos, np.sin)]
+        xp.cuda.get_current_stream().synchronize()  # as other streams may read it next
     return table
 
 
