@@ -2722,6 +2722,7 @@ SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
 TOPK_KEYS = 2**12, 2**13 - 1, 2**13, 2**14, 2**31  # up to how many keys a row is ranked alike
+TOPK_BLOCKS = 16, 8, 4  # that may share a row, in a cluster
 # A GPU: its compute capability, 90 for 9.0, bytes that a block may ask for, and number of processors.
 Chip = collections.namedtuple("Chip", "device sm shared processors")
 
@@ -2916,19 +2917,19 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
     """(2) for rows of up to so many keys, one of TOPK_KEYS: what ranks scores, an array or a pointer."""
     rows, simple = math.prod(batch) * T, real == np.float32 and local_window == num_sink_tokens == 0
     block = 512 if rows > 128 else 1024
-    # How many keys stay in a thread's registers, and else how many blocks, a cluster, share a row, where rows
-    # are few and long: as many as find room.
+    # How many keys stay in a thread's registers, or how many blocks share a row: where rows are few and long,
+    # as many as find room.
     held = next((x for x in (8, 16, 32) if simple and num_keys <= min(x * block, 2**14)), 0)
-    shares = (16 if chip.sm in (90, 100, 103) else 8, 8, 4) if chip.sm >= 90 and num_keys >= 8192 else ()
-    blocks = next((x for x in shares if rows * x <= 64 and not held), 1)
+    most = 1 if chip.sm < 90 or num_keys < 8192 or held else 16 if chip.sm in (90, 100, 103) else 8
+    blocks = next((x for x in TOPK_BLOCKS if x <= most and rows * x <= 64), 1)
     block = 512 if blocks > 1 else block
     # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
     runs = [1] if held else [8192] * (top_k > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
     fixed = 8500 + 2 * held * block + 40000 * (blocks > 1)  # struct Shared of the kernel, but for its runs
-    most = next(x for x in runs if fixed + 20 * x <= chip.shared)
-    sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}
+    capacity = next(x for x in runs if fixed + 20 * x <= chip.shared)
+    sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": capacity}
     found, grid = kernel(chip, "select_topk", block, REAL=real, **sizes), (rows * blocks,)
-    made, shared, new = long_long(), fixed + 20 * most, sys.modules["cupy"].ndarray
+    made, shared, new = long_long(), fixed + 20 * capacity, sys.modules["cupy"].ndarray
     first, last = as_arguments(T), as_arguments(top_k)
 
     def run(S, offset, scores, k_start, k_end, indices=None):
