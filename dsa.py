@@ -994,7 +994,6 @@ import copy
 import importlib.util
 import itertools
 import json
-import operator
 import tempfile
 import weakref
 import zlib
@@ -2591,12 +2590,12 @@ def nccl_ranks(comm):
 
 
 # 15. On the GPU: how the kernels of dsa_kernels.cu are launched -------------------------------------------
+# A stage looks up its plan, all that sizes, dtypes and chip decide: kernel, constants, grid and numbers. The
+# function that a plan returns makes the stage's results and launches. How many keys a cache holds, which
+# grows by each token, is no part of a plan but where they are few.
 
 PORTABLE_KERNELS = False  # True: only kernels that all GPUs from sm_80 on run, as if this were one of them
-TYPES = {
-    "uint8": "unsigned char", "float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float",
-    "float64": "double",
-}  # fmt: skip
+TYPES = {"uint8": "u8", "float16": "__half", "bfloat16": "bf16", "float32": "float", "float64": "double"}
 ONE_ZERO = [np.array([1, 0], dtype) for dtype in "fd"]  # which cuBLAS reads from memory
 UNITS = {2: "short", 4: "int", 8: "int2", 16: "int4"}  # by bytes
 CUDA_R = {"f": 0, "d": 1, "E": 14}  # cuBLAS's numbers of dtypes, float32, float64 and bfloat16
@@ -2605,14 +2604,16 @@ SUMS = {x.dtype: (x.ctypes.data, x[1:].ctypes.data, (how, -1)) for x, how in zip
 SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
-TOPK_KEYS = 2**12, 2**13 - 1, 2**13, 2**14, 2**14 + 1  # up to how many keys a row is ranked alike
-TILES = {128: 4, 256: 2, 512: 1}  # tiles of 16 keys that fit a warp's registers, by the keys' width
-
-# What of a GPU decides which kernels it runs. sm: its compute capability, 90 for 9.0; shared: the bytes that
-# a block may ask for; processors: how many it has.
+TOPK_KEYS = 2**12, 2**13 - 1, 2**13, 2**14, 2**31  # up to how many keys a row is ranked alike
+TOPK_BLOCKS = 16, 8, 4  # that may share a row, in a cluster
+# A GPU: its compute capability, 90 for 9.0, bytes that a block may ask for, and number of processors.
 Chip = collections.namedtuple("Chip", "device sm shared processors")
-# What of an array decides how it is read. place: its address modulo 16.
-Like = collections.namedtuple("Like", "dtype strides place")
+
+COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
+plan, say_once = functools.lru_cache(maxsize=4096), functools.cache(print)
+several_devices = functools.cache(lambda: sys.modules["cupy"].cuda.runtime.getDeviceCount() > 1)
+# What CuPy makes of an int at a launch, in a third of a microsecond; its own type is made in a tenth.
+long_long = functools.cache(lambda: getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64))
 
 
 @functools.cache
@@ -2627,47 +2628,25 @@ def chip(x):
     return chip_of(x.data.device_id, PORTABLE_KERNELS)
 
 
-def like(x):
-    """A Like, but as a plain tuple, which is made in half the time."""
-    return x.dtype, x.strides, x.data.ptr % 16
-
-
-# A plan is how a stage runs over arrays of certain sizes that are like certain others: a function that makes
-# what it returns and launches kernels, of which all is worked out that does not change from call to call. It
-# is looked up. How many keys a cache holds, which grows by each token, is no part of it if they are many.
-plan = functools.lru_cache(maxsize=4096)
-
-
-COMPILERS = ThreadPoolExecutor(16, "dsa compiles")
-say_once = functools.cache(print)
-several_devices = functools.cache(lambda: sys.modules["cupy"].cuda.runtime.getDeviceCount() > 1)
-
-
 class Kernel:
-    """A kernel of dsa_kernels.cu with its constants, each a number, a word or a dtype; see `kernel`.
-
-    As soon as it is asked for it is compiled, beside others; the first launch waits for that.
-    """
+    """A kernel with its constants, numbers, words or dtypes; it is compiled at once, beside others."""
 
     def __init__(self, chip, name, block, **constants):
         self.chip, self.name, self.block = chip, name, (block,)
         self.function: Any = None
         named = {key: TYPES.get(getattr(x, "name", ""), x) for key, x in sorted(constants.items())}
         self.options = "-std=c++17", f"-D{name.upper()}", *(f"-D{key}={x}" for key, x in named.items())
-        if name.endswith("_wgmma"):
-            self.options += ("-arch=sm_90a",)
-        self.large_cluster = named.get("BLOCKS", 1) > 8  # has to be allowed, by attribute 14
+        self.options += ("-arch=sm_90a",) * name.endswith("_wgmma")
         self.compiling: Any = COMPILERS.submit(self.compile)
 
     def compile(self):
-        """Compile it; CuPy keeps it on disk."""
         cupy, file = sys.modules["cupy"], Path(__file__).with_name("dsa_kernels.cu")
         expect(file.exists(), "dsa_kernels.cu", "missing", f"it beside {__file__}", FileNotFoundError)
         with cupy.cuda.Device(self.chip.device):
             module = cupy.RawModule(code=file.read_text(encoding="utf-8"), options=self.options)
             raw = module.get_function(self.name)
             raw.max_dynamic_shared_size_bytes = self.chip.shared - raw.shared_size_bytes
-            if self.large_cluster:
+            if "-DBLOCKS=16" in self.options:  # a cluster of more than 8 has to be allowed, by attribute 14
                 cupy.cuda.driver.funcSetAttribute(raw.kernel.ptr, 14, 1)
             (self.null,), self.function = as_arguments(0), raw.kernel
 
@@ -2679,27 +2658,20 @@ class Kernel:
         compiling.result()
 
     def __call__(self, grid, arrays, numbers, shared=0):
-        """Launch on the current stream. shared: bytes of dynamic shared memory.
-
-        An array arrives as a pointer to where it begins, None as a null pointer; numbers: as_arguments.
-        """
-        for x in arrays if several_devices() else ():
-            if isinstance(x, sys.modules["cupy"].ndarray) and x.data.device_id != self.chip.device:
-                raise ValueError(f"an array is on device {x.data.device_id}, expected {self.chip.device}")
+        """Launch on the current stream: arrays as pointers, None as null, and numbers as_arguments."""
+        if several_devices():
+            cupy = sys.modules["cupy"]
+            on = {x.data.device_id for x in arrays if isinstance(x, cupy.ndarray)}
+            on.add(cupy.cuda.runtime.getDevice())
+            expect(on == {self.chip.device}, "the arrays' or the current device", on, self.chip.device)
         if 0 not in grid:
             if self.function is None:
                 self.wait()
-            null = self.null
-            self.function(grid, self.block, [null if x is None else x for x in arrays] + numbers, shared)
+            arguments = [self.null if x is None else x for x in arrays] + numbers
+            self.function(grid, self.block, arguments, shared)
 
 
 kernel = functools.cache(Kernel)
-
-
-@functools.cache
-def long_long():
-    """What CuPy makes of an int at a launch, in a third of a microsecond; its own type is made in a tenth."""
-    return getattr(sys.modules["cupy"].cuda.function, "CIntptr", np.int64)
 
 
 def as_arguments(*numbers):
@@ -2708,23 +2680,20 @@ def as_arguments(*numbers):
     return [made(x if type(x) is int else int(x.view(f"i{x.itemsize}"))) for x in numbers]
 
 
-def scratch(chip, nbytes):
-    """Memory on the arrays' device; without an array about it, it costs a quarter."""
-    memory = sys.modules["cupy"].cuda.alloc(nbytes)
-    if memory.device_id != chip.device:
-        raise ValueError(f"the current device is {memory.device_id}, expected the arrays' {chip.device}")
-    return memory
+def launch(name, block, grid, arrays, sizes, shared=0, **constants):
+    """Launch a kernel on the device of its first array."""
+    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*sizes), shared)
 
 
-def launch(name, block, grid, arrays, sizes, place=(), shared=0, **constants):
-    """Launch a kernel on the device of its first array. place: numbers in front of the sizes that change."""
-    kernel(chip(arrays[0]), name, block, **constants)(grid, arrays, as_arguments(*place, *sizes), shared)
+def like(x):
+    """What of an array decides how it is read: its dtype, strides and address modulo 16."""
+    return x.dtype, x.strides, x.data.ptr % 16
 
 
-def aligned(x, multiple=1):
-    """x contiguous and at a multiple of 16 bytes, as kernels read it; its last axis padded to a multiple."""
-    more = -x.shape[-1] % multiple
-    if x.flags.c_contiguous and x.data.ptr % 16 == 0 and not more:
+def aligned(x, dtype=None, multiple=1):
+    """x in dtype, contiguous and at a multiple of 16 bytes; its last axis padded to a multiple."""
+    x, more = x if dtype is None or x.dtype == dtype else x.astype(dtype), -x.shape[-1] % multiple
+    if not more and x.flags.c_contiguous and x.data.ptr % 16 == 0:
         return x
     padded = sys.modules["cupy"].zeros((*x.shape[:-1], x.shape[-1] + more), x.dtype)
     padded[..., : x.shape[-1]] = x
@@ -2732,10 +2701,7 @@ def aligned(x, multiple=1):
 
 
 def standing(x, axes):
-    """x [..., *axes] with its batch axes as one: where it stands, or a copy with a contiguous last axis.
-
-    The keys of a cache that is not full stand further apart than they are many; they are not copied.
-    """
+    """x [..., *axes] with one batch axis and a contiguous last one; keys stay where they are in a cache."""
     x = x if x.ndim <= axes + 1 else x.reshape(math.prod(x.shape[:-axes]), *x.shape[-axes:])
     return x if x.strides[-1] == x.itemsize or x.shape[-1] == 1 else aligned(x)
 
@@ -2746,10 +2712,10 @@ def slot_indices(indices):
     return sys.modules["cupy"].ascontiguousarray(wide, np.int32)
 
 
-def score_kernel(chip, dtypes, real, J, E, T):
-    """The kernel of (1) for index_q and index_k of dtypes, and a block's queries, keys and shared memory."""
-    dtype = dtypes[0] if dtypes[0] == dtypes[1] else real
-    row, tiles = E * dtype.itemsize, next((m for width, m in TILES.items() if width >= E), 0)
+def score_kernel(chip, dtype, real, J, E, T):
+    """The kernel of (1) for index_q and index_k in dtype; a block's queries, keys and shared memory."""
+    row = E * dtype.itemsize  # tiles: those of 16 keys that fit a warp's registers
+    tiles = next((m for width, m in ((128, 4), (256, 2), (512, 1)) if width >= E), 0)
     if chip.sm < 80 or dtype.itemsize > 2 or real == np.float64 or row % 4 or not tiles * J * E:
         return kernel(chip, "index_scores_fma", 256, REAL=real), 8, 512 // real.itemsize, 0
     if chip.sm == 90 and J in (32, 64, 128) and row in (128, 256):
@@ -2758,7 +2724,7 @@ def score_kernel(chip, dtypes, real, J, E, T):
             return found, FEW, 256, 34816 + 8192 * (1 + (T > 1))  # struct Few of the kernel
         shared = -(-(512 * row + 3780 + 13 * J // 2) // 1024) * 1024  # struct Shared of the kernel
         found = kernel(chip, "index_scores_wgmma", 384, ELEMENT=dtype, J=J, E=E)
-        return found, 208, 512 // dtype.itemsize, shared
+        return found, FEW if T <= FEW else 208, 512 // dtype.itemsize, shared
     heads, vector = min(-(-J // 8) * 8, 64 if E <= 256 else 32), 16 // dtype.itemsize
     sizes = {"J": J, "E": E, "PITCH": -(-E // vector) * vector, "HEADS": heads, "TILES": tiles}
     shared = 2 * heads * (-(-row // 64) * 64 + 20)  # 2 of the kernel's struct Stage
@@ -2767,17 +2733,13 @@ def score_kernel(chip, dtypes, real, J, E, T):
 
 @plan
 def queries_of_block(processors, batch, T, S, most, keys):
-    """How many queries, of most, a block of index_scores_wgmma takes, so that no last round is nearly empty.
-
-    Windows are taken to end at the queries, the last one's at S. A block begins in the time of 6 queries by
-    512 keys.
-    """
+    """Of index_scores_wgmma, at most `most`, so that no last round is nearly empty if windows end at S."""
     if batch * T * S > 8 * processors * most * keys:  # so many rounds that the last one hardly matters
         return 192
     whole = max(0, S - T) // keys  # tiles that all queries see
     seen = [min(T, S - s) for s in range(whole * keys, S, keys)]  # of the other tiles, by how many
 
-    def cost(queries):
+    def cost(queries):  # a block begins in the time of 6 queries by 512 keys
         blocks = batch * (whole * -(-T // queries) + sum(-(-x // queries) for x in seen))
         return -(-blocks // processors) * (queries + 3072 // keys)
 
@@ -2785,150 +2747,126 @@ def queries_of_block(processors, batch, T, S, most, keys):
 
 
 @plan
-def score_plan(chip, batch, T, J, E, *given):
-    """The kernel of (1) for arrays like those given, the dtype of scores, and what launches it."""
-    q, k, w = (Like(*x) for x in given)
-    real, blocks = accumulator(q, k, w), math.prod(batch)
-    found, queries, keys, shared = score_kernel(chip, (q.dtype, k.dtype), real, J, E, T)
-    by_wgmma, made = found.name == "index_scores_wgmma", long_long()
-    queries = FEW if by_wgmma and T <= FEW else queries
-    plain, of_fitting = found.name == "index_scores_fma", None  # by how many rows sequences of keys are apart
-    dtype, vector = (real, 1) if plain else (q.dtype, 16 // q.dtype.itemsize)
-    first, last = as_arguments(T), as_arguments(*((queries,) if by_wgmma else (J, E) if plain else ()))
+def score_plan(chip, batch, T, J, E, *likes):
+    """(1) for arrays of these likes: the chip, the dtype of scores, and what launches it."""
+    (q, k, w), blocks, fits = (dtype for dtype, *_ in likes), math.prod(batch), False
+    real, made, first = F64 if F64 in (q, k, w) else F32, long_long(), as_arguments(T)
+    found, queries, keys, shared = score_kernel(chip, q if q == k else real, real, J, E, T)
+    plain, by_wgmma = found.name == "index_scores_fma", found.name == "index_scores_wgmma"
+    dtype, vector, more = (real, 1, (J, E)) if plain else (q, 16 // q.itemsize, (queries,) * by_wgmma)
+    last, row = as_arguments(*more), max(1, (E + 4 * (dtype == np.uint8)) * dtype.itemsize)  # bytes of a key
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
-        begin_to_compile_attention(chip, batch, T, k.dtype)
+        # A guess: DeepSeek-V3.2's attention, which takes longest to compile, will follow its indexer.
+        rope, half = (64, np.dtype("bfloat16")) if k == np.uint8 else (None, k)
+        latents = (half, (), 0), (k, (), 0), None
+        attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, rope, *latents)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
-        nonlocal of_fitting
-        if (apart := of_fitting) is None:
+        nonlocal fits
+        if not fits:
             given = index_q, index_k, weights
-            index_q, index_k, weights = fitted(*given)
-            apart = index_k.strides[0] // max(1, index_k.shape[-1] * index_k.itemsize)
-            if index_q is given[0] and index_k is given[1] and weights is given[2]:
-                of_fitting = apart  # nothing was to be done, nor will be for arrays like these
-        S, arrays = index_k.shape[-2], (index_q, index_k, weights, k_start, k_end, scores)
-        offset, many, more = S - T if offset is None else offset, queries, last
+            if plain and q == np.uint8:
+                index_q, index_k = sys.modules["cupy"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
+            index_q, weights = aligned(index_q, dtype, vector), aligned(weights, real)
+            index_k = standing(index_k.astype(dtype, copy=False), 2)
+            if index_k.strides[-2] != row or index_k.strides[0] % row or index_k.data.ptr % 16:
+                index_k = aligned(index_k)
+            same = all(x is y for x, y in zip(given, (index_q, index_k, weights)))
+            fits = same and index_k.strides[-2] == row  # of one key it may not be; all like these will fit
+        S, many, more = index_k.shape[-2], queries, last
         if by_wgmma and T > FEW:
             many = queries_of_block(chip.processors, blocks, T, min(S, offset + T), queries, keys)
             more = as_arguments(many)
-        grid = (blocks * -(-T // many) * -(-S // keys),)
+        grid, apart = (blocks * -(-T // many) * -(-S // keys),), index_k.strides[0] // row
+        arrays = index_q, index_k, weights, k_start, k_end, scores
         found(grid, arrays, [*first, made(S), made(offset), made(apart), *more], shared)
 
-    def fitted(index_q, index_k, weights):
-        if plain and index_q.dtype == np.uint8:
-            index_q, index_k = sys.modules["cupy"].asarray(E4M3)[index_q], unpacked(index_k, E, 0)
-        index_q, index_k = (x.astype(dtype, copy=False) for x in (index_q, index_k))
-        index_k, width = standing(index_k, 2), max(1, index_k.shape[-1] * index_k.itemsize)
-        if index_k.strides[-2] != width or index_k.strides[0] % width or index_k.data.ptr % 16:
-            index_k = aligned(index_k)
-        return aligned(index_q, vector), index_k, aligned(weights.astype(real, copy=False))
-
-    return found, real, run
+    return chip, real, run
 
 
-def begin_to_compile_attention(chip, batch, T, dtype):
-    """DeepSeek-V3.2's, which takes longest, where its indexer is met: a guess."""
-    half = np.dtype(sys.modules["ml_dtypes"].bfloat16) if dtype == np.uint8 else dtype
-    latents = 64 if dtype == np.uint8 else None, (half, (), 0), (dtype, (), 0), None
-    attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, *latents)
-
-
-def scores_of(n, index_q, index_k, weights):
-    """score_plan, looked up."""
-    arrays = like(index_q), like(index_k), like(weights)
-    return score_plan(chip(index_q), n["..."], n["T"], n["J"], n["E"], *arrays)
+def scoring(n, q, k, w):
+    return score_plan(chip(q), n["..."], n["T"], n["J"], n["E"], like(q), like(k), like(w))
 
 
 def gpu_index_scores(n, index_q, index_k, weights, k_start, k_end):
-    _, real, run = scores_of(n, index_q, index_k, weights)
+    _, real, score = scoring(n, index_q, index_k, weights)
     scores = n["xp"].empty((*n["..."], n["T"], n["S"]), real)
-    run(index_q, index_k, weights, k_start, k_end, None, scores)
+    score(index_q, index_k, weights, k_start, k_end, n["S"] - n["T"], scores)
     return scores
 
 
 @plan
-def topk_plan(chip, real, batch, T, num_keys, quota):
-    """What launches (2) for rows of up to so many keys, one of TOPK_KEYS."""
-    rows, (top_k, local_window, num_sink_tokens) = math.prod(batch) * T, quota
-    block, simple = 512 if rows > 128 else 1024, real == np.float32 and not any(quota[1:])
-    # How many keys stay in a thread's registers
+def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_tokens):
+    """(2) for rows of up to so many keys, one of TOPK_KEYS: what ranks scores, an array or a pointer."""
+    rows, simple = math.prod(batch) * T, real == np.float32 and local_window == num_sink_tokens == 0
+    block = 512 if rows > 128 else 1024
+    # How many keys stay in a thread's registers, or how many blocks share a row: where rows are few and long,
+    # as many as find room.
     held = next((x for x in (8, 16, 32) if simple and num_keys <= min(x * block, 2**14)), 0)
-    blocks = 1 if held else blocks_of_row(chip, rows, num_keys)
+    most = 1 if chip.sm < 90 or num_keys < 8192 or held else 16 if chip.sm in (90, 100, 103) else 8
+    blocks = next((x for x in TOPK_BLOCKS if x <= most and rows * x <= 64), 1)
     block = 512 if blocks > 1 else block
     # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
     runs = [1] if held else [8192] * (top_k > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
-    shared = {x: 8500 + 20 * x + 2 * held * block + 40000 * (blocks > 1) for x in runs}  # struct Shared
-    most = next(x for x in runs if shared[x] <= chip.shared)
-    sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": most}
+    fixed = 8500 + 2 * held * block + 40000 * (blocks > 1)  # struct Shared of the kernel, but for its runs
+    capacity = next(x for x in runs if fixed + 20 * x <= chip.shared)
+    sizes = {"BLOCK": block, "BLOCKS": blocks, "HELD": held, "CAPACITY": capacity}
     found, grid = kernel(chip, "select_topk", block, REAL=real, **sizes), (rows * blocks,)
-    made, first, last, new = long_long(), as_arguments(T), as_arguments(top_k), sys.modules["cupy"].ndarray
+    made, shared, new = long_long(), fixed + 20 * capacity, sys.modules["cupy"].ndarray
+    first, last = as_arguments(T), as_arguments(top_k)
 
     def run(S, offset, scores, k_start, k_end, indices=None):
-        K, forced = min(top_k, S), [made(min(local_window, S)), made(min(num_sink_tokens, S))]
+        K, forced = min(top_k, S), (made(min(local_window, S)), made(min(num_sink_tokens, S)))
         indices = new((*batch, T, K), np.int32) if indices is None else indices
         numbers = [*first, made(S), made(K), made(offset), *last, *forced]
-        found(grid, (scores, k_start, k_end, indices), numbers, shared[most])
+        found(grid, (scores, k_start, k_end, indices), numbers, shared)
         return indices
 
     return run
 
 
-def blocks_of_row(chip, rows, num_keys):
-    """How many blocks share a row in select_topk: as many as find room, where rows are few and long."""
-    if chip.sm < 90 or num_keys < 8192:
-        return 1
-    most = 16 if chip.sm in (90, 100, 103) else 8  # blocks in a cluster
-    return next(x for x in (most, 8, 4, 1) if rows * x <= 64 or x == 1)
-
-
-def ranking(chip, real, batch, T, S, quota):
-    """topk_plan, looked up: run(S, offset, scores, k_start, k_end, indices) ranks scores, an array or a
-    pointer, as indices. offset: S - T, or of all queries.
-    """
-    return topk_plan(chip, real, batch, T, TOPK_KEYS[bisect.bisect_left(TOPK_KEYS, min(S, 2**14 + 1))], quota)
+def ranking(n, chip, real, *quota):
+    expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
+    alike = TOPK_KEYS[bisect.bisect_left(TOPK_KEYS, n["S"])]
+    return topk_plan(chip, real, n["..."], n["T"], alike, *quota)
 
 
 def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
-    real, T, S, quota = accumulator(scores), n["T"], n["S"], (top_k, local_window, num_sink_tokens)
-    expect(S <= 2**31 - 2**17, "S", S, "at most 2**31 - 2**17 on a GPU")
-    scores = aligned(scores.astype(real, copy=False))
-    offset = S if k_start is None and k_end is None else S - T  # S: up to the end
-    return ranking(chip(scores), real, n["..."], T, S, quota)(S, offset, scores, k_start, k_end)
+    real, S = accumulator(scores), n["S"]
+    rank = ranking(n, chip(scores), real, top_k, local_window, num_sink_tokens)
+    offset = S if k_start is None and k_end is None else S - n["T"]  # S: of all rows all keys are visible
+    return rank(S, offset, aligned(scores, real), k_start, k_end)
 
 
-def gpu_lightning_select(n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end):
-    """(1), then (2), for as many queries at a time as SCORE_BYTES hold."""
-    expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
-    xp, batch, T, S, quota = n["xp"], n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
-    (scored, real, score), rows = scores_of(n, index_q, index_k, weights), math.prod(batch) * T
+def gpu_lightning_select(
+    n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end, last=0, indices=None
+):
+    """(1), then (2), for as many queries at a time as SCORE_BYTES hold. last: how many more follow."""
+    batch, T, S, quota = n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    (on, real, score), rows = scoring(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        memory = scratch(scored.chip, rows * S * real.itemsize)
-        (scores,) = as_arguments(memory.ptr)
-        rank = ranking(scored.chip, real, batch, T, S, quota)  # compiles beside the scores
-        score(index_q, index_k, weights, k_start, k_end, S - T, scores)
-        return rank(S, S - T, scores, k_start, k_end)
-    indices = xp.empty((*batch, T, min(top_k, S)), np.int32)
+        rank = ranking(n, on, real, *quota)  # compiles beside the scores
+        memory = sys.modules["cupy"].cuda.alloc(rows * S * real.itemsize)  # an array costs four times as much
+        (scores,), offset = as_arguments(memory.ptr), S - T - last
+        score(index_q, index_k, weights, k_start, k_end, offset, scores)
+        return rank(S, offset, scores, k_start, k_end, indices)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
-    scores = xp.empty((min(most, T), S), real)
-    for b in np.ndindex(*batch):
-        for t in range(0, T, most):
-            part, offset = slice(t, min(t + most, T)), S - T + t  # offset: S - T, were these all queries
-            some = {**n, "...": (), "T": part.stop - t}
-            index = index_q[b][part], index_k[b], weights[b][part]
-            start, end = (w if w is None else w[b][part] for w in (k_start, k_end))
-            scores_of(some, *index)[2](*index, start, end, offset, scores)
-            rank = ranking(scored.chip, real, (), some["T"], S, quota)
-            rank(S, offset, scores, start, end, indices[b][part])
+    indices = n["xp"].empty((*batch, T, min(top_k, S)), np.int32)
+    for *b, i in np.ndindex(*batch, -(-T // most)):
+        part, end = (*b, slice(i * most, i * most + most)), min(T, i * most + most)
+        index, some = (index_q[part], index_k[tuple(b)], weights[part]), {"...": (), "T": end - i * most}
+        rest = *quota, *(w if w is None else w[part] for w in (k_start, k_end)), T - end, indices[part]
+        gpu_lightning_select(n | some, *index, *rest)
     return indices
 
 
-def attend_tile(chip, shape, real, rope, tied, *given):
+def attend_tile(chip, shape, real, rope, tied, q, *given):
     """Which kernel attends: its name, its block and the heads and keys of that, shared memory, constants."""
-    (H, G, D, Dv), (q, k, v) = shape, (x.dtype for x in given)
+    (H, G, D, Dv), (k, v) = shape, (dtype for dtype, *_ in given)
     heads, rank = H // G, 0 if rope is None else D - rope  # rank: the values of packed keys in 8 bits
     widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
-    align = [math.gcd(16, x.place, *x.strides[:-1], width) for x, width in zip(given[1:], widths)]  # of rows
+    align = [math.gcd(16, at, *strides[:-1], width) for (_, strides, at), width in zip(given, widths)]
     stored, sizes = {"R8": rank, "ROPE": rope or 0, "TIED": int(tied)}, {"D": D, "DV": Dv, "TYPE": q}
     alike = rank % 8 == stored["ROPE"] % 8 == 0 and q.name == "bfloat16" if rank else q == k == v
     tensor_cores = q.itemsize == 2 and alike and min(align) >= 4 and chip.sm >= 80 and D * Dv
@@ -2942,11 +2880,11 @@ def attend_tile(chip, shape, real, rope, tied, *given):
     key = 8 + 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row) + (0 if tied else 256 * -(-Dv // 64))
     # The first tile that fits shared memory, with keys of so many bytes: 227 KB on sm_90, 163 on sm_80, 99 on
     # sm_86, sm_89 and sm_120; and registers: 16 heads by 16 values take 8 of 128 that a thread can spare.
-    for block, keys in ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64), (16, 32)):
+    for block, keys in itertools.product((64, 32, 16), (64, 32)) if tensor_cores and heads >= 8 else ():
         maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
         shared = block * (2 * row + 128) + keys * key + maxima
         fits = shared <= chip.shared and block // 16 * columns * 8 <= 128
-        if tensor_cores and fits and heads >= 8 and (block == 16 or block < 2 * heads):
+        if fits and (block == 16 or block < 2 * heads):
             tile = {"KEYS": keys, "VEC": align[0], "VVEC": align[1]}
             return "attend_mma", 256, block, keys, shared, stored | sizes | tile
     some = next(x for x in (8, 4, 2, 1) if x == 1 or (x < 2 * heads and x * D * real.itemsize <= 40960))
@@ -2955,15 +2893,12 @@ def attend_tile(chip, shape, real, rope, tied, *given):
 
 
 @plan
-def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *given):
-    """What launches (3) for q, k and v like those given; v is None where k holds the values, too. dtype:
-    out's. slots: a query's, or all its keys. Few rows of queries share these out over more blocks, as many as
-    the shapes alone say, whose parts are merged.
-    """
-    (H, G, D, Dv), rows, tied = shape, math.prod(batch) * T, given[2] is None
-    q, k, v = (Like(*(x or given[1])) for x in given)
-    real, out_dtype = accumulator(q, k, v), np.dtype(dtype or q.dtype)
-    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q, k, v)
+def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, k, v):
+    """What launches (3), of so many slots a query, for arrays like q, k and v, or k alone that is both."""
+    (H, G, D, Dv), rows, tied, fits, v = shape, math.prod(batch) * T, v is None, False, v or k
+    real, out_dtype = F64 if F64 in (q[0], k[0], v[0]) else F32, np.dtype(dtype or q[0])
+    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q[0], k, v)
+    # Few rows of queries share their tiles of keys out over more blocks, whose parts are merged.
     blocks, tiles = rows * G * -(-(H // G) // heads), max(1, -(-slots // keys))
     each = -(-tiles // min(tiles, max(1, 128 // max(1, blocks))))  # tiles of keys in a split
     splits, columns = -(-tiles // each), -(-Dv // 128) or 1
@@ -2972,23 +2907,25 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
     loads = min(max(1, 512 // real.itemsize // columns), 8 if splits <= 8 else 32)  # fit a thread's registers
     types = {"ACC": real, "OUT": out_dtype, "COLUMNS": columns, "LOADS": loads}
     merge = kernel(chip, "merge_attention", 128, **types) if splits > 1 else None
-    strides = [stride // x.dtype.itemsize for x in (k, v) for stride in (0, *x.strides)[-4:-1]]
+    strides = [stride // x.itemsize for x, at, _ in (k, v) for stride in (0, *at)[-4:-1]]
     more = {"attend": (D, Dv), "attend_wgmma": (rows, splits)}.get(name, ())
     last = as_arguments(H, G, slots if sparse else -1, each * keys, *strides, np.float64(scale), *more)
-    merged, lse_bytes = as_arguments(splits, rows * H, H, Dv), rows * H * real.itemsize
     xp, made, first = sys.modules["cupy"], long_long(), as_arguments(T)
-    results, lse_at = (*batch, T, H, Dv), -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
-    apart = itertools.accumulate((*batch, T, H, D)[:0:-1], operator.mul, initial=q.dtype.itemsize)
-    fits = q.place == 0 and q.strides[::-1] == (*apart,)  # as aligned would find, but once
+    merged, results = as_arguments(splits, rows * H, H, Dv), (*batch, T, H, Dv)
+    lse_bytes, lse_at = rows * H * real.itemsize, -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
 
     def run(num_keys, sink, q, *keys):
-        arrays, numbers = (q if fits else aligned(q), *keys), [*first, made(num_keys), *last]
-        memory = scratch(chip, lse_at + lse_bytes)  # for both, as it costs half as much as a launch
+        nonlocal fits
+        if not fits:
+            given, q = q, aligned(q)
+            fits = q is given  # as will be all like it
+        arrays, numbers = (q, *keys), [*first, made(num_keys), *last]
+        memory = xp.cuda.alloc(lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         ends = None if sink is None else xp.ascontiguousarray(sink, real), out, lse
         if merge:
-            memory = scratch(chip, splits * lse_bytes * (Dv + 1))
-            parts = made(memory.ptr), made(memory.ptr + splits * lse_bytes * Dv)
+            memory = xp.cuda.alloc(splits * lse_bytes * (Dv + 1))
+            parts = as_arguments(memory.ptr, memory.ptr + splits * lse_bytes * Dv)
             attend(grid, (*arrays, None, *parts), numbers, shared)
             merge((rows * H,), (*parts, *ends), merged)
         else:
@@ -3001,20 +2938,16 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, *gi
 def gpu_attention(
     n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None, rope=None
 ):
-    """Equation (3) over indices [..., T, K], or, where they are None, over windows.
-
-    v=None: the values are the first d_v of each key. rope: k is uint8 [..., S, 1, packed], as packed makes it
-    of keys with so many rotated values. Values that are k[..., :Dv] are read once.
-    """
+    """(3) over indices, or else windows. rope: k [..., S, 1, packed] is what packed makes of keys with it."""
     Dv, D = d_v if v is None else v.shape[-1], n["D"]
+    # Values that are k[..., :Dv] are read once.
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    k = standing(k, 3)
-    v = k if tied else standing(v, 3)
+    k, v = standing(k, 3), None if tied else standing(v, 3)
     shape, slots = (n["H"], k.shape[-2], D, Dv), n["S"] if indices is None else indices.shape[-1]
-    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), None if tied else like(v)
+    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), v if tied else like(v)
     indices = None if indices is None else slot_indices(indices)
     run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
-    return run(n["S"], sink, q, k, v, indices, k_start, k_end)
+    return run(n["S"], sink, q, k, k if tied else v, indices, k_start, k_end)
 
 
 def gpu_attend_to_cache(cache, q, indices, **options):
@@ -3029,63 +2962,50 @@ def gpu_attend_to_cache(cache, q, indices, **options):
     return gpu_attention(n, indices=indices, rope=rope, **given)
 
 
-@plan
-def packing_plan(chip, shape, dtype, rope, place, block, scale, least):
-    """What launches quantize_fp8. place: how far apart rows of codes and of scales are, and where in them the
-    scales and the `rope` values in bfloat16 begin, in bytes.
-    """
-    rows, width = math.prod(shape[:-1]), shape[-1] - rope
-    types = {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": dtype, "ACC": F64 if dtype == F64 else F32}
-    grid = (-(-rows * (-(-width // block) + (rope > 0)) // 8),)
-    numbers = as_arguments(rows, width, rope, shape[-1], *place, np.float32(least))
-    found = kernel(chip, "quantize_fp8", 256, **types)
-    return lambda *arrays: found(grid, arrays, numbers)
-
-
-def gpu_quantized(x, block, scale, least):
-    """quantized, byte for byte."""
-    xp, (*rows, width), blocks = sys.modules["cupy"], x.shape, -(-x.shape[-1] // block)
-    x, codes = xp.ascontiguousarray(x), xp.empty(x.shape, np.uint8)
-    scales, place = xp.empty((*rows, blocks), np.float32), (width, 4 * blocks, 0, 0)
-    packing_plan(chip(x), x.shape, x.dtype, 0, place, block, scale, least)(x, codes, scales)
+def gpu_quantized(x, block, scale, least, rope=0, entries=None):
+    """quantized, byte for byte; or packed to entries [rows, bytes]."""
+    xp, (*rows, width), acc = sys.modules["cupy"], x.shape, accumulator(x)
+    blocks, codes = -(-(width - rope) // block), entries
+    if entries is None:
+        codes, scales = xp.empty(x.shape, np.uint8), xp.empty((*rows, blocks), np.float32)
+        place = width, 4 * blocks, 0, 0  # how far apart rows are, and where scales and the bfloat16 begin
+    else:
+        scales, place = entries, (*entries.strides[:1] * 2, width - rope, entries.shape[1] - 2 * rope)
+    sizes = x.size // max(1, width), width - rope, rope, width, *place, np.float32(least)
+    grid = (-(-sizes[0] * (blocks + (rope > 0)) // 8),)
+    x, how = xp.ascontiguousarray(x), {"BLOCK": block, "UE8M0": int(scale == "ue8m0"), "XT": x.dtype}
+    launch("quantize_fp8", 256, grid, (x, codes, scales), sizes, ACC=acc, **how)
     return codes, scales
 
 
 def gpu_packed(x, rope, out=None):
     """packed, byte for byte."""
-    xp, D, width = sys.modules["cupy"], x.shape[-1], packed_bytes(x.shape[-1], rope)
-    x, own = xp.ascontiguousarray(x), xp.ndarray((*x.shape[:-1], width), np.uint8) if out is None else out
-    rows, least = own.reshape(-1, width), 448e-4 if rope else 1e-4
-    place = (row := rows.strides[0]), row, D - rope, width - 2 * rope
-    packing_plan(chip(x), x.shape, x.dtype, rope, place, FP8_BLOCK, "ue8m0", least)(x, rows, rows)
-    if rows.data.ptr != own.data.ptr:  # a copy, as they are not evenly apart
-        own[...] = rows.reshape(own.shape)
-    return own
+    width = packed_bytes(x.shape[-1], rope)
+    out = sys.modules["cupy"].ndarray((*x.shape[:-1], width), np.uint8) if out is None else out
+    rows = out.reshape(-1, width)
+    gpu_quantized(x, FP8_BLOCK, "ue8m0", 448e-4 if rope else 1e-4, rope, rows)
+    if rows.data.ptr != out.data.ptr:  # a copy, as they are not evenly apart
+        out[...] = rows.reshape(out.shape)
+    return out
 
 
 # Training: what section 13 does for a block of queries, here for as many, M, as SLOT_BYTES hold. N: the slots
 # of a query, or all keys; r: the heads of a group.
-
-
 def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scale, sink):
     (H, G, D), Dv, tied = (n[axis] for axis in "HGD"), out.shape[-1], v is None
-    r, inputs = H // G, (q, k, k if tied else v)
+    r, inputs, on = H // G, (q, k, k if tied else v), chip(q)
     acc, alike = accumulator(*inputs), {x.dtype for x in inputs} == {dout.dtype}
     z, norms = sink if sink is None else sink.astype(acc), n["xp"].empty((*lse.shape, 2), acc)
-    lse, dout, out = map(aligned, (lse.astype(acc, copy=False), dout, out))
+    lse, dout, out = aligned(lse, acc), aligned(dout), aligned(out)
     arrays, sizes, grid = (dout, out, lse, z, norms), (lse.size, H, Dv), (-(-lse.size // 8),)
     launch("attend_backward_norms", 256, grid, arrays, sizes, TYPE=dout.dtype, OUT=out.dtype, ACC=acc)
-    given = q, k, v, indices, dout, norms, scale
-    by_mma = q.dtype.name == "bfloat16" and chip(q).sm >= 80
-    narrow = not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) and max(D, Dv) <= 128
-    latent = tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
-    latent = alike and latent and by_mma and chip(q).sm == 90
-    if (latent and H <= 8) or (alike and narrow and by_mma and 2 < r <= 16):
-        grads = gradients_by_tile(n, *given)
-    elif alike and narrow and r <= 4:
-        grads = gradients_by_rows(n, *given, by_mma)
-    else:
-        grads = gradients_of_slots(n, *given, latent)
+    # Which of the three ways below is fastest, as measured
+    by_mma = q.dtype.name == "bfloat16" and on.sm >= 80
+    narrow = alike and not tied and q.itemsize == 2 and D % 8 == Dv % 8 == 0 < min(D, Dv) <= max(D, Dv) <= 128
+    latent = alike and tied and G == 1 and D in (512, 576) and Dv == 512 and (H % 32 == 0 or H < 32)
+    pairs = by_mma and ((latent and on.sm == 90) or (narrow and 2 < r <= 16))
+    others = gradients_by_rows if narrow and r <= 4 else gradients_of_slots
+    grads = (gradients_of_pairs if pairs else others)(n, q, k, v, indices, dout, norms, scale)
     if z is not None:
         from_z = np.where(lse == -np.inf, 0, norms[..., 1] / (1 + np.exp(lse - z)))
         grads += (-from_z.sum(tuple(range(lse.ndim - 1))),)
@@ -3093,83 +3013,67 @@ def gpu_sparse_attention_backward(n, q, k, v, indices, out, lse, dout, d_v, scal
     return tuple(None if x is None else d.astype(x.dtype, copy=False) for d, x in wanted)
 
 
-def gradients_of_slots(n, q, k, v, indices, dout, norms, scale, latent):
+def gradients_of_slots(n, q, k, v, indices, dout, norms, scale):
     """dq, dk and dv of any shape and type: the keys of each slot are gathered, cuBLAS multiplies them."""
     xp, (S, H, G, D), N, Dv = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], dout.shape[-1]
-    r, tied, acc, blocks = H // G, v is None, norms.dtype, -(-H // 64) if latent else 1
-    width, heads = D if tied else D + Dv, -(-H // 32) * 32
+    r, tied, acc, width = H // G, v is None, norms.dtype, D if v is None else D + Dv
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
-    dq, dkv = xp.empty(q.shape, kind if latent else acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
+    dq, dkv = xp.empty(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
-    bytes_each = 4 * heads * D + N * (4 * D + 4 * heads + 32) if latent else bytes_each
-    whole = chip(q).processors // blocks or 1  # queries whose blocks take a turn of all processors
-    for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
-        M = len(rows)
-        if latent:
-            both = xp.empty((M, 2 * heads, D), kind)
-            given = q[b][t], dout[b][t], k[b], norms[b][t], rows, dq[b][t], both
-            slots = product(pairs_of_latents(given, scale), both)
-        else:
-            keys = gathered_slots(k[b], rows)  # [M * G, N, D]
-            values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
-            q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
-            s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
-            pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
-            arrays, sizes = (s, dp, rows, norms[b][t], pairs), (N, H, G, S, np.float64(scale))
-            launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
-            product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
-            by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
-            if tied:  # one product: [dS, P]^T [q, dout]
-                both = xp.zeros((M * G, 2, r, D), kind)
-                both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
-                slots = product(by_key, both.reshape(M * G, 2 * r, D))
-            else:  # [dS^T q, P^T dout]
-                slots = xp.empty((M * G, N, width), acc)
-                product(by_key[..., :r], q_t, slots[..., :D])
-                product(by_key[..., r:], dout_t, slots[..., D:])
+    for b, t, rows in query_chunks(n, indices, None, bytes_each, chip(q).processors):
+        M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
+        values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
+        q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
+        s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
+        pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
+        arrays, sizes = (s, dp, rows, norms[b][t], pairs), (N, H, G, S, np.float64(scale))
+        launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
+        product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
+        if tied:  # one product: [dS, P]^T [q, dout]
+            both = xp.zeros((M * G, 2, r, D), kind)
+            both[:, 0], both[:, 1, :, :Dv] = q_t, dout_t
+            slots = product(by_key, both.reshape(M * G, 2 * r, D))
+        else:  # [dS^T q, P^T dout]
+            slots = xp.empty((M * G, N, width), acc)
+            product(by_key[..., :r], q_t, slots[..., :D])
+            product(by_key[..., r:], dout_t, slots[..., D:])
         add_by_key(rows, slots, dkv[b])
     return dq, dkv[..., :D], dkv[..., D:]
 
 
-def pairs_of_latents(arrays, scale):
-    """dS and P of each slot, [M, N, parts * 64], and dq, for latents in bfloat16 on Hopper: arrays are the
-    kernel's up to `both`, [q, dout] of heads in parts of 32, or all in one, which a product with pairs wants.
-    """
-    (q, _, k, _, rows, *_), D = arrays, arrays[0].shape[2]
-    (M, N), H, parts = rows.shape, q.shape[1], -(-q.shape[1] // 32)
-    pairs = sys.modules["cupy"].empty((M, N, parts * 64), q.dtype)
-    grid, shared = (M * -(-parts // 2),), 384 * D + 8192 + D // 4  # struct Plan of the kernel
-    sizes = len(k), H, N, np.float64(scale)
-    launch("attend_backward_wgmma", 384, grid, (*arrays, pairs), sizes, shared=shared, D=D)
-    return pairs
-
-
-def pairs_of_rows(arrays, scale, pairs=None):
-    """dq of narrow heads in bfloat16, and dS and P of each slot to pairs; arrays: the kernel's up to dq."""
-    q, _, k, v, _, rows, _ = arrays
-    (S, G, D), (M, N), H, DV = k.shape, rows.shape, q.shape[1], v.shape[2]
-    shared = 2**14 * (-(-D // 64) + -(-DV // 64))  # struct Tiles of 4 warps
-    grid, sizes = (M * G * -(-H // G // 8),), (S, H, G, N, np.float64(scale))
-    launch("attend_backward_mma", 128, grid, (*arrays, pairs), sizes, shared=shared, D=D, DV=DV)
-    return pairs
-
-
-def gradients_by_tile(n, q, k, v, indices, dout, norms, scale):
-    """The same for few heads in bfloat16: of a slot only dS and P are stored, which a kernel multiplies and
-    sums for a tile of keys at a time.
-    """
-    xp, (H, G, D), N, Dv = n["xp"], (n[axis] for axis in "HGD"), indices.shape[-1], dout.shape[-1]
-    tied, parts = v is None, -(-H // G // 8)  # of 8 heads
+def gradients_of_pairs(n, q, k, v, indices, dout, norms, scale):
+    """Of latents and narrow heads in bfloat16: kernels find dq and, all that is stored, a slot's dS and P."""
+    xp, (S, H, G, D), N, tied = n["xp"], (n[axis] for axis in "SHGD"), indices.shape[-1], v is None
+    many, parts = tied and H > 8, -(-H // 32) if tied else -(-H // G // 8)
     q, k, dout, *v = map(aligned, (q, k, dout, *(() if tied else (v,))))
-    dq, sums = xp.empty(q.shape, q.dtype), xp.zeros((*k.shape[:-1], D if tied else D + Dv), np.float32)
-    for b, t, rows in query_chunks(n, indices, None, N * (128 if tied else 32 * G * parts)):
-        own: Any = q[b][t], dout[b][t], k[b], *(x[b] for x in v), norms[b][t], rows, dq[b][t]
+    width, dq = D if tied else D + dout.shape[-1], xp.empty(q.shape, q.dtype)
+    sums = xp.zeros((*k.shape[:-1], width), np.float32)
+    of_slot, blocks = (64 * parts,) if tied else (G, parts, 2, 8), -(-parts // 2)  # of latents, a query's
+    bytes_each = N * 2 * math.prod(of_slot) + many * (128 * parts * D + N * (4 * D + 32))
+    whole = max(1, chip(q).processors // blocks) if many else 1  # whose blocks take a turn of all processors
+    for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
+        M, pairs = len(rows), xp.empty((len(rows), N, *of_slot), q.dtype)
         if tied:
-            pairs = pairs_of_latents((*own, None), scale)
+            both = xp.empty((M, 64 * parts, D), q.dtype) if many else None
+            arrays = q[b][t], dout[b][t], k[b], norms[b][t], rows, dq[b][t], both, pairs
+            sizes, shared = (S, H, N, np.float64(scale)), 384 * D + 8192 + D // 4  # struct Plan of the kernel
+            launch("attend_backward_wgmma", 384, (M * blocks,), arrays, sizes, shared, D=D)
         else:
-            pairs = pairs_of_rows(own, scale, xp.empty((len(rows), N, G, parts, 2, 8), q.dtype))
-        add_by_tile(q[b][t], dout[b][t], rows, pairs, sums[b], tied)
+            pairs_of_rows(q[b][t], dout[b][t], k[b], v[0][b], norms[b][t], rows, dq[b][t], pairs, scale)
+        if many:  # cuBLAS multiplies the pairs by [q, dout], both in parts of 32 heads
+            add_by_key(rows, product(pairs, both), sums[b])
+        else:  # a kernel does, and adds up, for a tile of keys at a time
+            add_by_tile(q[b][t], dout[b][t], rows, pairs, sums[b], tied)
     return dq, sums[..., :D], sums[..., D:]
+
+
+def pairs_of_rows(q, dout, k, v, norms, rows, dq, pairs, scale):
+    """dq of narrow heads in bfloat16, and the pairs, if they are wanted."""
+    (S, G, D), (M, N), H, DV = k.shape, rows.shape, q.shape[1], v.shape[2]
+    arrays, sizes = (q, dout, k, v, norms, rows, dq, pairs), (S, H, G, N, np.float64(scale))
+    shared = 2**14 * (-(-D // 64) + -(-DV // 64))  # struct Tiles of 4 warps
+    launch("attend_backward_mma", 128, (M * G * -(-H // G // 8),), arrays, sizes, shared, D=D, DV=DV)
 
 
 def add_by_tile(q, dout, rows, pairs, sums, tied):
@@ -3185,29 +3089,26 @@ def add_by_tile(q, dout, rows, pairs, sums, tied):
     shared = -(-(55344 + 256 * (columns + 8) + 12 * (640 // block * block) + block // 8) // 16) * 16
     arrays, sizes = (q, dout, rows, pairs, order, first, parts), (S, H, G, rows.shape[1])
     how = {"D": D, "DV": Dv, "TIED": int(tied), "COLUMNS": columns, "SEGMENTS": segments}
-    launch("attend_backward_keys_mma", block, (blocks * segments,), arrays, sizes, shared=shared, **how)
+    launch("attend_backward_keys_mma", block, (blocks * segments,), arrays, sizes, shared, **how)
     sums += parts.sum(0)
 
 
-def gradients_by_rows(n, q, k, v, indices, dout, norms, scale, by_mma):
-    """The same for narrow heads of which few share a key: dq over each query's keys, then dk and dv over each
-    key's queries, whose rows are read again, in their order. No slot is stored.
-    """
+def gradients_by_rows(n, q, k, v, indices, dout, norms, scale):
+    """Of narrow heads that few share a key: dq over a query's keys, then dk and dv over a key's queries."""
     xp, (T, S, H, G), K, D = n["xp"], (n[axis] for axis in "TSHG"), indices.shape[-1], q.shape[-1]
-    sizes, widths = (S, H, G, K, np.float64(scale)), {"D": D, "DV": v.shape[-1]}
-    q, k, v, dout = map(aligned, (q, k, v, dout))
-    by_rows = functools.partial(launch, "attend_backward_rows", 128, sizes=sizes, TYPE=q.dtype, **widths)
+    how = {"sizes": (S, H, G, K, np.float64(scale)), "TYPE": q.dtype, "D": D, "DV": v.shape[-1]}
+    by_mma, (q, k, v, dout) = q.dtype.name == "bfloat16" and chip(q).sm >= 80, map(aligned, (q, k, v, dout))
     dq, *dk_dv = (xp.empty(x.shape, x.dtype) for x in (q, k, v))
     for b in np.ndindex(*n["..."]):
         rows, pairs = slot_indices(indices[b]), (q[b], dout[b], k[b], v[b], norms[b])
         if by_mma:
-            pairs_of_rows((*pairs, rows, dq[b]), scale)
+            pairs_of_rows(*pairs, rows, dq[b], None, scale)
         else:
-            by_rows(grid=(T * H,), arrays=(*pairs, rows, None, dq[b], None), BY_KEY=0)
+            launch("attend_backward_rows", 128, (T * H,), (*pairs, rows, None, dq[b], None), BY_KEY=0, **how)
         order, first = slots_by_key(rows, S)
         queries = (order // K).astype(np.int32)
         arrays = k[b], v[b], q[b], dout[b], norms[b], queries, first, *(x[b] for x in dk_dv)
-        by_rows(grid=(S * G,), arrays=arrays, BY_KEY=1)
+        launch("attend_backward_rows", 128, (S * G,), arrays, BY_KEY=1, **how)
     return dq, *dk_dv
 
 
@@ -3393,8 +3294,6 @@ def gpu_rounded_to_fp8(x):
 
 
 # The layer, whose weights may be in bfloat16: what multiplies them is rounded to it, and sums are float32.
-
-
 def gpu_as_kept(w, dtype):
     """In dtype, but matrices in bfloat16 where all are; those of OF_X lie one behind another."""
     xp, half = sys.modules["cupy"], {x.dtype.name for x in w.values() if x.ndim == 2} == {"bfloat16"}
@@ -3405,25 +3304,22 @@ def gpu_as_kept(w, dtype):
 
 
 def gpu_made_of_x(x, w, turn, d):
-    """By one product, if the weights lie one behind another, as they do but in a copy, and one launch.
-
-    The indexer's weights have no factor: one that is positive and the same for all changes no selection.
-    """
+    """One product and one launch. The indexer's weights have no factor, which would change no selection."""
     cupy, (B, T, _), (cos, sin, *place) = sys.modules["cupy"], x.shape, turn
     own, norms = [w[name] for name in OF_X if name in w], [w.get(name) for name in NORMS]
-    y = gpu_projected(x, cupy.concatenate(own) if own[0].base is None else own[0].base)
+    y = gpu_projected(x, cupy.concatenate(own) if own[0].base is None else own[0].base)  # None: of a copy
     Q, R, rope, E = len(norms[0]), len(norms[1]), d.qk_rope_head_dim, d.index_head_dim
     normed, arrays = cupy.ndarray((B, T, Q), x.dtype), (*norms, cos, sin)
     eps, interleaved = map(np.float64, (d.norm_eps, d.index_norm_eps)), int(d.index_rope_interleaved)
-    sizes, grid = (y.shape[-1], Q, R, rope, E, interleaved, *eps), (B * T, 2 + (len(own) > 2))
-    launch("made_of_x", 256, grid, (y, normed, *arrays), sizes, place, ACC=y.dtype, OUT=x.dtype)
+    sizes, grid = (*place, y.shape[-1], Q, R, rope, E, interleaved, *eps), (B * T, 2 + (len(own) > 2))
+    launch("made_of_x", 256, grid, (y, normed, *arrays), sizes, ACC=y.dtype, OUT=x.dtype)
     k, at = y[:, :, None, Q : Q + R + rope], Q + R + rope
     return (normed, k, y[:, :, None, at : at + E], y[..., at + E :]) if len(own) > 2 else (normed, k)
 
 
 def gpu_projected(x, weight, dtype=None):
     cupy, acc, (N, width) = sys.modules["cupy"], accumulator(weight), weight.shape
-    x = aligned(x.astype(weight.dtype, copy=False))
+    x = aligned(x, weight.dtype)
     y = cupy.ndarray((*x.shape[:-1], N), dtype if dtype == weight.dtype else acc)
     if y.size:  # by columns, to which our rows are the transpose: y^T = weight x^T
         kind, (one, zero, how), multiply = CUDA_R[weight.dtype.char], SUMS[acc], cupy.cuda.cublas.gemmEx
@@ -3458,8 +3354,8 @@ def gpu_turns(x, start, d):
 def gpu_rotate(x, turn, interleaved, out=None):
     (B, T, H, d), (cos, sin, *place), y = x.shape, turn, x if out is None else out
     apart = [stride // x.itemsize for stride in (*x.strides[1:3], *y.strides[1:3])]
-    sizes, grid = (H, d // 2, *apart, int(interleaved)), (B * T, -(-H * d // 512))
-    launch("rotate", 256, grid, (x, y, cos, sin), sizes, place, TYPE=x.dtype, ACC=cos.dtype)
+    sizes, grid = (*place, H, d // 2, *apart, int(interleaved)), (B * T, -(-H * d // 512))
+    launch("rotate", 256, grid, (x, y, cos, sin), sizes, TYPE=x.dtype, ACC=cos.dtype)
 
 
 # gpu_x runs x where the arrays are CuPy's.

@@ -3640,7 +3640,7 @@ def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
     if blocks > 1 and (int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS):
         pytest.skip("needs clusters of blocks")
     monkeypatch.setattr(dsa, "topk_plan", dsa.topk_plan.__wrapped__)
-    monkeypatch.setattr(dsa, "blocks_of_row", lambda *_: blocks)
+    monkeypatch.setattr(dsa, "TOPK_BLOCKS", [blocks])
     x = np.random.default_rng(9).standard_normal((4, 30_003))
     start, end = np.array([0, 5, 29_000, 20_001]), np.array([30_003, 22_001, 30_000, 20_301])
     options: Any = {}, {"local_window": 65, "num_sink_tokens": 7}, {"k_start": start, "k_end": end}
