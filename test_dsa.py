@@ -1075,9 +1075,10 @@ def test_bad_input_is_an_error_that_names_it(dsa, name, error, changes, fragment
 
 
 def test_what_else_is_refused(dsa, monkeypatch, tmp_path):
-    """No streams, more keys than int32 counts, what a storage makes infinite, no communicator, no kernels;
+    """No streams, no k, more keys than int32 counts, what a storage makes infinite, no communicator, kernels;
     by a report, options that ask for nothing, as a tolerance that no rounding is within, or every error."""
     refused("streams is empty", dsa.KVCache, 4)
+    refused("^streams is .*k among", dsa.HybridKVCache, 4, fast_bytes=99, v=(1, 3))
     index_k = np.broadcast_to(np.float32(1), (2**31, 4))  # of no queries: no memory even without the check
     refused("S is 2147483648", dsa.lightning_select, np.ones((0, 2, 4)), index_k, np.ones((0, 2)), 1)
     for storage, most in (("float16", 7e4), ("float32", 1e39), ("bfloat16", 3.4e38), ("fp8", 3.4e38)):
@@ -2425,7 +2426,9 @@ CONFIGS: list[Any] = [  # config.json, if there is one, what layer_by_hand compu
     (with_yarn(attention_factor=1.7, **BOTH_MSCALES), OF_YARN_5 | {"on_rope": 1.7}),
     (with_yarn(factor=None, mscale_all_dim=1), PLAIN_FACTOR | {"mscale": 1.0}),
     (with_yarn(original_max_position_embeddings=None) | {"max_position_embeddings": 64}, PLAIN_FACTOR),
-    (with_yarn() | {"rope_scaling": {"type": "default"}, "rope_theta": 8e6}, NO_YARN | {"theta": 8e6}),
+    (with_yarn() | {"rope_scaling": {"type": "default", "factor": 8}, "rope_theta": 8e6},
+     NO_YARN | {"theta": 8e6}),
+    (with_yarn(factor=1, original_max_position_embeddings=1), NO_YARN | {"theta": 5000.0}),  # the least
     *((with_yarn(rope_theta=theta, beta_fast=fast, beta_slow=slow, attention_factor=1),  # all fast, all slow
        {"length": 64, "theta": theta, "mscale": 0.0, "fast": fast, "slow": slow})
       for theta, fast, slow in ((5000.0, 0.9, 0.1), (1.5, 32, 1), (5000.0, 50, 20), (5000.0, 4, 4))),
@@ -2435,7 +2438,7 @@ CONFIGS: list[Any] = [  # config.json, if there is one, what layer_by_hand compu
     (GLM_CONFIG | {"indexer_rope_interleave": False}, NO_YARN),
     (V32_CONFIG | {"indexer_rope_interleave": True}, NO_YARN | {"interleaved": True}),
     ({"model_type": "any", "text_config": GLM_CONFIG}, NO_YARN | {"interleaved": True}),
-    (with_yarn(), NO_YARN | {"theta": 5000.0}, {"rope_factor": 1}),
+    (with_yarn(attention_factor=1.7), NO_YARN | {"theta": 5000.0}, {"rope_factor": 1}),
     (with_yarn(attention_factor=1.7), PLAIN_FACTOR | {"factor": 7.0, "on_rope": 1.7}, {"rope_factor": 7.0}),
     (V32_CONFIG | {"model_type": "llama"}, NO_YARN | {"eps": (0.5, 1e-6)},
      {"index_rope_interleaved": False, "norm_eps": 0.5}),
