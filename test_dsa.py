@@ -1575,10 +1575,12 @@ def test_dsa_attention_selects_then_attends(dsa, p, z):
     strategy = "hybrid" if p.forced["local_window"] else "dynamic"
     every = select_by_hand(np.zeros((*p.batch, p.T, p.S)), p.S, k_start=p.lo, k_end=p.hi)
     scale = None if p.scale is None else np.array(p.scale)  # which is a number, too
-    for dense, kept in ((None, select(dsa, p)), (p.S - 1, select(dsa, p)), (p.S, every)):  # None: up to top_k
-        config = dsa.DSAConfig(p.top_k, strategy=strategy, fallback_dense_threshold=dense, **p.forced)
-        few = (p.top_k if dense is None else dense) >= p.S  # whose index arrays are not looked at
-        blind = replace(p, index_q=np.full_like(p.index_q, NAN)) if few else p
+    K = p.top_k
+    for top_k, dense in ((K, None), (max(K, p.S - 1), None), (K, p.S - 1), (K, p.S)):  # None: up to top_k
+        config = dsa.DSAConfig(top_k, strategy=strategy, fallback_dense_threshold=dense, **p.forced)
+        few = (top_k if dense is None else dense) >= p.S
+        blind = replace(p, index_q=np.full_like(p.index_q, NAN)) if few else p  # it is not looked at
+        kept = every if few else dsa.lightning_select(*p.index, top_k, **p.forced, **p.windows)
         out, lse, indices = attend(dsa, blind, config, sink=z, scale=scale, **p.windows)
         np.testing.assert_array_equal(indices, kept)
         assert_attention((out, lse), sparse(dsa, p, kept, sink=z), p.q.dtype)
