@@ -1754,7 +1754,6 @@ def test_both_caches_are_a_list_of_tokens(dsa, seed, tied, storage, window, fast
         for cache, name, b in itertools.product((plain, hybrid), model, range(2)):
             assert cache.lengths.tolist() == [len(x) for x in model[name]]
             np.testing.assert_array_equal(cache.read(name)[b, : cache.lengths[b]], model[name][b])
-        assert hybrid._fast.nbytes <= hybrid.fast_bytes
     hybrid.close()
 
 
@@ -1836,9 +1835,9 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
     with make(8, grow=True, path=path) as cache:
         first, rest = np.s_[:, :8], np.s_[:, 8:]
         attend(dsa, p, config, rows=first, cache=cache)
-        before, size = snapshot(cache), cache._slow.nbytes
+        before = snapshot(cache)
         go_on = functools.partial(attend, dsa, p, config, rows=rest, cache=cache)
-        fails(go_on, size + 100)
+        fails(go_on, 16 * cache.bytes_per_token)
         assert snapshot(cache) == before
         for actual, whole in zip(go_on(), attend(dsa, p, config), strict=True):
             assert_close(actual, whole[rest], 1e-12)
@@ -1854,13 +1853,13 @@ def test_a_full_disk_is_an_error_that_leaves_the_cache_as_it_was(dsa, tmp_path, 
         assert [x.read_bytes() for x in tmp_path.iterdir()] == [session]
 
 
-def lines(dsa, act, stop=None):
-    """The lines of dsa.py that act() runs in this thread; the first time at line `stop` it is ended there."""
+def lines(dsa, act, stop=None, first=lambda: None):
+    """The lines of dsa.py that act() runs in this thread, each after first(); line `stop` ends it."""
     seen: dict[tuple[str, int], None] = {}
 
     def trace(frame, event, _):
-        if event == "line":
-            seen[at := (frame.f_code.co_name, frame.f_lineno)] = None
+        if event == "line" and (at := (frame.f_code.co_name, frame.f_lineno)) not in seen:
+            seen[at] = first()
             if at == stop:
                 raise KeyboardInterrupt
         return trace if frame.f_code.co_filename == dsa.__file__ else None
@@ -1891,11 +1890,12 @@ def test_what_ends_a_call_at_any_line_leaves_the_cache_as_it_was(dsa, kind, stor
 
     def state(cache):  # and what comes after it
         with cache:
-            before, held = snapshot(cache), kind == "HybridKVCache" and cache._lock.locked()
+            before, hits = snapshot(cache), getattr(cache, "hits", -1)
             answer = cache.attend(q, indices)
             cache.append(**streams_of(other))
-            answer += cache.attend(q, np.array([np.arange(6)[None]] * 2))
-            return held, before, snapshot(cache), [x.tobytes() for x in answer]
+            answer += cache.attend(q, np.array([np.arange(6)[None]] * 2))  # the window, which is a hit
+            free = getattr(cache, "hits", 0) > hits
+            return free, before, snapshot(cache), [x.tobytes() for x in answer]
 
     acts: list[Any] = [
         lambda cache: cache.append(**streams_of(p, rows), lengths=np.array([5, 2])),
@@ -1965,15 +1965,22 @@ def test_readers_of_one_cache_get_what_one_alone_gets(dsa, kind):
         sys.setswitchinterval(interval)
         read(40)
         if kind == "HybridKVCache":
-            least = p.index_k.nbytes + 2 * n * 8 + cache._fast.nbytes
+            least = p.index_k.nbytes + 2 * n * 8 + cache.fast_bytes
             assert least < cache.nbytes < least + 4096 < plain.nbytes
             used = sum(len(np.unique(x)) for both in asked for x in both)
             assert cache.hits + cache.misses == 10 * used
-            misses, reader = cache.misses, threading.Thread(target=read, args=(0,), daemon=True)
-            with cache._lock:  # of which perhaps nobody lets go
-                reader.start()
-                reader.join(20)
-            assert not reader.is_alive() and cache.misses == misses + 2 * used
+            hits, of_window = [1], (p.q[:, :1], np.full((2, 1, 1), n - 1))
+
+            def meanwhile():  # up to the first line where the other has the fast tier
+                if hits[-1]:
+                    reader = threading.Thread(target=cache.attend, args=of_window, daemon=True)
+                    hits.append(-cache.hits)
+                    reader.start(), reader.join(20)
+                    hits[-1] += cache.hits
+                    assert not reader.is_alive()
+
+            lines(dsa, functools.partial(read, 0), first=meanwhile)
+            assert {*hits} == {0, 1, 2}
         for i, result in found:
             assert_same(result, expected[i])
 
