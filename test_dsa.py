@@ -3619,58 +3619,41 @@ def test_neither_place_nor_chip_nor_run_changes_a_bit(dsa, cupy, monkeypatch):
             assert_same(tuple(y.get() for y in found), on(cupy, run, *x))
 
 
-def assert_selects_like_numpy(dsa, cupy, x, top_ks, dtypes, options):
-    """x, ties, equal rows, ascending and descending ones, holes, denormals, NaN."""
-    rows = (
-        x, np.round(4 * x), 0 * x, np.sort(x), -np.sort(x), np.where(x > 1.5, x, -INF), x * 1e-42,
-        np.where(x > 2, NAN, x),
-    )  # fmt: skip
-    for scores, top_k, dtype, kwargs in itertools.product(rows, top_ks, dtypes, options):
-        scores = scores.astype(dtype)
-        found = on(cupy, dsa.select_topk, scores, top_k, **kwargs)
-        scores[np.isnan(scores)] = -INF  # kernels do not check: it is never selected
-        np.testing.assert_array_equal(found, dsa.select_topk(scores, top_k, **kwargs))
-
-
-@pytest.mark.parametrize("T", [3, 130])
-def test_rows_that_a_block_holds(dsa, cupy, T):
-    """Every length to 16,384 that fills registers or does not; any alignment."""
+@pytest.mark.parametrize("T, sizes", [
+    (3, (1, 9, 100, 4096, 4099, 8190, 8193, 16384)), (130, (9, 8192, 12_001)),
+    (4, (30_003, 140_003)), (8, (30_003,)), (16, (30_003,)), (17, (30_003,)),
+])  # fmt: skip
+def test_rows_that_a_block_holds_or_a_cluster_shares(dsa, cupy, T, sizes):
+    """Every length that fills registers or does not, at any alignment; by 16, 8, 4 blocks of a row, or one:
+    ties, equal rows, ascending and descending ones, holes, denormals, NaN, all or none in the sample."""
     rng = np.random.default_rng(18)
-    for S in (1, 9, 100, 4096, 4099, 8190, 8193, 16384) if T < 9 else (9, 8192, 12_001):
-        start, end = rng.integers(0, S + 1, (2, T))
-        options: Any = {}, {"k_start": start}, {"k_end": end}, {"k_start": start, "k_end": end}
-        assert_selects_like_numpy(dsa, cupy, rng.standard_normal((T, S)), (1, 72, 2048), [F32], options)
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 4, 8, 16])
-def test_a_cluster_shares_a_row(dsa, cupy, monkeypatch, blocks):
-    """Candidates in every block, in one, too many for it, too few, all or none of them in the sample."""
-    if blocks > 1 and (int(cupy.cuda.Device().compute_capability) < 90 or dsa.PORTABLE_KERNELS):
-        pytest.skip("needs clusters of blocks")
-    monkeypatch.setattr(dsa, "topk_plan", dsa.topk_plan.__wrapped__)
-    monkeypatch.setattr(dsa, "blocks_of_row", lambda *_: blocks)
-    x = np.random.default_rng(9).standard_normal((4, 30_003))
-    start, end = np.array([0, 5, 29_000, 20_001]), np.array([30_003, 22_001, 30_000, 20_301])
-    options: Any = {}, {"local_window": 65, "num_sink_tokens": 7}, {"k_start": start, "k_end": end}
-    assert_selects_like_numpy(dsa, cupy, x, (72, 2048, 9000), (F32, F64), options)
-    x, sampled = np.random.default_rng(10).standard_normal((2, 140_003)), np.arange(140_003) % 128 < 8
-    for offset in (9, -9):
-        assert_selects_like_numpy(dsa, cupy, x + offset * sampled, [2048], [F32], [{}])
+    for S in sizes:
+        x, sampled, (start, end) = normal(rng, T, S), np.arange(S) % 128 < 8, rng.integers(0, S + 1, (2, T))
+        rows = (
+            x, np.round(4 * x), 0 * x, np.sort(x), -np.sort(x), np.where(x > 1.5, x, -INF), x * 1e-42,
+            np.where(x > 2, NAN, x), x + 9 * sampled, x - 9 * sampled,
+        )  # fmt: skip
+        forced: Any = {"local_window": 65, "num_sink_tokens": 7} if S > 2**14 else {}
+        options = forced, {"k_start": start}, {"k_end": end}, {"k_start": start, "k_end": end}
+        top_ks, dtypes = ((72, 2048, 9000), (F32, F64)) if S > 2**14 else ((1, 72, 2048), [F32])
+        for scores, top_k, dtype, kwargs in itertools.product(rows, top_ks, dtypes, options):
+            scores = scores.astype(dtype)
+            found = on(cupy, dsa.select_topk, scores, top_k, **kwargs)
+            scores[np.isnan(scores)] = -INF  # kernels do not check: it is never selected
+            np.testing.assert_array_equal(found, dsa.select_topk(scores, top_k, **kwargs))
 
 
 def test_torch_tensors_pass_without_a_copy(dsa, cupy):
-    """The README's three lines: the arrays stand in the memory that torch sees, both ways."""
-    torch = pytest.importorskip("torch", reason="needs torch with CUDA")
+    """README's lines: the arrays stand in the memory that torch sees, both ways, in bfloat16 too."""
+    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("needs torch with CUDA")
-    shapes = (3, 4, 32), (300, 32), (3, 4), (3, 8, 64), (300, 1, 64)
-    tensors = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    *index, q, k = arrays = [cupy.from_dlpack(x) for x in tensors]
-    assert [x.data.ptr for x in arrays] == [x.data_ptr() for x in tensors] and q.dtype == BFLOAT16
-    indices = dsa.lightning_select(*index, top_k=20)
-    out, _ = dsa.sparse_attention(q, k, None, indices, d_v=48)
-    found, kept = torch.from_dlpack(out.view("int16")).view(torch.bfloat16), torch.from_dlpack(indices)
-    assert found.data_ptr() == out.data.ptr and kept.data_ptr() == indices.data.ptr
+    tensors = [torch.randn(*shape, device="cuda").bfloat16() for shape in ((3, 8, 64), (300, 1, 64))]
+    q, k = arrays = [cupy.from_dlpack(x) for x in tensors]
+    out, _ = dsa.sparse_attention(q, k, None, cupy.zeros((3, 20), np.int32), d_v=48)
+    found = torch.from_dlpack(out.view("int16")).view(torch.bfloat16)
+    assert [x.data.ptr for x in (*arrays, out)] == [x.data_ptr() for x in (*tensors, found)]
+    assert q.dtype == out.dtype == BFLOAT16
 
 
 COMPILED = """
