@@ -3143,14 +3143,11 @@ def sharded(comm, rng, *arrays):
 
 def sharded_problem(seed):
     """Every second has fewer keys than ranks, or hardly more; keys that repeat tie, also across shards."""
-    rng = np.random.default_rng(seed)
-    batch, T = ((), (), (2,), (2, 1))[seed % 4], int(rng.integers(1, 7))
-    S, top_k = int(rng.integers(0, 8 if seed % 2 else 1500)), int(rng.integers(1, 20))
-    forced = {"local_window": int(rng.integers(0, min(top_k, 5) + 1))}
-    forced["num_sink_tokens"] = int(rng.integers(0, min(top_k - forced["local_window"], 3) + 1))
+    rng, batch = np.random.default_rng(seed), ((), (), (2,), (2, 1))[seed % 4]
+    T, top_k, S = rng.integers((1, 1, 0), (7, 20, 8 if seed % 2 else 1500)).tolist()
+    forced = {"local_window": top_k // 3 % 5, "num_sink_tokens": top_k // 2 % 4}
     ends = {"k_start": rng.integers(-2, S + 2, T), "k_end": rng.integers(-2, S + 4, (*batch, T))}
-    windows = ends if seed % 3 == 0 else {}
-    dtype, data = DTYPES[seed % 3], small if seed % 5 == 0 else normal
+    windows, dtype, data = {} if seed % 3 else ends, DTYPES[seed % 3], normal if seed % 5 else small
     array = lambda *shape: data(rng, *batch, *shape).astype(dtype)  # noqa: E731
     repeat, tied = rng.integers(0, S // 2 + 1, S), seed % 7 == 0
     p = Problem(
@@ -3164,12 +3161,7 @@ def sharded_problem(seed):
 def ranks_stages(dsa, comm, xp=np):
     """Selections bit for bit: ties, windows and forced keys across borders, empty shards, chunks of queries;
     out and lse to rounding, and the same bits on every rank."""
-    stages, far, scores = Stages(dsa, xp), 2**31, []
-    score, layout = dsa.index_scores, dsa.layout
-
-    def scored(*args, **kwargs):
-        scores.append(stages.back(x := score(*args, **kwargs)))
-        return x
+    stages, far, layout = Stages(dsa, xp), 2**31, dsa.layout
 
     def behind(*args):  # as if rank -1 held 2**31 keys, which nobody sees
         at = layout(*args)
@@ -3188,14 +3180,9 @@ def ranks_stages(dsa, comm, xp=np):
         if xp is np and (seed % 10 == 6 or seed % 12 == 3):
             p, dtype = replace(p, q=p.q.astype(BFLOAT16)), BFLOAT16
         k, v, index_k = sharded(comm, rng, (p.k, -3), (p.values, -3), (p.index_k, -2))
-        with mock.patch.object(dsa, "index_scores", scored):
-            index = p.index_q, index_k, p.weights
-            actual = stages.sharded_select(*index, p.top_k, comm, **p.forced, **p.windows)
+        index = p.index_q, index_k, p.weights
+        actual = stages.sharded_select(*index, p.top_k, comm, **p.forced, **p.windows)
         assert_same(actual, select(stages, p))
-        first, S = comm.exscan(index_k.shape[-2]) or 0, index_k.shape[-2]
-        expected = stages.index_scores(*p.index, **p.windows)[..., first : first + S]
-        assert_same(np.concatenate(scores, axis=-2)[..., :S], expected)
-        scores.clear()
         if seed == 2:
             with mock.patch.object(dsa, "layout", behind):
                 seen = {"k_start": np.full(p.T, far)}
@@ -3264,13 +3251,12 @@ def ranks_cache(dsa, comm, xp=np):
 
 def ranks_errors(dsa, comm):
     """What is wrong on one rank is raised on all, by that rank's number; after it, all go on together."""
-    (rng, _, p), few, config = sharded_problem(2), tokens(0, (1,), 4), dsa.DSAConfig
+    p, few, config, rng = tokens(2, (2,), 9), tokens(0, (1,), 4), dsa.DSAConfig, np.random.default_rng(2)
     select, attend, last, several = dsa.sharded_select, dsa.sharded_attention, comm.size - 1, comm.size > 1
     index_k, k, v = sharded(comm, rng, (p.index_k, -2), (p.k, -3), (p.values, -3))
     index = {"index_q": p.index_q, "index_k_shard": index_k, "weights": p.weights}
     args, shards = index | {"top_k": p.top_k}, {"q": p.q, "k_shard": k, "v_shard": v, **index}
-    every, mine = shards | {"config": config()}, comm.rank == last
-    nan = np.full_like(index_k, NAN, shape=(*p.batch, 3, 33))
+    every, mine, nan = shards | {"config": config()}, comm.rank == last, np.full((2, 3, 4), NAN)
     start, end, sink = np.zeros(p.T, int), np.full(p.T, 9), np.zeros(4)
 
     def raises(error, message, what, there=(), **here):  # what is given here, on the last rank, and on others
@@ -3283,7 +3269,7 @@ def ranks_errors(dsa, comm):
     for what, error, message, wrong in (
         (selects, ValueError, is_nan.format(0, "\\"), {"index_k_shard": nan}),
         (selects, TypeError, "index_k is a builtins.list", {"index_k_shard": [1.0]}),
-        (selects, ValueError, "weights has J = 2, but index_q has J = 8", {"weights": p.weights[..., :2]}),
+        (selects, ValueError, "weights has J = 1, but index_q has J = 2", {"weights": p.weights[..., :1]}),
         (selects, ValueError, "top_k is 0, expected an integer of at least 1", {"top_k": 0}),
         (attends, ValueError, ".*'window', expected 'lightning'", {"config": config(strategy="fixed")}),
         (attends, TypeError, "cache is a NoneType", {"owner": 0}),
@@ -3297,8 +3283,8 @@ def ranks_errors(dsa, comm):
     cached = dict(zip(shards, (few.q, *few.kv, *few.index), strict=True)) | {"config": config()}
     for what, name, here, there in (
         (selects, "top_k", 7, p.top_k), (selects, "top_k", 7, 8 + comm.rank), (selects, "k_start", end, None),
-        (selects, "index_q", p.index_q.astype(F64), p.index_q), (attends, "k_end", end, None),
-        (attends, "sink", None, sink), (attends, "q", p.q.astype(F64), p.q), (attends, "layer", 1, 0),
+        (selects, "index_q", p.index_q.astype(F32), p.index_q), (attends, "k_end", end, None),
+        (attends, "sink", None, sink), (attends, "q", p.q.astype(F32), p.q), (attends, "layer", 1, 0),
         ((attend, cached), "cache", new_cache(dsa, "KVCache", few, 9), None),
     ) if several else ():  # fmt: skip
         message = f"{name} is .* on rank .*expected the same on every rank"
