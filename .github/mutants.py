@@ -111,18 +111,19 @@ def run(source, tests, first=None, seconds=None):
         Path(folder, "dsa.py").write_text(source)
         if first is not None:
             Path(folder, FIRST).write_text(json.dumps(first))
-        env = {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": folder, "PYTHONPATH": str(ROOT / ".github")}
+        env = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",
+            "TMPDIR": folder,
+            "PYTHONPATH": str(ROOT / ".github"),
+        }
         plugins = ("-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
         command = [sys.executable, "-m", "pytest", "-xq", *plugins, *tests]
         try:
-            done = subprocess.run(
-                command, cwd=folder, env=os.environ | env, capture_output=True, timeout=seconds
-            )
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
             return "too long", None
-        return done.returncode, None if first is not None else json.loads(
-            Path(folder, "callers.json").read_text()
-        )
+        callers = Path(folder, "callers.json")
+        return done.returncode, callers.exists() and json.loads(callers.read_text())
 
 
 def main(ranges, count, seed, workers, seconds, *tests):
