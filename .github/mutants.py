@@ -3,18 +3,27 @@
 
     python .github/mutants.py FIRST-LAST[,FIRST-LAST] COUNT SEED WORKERS SECONDS [pytest's arguments]
 
-The ranges are lines of dsa.py. mutmut passes over decorated functions, and so over every stage.
+The ranges are lines of dsa.py. mutmut passes over decorated functions, and so over every stage. First all
+tests run once, to see which of them call which function: those that call a mutant's come first, the quickest
+in front, and the first that fails ends its run.
 """
 
 import ast
+import collections
 import concurrent.futures
+import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SWAPS = {
@@ -59,42 +68,94 @@ def mutant(source, place):
     return f"{type(node).__name__} at {said}", ast.unparse(ast.fix_missing_locations(tree))
 
 
-def survives(source, place, seconds, tests):
-    """What was changed, if the tests pass all the same; otherwise None."""
-    said, source = mutant(source, place)
+# This file is a plugin of the runs that it starts. first.json: {test: its place} in a mutant's.
+CALLERS: dict = collections.defaultdict(dict)  # line where a function of dsa.py begins: {test: its seconds}
+FIRST = Path("first.json")
+
+
+def pytest_collection_modifyitems(items):
+    if FIRST.exists():
+        first = json.loads(FIRST.read_text())
+        items.sort(key=lambda item: first.get(item.nodeid, math.inf))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    called, begin = set(), time.perf_counter()
+
+    def note(frame, event, arg):
+        if frame.f_code.co_filename.endswith("/dsa.py"):
+            called.add(frame.f_code.co_firstlineno)
+
+    for module in () if FIRST.exists() else (sys, threading):
+        module.settrace(note)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(None)
+        threading.settrace(None)
+        for line in called:
+            CALLERS[line][item.nodeid] = round(time.perf_counter() - begin, 3)
+
+
+def pytest_sessionfinish():
+    if not FIRST.exists():
+        Path("callers.json").write_text(json.dumps(CALLERS))
+
+
+def run(source, tests, first=None, seconds=None):
+    """The status of the tests for this dsa.py, and which of them call what, if all begin as they stand."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("test_dsa.py", "README.md", "pyproject.toml", "dsa_kernels.cu"):
             shutil.copy(ROOT / name, folder)
         Path(folder, "dsa.py").write_text(source)
-        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-        env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "TMPDIR": folder}
+        if first is not None:
+            Path(folder, FIRST).write_text(json.dumps(first))
+        env = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",
+            "TMPDIR": folder,
+            "PYTHONPATH": str(ROOT / ".github"),
+        }
+        plugins = ("-p", "mutants", "-p", "no:cacheprovider", "-p", "no:xdist")
+        command = [sys.executable, "-m", "pytest", "-xq", *plugins, *tests]
         try:
             done = subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return None
-        return None if done.returncode else said
+            return "too long", None
+        callers = Path(folder, "callers.json")
+        return done.returncode, callers.exists() and json.loads(callers.read_text())
 
 
 def main(ranges, count, seed, workers, seconds, *tests):
     source = (ROOT / "dsa.py").read_text()
-    tree = ast.parse(source)
     spans = [range(*(int(x) + i for i, x in enumerate(part.split("-")))) for part in ranges.split(",")]
-    functions = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
-    inside = {id(x) for function in functions for statement in function.body for x in ast.walk(statement)}
-    nodes = [(i, x) for i, x in enumerate(ast.walk(tree)) if id(x) in inside and can_change(x)]
-    places = [i for i, x in nodes if any(x.lineno in span for span in spans)]
-    random.Random(int(seed)).shuffle(places)
-    places, killed = places[: int(count)], 0
+    inside = {}  # place of a node in ast.walk: where its function begins
+    nodes = list(ast.walk(ast.parse(source)))
+    places = {id(node): place for place, node in enumerate(nodes)}
+    for function in (x for x in nodes if isinstance(x, ast.FunctionDef)):  # inner ones come after outer ones
+        begin = min([function.lineno, *(x.lineno for x in function.decorator_list)])
+        inside |= {places[id(x)]: begin for statement in function.body for x in ast.walk(statement)}
+    chosen = [i for i in inside if can_change(nodes[i]) and any(nodes[i].lineno in span for span in spans)]
+    random.Random(int(seed)).shuffle(chosen)
+    begin, (status, callers) = time.time(), run(source, tests)
+    if status:
+        sys.exit(f"status {status} of the tests without a mutant")
+    print(f"{time.time() - begin:.0f} s without a mutant", flush=True)
+
+    def survivor(place):
+        said, changed = mutant(source, place)
+        return None if run(changed, tests, callers.get(str(inside[place]), {}), float(seconds))[0] else said
+
+    chosen, killed = chosen[: int(count)], 0
     with concurrent.futures.ThreadPoolExecutor(int(workers)) as pool:
-        runs = [pool.submit(survives, source, place, float(seconds), tests) for place in places]
+        runs = [pool.submit(survivor, place) for place in chosen]
         for number, done in enumerate(concurrent.futures.as_completed(runs), 1):
             killed += done.result() is None
-            if done.result() or number % 25 == 0:
-                print(
-                    f"survives: {done.result()}" if done.result() else f"{number}, {killed} killed",
-                    flush=True,
-                )
-    print(f"{len(places)} mutants, {killed} killed")
+            if done.result():
+                print(f"survives: {done.result()}", flush=True)
+            elif number % 25 == 0:
+                print(f"{number}, {killed} killed", flush=True)
+    print(f"{len(chosen)} mutants, {killed} killed, {time.time() - begin:.0f} s")
 
 
 if __name__ == "__main__":
