@@ -572,7 +572,7 @@ class Verdict:
     reason: str = ""  # why it was not tested
     held: int = 0
     examples: int = 0
-    broken: list = field(default_factory=list)  # rules that do not hold
+    broken: dict = field(default_factory=dict)  # rule: what came of it, but for places and numbers
     wrong: tuple | None = None  # the smallest call that breaks the first, and lines on what came of it
     silent: list = field(default_factory=list)  # bad input for which no error was raised
     errors: dict = field(default_factory=dict)  # (part, dtype): largest error, tolerance
@@ -617,6 +617,11 @@ class Verdict:
             allow = TOLERANCE.get(dtype, 0.0) * factor
             largest, words = difference(name, a, e, allow)
             if words:
+                if name == "indices" and a.shape == e.shape:
+                    order, least = a.view(np.uint32), TOLERANCE[F32] if "index_q" in values else 0
+                    a, e = kept_scores((a, e), values)  # in order, -1 behind all, and as great: a wrong tie
+                    tied = (np.sort(order) == order).all() and difference(name, a, e, least)[0] <= least
+                    words = f"a wrong tie, {words}" if tied else words
                 return [*lines, words]
             before = self.errors.get((name, dtype), (0.0, allow))
             self.errors[name, dtype] = max(before, (largest, allow))
@@ -647,6 +652,13 @@ class Verdict:
                 raise
         return found and min(found, key=lambda wrong: sum(map(np.size, evaluate(wrong[0]).values())))[:2]
 
+    def breaks(self, sentence, call, lines):
+        """One more broken rule, and what may be the cause of others too: a tie, a dtype, an error."""
+        cause = re.sub(r"\b\d+", "", re.split(r"\[| has shape", lines[-1])[0])
+        cause = re.sub(r" is \w+, not \w+$", " has another dtype", cause)
+        self.broken[sentence] = cause if " " in cause else f"{self.stage}: {cause} is wrong"
+        self.wrong = self.wrong or (call, lines)
+
     def examine(self, strict=False, examples=60, seconds=3.0):
         """The stage's rules in order, and the smallest call that shows the first broken one."""
         impl, (positional, _, _, rules) = self.impl, STAGE[self.stage]
@@ -655,8 +667,7 @@ class Verdict:
             if not any(dtype in self.limits["dtypes"] for dtype in options.get("dtypes", DTYPES)):
                 continue
             if wrong := self.search(options, examples, seconds):
-                self.broken.append(sentence)
-                self.wrong = self.wrong or wrong
+                self.breaks(sentence, *wrong)
                 examples, seconds = min(examples, 12), 0  # the other rules are only counted
             else:
                 self.held += 1
@@ -673,15 +684,14 @@ class Verdict:
                 if strict:  # a rule for each bad input that passes
                     call = {key: literal(x) for key, x in arguments.items()}
                     words = f"it raised nothing, where {error.__name__} is due"
-                    self.broken.append(f"bad input raises an error: here {', '.join(changes)}")
-                    self.wrong = self.wrong or (call, [words])
+                    self.breaks(f"bad input raises an error: here {', '.join(changes)}", call, [words])
 
     def lines(self, width=110):
         """A failed stage's rule, the call that breaks it, and what came of it, in few lines."""
         positional, names, results, _ = STAGE[self.stage]
         call, ending = self.wrong or ({}, [])
         fill = textwrap.TextWrapper(width, subsequent_indent="      ", break_on_hyphens=False).wrap
-        start = fill(f"{self.stage} breaks a rule: {self.broken[0]}")
+        start = fill(f"{self.stage} breaks a rule: {next(iter(self.broken))}")
         ending = [line for text in ending for line in fill(f"  {text}")]
         texts = {name: literal(x) if np.size(x) <= 40 else call[name] for name, x in evaluate(call).items()}
         arrays = {name: text for name, text in texts.items() if "np." in text}
@@ -722,6 +732,15 @@ def shown(x, most=80):
     return text if len(text) <= most else f"{text[:most]}... {x.shape}"
 
 
+def kept_scores(selections, values):
+    """The scores of selections in falling order, which hardly change where a rounding swaps two keys."""
+    index = {x: values[x] for x in STAGE["index_scores"][1] if x in values}
+    scores = values["scores"] if "scores" in values else index_scores_by_hand(**index)
+    scores = np.concatenate([scores, np.full((*scores.shape[:-1], 1), -INF)], -1)  # -1 reads the last
+    kept = [np.clip(x, -1, scores.shape[-1] - 1).astype(np.int64) for x in selections]
+    return [-np.sort(-np.take_along_axis(scores, x, -1), -1) for x in kept]
+
+
 def conform(module, stages=None, arrays="numpy", limits=LIMITS, strict=False, say=print, **effort):
     """Examines a module's stages, says what it found; the exit status, 0 if all is right."""
     if not 0 < limits["tolerance"] < INF:  # roundings are above 0, and nothing above infinity
@@ -752,6 +771,14 @@ def conform(module, stages=None, arrays="numpy", limits=LIMITS, strict=False, sa
     unasked += [f"top_k above {most}"] if (most := limits["max_top_k"]) else []
     unasked += [] if strict else ["errors for bad input (--strict)"]
     say(textwrap.fill(f"not asked: {'; '.join(unasked) or 'nothing'}", 110, subsequent_indent="  "))
+    findings: dict[str, list] = {}  # cause: the rules and stages, the most basic first
+    for verdict in verdicts:
+        for rule, cause in verdict.broken.items():
+            findings.setdefault(cause, []).append((rule, verdict.stage))
+    for i, (cause, found) in enumerate(findings.items(), 1):
+        all_of = f"rules of {', '.join(dict.fromkeys(stage for _, stage in found))}"
+        text = f"finding {i} of {len(findings)}: {cause}, in {len(found)} {all_of}, first: {found[0][0]}"
+        say(textwrap.fill(text, 110, subsequent_indent="  "))
     tested = [verdict.stage for verdict in verdicts if verdict.held or verdict.broken]
     failed = [verdict.stage for verdict in verdicts if verdict.broken]
     if missing := [stage for stage in stages or () if stage not in tested]:
@@ -916,7 +943,7 @@ def readme(start="[^`]*?>>>"):
 @pytest.mark.parametrize("stage, sentence", [(x, rule) for x in STAGE for rule in STAGE[x][3]])
 def test_rule(impl, stage, sentence):
     """The rules at the top of this file, in their order: each stage alone, against brute force."""
-    verdict = Verdict(impl, stage, broken=[sentence])
+    verdict = Verdict(impl, stage, broken={sentence: ""})
     verdict.wrong = verdict.search(RULES[sentence], EXAMPLES, 5.0)
     assert not verdict.wrong, "\n".join(verdict.lines())
 
@@ -1284,7 +1311,7 @@ def test_the_report_finds_a_planted_bug(stage, right, wrong):
     ("", None, 1, "NOTHING WAS TESTED$"),
     ("def index_score(*args): pass", None, 1, "did you mean index_scores?.*NOTHING WAS TESTED$"),
     (f"{RIGHT}del merge_attention", ["apply_sink", "merge_attention"], 1, "NOT TESTED.*merge"),
-    (RIGHT.replace("(visible, -row", "(-visible, -row"), None, 1, "FAILED: select_topk, lightning_select$"),
+    (RIGHT.replace("(visible, -row", "(-visible, -row"), None, 1, "finding 1 of 1: a wrong tie.*FAILED: "),
     ("".join(f"def {x}(*_, **__): return np.ones(3)\n" for x in STAGES), None, 1, f"FAILED: .*{STAGES[-1]}$"),
 ])  # fmt: skip
 def test_the_report_says_what_it_has_tested(source, stages, status, words):
