@@ -1758,9 +1758,23 @@ def test_the_fast_tier_keeps_the_window_and_the_most_recently_used(dsa):
     with new_cache(dsa, "HybridKVCache", p, 10, fast_tokens=1, local_window=2) as cache:
         for t in range(10):
             cache.append(**streams_of(p, np.s_[:, t : t + 1]))
-            for kept in ([0], [1], [t - 1, t]) if t > 2 else ():
+            for kept in ([0], [1], [t - 1, t]) if t > 2 else [[0]] * (t == 0):
                 cache.attend(p.q[:, :1], np.array([[kept]]))
-            assert cache.hits == 2 * max(0, t - 2)
+            assert cache.hits == (2 * t - 2 if t > 2 else 1)
+
+
+def test_the_fast_tier_forgets_what_a_truncation_takes(dsa):
+    """What is appended in its place is read anew, into the room that it left, which evicts nobody."""
+    p, every, found = tokens(0, (2,), 6), np.tile(np.arange(4), (2, 1, 1)), []
+    for kind in ("KVCache", "HybridKVCache"):
+        with new_cache(dsa, kind, p, 6, fast_tokens=8) as cache:
+            cache.append(**streams_of(p, np.s_[:, :4]))
+            cache.attend(p.q[:, :1], every)
+            cache.truncate(np.array([2, 4]))
+            cache.append(**streams_of(p, np.s_[:, 4:]), lengths=np.array([2, 0]))
+            found.append(cache.attend(p.q[:, :1], every[..., 2:]) + cache.attend(p.q[:, :1], every))
+    assert_same(*found)
+    assert (cache.hits, cache.misses) == (2 + 8, 8 + 2)
 
 
 CACHE_REFUSES = """
@@ -2005,7 +2019,8 @@ def test_a_file_that_save_did_not_write_is_refused(dsa, tmp_path):
     whole, arrays = path.read_bytes(), dict(np.load(path))
     wrong = [b"", b"PK", *(whole[:n] for n in range(1, len(whole), 37))]
     wrong += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(0, len(whole), 3)]
-    for changed in (arrays | {"stream_k": arrays["stream_k"][:, 1:]}, {"k": p.k}):
+    k = arrays["stream_k"]
+    for changed in (arrays | {"stream_k": k[:, 1:]}, arrays | {"stream_k": k[..., :1]}, {"k": p.k}):
         np.savez(bad, **changed)
         wrong.append(bad.with_suffix(".npz").read_bytes())
     for data in wrong:
@@ -3569,6 +3584,14 @@ def test_neither_place_nor_chip_nor_run_changes_a_bit(dsa, cupy, monkeypatch):
             graph.launch()
             stream.synchronize()
             assert_same(tuple(y.get() for y in found), on(cupy, run, *x))
+
+
+def test_keys_whose_rows_stand_apart(dsa, cupy):
+    """One key is contiguous wherever it stands; what is known of it does not hold for several."""
+    q, k, w = (cupy.asarray(normal(np.random.default_rng(5), *x)) for x in ((2, 4, 16), (18, 16), (2, 4)))
+    for x in ((q, k[: 2 * S : 2], w) for S in (1, 5)):
+        expected = dsa.index_scores(*(y.get() for y in x))
+        np.testing.assert_allclose(dsa.index_scores(*x).get(), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("T, sizes", [
