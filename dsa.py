@@ -155,23 +155,18 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         place = np.cumsum(seen, axis=1)  # 1 is the first visible key
         kept = seen & ((place <= first) | (place > place[:, -1:] - last))
         x[kept] = -np.inf
-    kept |= first_k(x, top_k - forced)  # [T, N]                                                          (2)
+    k, kth = top_k - forced, np.full((T, 1), np.finfo(x.dtype).min)
+    if k < x.shape[1]:
+        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
+    best = x >= kth  # [T, N]                                                                             (2)
+    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
+        ties = np.flatnonzero(x[t] == kth[t])
+        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
+    kept |= best
     indices = np.full((T, min(top_k, S)), -1, np.int32)
     there = np.arange(indices.shape[1]) < np.count_nonzero(kept, axis=1)[:, None]
     indices[there] = lo + np.flatnonzero(kept) % max(1, hi - lo)  # to columns
     return indices
-
-
-def first_k(x, k):
-    """Equation (2): the k largest above -inf of each row of x [T, N], the first of equal ones -> [T, N]."""
-    kth = np.full((len(x), 1), np.finfo(x.dtype).min)
-    if k < x.shape[1]:
-        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
-    best = x >= kth if k else np.zeros(x.shape, bool)
-    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
-        ties = np.flatnonzero(x[t] == kth[t])
-        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
-    return best
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> indices [..., T, K] int32")
@@ -231,33 +226,21 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     out, lse = np.empty((*q.shape[:2], values.shape[2]), q.dtype), np.empty(q.shape[:2], q.dtype)
     longest = max(1, min(4, 2**12 // wide, 256 // heads))  # KEY_TILEs; threads share a query of many heads
 
-    def attend_to(t, keys, seen=None):
-        def tile(part):
-            k_s = k.take(keys[part], 0, mode="clip")  # [N, G, D], the fastest way
-            v_s = k_s[..., :d_v] if v is None else v.take(keys[part], 0, mode="clip")  # [N, G, Dv]
-            return attend(q[t], k_s, v_s, None if seen is None else seen[part])
+    def tile(t, keys, seen, part):
+        k_s = k.take(keys[part], 0, mode="clip")  # [N, G, D], the fastest way
+        v_s = k_s[..., :d_v] if v is None else v.take(keys[part], 0, mode="clip")  # [N, G, Dv]
+        return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
-        out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), longest)
-
-    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads // k.shape[1])):
-        attend_to(slice(None), *shared)
-    else:
-        for t, row in enumerate(indices):
-            attend_to(slice(t, t + 1), row[row >= 0])
+    for t, keys, seen in key_sets(indices, len(k), heads // k.shape[1]):
+        work = functools.partial(tile, t, keys, seen)
+        out[t], lse[t] = over_tiles(work, q[t], 0, len(keys), longest)
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
-def in_common(indices, num_keys, heads):
-    """Keys [N] of all rows [T, K] and who has which, [N, T], where one product is cheaper than one a row."""
-    there = np.zeros(num_keys + 1, bool)
-    there[indices] = True
-    there[-1] = False  # what is absent, -1
-    keys, T, slots = np.flatnonzero(there), len(indices), np.count_nonzero(indices >= 0)
-    if heads * len(keys) * T > (heads + 6) * slots:  # measured: a row alone costs 6 heads more
-        return None
-    seen = np.zeros((len(keys) + 1, T), bool)
-    seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
-    return (keys, seen[:-1]) if np.count_nonzero(seen[:-1]) == slots else None
+def key_sets(indices, num_keys, heads):
+    """Queries of indices [T, K], a slice, their keys [N], and seen [N, T], who has which: None if all do."""
+    for t, row in enumerate(indices):
+        yield slice(t, t + 1), row[row >= 0], None
 
 
 def attend(q, k, v, seen=None):
@@ -609,10 +592,9 @@ class KVCache:
         self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
         self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
-        self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
-        self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        encoded = self._codec.shape if self._codec else lambda name, shape: shape
-        self._stored = {name: encoded(name, shape) for name, shape in self.streams.items()}
+        self._codec = codec = STORAGES[storage] and STORAGES[storage](self)
+        self.dtype = codec.dtype if codec else np.dtype(storage)
+        self._stored = codec.shapes if codec else self.streams
         self.bytes_per_token = sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
@@ -721,22 +703,18 @@ class KVCache:
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
     def _allocate(self, capacity):
-        self._data, self.capacity = self._in_memory(self._stored, capacity), capacity
+        self._data, self.capacity = {name: self._longer(name, capacity) for name in self._stored}, capacity
 
-    def _in_memory(self, streams, capacity):
-        """Streams with room for capacity tokens, the first of which are those of before."""
-        data = {}
-        for name, shape in streams.items():
-            data[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
-            data[name][:, : self.capacity] = self._data.get(name, 0)
-        return data
+    def _longer(self, name, capacity):
+        x = self.xp.zeros((self.batch, capacity, *self._stored[name]), self.dtype)
+        x[:, : self.capacity] = self._data.get(name, 0)
+        return x
 
 
 # 7. Checks ------------------------------------------------------------------------------------------------
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-LIBRARIES: dict[type, Any] = {}  # whose arrays are of a type, as far as seen
 
 
 def expect(ok, name, value, expected, error=ValueError):
@@ -750,13 +728,11 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
-    if (found := LIBRARIES.get(type(x))) and others in (None, found):
-        return found
     home, wanted = type(x).__module__, "numpy" if others is None else others.__name__
     known = home == wanted or (others is None and ("index_scores", home) in KERNELS)
     known = known and isinstance(x, sys.modules[home].ndarray) and type(x).__name__ != "matrix"
     expect(known, name, f"a {home}.{type(x).__name__}", f"an array of {wanted}, as by asarray", TypeError)
-    return LIBRARIES.setdefault(type(x), sys.modules[home])
+    return sys.modules[home]
 
 
 def dims(xp=None, **arrays):
@@ -1007,7 +983,7 @@ __all__ += [  # noqa: RUF022
     "learned_loss", "sharded_select", "sharded_attention", "PORTABLE_KERNELS",
 ]  # fmt: skip
 
-# 7 and 8, continued: BLAS beside our threads, forks, and checks at the pace of a GPU -----------------------
+# 3, 7 and 8, continued: wide tables, BLAS beside our threads, forks, checks at the pace of a GPU -----------
 
 # For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
 # that each BLAS had before the first of them.
@@ -1090,7 +1066,27 @@ def remembered(find):
     return sizes
 
 
-sizes = remembered(sizes)
+def shared(alone):
+    """key_sets, in one set where one product is cheaper than one a row."""
+
+    def key_sets(indices, num_keys, heads):
+        if (T := len(indices)) == 1:
+            return alone(indices, num_keys, heads)
+        rows, there = indices.astype(np.int64), np.zeros(num_keys + 1, bool)
+        there[rows] = True
+        there[-1] = False  # what is absent, -1
+        keys, slots = np.flatnonzero(there), np.count_nonzero(rows >= 0)
+        if heads * len(keys) * T <= (heads + 6) * slots:  # measured: a row alone costs 6 heads more
+            seen = np.zeros((len(keys) + 1, T), bool)
+            seen[np.where(rows < 0, -1, np.cumsum(there)[rows] - 1), np.arange(T)[:, None]] = True
+            if np.count_nonzero(seen[:-1]) == slots:
+                return [(slice(None), keys, seen[:-1])]
+        return alone(indices, num_keys, heads)
+
+    return key_sets
+
+
+sizes, key_sets = remembered(sizes), shared(key_sets)
 
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
@@ -1449,13 +1445,12 @@ def widened(bits):
 class Entries:
     """Storage "fp8": a token as `packed`, of "k" the last qk_rope_head_dim values in bfloat16."""
 
-    def __init__(self, rope):
-        self.dtype, self.rope, self.widths = np.dtype(np.uint8), rope, {}
-
-    def shape(self, name, shape):
-        self.widths[name] = width, rope = shape[-1], self.rope if name == "k" else 0
-        expect(width > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
-        return (*shape[:-1], packed_bytes(width, rope))
+    def __init__(self, cache):
+        self.dtype, self.shapes, self.widths = np.dtype(np.uint8), {}, {}
+        for name, shape in cache.streams.items():
+            self.widths[name] = width, rope = shape[-1], cache.qk_rope_head_dim if name == "k" else 0
+            expect(width > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
+            self.shapes[name] = *shape[:-1], packed_bytes(width, rope)
 
     def check_range(self, name, x):
         largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0))
@@ -1608,7 +1603,7 @@ class HybridKVCache(Session):
     __getstate__ = reorder
 
     def _allocate(self, capacity):
-        index = {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
+        index = [name for name in self._stored if name.startswith("index_")]
         if not self._data:
             self._kept = {name: shape for name, shape in self._stored.items() if name not in index}
             expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
@@ -1623,7 +1618,7 @@ class HybridKVCache(Session):
         slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
         slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
         data = self._split(slow.reshape(capacity, self.batch, -1).swapaxes(0, 1))
-        data |= self._in_memory(index, capacity)
+        data |= {name: self._longer(name, capacity) for name in index}
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
     def _split(self, records):
