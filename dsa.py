@@ -32,7 +32,6 @@ import functools
 import inspect
 import math
 import numbers
-import os
 import re
 import sys
 import threading
@@ -58,11 +57,10 @@ CODES: dict[Any, Any] = {}  # (stage, dtype of its first array): axes of arrays 
 def stage(declared, most=lambda n: 64):
     """Declare a stage by the axes of its arrays and results: @stage("q [..., T, D] -> out [..., T] q").
 
-    The function below it is the definition, in NumPy, for a block of queries of one sequence: arrays without
-    `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
-    is called by the name checks the arguments and goes through the queries in blocks, on threads (in_blocks),
+    The function below it is the definition, in NumPy, for a block of up to most(n) queries of one sequence:
+    arrays without `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as
+    name.block. What is called by the name checks the arguments and goes through blocks on threads (in_blocks)
     or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
-    most(n): how many queries a block may have.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
@@ -142,8 +140,6 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, -np.inf]]), 2)
     array([[0, 2],
            [0, 1]], dtype=int32)
-    >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0]]), 2, local_window=1)
-    array([[0, 3]], dtype=int32)
     """
     (T, S), (lo, hi), forced = scores.shape, span(k_start, k_end), local_window + num_sink_tokens
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
@@ -212,10 +208,9 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
 
-    Slots of -1 are absent wherever they stand, an index that repeats counts as often as it stands, and a key
-    in no row is never looked at. IndexError for other indices outside [0, S). Otherwise as dense_attention.
-    out_dtype: by default q's; float32 for parts of 16 bits that are yet to be merged. A thread holds at most
-    2,048 gathered keys, 512 of wide ones, however long a row is.
+    Slots of -1 are absent wherever they stand, an index that repeats counts each time, and a key in no row is
+    never looked at. IndexError outside [-1, S). Otherwise as dense_attention. out_dtype: by default q's, or
+    float32 for parts of 16 bits yet to be merged. A thread holds up to 2,048 gathered keys, 512 of wide ones.
 
     >>> k, v = np.zeros((3, 1, 1)), np.array([[[1.0]], [[2.0]], [[6.0]]])
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
@@ -388,10 +383,7 @@ def hidden(scores, start, end):
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's largest number becomes that
-    "fp32": lambda x: x,
-    "fp16": lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16),
-}
+PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer: what index_q and index_k are rounded by
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(f"{ATTENTION}, index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
@@ -444,8 +436,6 @@ class DSAConfig:
 
         >>> [DSAConfig(top_k=64, progressive_sparsity=True).top_k_at(layer, 3) for layer in range(3)]
         [128, 64, 32]
-        >>> DSAConfig(sparse_ratio=SELECTION_RATIOS["balanced"]).top_k_at(num_keys=1000)
-        30
         """
         n_layers, layer, top_k = integer("n_layers", n_layers, 1), integer("layer", layer, 0), self.top_k
         expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
@@ -691,7 +681,6 @@ class KVCache:
         self.close()
 
     # What a cache in two tiers does in another way:
-
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
@@ -742,9 +731,7 @@ def dims(xp=None, **arrays):
 
 
 def sizes(declared, given, optional, xp=None):
-    """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
-    the library. An optional array may be None; other byte orders become the native one.
-    """
+    """Check arrays against each other -> the size of each axis; "...": the batch shape, "xp": the library."""
     n: dict[str, Any] = {}
     for name, (axes, word) in declared.items():
         if (x := given[name]) is None and name in optional:
@@ -752,8 +739,6 @@ def sizes(declared, given, optional, xp=None):
         xp, shape, allowed = library(name, x, xp), x.shape, (word,) if word else FLOATS
         fits = x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed
         expect(fits, name, f"of dtype {x.dtype}", " or ".join(allowed), TypeError)
-        if not x.dtype.isnative:
-            given[name] = x.astype(native(x))
         if axes[0] == "..." and (batch := len(shape) - len(axes) + 1) >= 0:
             shape = shape[:batch], *shape[batch:]
         expect(len(shape) == len(axes), name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
@@ -871,7 +856,7 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-BLAS: dict[str, Any] = {}  # "libraries", those that a later part knows how to "hold" to one thread each
+BLAS: dict[str, Any] = {}  # a later part: how to "hold" it to one thread, and how many "threads" we then have
 
 
 def set_num_threads(n):
@@ -886,8 +871,7 @@ def get_num_threads():
     1
     >>> set_num_threads(None)
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return THREADS[0] or (cpus if BLAS and BLAS["libraries"]() else 1)
+    return THREADS[0] or (BLAS["threads"]() if BLAS else 1)
 
 
 def on_one_blas_thread(work):
@@ -897,9 +881,7 @@ def on_one_blas_thread(work):
 
 
 def in_blocks(block, arrays, results, n, given, most):
-    """Call a stage's block for every block of queries of every sequence -> its results, put together: over T
-    written, over S, (keys, parts), and over neither added up, in the order of the blocks with any threads.
-    """
+    """Call a stage's block for every block of queries of every sequence -> its results, put together."""
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
     sums, whole = accumulator(*(given[x] for x in cut)), []
     cut |= {x: True for x in ("k_start", "k_end") if x in given}
@@ -920,12 +902,12 @@ def in_blocks(block, arrays, results, n, given, most):
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
         return job, found if isinstance(found, tuple) else (found,)
 
-    def put(done):
+    def put(done):  # in the order of the blocks, with any threads
         (b, t), found = done
         for (axes, _, x), part in zip(whole, found):
             if "T" in axes:
                 x[(*b, t)] = part
-            elif part is not None:
+            elif part is not None:  # is added up; over S it is (keys, parts)
                 where, part = part if "S" in axes else (..., part)
                 (x[b] if axes[0] == "..." else x)[where] += part
 
@@ -970,6 +952,7 @@ import copy
 import importlib.util
 import itertools
 import json
+import os
 import tempfile
 import weakref
 import zlib
@@ -997,6 +980,11 @@ def blas_libraries():
         return []
     controller = importlib.import_module("threadpoolctl").ThreadpoolController()
     return controller.select(user_api="blas").lib_controllers
+
+
+def threads_beside_blas():
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if blas_libraries() else 1
 
 
 def hold_blas(work):
@@ -1030,7 +1018,7 @@ def share_blas(me, hold):
             BLAS_USERS.discard(me)
 
 
-BLAS |= {"libraries": blas_libraries, "hold": hold_blas}
+BLAS |= {"threads": threads_beside_blas, "hold": hold_blas}
 if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
     os.register_at_fork(
         before=BLAS_LOCK.acquire,
@@ -1040,7 +1028,9 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
 
 
 def remembered(find):
-    """find, which is sizes, but what it found of arrays alike is kept, by all but S, which grows."""
+    """find, which is sizes, but what it found of arrays alike is kept, by all but S, which grows; and arrays
+    of another byte order become native ones.
+    """
     known: dict[Any, Any] = {}
 
     def sizes(declared, given, optional, xp=None):
@@ -1057,7 +1047,9 @@ def remembered(find):
             n = known[tuple(key)].copy()
         except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
             n = find(declared, given, optional, xp)
-            if len(known) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+            swapped = [x for x in declared if given[x] is not None and not given[x].dtype.isnative]
+            given |= {x: given[x].astype(native(given[x])) for x in swapped}
+            if len(known) < 2**14 and not swapped:
                 known[tuple(key)] = n.copy()
         if S is not None:
             n["S"] = S
@@ -1489,6 +1481,7 @@ def decoded(n, given):
 
 CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]"), decoded
 CODES |= {(x, np.dtype(np.uint8)): CODED for x in ("index_scores", "lightning_select", "predictive_select")}
+PRECISIONS["fp16"] = lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16)
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 
