@@ -170,10 +170,9 @@ def lightning_select(
     index_q, index_k, weights, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
 ):
     """select_topk(index_scores(...)) without ever holding [T, S] scores: (1) and (2), a block at a time."""
-    window = {"k_start": k_start, "k_end": k_end}
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    scores = index_scores.block(index_q, index_k, weights, **window)  # [T, S], of this block alone
-    return select_topk.block(scores, top_k, **forced, **window)
+    scores = index_scores.block(index_q, index_k, weights, k_start=k_start, k_end=k_end)  # [T, S], of a block
+    return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def merge_attention(outs, lses):
     shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
     total = functools.reduce(np.add, shares)
     parts = (out * (share / np.where(total == 0, 1, total))[..., None] for out, share in zip(outs, shares))
-    return functools.reduce(np.add, parts).astype(native(outs[0]), copy=False), top + np.log(total)
+    return functools.reduce(np.add, parts).astype(outs[0].dtype.type, copy=False), top + np.log(total)
 
 
 @np.errstate(all="ignore")
@@ -307,7 +306,7 @@ def apply_sink(out, lse, sink):
     dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     dtype = accumulator(out, lse, sink)
     z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)  # of no key out stays 0
-    return (out / (1 + np.exp(z))[..., None]).astype(native(out), copy=False)
+    return (out / (1 + np.exp(z))[..., None]).astype(out.dtype.type, copy=False)
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -344,11 +343,11 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     expect(len(sequences), name, "empty", "at least one array")
     for i, x in enumerate(sequences):
         dims(**{f"{name}[{i}]": (x, "...")})
-        like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
+        like = x.ndim > 0 and (x.shape[1:], x.dtype.type) == (sequences[0].shape[1:], sequences[0].dtype.type)
         expect(like, f"{name}[{i}]", f"of {x.dtype} {x.shape}", f"[T_i, ...] as {sequences[0].shape}")
     lengths, multiple = np.array([len(x) for x in sequences]), integer("multiple", multiple, 1)
     shape = len(sequences), -(-int(lengths.max()) // multiple) * multiple, *sequences[0].shape[1:]
-    padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
+    padded = np.zeros_like(sequences[0], sequences[0].dtype.type, shape=shape)
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
     return padded, lengths
@@ -457,20 +456,19 @@ class DSAConfig:
 
 
 def dsa_attention(
-    q, k, v, index_q, index_k, weights, config,
-    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
-    cache=None, layer=0, n_layers=1, **options,
+    q, k, v, index_q, index_k, weights, config, *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
+    lengths=None, cache=None, layer=0, n_layers=1, **options,
 ):  # fmt: skip
     """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
 
     q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv] or None, index_q [..., T, J, E], index_k
     [..., S, E], weights [..., T, J] -> out [..., T, H, Dv], lse [..., T, H] and indices [..., T, K]: what was
     attended to. d_v to k_end: see dense_attention. Sequences that differ in length stand right-padded in a
-    batch, with lengths [B] in place of k_start and k_end; or q to weights are lists of arrays [T_i, ...],
-    which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if there
-    is one, and index_k are appended to it; lengths counts each sequence's new tokens, and q are the queries
-    of these. If anything raises, the cache is as it was. layer, n_layers: for progressive_sparsity. options:
-    of the selector, see SELECTORS. Where all keys are kept the index arrays are not looked at.
+    batch, with lengths [B] in place of windows; or q to weights are lists of arrays [T_i, ...], which are
+    padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if any and index_k are
+    appended to it; lengths counts each sequence's new tokens, those of q. Should anything raise, it is as it
+    was. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys
+    are kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
@@ -595,11 +593,6 @@ class KVCache:
         """How many tokens each sequence holds, int64 [B]. All that asks for it refuses a closed cache."""
         expect(not self.closed, "the cache", "closed", "an open one")
         return self._lengths.copy()
-
-    @property
-    def nbytes(self):
-        """Bytes of memory held, whether tokens fill them yet or not."""
-        return sum(x.nbytes for x in self._data.values())
 
     @np.errstate(all="ignore")
     def append(self, *, lengths=None, **tokens):
@@ -759,10 +752,6 @@ def accumulator(*arrays):
     return F64 if np.float64 in [x.dtype.type for x in arrays] else F32
 
 
-def native(x):
-    return x.dtype.newbyteorder("=")  # this machine's
-
-
 def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
@@ -880,6 +869,7 @@ def on_one_blas_thread(work):
         return BLAS["hold"](work) if BLAS else work()
 
 
+@np.errstate(all="ignore")
 def in_blocks(block, arrays, results, n, given, most):
     """Call a stage's block for every block of queries of every sequence -> its results, put together."""
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
@@ -911,12 +901,9 @@ def in_blocks(block, arrays, results, n, given, most):
                 where, part = part if "S" in axes else (..., part)
                 (x[b] if axes[0] == "..." else x)[where] += part
 
-    def run():
-        spread(work, blocks(n, most), put)
-        found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
-        return tuple(found) if len(found) > 1 else found[0]
-
-    return on_one_blas_thread(run)
+    on_one_blas_thread(lambda: spread(work, blocks(n, most), put))
+    found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def blocks(n, most=64):
@@ -1048,7 +1035,7 @@ def remembered(find):
         except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
             n = find(declared, given, optional, xp)
             swapped = [x for x in declared if given[x] is not None and not given[x].dtype.isnative]
-            given |= {x: given[x].astype(native(given[x])) for x in swapped}
+            given |= {x: given[x].astype(given[x].dtype.type) for x in swapped}
             if len(known) < 2**14 and not swapped:
                 known[tuple(key)] = n.copy()
         if S is not None:
@@ -1526,6 +1513,11 @@ class Session(KVCache):
                 raise
             raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
 
+    @property
+    def nbytes(self):
+        """Bytes of memory held, whether tokens fill them yet or not."""
+        return sum(x.nbytes for x in self._data.values())
+
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
         batch = check_lengths(batch, most=self.batch - 1, name="batch")
@@ -1542,7 +1534,7 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
+for method in ("save", "load", "nbytes", "reorder", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
 
 
@@ -2327,7 +2319,7 @@ def learned_loss(q, k, mlp, target, **options):
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
-        return loss, tuple(d.astype(native(x)) for d, x in zip(grads, mlp))
+        return loss, tuple(d.astype(x.dtype.type) for d, x in zip(grads, mlp))
 
     return on_one_blas_thread(work)
 
@@ -2422,7 +2414,7 @@ def sharded_attention(
 
         def merge(outs, lses, largest=None):  # [R, M, H, Dv], [R, M, H], [R, M, H, 1]
             out, lse = merge_attention(outs if largest is None else outs * largest, lses)
-            return (out if sink is None else apply_sink(out, lse, sink)).astype(native(q), copy=False), lse
+            return (out if sink is None else apply_sink(out, lse, sink)).astype(q.dtype.type, copy=False), lse
 
         return *decided(at, offers, merge, scatter), indices
 
@@ -2510,7 +2502,7 @@ def decided(at, offers, decide, scatter=False):
 def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     xp, said = n["xp"], {**n, "S": 0, "xp": n["xp"].__name__, **call, "comm": 0}
-    said = {name: x.dtype.type if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes: in n
+    said = {x: np.dtype(y.dtype.type) if getattr(y, "shape", ()) else y for x, y in said.items()}  # axes: in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
         raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
