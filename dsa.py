@@ -133,9 +133,8 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
 def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None):
     """Equation (2): of each row's visible keys, the first top_k in the order (-score, index).
 
-    Without windows every score above -inf is visible; -inf is never selected. The last local_window and the
-    first num_sink_tokens visible keys are always kept, and count towards top_k. indices: kept keys ascending,
-    then -1. ValueError for NaN inside a window.
+    Without windows all scores above -inf are visible; -inf is never selected. The last local_window and first
+    num_sink_tokens visible keys are always kept, as part of top_k. ValueError for NaN inside a window.
 
     >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, -np.inf]]), 2)
     array([[0, 2],
@@ -1049,7 +1048,7 @@ def shared(alone):
     """key_sets, in one set where one product is cheaper than one a row."""
 
     def key_sets(indices, num_keys, heads):
-        if (T := len(indices)) == 1:
+        if (T := len(indices)) < 2:
             return alone(indices, num_keys, heads)
         rows, there = indices.astype(np.int64), np.zeros(num_keys + 1, bool)
         there[rows] = True
@@ -2502,7 +2501,7 @@ def decided(at, offers, decide, scatter=False):
 def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     xp, said = n["xp"], {**n, "S": 0, "xp": n["xp"].__name__, **call, "comm": 0}
-    said = {x: np.dtype(y.dtype.type) if getattr(y, "shape", ()) else y for x, y in said.items()}  # axes: in n
+    said = {x: np.dtype(y.dtype.type) if getattr(y, "shape", ()) else y for x, y in said.items()}  # axes in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
         raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
