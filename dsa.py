@@ -32,7 +32,6 @@ import functools
 import inspect
 import math
 import numbers
-import os
 import re
 import sys
 import threading
@@ -58,11 +57,10 @@ CODES: dict[Any, Any] = {}  # (stage, dtype of its first array): axes of arrays 
 def stage(declared, most=lambda n: 64):
     """Declare a stage by the axes of its arrays and results: @stage("q [..., T, D] -> out [..., T] q").
 
-    The function below it is the definition, in NumPy, for a block of queries of one sequence: arrays without
-    `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as name.block. What
-    is called by the name checks the arguments and goes through the queries in blocks, on threads (in_blocks),
+    The function below it is the definition, in NumPy, for a block of up to most(n) queries of one sequence:
+    arrays without `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as
+    name.block. What is called by the name checks the arguments and goes through blocks on threads (in_blocks)
     or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
-    most(n): how many queries a block may have.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
@@ -135,15 +133,12 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
 def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None):
     """Equation (2): of each row's visible keys, the first top_k in the order (-score, index).
 
-    Without windows every score above -inf is visible; -inf is never selected. The last local_window and the
-    first num_sink_tokens visible keys are always kept, and count towards top_k. indices: kept keys ascending,
-    then -1. ValueError for NaN inside a window.
+    Without windows all scores above -inf are visible; -inf is never selected. The last local_window and first
+    num_sink_tokens visible keys are always kept, as part of top_k. ValueError for NaN inside a window.
 
     >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, -np.inf]]), 2)
     array([[0, 2],
            [0, 1]], dtype=int32)
-    >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0]]), 2, local_window=1)
-    array([[0, 3]], dtype=int32)
     """
     (T, S), (lo, hi), forced = scores.shape, span(k_start, k_end), local_window + num_sink_tokens
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
@@ -155,23 +150,18 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         place = np.cumsum(seen, axis=1)  # 1 is the first visible key
         kept = seen & ((place <= first) | (place > place[:, -1:] - last))
         x[kept] = -np.inf
-    kept |= first_k(x, top_k - forced)  # [T, N]                                                          (2)
+    k, kth = top_k - forced, np.full((T, 1), np.finfo(x.dtype).min)
+    if k < x.shape[1]:
+        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
+    best = x >= kth  # [T, N]                                                                             (2)
+    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
+        ties = np.flatnonzero(x[t] == kth[t])
+        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
+    kept |= best
     indices = np.full((T, min(top_k, S)), -1, np.int32)
     there = np.arange(indices.shape[1]) < np.count_nonzero(kept, axis=1)[:, None]
     indices[there] = lo + np.flatnonzero(kept) % max(1, hi - lo)  # to columns
     return indices
-
-
-def first_k(x, k):
-    """Equation (2): the k largest above -inf of each row of x [T, N], the first of equal ones -> [T, N]."""
-    kth = np.full((len(x), 1), np.finfo(x.dtype).min)
-    if k < x.shape[1]:
-        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
-    best = x >= kth if k else np.zeros(x.shape, bool)
-    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
-        ties = np.flatnonzero(x[t] == kth[t])
-        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
-    return best
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> indices [..., T, K] int32")
@@ -179,10 +169,9 @@ def lightning_select(
     index_q, index_k, weights, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None
 ):
     """select_topk(index_scores(...)) without ever holding [T, S] scores: (1) and (2), a block at a time."""
-    window = {"k_start": k_start, "k_end": k_end}
     forced = {"local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    scores = index_scores.block(index_q, index_k, weights, **window)  # [T, S], of this block alone
-    return select_topk.block(scores, top_k, **forced, **window)
+    scores = index_scores.block(index_q, index_k, weights, k_start=k_start, k_end=k_end)  # [T, S], of a block
+    return select_topk.block(scores, top_k, k_start=k_start, k_end=k_end, **forced)
 
 
 # 3. Attention, equation (3) -------------------------------------------------------------------------------
@@ -217,10 +206,9 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
 def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_dtype=None):
     """Equation (3): exact attention over the keys in indices [..., T, K], one set for all heads of a query.
 
-    Slots of -1 are absent wherever they stand, an index that repeats counts as often as it stands, and a key
-    in no row is never looked at. IndexError for other indices outside [0, S). Otherwise as dense_attention.
-    out_dtype: by default q's; float32 for parts of 16 bits that are yet to be merged. A thread holds at most
-    2,048 gathered keys, 512 of wide ones, however long a row is.
+    Slots of -1 are absent wherever they stand, an index that repeats counts each time, and a key in no row is
+    never looked at. IndexError outside [-1, S). Otherwise as dense_attention. out_dtype: by default q's, or
+    float32 for parts of 16 bits yet to be merged. A thread holds up to 2,048 gathered keys, 512 of wide ones.
 
     >>> k, v = np.zeros((3, 1, 1)), np.array([[[1.0]], [[2.0]], [[6.0]]])
     >>> sparse_attention(np.zeros((1, 1, 1)), k, v, np.array([[0, 2, -1]]))[0].item()
@@ -231,33 +219,21 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
     out, lse = np.empty((*q.shape[:2], values.shape[2]), q.dtype), np.empty(q.shape[:2], q.dtype)
     longest = max(1, min(4, 2**12 // wide, 256 // heads))  # KEY_TILEs; threads share a query of many heads
 
-    def attend_to(t, keys, seen=None):
-        def tile(part):
-            k_s = k.take(keys[part], 0, mode="clip")  # [N, G, D], the fastest way
-            v_s = k_s[..., :d_v] if v is None else v.take(keys[part], 0, mode="clip")  # [N, G, Dv]
-            return attend(q[t], k_s, v_s, None if seen is None else seen[part])
+    def tile(t, keys, seen, part):
+        k_s = k.take(keys[part], 0, mode="clip")  # [N, G, D], the fastest way
+        v_s = k_s[..., :d_v] if v is None else v.take(keys[part], 0, mode="clip")  # [N, G, Dv]
+        return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
-        out[t], lse[t] = over_tiles(tile, q[t], 0, len(keys), longest)
-
-    if len(q) > 1 and (shared := in_common(indices.astype(np.int64), len(k), heads // k.shape[1])):
-        attend_to(slice(None), *shared)
-    else:
-        for t, row in enumerate(indices):
-            attend_to(slice(t, t + 1), row[row >= 0])
+    for t, keys, seen in key_sets(indices, len(k), heads // k.shape[1]):
+        work = functools.partial(tile, t, keys, seen)
+        out[t], lse[t] = over_tiles(work, q[t], 0, len(keys), longest)
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
-def in_common(indices, num_keys, heads):
-    """Keys [N] of all rows [T, K] and who has which, [N, T], where one product is cheaper than one a row."""
-    there = np.zeros(num_keys + 1, bool)
-    there[indices] = True
-    there[-1] = False  # what is absent, -1
-    keys, T, slots = np.flatnonzero(there), len(indices), np.count_nonzero(indices >= 0)
-    if heads * len(keys) * T > (heads + 6) * slots:  # measured: a row alone costs 6 heads more
-        return None
-    seen = np.zeros((len(keys) + 1, T), bool)
-    seen[np.where(indices < 0, -1, np.cumsum(there)[indices] - 1), np.arange(T)[:, None]] = True
-    return (keys, seen[:-1]) if np.count_nonzero(seen[:-1]) == slots else None
+def key_sets(indices, num_keys, heads):
+    """Queries of indices [T, K], a slice, their keys [N], and seen [N, T], who has which: None if all do."""
+    for t, row in enumerate(indices):
+        yield slice(t, t + 1), row[row >= 0], None
 
 
 def attend(q, k, v, seen=None):
@@ -313,7 +289,7 @@ def merge_attention(outs, lses):
     shares = [np.exp(lse - top) for lse in lses]  # [..., T, H] each
     total = functools.reduce(np.add, shares)
     parts = (out * (share / np.where(total == 0, 1, total))[..., None] for out, share in zip(outs, shares))
-    return functools.reduce(np.add, parts).astype(native(outs[0]), copy=False), top + np.log(total)
+    return functools.reduce(np.add, parts).astype(outs[0].dtype.type, copy=False), top + np.log(total)
 
 
 @np.errstate(all="ignore")
@@ -329,7 +305,7 @@ def apply_sink(out, lse, sink):
     dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     dtype = accumulator(out, lse, sink)
     z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)  # of no key out stays 0
-    return (out / (1 + np.exp(z))[..., None]).astype(native(out), copy=False)
+    return (out / (1 + np.exp(z))[..., None]).astype(out.dtype.type, copy=False)
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
@@ -366,11 +342,11 @@ def pad_batch(sequences, multiple=64, name="sequences"):
     expect(len(sequences), name, "empty", "at least one array")
     for i, x in enumerate(sequences):
         dims(**{f"{name}[{i}]": (x, "...")})
-        like = x.ndim > 0 and (x.shape[1:], native(x)) == (sequences[0].shape[1:], native(sequences[0]))
+        like = x.ndim > 0 and (x.shape[1:], x.dtype.type) == (sequences[0].shape[1:], sequences[0].dtype.type)
         expect(like, f"{name}[{i}]", f"of {x.dtype} {x.shape}", f"[T_i, ...] as {sequences[0].shape}")
     lengths, multiple = np.array([len(x) for x in sequences]), integer("multiple", multiple, 1)
     shape = len(sequences), -(-int(lengths.max()) // multiple) * multiple, *sequences[0].shape[1:]
-    padded = np.zeros_like(sequences[0], native(sequences[0]), shape=shape)
+    padded = np.zeros_like(sequences[0], sequences[0].dtype.type, shape=shape)
     for row, x in zip(padded, sequences):
         row[: len(x)] = x
     return padded, lengths
@@ -405,10 +381,7 @@ def hidden(scores, start, end):
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {  # of the indexer; what is beyond float16's largest number becomes that
-    "fp32": lambda x: x,
-    "fp16": lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16),
-}
+PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer: what index_q and index_k are rounded by
 SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
 DSA_AXES = axes_of(f"{ATTENTION}, index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
@@ -461,8 +434,6 @@ class DSAConfig:
 
         >>> [DSAConfig(top_k=64, progressive_sparsity=True).top_k_at(layer, 3) for layer in range(3)]
         [128, 64, 32]
-        >>> DSAConfig(sparse_ratio=SELECTION_RATIOS["balanced"]).top_k_at(num_keys=1000)
-        30
         """
         n_layers, layer, top_k = integer("n_layers", n_layers, 1), integer("layer", layer, 0), self.top_k
         expect(layer < n_layers, "layer", layer, f"less than n_layers = {n_layers}")
@@ -484,20 +455,19 @@ class DSAConfig:
 
 
 def dsa_attention(
-    q, k, v, index_q, index_k, weights, config,
-    *, d_v=None, scale=None, sink=None, k_start=None, k_end=None, lengths=None,
-    cache=None, layer=0, n_layers=1, **options,
+    q, k, v, index_q, index_k, weights, config, *, d_v=None, scale=None, sink=None, k_start=None, k_end=None,
+    lengths=None, cache=None, layer=0, n_layers=1, **options,
 ):  # fmt: skip
     """DeepSeek Sparse Attention: select as config says, attend to what was selected -> out, lse, indices.
 
     q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv] or None, index_q [..., T, J, E], index_k
     [..., S, E], weights [..., T, J] -> out [..., T, H, Dv], lse [..., T, H] and indices [..., T, K]: what was
     attended to. d_v to k_end: see dense_attention. Sequences that differ in length stand right-padded in a
-    batch, with lengths [B] in place of k_start and k_end; or q to weights are lists of arrays [T_i, ...],
-    which are then padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if there
-    is one, and index_k are appended to it; lengths counts each sequence's new tokens, and q are the queries
-    of these. If anything raises, the cache is as it was. layer, n_layers: for progressive_sparsity. options:
-    of the selector, see SELECTORS. Where all keys are kept the index arrays are not looked at.
+    batch, with lengths [B] in place of windows; or q to weights are lists of arrays [T_i, ...], which are
+    padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if any and index_k are
+    appended to it; lengths counts each sequence's new tokens, those of q. Should anything raise, it is as it
+    was. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys
+    are kept the index arrays are not looked at.
     """
     check_type("config", config, DSAConfig)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
@@ -609,10 +579,9 @@ class KVCache:
         self.xp, self.storage, self.grow, self.closed = xp, storage, grow, False
         self.streams = {name: tuple(integer(name, n, 1) for n in shape) for name, shape in streams.items()}
         self.qk_rope_head_dim = integer("qk_rope_head_dim", qk_rope_head_dim, 0)
-        self._codec = STORAGES[storage] and STORAGES[storage](self.qk_rope_head_dim)
-        self.dtype = self._codec.dtype if self._codec else np.dtype(storage)
-        encoded = self._codec.shape if self._codec else lambda name, shape: shape
-        self._stored = {name: encoded(name, shape) for name, shape in self.streams.items()}
+        self._codec = codec = STORAGES[storage] and STORAGES[storage](self)
+        self.dtype = codec.dtype if codec else np.dtype(storage)
+        self._stored = codec.shapes if codec else self.streams
         self.bytes_per_token = sum(map(math.prod, self._stored.values())) * self.dtype.itemsize
         self.capacity, self._lengths = 0, np.zeros(self.batch, np.int64)
         self._data: dict[str, Any] = {}  # the streams, [B, capacity, *shape]
@@ -623,11 +592,6 @@ class KVCache:
         """How many tokens each sequence holds, int64 [B]. All that asks for it refuses a closed cache."""
         expect(not self.closed, "the cache", "closed", "an open one")
         return self._lengths.copy()
-
-    @property
-    def nbytes(self):
-        """Bytes of memory held, whether tokens fill them yet or not."""
-        return sum(x.nbytes for x in self._data.values())
 
     @np.errstate(all="ignore")
     def append(self, *, lengths=None, **tokens):
@@ -709,7 +673,6 @@ class KVCache:
         self.close()
 
     # What a cache in two tiers does in another way:
-
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
@@ -721,22 +684,18 @@ class KVCache:
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
     def _allocate(self, capacity):
-        self._data, self.capacity = self._in_memory(self._stored, capacity), capacity
+        self._data, self.capacity = {name: self._longer(name, capacity) for name in self._stored}, capacity
 
-    def _in_memory(self, streams, capacity):
-        """Streams with room for capacity tokens, the first of which are those of before."""
-        data = {}
-        for name, shape in streams.items():
-            data[name] = self.xp.zeros((self.batch, capacity, *shape), self.dtype)
-            data[name][:, : self.capacity] = self._data.get(name, 0)
-        return data
+    def _longer(self, name, capacity):
+        x = self.xp.zeros((self.batch, capacity, *self._stored[name]), self.dtype)
+        x[:, : self.capacity] = self._data.get(name, 0)
+        return x
 
 
 # 7. Checks ------------------------------------------------------------------------------------------------
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
-LIBRARIES: dict[type, Any] = {}  # whose arrays are of a type, as far as seen
 
 
 def expect(ok, name, value, expected, error=ValueError):
@@ -750,13 +709,11 @@ def check_type(name, x, kind):
 
 def library(name, x, others=None):
     """The module whose array x is: numpy, or another that KERNELS knows; and the same as the others'."""
-    if (found := LIBRARIES.get(type(x))) and others in (None, found):
-        return found
     home, wanted = type(x).__module__, "numpy" if others is None else others.__name__
     known = home == wanted or (others is None and ("index_scores", home) in KERNELS)
     known = known and isinstance(x, sys.modules[home].ndarray) and type(x).__name__ != "matrix"
     expect(known, name, f"a {home}.{type(x).__name__}", f"an array of {wanted}, as by asarray", TypeError)
-    return LIBRARIES.setdefault(type(x), sys.modules[home])
+    return sys.modules[home]
 
 
 def dims(xp=None, **arrays):
@@ -766,9 +723,7 @@ def dims(xp=None, **arrays):
 
 
 def sizes(declared, given, optional, xp=None):
-    """Check arrays against each other by their axes -> the size of each axis; "..." is the batch shape, "xp"
-    the library. An optional array may be None; other byte orders become the native one.
-    """
+    """Check arrays against each other -> the size of each axis; "...": the batch shape, "xp": the library."""
     n: dict[str, Any] = {}
     for name, (axes, word) in declared.items():
         if (x := given[name]) is None and name in optional:
@@ -776,8 +731,6 @@ def sizes(declared, given, optional, xp=None):
         xp, shape, allowed = library(name, x, xp), x.shape, (word,) if word else FLOATS
         fits = x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed
         expect(fits, name, f"of dtype {x.dtype}", " or ".join(allowed), TypeError)
-        if not x.dtype.isnative:
-            given[name] = x.astype(native(x))
         if axes[0] == "..." and (batch := len(shape) - len(axes) + 1) >= 0:
             shape = shape[:batch], *shape[batch:]
         expect(len(shape) == len(axes), name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
@@ -796,10 +749,6 @@ def sizes(declared, given, optional, xp=None):
 
 def accumulator(*arrays):
     return F64 if np.float64 in [x.dtype.type for x in arrays] else F32
-
-
-def native(x):
-    return x.dtype.newbyteorder("=")  # this machine's
 
 
 def is_number(value):
@@ -895,7 +844,7 @@ def check_options(n, given):
 # 8. Threads -----------------------------------------------------------------------------------------------
 
 THREADS: list[int | None] = [None]  # what set_num_threads set
-BLAS: dict[str, Any] = {}  # "libraries", those that a later part knows how to "hold" to one thread each
+BLAS: dict[str, Any] = {}  # a later part: how to "hold" it to one thread, and how many "threads" we then have
 
 
 def set_num_threads(n):
@@ -910,8 +859,7 @@ def get_num_threads():
     1
     >>> set_num_threads(None)
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return THREADS[0] or (cpus if BLAS and BLAS["libraries"]() else 1)
+    return THREADS[0] or (BLAS["threads"]() if BLAS else 1)
 
 
 def on_one_blas_thread(work):
@@ -920,10 +868,9 @@ def on_one_blas_thread(work):
         return BLAS["hold"](work) if BLAS else work()
 
 
+@np.errstate(all="ignore")
 def in_blocks(block, arrays, results, n, given, most):
-    """Call a stage's block for every block of queries of every sequence -> its results, put together: over T
-    written, over S, (keys, parts), and over neither added up, in the order of the blocks with any threads.
-    """
+    """Call a stage's block for every block of queries of every sequence -> its results, put together."""
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
     sums, whole = accumulator(*(given[x] for x in cut)), []
     cut |= {x: True for x in ("k_start", "k_end") if x in given}
@@ -944,21 +891,18 @@ def in_blocks(block, arrays, results, n, given, most):
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
         return job, found if isinstance(found, tuple) else (found,)
 
-    def put(done):
+    def put(done):  # in the order of the blocks, with any threads
         (b, t), found = done
         for (axes, _, x), part in zip(whole, found):
             if "T" in axes:
                 x[(*b, t)] = part
-            elif part is not None:
+            elif part is not None:  # is added up; over S it is (keys, parts)
                 where, part = part if "S" in axes else (..., part)
                 (x[b] if axes[0] == "..." else x)[where] += part
 
-    def run():
-        spread(work, blocks(n, most), put)
-        found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
-        return tuple(found) if len(found) > 1 else found[0]
-
-    return on_one_blas_thread(run)
+    on_one_blas_thread(lambda: spread(work, blocks(n, most), put))
+    found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
+    return tuple(found) if len(found) > 1 else found[0]
 
 
 def blocks(n, most=64):
@@ -994,6 +938,7 @@ import copy
 import importlib.util
 import itertools
 import json
+import os
 import tempfile
 import weakref
 import zlib
@@ -1007,7 +952,7 @@ __all__ += [  # noqa: RUF022
     "learned_loss", "sharded_select", "sharded_attention", "PORTABLE_KERNELS",
 ]  # fmt: skip
 
-# 7 and 8, continued: BLAS beside our threads, forks, and checks at the pace of a GPU -----------------------
+# 3, 7 and 8, continued: wide tables, BLAS beside our threads, forks, checks at the pace of a GPU -----------
 
 # For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
 # that each BLAS had before the first of them.
@@ -1021,6 +966,11 @@ def blas_libraries():
         return []
     controller = importlib.import_module("threadpoolctl").ThreadpoolController()
     return controller.select(user_api="blas").lib_controllers
+
+
+def threads_beside_blas():
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if blas_libraries() else 1
 
 
 def hold_blas(work):
@@ -1054,7 +1004,7 @@ def share_blas(me, hold):
             BLAS_USERS.discard(me)
 
 
-BLAS |= {"libraries": blas_libraries, "hold": hold_blas}
+BLAS |= {"threads": threads_beside_blas, "hold": hold_blas}
 if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is under way is the parent's
     os.register_at_fork(
         before=BLAS_LOCK.acquire,
@@ -1064,7 +1014,9 @@ if hasattr(os, "register_at_fork"):  # not while BLAS's threads change; what is 
 
 
 def remembered(find):
-    """find, which is sizes, but what it found of arrays alike is kept, by all but S, which grows."""
+    """find, which is sizes, but what it found of arrays alike is kept, by all but S, which grows; and arrays
+    of another byte order become native ones.
+    """
     known: dict[Any, Any] = {}
 
     def sizes(declared, given, optional, xp=None):
@@ -1081,7 +1033,9 @@ def remembered(find):
             n = known[tuple(key)].copy()
         except (AttributeError, IndexError, KeyError, TypeError):  # not seen, or an error
             n = find(declared, given, optional, xp)
-            if len(known) < 2**14 and all(dtype.isnative for dtype in key[4::5]):  # or given was changed
+            swapped = [x for x in declared if given[x] is not None and not given[x].dtype.isnative]
+            given |= {x: given[x].astype(given[x].dtype.type) for x in swapped}
+            if len(known) < 2**14 and not swapped:
                 known[tuple(key)] = n.copy()
         if S is not None:
             n["S"] = S
@@ -1090,7 +1044,27 @@ def remembered(find):
     return sizes
 
 
-sizes = remembered(sizes)
+def shared(alone):
+    """key_sets, in one set where one product is cheaper than one a row."""
+
+    def key_sets(indices, num_keys, heads):
+        if (T := len(indices)) < 2:
+            return alone(indices, num_keys, heads)
+        rows, there = indices.astype(np.int64), np.zeros(num_keys + 1, bool)
+        there[rows] = True
+        there[-1] = False  # what is absent, -1
+        keys, slots = np.flatnonzero(there), np.count_nonzero(rows >= 0)
+        if heads * len(keys) * T <= (heads + 6) * slots:  # measured: a row alone costs 6 heads more
+            seen = np.zeros((len(keys) + 1, T), bool)
+            seen[np.where(rows < 0, -1, np.cumsum(there)[rows] - 1), np.arange(T)[:, None]] = True
+            if np.count_nonzero(seen[:-1]) == slots:
+                return [(slice(None), keys, seen[:-1])]
+        return alone(indices, num_keys, heads)
+
+    return key_sets
+
+
+sizes, key_sets = remembered(sizes), shared(key_sets)
 
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
@@ -1449,13 +1423,12 @@ def widened(bits):
 class Entries:
     """Storage "fp8": a token as `packed`, of "k" the last qk_rope_head_dim values in bfloat16."""
 
-    def __init__(self, rope):
-        self.dtype, self.rope, self.widths = np.dtype(np.uint8), rope, {}
-
-    def shape(self, name, shape):
-        self.widths[name] = width, rope = shape[-1], self.rope if name == "k" else 0
-        expect(width > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
-        return (*shape[:-1], packed_bytes(width, rope))
+    def __init__(self, cache):
+        self.dtype, self.shapes, self.widths = np.dtype(np.uint8), {}, {}
+        for name, shape in cache.streams.items():
+            self.widths[name] = width, rope = shape[-1], cache.qk_rope_head_dim if name == "k" else 0
+            expect(width > rope, name, f"of shape {shape}", f"a last axis above {rope} for fp8")
+            self.shapes[name] = *shape[:-1], packed_bytes(width, rope)
 
     def check_range(self, name, x):
         largest = float(np.fmax.reduce(np.abs(x), axis=None, initial=0))
@@ -1494,6 +1467,7 @@ def decoded(n, given):
 
 CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]"), decoded
 CODES |= {(x, np.dtype(np.uint8)): CODED for x in ("index_scores", "lightning_select", "predictive_select")}
+PRECISIONS["fp16"] = lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16)
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 
@@ -1538,6 +1512,11 @@ class Session(KVCache):
                 raise
             raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
 
+    @property
+    def nbytes(self):
+        """Bytes of memory held, whether tokens fill them yet or not."""
+        return sum(x.nbytes for x in self._data.values())
+
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
         batch = check_lengths(batch, most=self.batch - 1, name="batch")
@@ -1554,7 +1533,7 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
+for method in ("save", "load", "nbytes", "reorder", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
 
 
@@ -1608,7 +1587,7 @@ class HybridKVCache(Session):
     __getstate__ = reorder
 
     def _allocate(self, capacity):
-        index = {name: shape for name, shape in self._stored.items() if name.startswith("index_")}
+        index = [name for name in self._stored if name.startswith("index_")]
         if not self._data:
             self._kept = {name: shape for name, shape in self._stored.items() if name not in index}
             expect("k" in self._kept, "streams", sorted(self.streams), "k among them")
@@ -1623,7 +1602,7 @@ class HybridKVCache(Session):
         slow = slow_tier(self, (rows, self._fast.shape[1]), self._slow)
         slot_of = np.pad(self._slot_of, (0, rows - len(self._slot_of)))
         data = self._split(slow.reshape(capacity, self.batch, -1).swapaxes(0, 1))
-        data |= self._in_memory(index, capacity)
+        data |= {name: self._longer(name, capacity) for name in index}
         self._slow, self._slot_of, self._data, self.capacity = slow, slot_of, data, capacity
 
     def _split(self, records):
@@ -2339,7 +2318,7 @@ def learned_loss(q, k, mlp, target, **options):
         rows = (x.reshape(-1, x.shape[-1]) for x in (d_q[..., -1], flat_q, d_k[..., :-1], flat_k, d_w))
         d_hidden, q_rows, d_k, k_rows, d_w = rows  # [..., F] and [..., G * D], without batch axes
         grads = d_hidden.T @ q_rows, d_k.T @ k_rows, d_hidden.sum(0), d_w.sum(0)
-        return loss, tuple(d.astype(native(x)) for d, x in zip(grads, mlp))
+        return loss, tuple(d.astype(x.dtype.type) for d, x in zip(grads, mlp))
 
     return on_one_blas_thread(work)
 
@@ -2434,7 +2413,7 @@ def sharded_attention(
 
         def merge(outs, lses, largest=None):  # [R, M, H, Dv], [R, M, H], [R, M, H, 1]
             out, lse = merge_attention(outs if largest is None else outs * largest, lses)
-            return (out if sink is None else apply_sink(out, lse, sink)).astype(native(q), copy=False), lse
+            return (out if sink is None else apply_sink(out, lse, sink)).astype(q.dtype.type, copy=False), lse
 
         return *decided(at, offers, merge, scatter), indices
 
@@ -2522,7 +2501,7 @@ def decided(at, offers, decide, scatter=False):
 def layout(comm, n, shard, call):
     """Agree on where shards of so many keys stand. ValueError on every rank if they were not called alike."""
     xp, said = n["xp"], {**n, "S": 0, "xp": n["xp"].__name__, **call, "comm": 0}
-    said = {name: x.dtype.type if getattr(x, "shape", ()) else x for name, x in said.items()}  # axes: in n
+    said = {x: np.dtype(y.dtype.type) if getattr(y, "shape", ()) else y for x, y in said.items()}  # axes in n
     words = gathered(comm, [zlib.crc32(repr(x).encode()) for x in said.values()])  # [R, names]
     for name, x in itertools.compress(said.items(), (words != words[0]).any(0)):
         raise ValueError(f"{name} is {x} on rank {comm.rank}, expected the same on every rank")
