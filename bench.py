@@ -1962,12 +1962,14 @@ def lm(bench: Bench) -> None:
     z, device = TOY if bench.args.quick else LM, "cpu"
     if torch.cuda.is_available() or not bench.args.quick:
         device, _ = "cuda", Chip(bench)  # which says what it is
-    torch.set_num_threads(1)  # on a toy, on cores that others use, threads mostly wait for each other
+    if bench.args.quick:  # on a toy, on cores that others use, threads mostly wait for each other
+        torch.set_num_threads(1)
     text, windows, note = sources(bench.args.source or Path(sysconfig.get_path("purelib")), z)
+    mark = zlib.crc32(text.numpy(), zlib.crc32(windows.numpy()))  # of what other text made nothing is taken
     text, windows, found = text.to(device), windows.to(device), dict[str, Any]()
     check_gradients(bench, z, device)
     for name, (start, _, _, steps, _) in METHODS.items():
-        file, began = bench.args.out / f"lm {z.d}, {name}.pt", time.perf_counter()
+        file, began = bench.args.out / f"lm {z.d} {mark:x}, {name}.pt", time.perf_counter()
 
         def keep(x, file=file):
             torch.save(x, new := file.with_suffix(".part"))

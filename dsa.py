@@ -7,13 +7,13 @@
     out[t] = softmax over S[t] of (scale * q[t] . k[s])  @  v[s]           (3)  sparse_attention
 
 A cheap indexer (1) scores every earlier token for each query, the best top_k are kept (2), and exact
-attention runs over only those (3). The cost of attention falls from T*S to T*top_k, and as top_k reaches S
-the result is dense attention. The paper: "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models".
+attention runs over only those (3): it costs T*top_k, and T*S only in (1), which has few and narrow heads.
+top_k = S is dense attention. The paper: "DeepSeek-V3.2: Pushing the Frontier of Open Large Language Models".
 
 Axes     ... any number of batch axes, also none   T queries   S keys   K = min(top_k, S) kept keys
          H query heads   G key/value heads: query head h reads group h // (H / G), G = 1 is multi-query
          D query/key width   Dv value width   J index heads   E index width
-         Heads stand behind tokens: torch's [B, H, T, D] would be H tokens of T heads, which no check sees.
+         Heads stand behind tokens: dense attention takes torch's [B, H, T, D] for H tokens of T heads.
 Windows  k_start, k_end: integers [..., T]. Query t may see the keys s with k_start[t] <= s < k_end[t]; by
          default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1, so that of more queries
          than keys the first T - S see nothing (in select_topk all keys, if neither is given). This one pair
@@ -390,7 +390,7 @@ DSA_AXES = axes_of(f"{ATTENTION}, index_q [..., T, J, E], index_k [..., S, E], w
 class DSAConfig:
     """How dsa_attention selects. ValueError for an invalid value or combination.
 
-    top_k keys of each query, or ceil(sparse_ratio * S) where a ratio is given (see SELECTION_RATIOS), are
+    top_k keys of each query, or ceil(sparse_ratio * S), S being that of the call (see SELECTION_RATIOS), are
     chosen by strategy: "dynamic", by global_selection; "hybrid", the same beside a local_window of the last
     keys; "fixed", by pattern. num_sink_tokens first keys are always kept. indexer_precision: to which index_q
     and index_k are rounded. fallback_dense_threshold: all keys are kept for S up to that (None: top_k).
@@ -467,7 +467,7 @@ def dsa_attention(
     padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if any and index_k are
     appended to it; lengths counts each sequence's new tokens, those of q. Should anything raise, it is as it
     was. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys
-    are kept the index arrays are not looked at.
+    are kept the index arrays are not read, only checked.
     """
     check_type("config", config, DSAConfig)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
@@ -592,6 +592,11 @@ class KVCache:
         """How many tokens each sequence holds, int64 [B]. All that asks for it refuses a closed cache."""
         expect(not self.closed, "the cache", "closed", "an open one")
         return self._lengths.copy()
+
+    @property
+    def nbytes(self):
+        """Bytes of memory held, whether tokens fill them yet or not."""
+        return sum(x.nbytes for x in self._data.values())
 
     @np.errstate(all="ignore")
     def append(self, *, lengths=None, **tokens):
@@ -853,7 +858,7 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """How many threads work: by default one per CPU, without threadpoolctl 1, as BLAS's are in their way.
+    """How many threads work: by default 1 beside BLAS's, one per CPU where these can be held (threadpoolctl).
 
     >>> set_num_threads(1); get_num_threads()
     1
@@ -932,7 +937,7 @@ def spread(work, jobs, take=lambda found: None):
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
 
 import bisect
-import collections
+import collections.abc
 import contextlib
 import copy
 import importlib.util
@@ -994,7 +999,7 @@ def share_blas(me, hold):
             BLAS_BEFORE[:] = BLAS_BEFORE or [lib.num_threads for lib in blas_libraries()]
         last = {me} >= BLAS_USERS
         for lib, before in zip(blas_libraries(), BLAS_BEFORE):
-            if last or getattr(lib, "threading_layer", None) == "openmp":  # where it is each thread's own
+            if hold or last or getattr(lib, "threading_layer", None) == "openmp":  # each thread's own
                 release = getattr(lib, "clear_controlling_thread", lambda force: None)
                 release(force=True)  # threadpoolctl from 3.8 on hears one thread, the first, unless told
                 lib.set_num_threads(1 if hold else before)
@@ -1474,6 +1479,9 @@ PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 # 11. Caches that last, and a cache in two tiers -----------------------------------------------------------
 
 
+SAVED = "capacity", "batch", "storage", "grow", "qk_rope_head_dim"
+
+
 class Session(KVCache):
     """Methods of KVCache by which a session outlasts its process, and copies are independent."""
 
@@ -1482,13 +1490,15 @@ class Session(KVCache):
 
         What stood there before is replaced at the end, so that nothing is lost if anything ends it early.
         """
-        names = "capacity", "batch", "storage", "grow", "qk_rope_head_dim", "streams"
-        meta = json.dumps({x: getattr(self, x) for x in names} | {"order": sys.byteorder})
+        meta = json.dumps({x: getattr(self, x) for x in (*SAVED, "streams")} | {"order": sys.byteorder})
         data = {f"stream_{name}": on_host(self.stored(name)) for name in self.streams}
         path = os.path.realpath(os.fsdecode(path))
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-            np.savez(part := os.path.join(folder, "part.npz"), meta=meta, lengths=self.lengths, **data)
-            os.replace(part, path)
+        part = Path(f"{path}.{os.getpid()}.{threading.get_ident()}.npz")
+        try:
+            np.savez(part, meta=meta, lengths=self.lengths, **data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @staticmethod
     def load(path, *, xp=np):
@@ -1498,12 +1508,12 @@ class Session(KVCache):
                 meta = json.loads(data["meta"].item())
                 expect((order := meta.pop("order")) == sys.byteorder, "the byte order", order, sys.byteorder)
                 streams = {name: tuple(shape) for name, shape in meta.pop("streams").items()}
-                cache = KVCache(xp=xp, **meta, **streams)
+                cache = KVCache(xp=xp, **{x: meta[x] for x in SAVED} | meta, **streams)
                 lengths = check_lengths(data["lengths"], cache.batch, cache.capacity)
                 for name, x in cache._data.items():
                     kept, rows = data[f"stream_{name}"], x[:, : lengths.max()]
-                    found, own = ((y.dtype.str[1:], y.shape) for y in (kept, rows))
-                    expect(found == own, name, found, own)
+                    found, own = ((y.dtype.isnative, y.dtype.str[1:], y.shape) for y in (kept, rows))
+                    expect(found == own, f"{name} (native order, dtype, shape)", found, own)
                     rows[...] = xp.asarray(kept.view(cache.dtype))
                 cache._set_lengths(lengths)
                 return cache
@@ -1511,11 +1521,6 @@ class Session(KVCache):
             if isinstance(error, (MemoryError, ImportError)) or getattr(error, "filename", None):
                 raise
             raise ValueError(f"path is {os.fspath(path)!r}, expected what a cache saved: {error}") from error
-
-    @property
-    def nbytes(self):
-        """Bytes of memory held, whether tokens fill them yet or not."""
-        return sum(x.nbytes for x in self._data.values())
 
     def reorder(self, batch):
         """Keep the sequences batch [B'], integers, in that order, any of them more than once: a beam."""
@@ -1533,7 +1538,7 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "nbytes", "reorder", "__copy__", "__getstate__", "__setstate__"):
+for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
 
 
@@ -1622,7 +1627,8 @@ class HybridKVCache(Session):
     def _attend(self, q, indices, kwargs):
         """As a KVCache of the used tokens of all alone: by the same kernels, so to the same bits."""
         tokens, B, b = on_host(indices).astype(np.int64), self.batch, np.arange(self.batch)[:, None]
-        rows, own = among_used(np.where(tokens < 0, -1, tokens * B + b[..., None]))
+        there = (tokens >= 0) & (tokens < self._lengths[:, None, None])  # which on a GPU nobody has checked
+        rows, own = among_used(np.where(there, tokens * B + b[..., None], -1))
         if self._lock.locked():  # another thread has the fast tier, perhaps one that a fork left behind
             records, hits, misses = self._slow[self.xp.asarray(rows)], 0, len(rows)  # [N, W]
         else:
@@ -1846,7 +1852,7 @@ class DSALayer:
             freq = integer("index_topk_freq", said.get("index_topk_freq", 1), 1)
             offset = integer("index_skip_topk_offset", said.get("index_skip_topk_offset", 2), 0)
             layers = integer("num_hidden_layers", said.get("num_hidden_layers", layer + 1), 1)
-            kinds = ["FS"[max(i - offset + 1, 0) % freq > 0] for i in range(layers)]
+            kinds = ["FS"[max(i - offset + 1, 0) % freq > 0] for i in range(min(layer + 1, layers))]
         known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
         expect(known, "indexer_types in config.json", kinds, "full or shared")
         if kinds[layer : layer + 1] in ("S", ["S"], ["shared"]):  # it takes the last selection
@@ -2057,7 +2063,7 @@ def rotate(x, turn, interleaved, out=None):
 
 def named_weights(weights, d):
     """The weights by their names in a layer, checked against d, as their library's layer wants them."""
-    check_type("weights", weights, dict)
+    check_type("weights", weights, collections.abc.Mapping)
     names = {name: name for name in d.shapes()} | WEIGHTS  # each that is known: in a layer
     xp: Any = None
     keys: dict[Any, str] = {}  # what the weights are called here, by their names in a layer
@@ -2067,7 +2073,7 @@ def named_weights(weights, d):
         expect(name not in keys, key, f"the same weight as {keys.get(name)}", "each once")
         keys[name], xp = key, dims(xp, **{key: (x, "...")})["xp"]
     for name in d.shapes() if keys.keys() - WEIGHTS.values() else WEIGHTS.values():
-        expect(name in keys, " or ".join(x for x in names if names[x] == name), "missing", "one of them")
+        expect(name in keys, " or ".join(x for x in names if names[x] == name), "missing", "a weight")
     named = {name: weights[key] for name, key in keys.items()}
     sizes = {keys[name]: (*named[name].shape, 0)[0] for name in ("wo", "q_norm", "kv_norm")}
     shapes = d.shapes(*sizes.values())
