@@ -507,7 +507,6 @@ def dsa_dims(arrays, options, windows, cache, lengths):
     check_options(n, given)
     if cache is not None:
         check_type("cache", cache, KVCache)
-        expect(n["..."] == (cache.batch,), "B", f"{n['...']} in q", f"the cache's batch = {cache.batch}")
     if cache is not None or lengths is not None:
         given = [name for name, w in zip(("k_start", "k_end"), windows) if w is not None]
         expect(not given, "among the arguments", given, "none with lengths or with a cache")

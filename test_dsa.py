@@ -988,7 +988,7 @@ INDEXING: index_q=ones(17) => index_q 17 | index_k=ones((6, 17)) => index_k 17 4
 | index_k="keys" => TypeError index_k str | index_q=alien => TypeError cupy
 SELECTING: top_k=0 | top_k=2.5 => TypeError | top_k=array([17]) => TypeError top_k 17 | local_window=-1
 | num_sink_tokens=-1 | local_window=3, num_sink_tokens=2 => local_window num_sink_tokens top_k 3 2 4
-select_topk: scores=ones(17) => scores 17 | scores=full((3, 6), nan) => NaN
+select_topk: scores=ones(17) => scores 17 | scores=where(arange(99)[:, None] == 77, nan, ones(6)) => NaN 77,
 | scores=ones((3, 6), int) => TypeError | scores=ones((2, 4, 3, 6)), k_end=ones((2, 17, 3), int) => k_end 17
 lightning_select: weights=full((3, 2), nan) => NaN
 GATHERING: indices=repeat([[5], [-17], [2]], 6, 1) => IndexError indices -17
