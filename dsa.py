@@ -1477,8 +1477,7 @@ PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
 # 11. Caches that last, and a cache in two tiers -----------------------------------------------------------
 
-
-SAVED = "capacity", "batch", "storage", "grow", "qk_rope_head_dim"
+SAVED = "capacity", "batch", "storage", "grow", "qk_rope_head_dim"  # of a cache, beside its streams
 
 
 class Session(KVCache):
@@ -1846,15 +1845,16 @@ class DSALayer:
         if os.path.lexists(file := (path if path.is_dir() else path.parent) / "config.json"):
             said = read_json(file)
             dims = vars(LayerDims.from_config(said, **dims))
-        kinds = said.get("indexer_types") or said.get("index_topk_pattern")
-        if not kinds:
+        if kinds := said.get("indexer_types") or said.get("index_topk_pattern"):
+            known = isinstance(kinds, (list, str)) and all(x in ("F", "S", "full", "shared") for x in kinds)
+            expect(known, "indexer_types in config.json", kinds, "full or shared")
+            follows = layer < len(kinds) and kinds[layer] in ("S", "shared")
+        else:
             freq = integer("index_topk_freq", said.get("index_topk_freq", 1), 1)
             offset = integer("index_skip_topk_offset", said.get("index_skip_topk_offset", 2), 0)
             layers = integer("num_hidden_layers", said.get("num_hidden_layers", layer + 1), 1)
-            kinds = ["FS"[max(i - offset + 1, 0) % freq > 0] for i in range(min(layer + 1, layers))]
-        known = isinstance(kinds, (list, str)) and all(kind in ("F", "S", "full", "shared") for kind in kinds)
-        expect(known, "indexer_types in config.json", kinds, "full or shared")
-        if kinds[layer : layer + 1] in ("S", ["S"], ["shared"]):  # it takes the last selection
+            follows = layer < layers and max(layer - offset + 1, 0) % freq > 0
+        if follows:  # it takes the selection of the last layer that has an indexer
             weights = {name: x for name, x in weights.items() if "indexer." not in name}
         n_layers = said.get("num_hidden_layers") if n_layers is None else n_layers
         return cls(weights, config=config, layer=layer, n_layers=n_layers, **dims)
@@ -3121,7 +3121,7 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
     xp, (S, J, E), like = n["xp"], (n[axis] for axis in "SJE"), (index_q, index_k, weights)
     acc, N, dense = accumulator(*like), target.shape[-1], indices is None
     kind, (index_q, index_k) = factors(acc, index_q, index_k)
-    weights, target = (aligned(x.astype(acc, copy=False)) for x in (weights, target))
+    weights, target = aligned(weights, acc), aligned(target, acc)
     losses, d_k = xp.empty((*n["..."], n["T"])), xp.zeros(index_k.shape, acc)
     d_q, d_w = xp.empty(index_q.shape, kind), xp.empty(weights.shape, acc)
     bytes_each = N * ((J + (not dense) * E) * (kind.itemsize + acc.itemsize) + 2 * acc.itemsize + 32)

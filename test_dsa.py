@@ -608,12 +608,7 @@ class Verdict:
             if a.dtype != dtype:
                 return [*lines, f"{name} is {a.dtype}, not {dtype}"]
             if name == "indices" and options.get("numbers") == "normal" and a.shape == e.shape:
-                # in falling order, which hardly changes where a rounding swaps two keys; -1 reads the last
-                index = {x: values[x] for x in STAGE["index_scores"][1] if x in values}
-                scores = index_scores_by_hand(**index)
-                scores = np.concatenate([scores, np.full_like(scores[..., :1], -INF)], -1)
-                kept = [np.take_along_axis(scores, x.clip(-1, scores.shape[-1] - 1), -1) for x in (a, e)]
-                a, e = (-np.sort(-x, -1) for x in kept)
+                a, e = kept_scores((a, e), values)
                 name, dtype = "score of indices", due("index_scores", values.values())[0]
             allow = TOLERANCE.get(dtype, 0.0) * factor
             largest, words = difference(name, a, e, allow)
