@@ -1673,13 +1673,9 @@ def sources(folder: Path, z):
     order = sorted(packages, key=lambda name: zlib.crc32(name.encode()))
     middling = [x for x in order if 4 * n <= sum(map(len, packages[x])) <= 128 * n]
     held = [b"\0".join(packages.pop(x)) for x in middling[: z.held]]
-    rest = [x for files in packages.values() for x in files]
-
-    def lines(text):
-        return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
-
-    judged = set().union(*map(lines, held))  # most lines of a file that is like one held out stand here
-    learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
+    rest, lines = [x for files in packages.values() for x in files], re.compile(rb"\S.{18,}\S").findall
+    judged = {line for x in held for line in lines(x)}  # most lines of a file like one held out stand here
+    learned = [x for x in rest if 2 * len((own := {*lines(x)}) & judged) <= len(own)]
     if not (held and learned):
         raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
     text = torch.frombuffer(bytearray(b"\0".join(learned)), dtype=torch.uint8)
