@@ -1775,8 +1775,14 @@ class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
 def attention(q, k, v, index, by: str, top_k: int, rows: int):
     """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
     kl = learn(q, k, index, rows, by != "dense") if rows else 0
-    if by in ("dense", "window"):
-        return sdpa(q, k, v) if by == "dense" else windowed(q, k, v, top_k), kl
+    if by == "dense":
+        return sdpa(q, k, v), kl
+    if by == "window":  # behind the first, a block of queries, heads as rows, sees its keys and the K before
+        K, later, (H, D) = top_k, q[:, top_k:], q.shape[2:]
+        near_k, near_v = (x.unfold(1, 2 * K, K).movedim(-1, 2).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
+        seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
+        later = sdpa(later.reshape(-1, K * H, 1, D), near_k, near_v, seen).reshape(later.shape)
+        return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), later], 1), kl
     index = [torch.randn_like(x) for x in index] if by == "random" else index
     if by == "oracle":
         ends = give(torch.arange(1, q.shape[1] + 1, device=q.device))
@@ -1790,15 +1796,6 @@ def attention(q, k, v, index, by: str, top_k: int, rows: int):
         return out, lambda slope: map(tensor, back(give(slope.contiguous()))[:3])
 
     return Ours.apply(run, q, k, v), kl
-
-
-def windowed(q, k, v, K: int):
-    """sdpa to the last K keys alone. Queries go by blocks of K, heads as rows, over 2K keys each."""
-    B, T, H, D = q.shape
-    k_of, v_of = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
-    seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
-    rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), k_of, v_of, seen).reshape(B, T - K, H, D)
-    return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), rest], 1)
 
 
 def learn(q, k, index, rows, few):
@@ -1838,9 +1835,9 @@ def check_gradients(bench: Bench, z, device: str) -> None:
     for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
         bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
     seen = torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - K)
-    bench.check("lm: a window", exact(windowed(q, k, v, K)), exact(sdpa(q, k, v, seen)), 1e-4)
-    few, every = (exact(attention(q, k, v, index, by, K, 0)[0][:, :K]) for by in ("oracle", "dense"))
-    bench.check("lm: an oracle that reads nothing later", few, every, 1e-4)
+    got = {by: exact(attention(q, k, v, index, by, K, 0)[0]) for by in ("dense", "window", "oracle")}
+    bench.check("lm: a window", got["window"], exact(sdpa(q, k, v, seen)), 1e-4)
+    bench.check("lm: an oracle that reads nothing later", got["oracle"][:, :K], got["dense"][:, :K], 1e-4)
 
 
 def fit(bench: Bench, name: str, z, weights, text):
@@ -1958,7 +1955,7 @@ def lm(bench: Bench) -> None:
     text, windows, note = sources(bench.args.source or Path(sysconfig.get_path("purelib")), z)
     mark = zlib.crc32(text.numpy(), zlib.crc32(windows.numpy()))  # of what other text made nothing is taken
     text, windows, weights = text.to(device), windows.to(device), {"": begin(z, device)}
-    found, spent = dict[str, Any](), dict[str, float]()
+    results = bench.results["lm"] = {"text": note, "sizes": vars(z), "methods": {}, "seconds": {}}
 
     def stage(name, run, *args):
         """What run(*args) returns, kept in a file, by which --resume goes on."""
@@ -1966,8 +1963,8 @@ def lm(bench: Bench) -> None:
         if not (bench.args.resume and file.exists()):
             torch.save((run(*args), time.perf_counter() - began), new := file.with_suffix(".part"))
             new.replace(file)
-        result, spent[name] = torch.load(file, device)
-        bench.say(f"lm, {name}: {spent[name]:.0f} s")
+        result, results["seconds"][name] = torch.load(file, device)
+        bench.say(f"lm, {name}: {results['seconds'][name]:.0f} s")
         return result
 
     check_gradients(bench, z, device)
@@ -1979,10 +1976,9 @@ def lm(bench: Bench) -> None:
             most = first * (1.5 if start and name != WARM else 1)  # a trained model has little to gain
             bench.check(f"lm: {name}, a loss that falls", last < most, True, 0)
         judged = stage(f"{name}, judged", judge, z, weights[name], name, windows)
-        found[name] = {"curve": curve, "judged": judged}
-    bench.results["lm"] = {"text": note, "sizes": vars(z), "methods": found, "seconds": spent}
-    report_lm(bench, z, note, found)
-    bench.results["lm"]["costs"] = costs(bench, z, weights[SPARSE], windows)
+        results["methods"][name] = {"curve": curve, "judged": judged}
+    report_lm(bench, z, note, results["methods"])
+    results["costs"] = costs(bench, z, weights[SPARSE], windows)
 
 
 def report_lm(bench: Bench, z, text: str, found) -> None:
@@ -2003,8 +1999,9 @@ def report_lm(bench: Bench, z, text: str, found) -> None:
     note = (
         f"{text} {z.layers} layers of width {z.d}, {z.H} heads of {z.D} over a key head, index {z.J}x{z.D}. "
         f"Steps of {z.batch:,} bytes: {steps}. DSA learned with 1/16 of the keys (6%), then 1/64 (1.6%), "
-        f"others with {z.one}. Each beside the dense model that read as much: {level} bits a byte at "
-        f"{middle:,}, of last halves; in brackets the middle 95 % over draws of packages. Runs differ."
+        f"others with {z.one}; the KL is of {z.rows} queries a sequence. Each beside the dense model that "
+        f"read as much: {level} bits a byte at {middle:,}. Scored: last halves; in brackets the middle 95 % "
+        "over draws of packages. One seed; runs differ."
     )
     title = f"Held-out Python: bits a byte over dense attention's, in %; share of {middle:,} keys"
     bench.table("lm", title, ["method", "tokens", *(f"K = {K} ({K / middle:.1%})" for K in z.K)], rows, note)
@@ -2015,13 +2012,12 @@ def report_lm(bench: Bench, z, text: str, found) -> None:
     title = f"Of {z.cues} secrets at each distance in {most:,} tokens, the share that is found"
     rows = [[name, *(f"{x:.0%}" for x in c["secrets"])] for name, c in far.items()]
     bench.table("lm_secrets", title, ["method", *(f"{x * most:,.0f}" for x in FAR)], rows)
-    rows = []
+    rows = [["all keys", "100%", f"{middle:,}", "0.00", f"{np.mean(far[MORE]['secrets']):.0%}"]]
     for name, share in dsa.SELECTION_RATIOS.items():
         K, hits = math.ceil(share * middle), cells[SPARSE, most, math.ceil(share * most)]["secrets"]
         rows.append([name, f"{share:.0%}", f"{K:,}", texts[SPARSE, middle, K], f"{np.mean(hits):.0%}"])
-    note = f"{SPARSE}. Of the secrets, dense finds {np.mean(far[MORE]['secrets']):.0%}."
     columns = ["preset", "keys", f"of {middle:,}", "bits over dense, %", f"secrets found in {most:,}"]
-    bench.table("lm_presets", "The presets, in a model that learned to read sparsely", columns, rows, note)
+    bench.table("lm_presets", f"The presets, in {SPARSE}, beside {MORE}", columns, rows)
     draw_lm(bench, z, found, {x: c["over"][0] for x, c in cells.items()})
 
 
