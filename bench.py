@@ -1187,14 +1187,12 @@ def tensor(x):
 
 def sdpa(q, k, v, seen=None):
     """torch's attention, [B, T, H, D], causal or under a mask; by cuDNN where it can, which is fastest."""
-    by = torch.nn.attention.SDPBackend
+    by, causal = torch.nn.attention.SDPBackend, seen is None and q.shape[1] > 1
     fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] * (seen is None)
     q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
     with torch.nn.attention.sdpa_kernel([*fast, by.EFFICIENT_ATTENTION, by.MATH], set_priority=True):
-        causal = seen is None and q.shape[2] > 1
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal).transpose(
-            1, 2
-        )
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+    return out.transpose(1, 2)
 
 
 class Chip:
@@ -1734,7 +1732,7 @@ def begin(z, device: str) -> dict[str, Any]:
 
 
 def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
-    """Bytes [B, T + 1] -> bits of all but the first, who was likeliest, the indexers' KL at some queries."""
+    """Bytes [B, T + 1] -> bits of all but the first, who was likeliest, and the KL at `rows` queries."""
     (B, T), kind, kl = ids[:, 1:].shape, getattr(torch, z.kind), torch.zeros((), device=ids.device)
     places = torch.arange(past[0][0].shape[1] if past else T, device=ids.device)[-T:]
     angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
@@ -1860,10 +1858,10 @@ def fit(bench: Bench, name: str, z, weights, text):
         bits, _, kl = decoder(z, weights, ids, "dense" if warm else by, int(n * share) or z.one, rows)
         (bits.mean() + kl).backward()
         losses.append(torch.stack([bits.mean(), kl]).detach())
-        for way in both:
-            way.param_groups[0]["lr"] = way.defaults["lr"] * np.interp(i / steps, *rates)
-            way.step()
-            way.zero_grad()
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * np.interp(i / steps, *rates)
+            optimizer.step()
+            optimizer.zero_grad()
         if (i + 1) % each == 0:
             curve.append([i + 1, *torch.stack(losses[-each:]).mean(0).tolist()])
             if len(curve) % 5 == 0:
