@@ -1185,6 +1185,16 @@ def tensor(x):
     return torch.from_dlpack(x.view(np.int16)).view(torch.bfloat16) if bits else torch.from_dlpack(x)
 
 
+def sdpa(q, k, v, seen=None):
+    """torch's attention, [B, T, H, D], causal or under a mask; by cuDNN where it can, which is fastest."""
+    by, causal = torch.nn.attention.SDPBackend, seen is None and q.shape[1] > 1
+    fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] * (seen is None)
+    q, k, v = (x.expand(-1, -1, q.shape[2], -1).transpose(1, 2) for x in (q, k, v))
+    with torch.nn.attention.sdpa_kernel([*fast, by.EFFICIENT_ATTENTION, by.MATH], set_priority=True):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
+    return out.transpose(1, 2)
+
+
 class Chip:
     """A GPU through CuPy: random data, a clock of CUDA events, CUDA graphs, and stages that fail alone."""
 
@@ -1412,18 +1422,15 @@ def gpu_decode(chip: Chip, cell, batch: int, t: int, s: int, top_k: int) -> None
 
 def torch_dense(chip: Chip, cell, s: int) -> None:
     """Causal attention over a whole sequence, as MHA of 192 and 128 wide heads, by cuDNN where it can."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    widths, attend = (192, 192, 128), torch.nn.functional.scaled_dot_product_attention
-    q, k, v = (torch.randn(1, V32["H"], s, d, device="cuda", dtype=torch.bfloat16) for d in widths)
+    heads, widths, like = V32["H"], (192, 192, 128), {"device": "cuda", "dtype": torch.bfloat16}
+    q, k, v = (torch.randn(1, heads, s, d, **like).transpose(1, 2) for d in widths)
 
     def check(_, out):
-        last = [exact(x[0, :2]).swapaxes(0, 1) for x in (q[:, :, -1:], k, v, out[:, :, -1:])]  # of two heads
+        last = [exact(x[0, :, :2]) for x in (q[:, -1:], k, v, out[:, -1:])]  # of two heads
         chip.bench.check("gpu torch SDPA", last[3], dsa.dense_attention(*last[:3])[0], 3e-2)
 
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
-        run, flops = (lambda _: attend(q, k, v, is_causal=True)), V32["H"] * s * (s + 1) * sum(widths[1:])
-        chip.stage(cell, DENSE, [None], run, check, (flops, 0))
+    work = heads * s * (s + 1) * sum(widths[1:]), 0
+    chip.stage(cell, DENSE, [None], lambda _: sdpa(q, k, v), check, work)
 
 
 @part("on a GPU: stages, decode, torch, ceilings", "gpu", "gpu_decode", default=False, takes="a few minutes")
@@ -1673,13 +1680,9 @@ def sources(folder: Path, z):
     order = sorted(packages, key=lambda name: zlib.crc32(name.encode()))
     middling = [x for x in order if 4 * n <= sum(map(len, packages[x])) <= 128 * n]
     held = [b"\0".join(packages.pop(x)) for x in middling[: z.held]]
-    rest = [x for files in packages.values() for x in files]
-
-    def lines(text):
-        return {line for line in map(bytes.strip, text.split(b"\n")) if len(line) >= 20}
-
-    judged = set().union(*map(lines, held))  # most lines of a file that is like one held out stand here
-    learned = [x for x in rest if 2 * len((own := lines(x)) & judged) <= len(own)]
+    rest, lines = [x for files in packages.values() for x in files], re.compile(rb"\S.{18,}\S").findall
+    judged = {line for x in held for line in lines(x)}  # most lines of a file like one held out stand here
+    learned = [x for x in rest if 2 * len((own := {*lines(x)}) & judged) <= len(own)]
     if not (held and learned):
         raise SystemExit(f"--source: {folder} has no folders of Python files to hold out and to learn from")
     text = torch.frombuffer(bytearray(b"\0".join(learned)), dtype=torch.uint8)
@@ -1729,10 +1732,7 @@ def begin(z, device: str) -> dict[str, Any]:
 
 
 def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
-    """Bytes [B, T + 1] -> bits of all but the first, who was likeliest, the indexers' KL at `rows` queries.
-
-    past: of each layer k, v and index_k of all places, [B, S, ...], of which the last T are written here.
-    """
+    """Bytes [B, T + 1] -> bits of all but the first, who was likeliest, and the KL at `rows` queries."""
     (B, T), kind, kl = ids[:, 1:].shape, getattr(torch, z.kind), torch.zeros((), device=ids.device)
     places = torch.arange(past[0][0].shape[1] if past else T, device=ids.device)[-T:]
     angles = places.outer(1e5 ** -torch.linspace(0, 1, z.D // 4, device=ids.device))
@@ -1741,7 +1741,7 @@ def decoder(z, weights, ids, by: str, top_k: int, rows: int = 0, past=()):
     x = F.rms_norm(F.embedding(ids[:, :-1].flatten(), embed), (z.d,))
     for i, (gain, qkv, index, *rest) in enumerate(zip(*layers, strict=True)):
         q, k, v, *index = (y.unflatten(0, (B, T)) for y in fused(before)(x, turn, gain, qkv, index))
-        if past:
+        if past:  # k, v and index_k of all places, [B, S, ...], of which the last T are written here
             for old, new in zip(past[i], (k, v, index[1]), strict=True):
                 old[:, -T:] = new
             k, v, index[1] = past[i]
@@ -1773,8 +1773,14 @@ class Ours(torch.autograd.Function if torch else object):  # type: ignore[misc]
 def attention(q, k, v, index, by: str, top_k: int, rows: int):
     """torch's or ours; and the KL at `rows` queries. "random": half the newest keys, half any of the rest."""
     kl = learn(q, k, index, rows, by != "dense") if rows else 0
-    if by in ("dense", "window"):
-        return sdpa(q, k, v, top_k * (by == "window")), kl
+    if by == "dense":
+        return sdpa(q, k, v), kl
+    if by == "window":  # behind the first, a block of queries, heads as rows, sees its keys and the K before
+        K, later, (H, D) = top_k, q[:, top_k:], q.shape[2:]
+        near_k, near_v = (x.unfold(1, 2 * K, K).movedim(-1, 2).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
+        seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
+        later = sdpa(later.reshape(-1, K * H, 1, D), near_k, near_v, seen).reshape(later.shape)
+        return torch.cat([sdpa(q[:, :K], k[:, :K], v[:, :K]), later], 1), kl
     index = [torch.randn_like(x) for x in index] if by == "random" else index
     if by == "oracle":
         ends = give(torch.arange(1, q.shape[1] + 1, device=q.device))
@@ -1788,21 +1794,6 @@ def attention(q, k, v, index, by: str, top_k: int, rows: int):
         return out, lambda slope: map(tensor, back(give(slope.contiguous()))[:3])
 
     return Ours.apply(run, q, k, v), kl
-
-
-def sdpa(q, k, v, K: int = 0, seen=None):
-    """torch's own, by cuDNN where it can, which is the fastest; to the last K keys alone in blocks of K."""
-    (B, T, H, D), by = q.shape, torch.nn.attention.SDPBackend
-    if K:  # behind the first, a block of queries, whose heads are rows, sees its keys and the K before
-        first = sdpa(q[:, :K], k[:, :K], v[:, :K])
-        k, v = (x.unfold(1, 2 * K, K).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))  # [N, 2K, 1, D]
-        seen = torch.ones(K, 2 * K, dtype=torch.bool, device=q.device).tril(K).triu(1).repeat_interleave(H, 0)
-        rest = sdpa(q[:, K:].reshape(-1, K * H, 1, D), k, v, seen=seen).reshape(B, T - K, H, D)
-        return torch.cat([first, rest], 1)
-    fast = [by.CUDNN_ATTENTION, by.FLASH_ATTENTION] if seen is None else [by.EFFICIENT_ATTENTION]
-    q, k, v = (x.expand(-1, -1, H, -1).transpose(1, 2) for x in (q, k, v))
-    with torch.nn.attention.sdpa_kernel([*fast, by.MATH], set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None and T > 1).transpose(1, 2)
 
 
 def learn(q, k, index, rows, few):
@@ -1830,9 +1821,8 @@ def check_gradients(bench: Bench, z, device: str) -> None:
     n, K = z.contexts[0], z.contexts[0] // 16
     shapes = (z.H, z.D), (1, z.D), (1, z.D), (z.J, z.D), (z.D,), (z.J,)
     q, k, v, *index = inputs = [torch.randn(2, n, *x, device=device, requires_grad=True) for x in shapes]
-    kept = tensor(dsa.lightning_select(*map(give, index), K)).long() % (n + 1)  # [2, n, K]
-    hidden = torch.ones(2, n, n + 1, dtype=torch.bool, device=device)  # with a column for what is absent
-    hidden = hidden.scatter(2, kept, False)[..., :n]
+    kept = tensor(dsa.lightning_select(*map(give, index), K)).long() % (n + 1)  # [2, n, K], absent is n
+    hidden = torch.ones(2, n, n + 1, device=device).scatter(2, kept, 0)[..., :n] > 0
     scores = torch.einsum("btj,btjs->bts", index[2], torch.einsum("btje,bse->btjs", *index[:2]).relu())
     logits = torch.einsum("bthd,bsgd->bhts", q, k) * z.D**-0.5
     p = logits.masked_fill(hidden[:, None], -math.inf).softmax(-1)
@@ -1843,13 +1833,13 @@ def check_gradients(bench: Bench, z, device: str) -> None:
     for name, x, y in zip(("q", "k", "v", "index_q", "index_k", "weights"), ours, plain, strict=True):
         bench.check(f"lm: gradient of {name}", exact(x), exact(y), 1e-4)
     seen = torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - K)
-    bench.check("lm: a window", exact(sdpa(q, k, v, K)), exact(sdpa(q, k, v, seen=seen)), 1e-4)
-    few, every = (exact(attention(q, k, v, index, by, K, 0)[0][:, :K]) for by in ("oracle", "dense"))
-    bench.check("lm: an oracle that reads nothing later", few, every, 1e-4)
+    got = {by: exact(attention(q, k, v, index, by, K, 0)[0]) for by in ("dense", "window", "oracle")}
+    bench.check("lm: a window", got["window"], exact(sdpa(q, k, v, seen)), 1e-4)
+    bench.check("lm: an oracle that reads nothing later", got["oracle"][:, :K], got["dense"][:, :K], 1e-4)
 
 
-def fit(bench: Bench, name: str, z, weights, text) -> list[list[float]]:
-    """Train all, or in a warm-up the indexers; matrices by Muon -> [step, bits a byte, KL]s."""
+def fit(bench: Bench, name: str, z, weights, text):
+    """Train all, or in a warm-up the indexers; matrices by Muon -> weights, and [step, bits a byte, KL]s."""
     start, _, by, steps, share = METHODS[name]
     warm, losses, curve, steps = name == WARM, list[Any](), list[list[float]](), steps // z.each
     each, new = 8 * -(-steps // 400), ((0, 0.02, 0.5, 1), (0, 1, 1, 0.3))
@@ -1859,27 +1849,24 @@ def fit(bench: Bench, name: str, z, weights, text) -> list[list[float]]:
         w.requires_grad_(by == "lightning" if x == "index" else not warm)
     muons, others = ([w for x, w in named if (x in MATRICES) == of] for of in (True, False))
     both = torch.optim.AdamW(others, 2e-3, (0.9, 0.95)), torch.optim.Muon(muons, 0.015, 0)
-    paces = [torch.optim.lr_scheduler.LambdaLR(x, lambda i: np.interp(i / steps, *rates)) for x in both]
     draw, rows = torch.Generator(text.device).manual_seed(steps), z.rows * (by == "lightning")
     torch.manual_seed(0)
     for i in bench.steps(range(steps), f"lm: {name}"):  # all of as many steps read the same text
         n = z.contexts[(0, 1, 0, 2, 0, 1, 0, 0)[i % 8] if start else np.searchsorted((0.6, 0.9), i / steps)]
-        K = int(n * share) or z.one
         at = torch.randint(len(text) - n - 1, (z.batch // n, 1), generator=draw, device=text.device)
         ids = text[at + torch.arange(n + 1, device=text.device)].long()
-        bits, _, kl = decoder(z, weights, ids, "dense" if warm else by, K, rows)
-        losses.append(torch.stack([bits.mean(), kl]))
-        losses[-1].sum().backward()
-        losses[-1].detach_()
-        for pace in paces:
-            pace.optimizer.step()
-            pace.optimizer.zero_grad()
-            pace.step()
+        bits, _, kl = decoder(z, weights, ids, "dense" if warm else by, int(n * share) or z.one, rows)
+        (bits.mean() + kl).backward()
+        losses.append(torch.stack([bits.mean(), kl]).detach())
+        for optimizer in both:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * np.interp(i / steps, *rates)
+            optimizer.step()
+            optimizer.zero_grad()
         if (i + 1) % each == 0:
             curve.append([i + 1, *torch.stack(losses[-each:]).mean(0).tolist()])
             if len(curve) % 5 == 0:
                 bench.say("lm, {}: step {}, {:.4f} bits a byte, KL {:.4f}".format(name, *curve[-1]))
-    return curve
+    return weights, curve
 
 
 def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
@@ -1896,8 +1883,7 @@ def judge(z, weights, name: str, windows) -> list[dict[str, Any]]:
 
     def read(ids, K):
         parts = ids.long().split(z.batch // (ids.shape[1] - 1))
-        found = zip(*(decoder(z, weights, x, by, K)[:2] for x in parts))
-        return (torch.cat(x).cpu().numpy() for x in found)
+        return (torch.cat(x).cpu().numpy() for x in zip(*(decoder(z, weights, x, by, K)[:2] for x in parts)))
 
     for n in z.contexts:
         presets = [math.ceil(x * n) for x in dsa.SELECTION_RATIOS.values()] if name == SPARSE else []
@@ -1966,33 +1952,30 @@ def lm(bench: Bench) -> None:
         torch.set_num_threads(1)
     text, windows, note = sources(bench.args.source or Path(sysconfig.get_path("purelib")), z)
     mark = zlib.crc32(text.numpy(), zlib.crc32(windows.numpy()))  # of what other text made nothing is taken
-    text, windows, found = text.to(device), windows.to(device), dict[str, Any]()
-    check_gradients(bench, z, device)
-    for name, (start, _, _, steps, _) in METHODS.items():
-        file, began = bench.args.out / f"lm {z.d} {mark:x}, {name}.pt", time.perf_counter()
+    text, windows, weights = text.to(device), windows.to(device), {"": begin(z, device)}
+    results = bench.results["lm"] = {"text": note, "sizes": vars(z), "methods": {}, "seconds": {}}
 
-        def keep(x, file=file):
-            torch.save(x, new := file.with_suffix(".part"))
-            new.replace(file)
-
+    def stage(name, run, *args):
+        """What run(*args) returns, kept in a file, by which --resume goes on."""
+        file, began = bench.args.out / f"lm {z.d} {mark:x} {name}.pt", time.perf_counter()
         if not (bench.args.resume and file.exists()):
-            weights = copy.deepcopy(found[start]["weights"]) if start else begin(z, device)
-            keep({"weights": weights, "curve": fit(bench, name, z, weights, text) if steps else []})
-        found[name] = x = torch.load(file, device)
-        if "judged" not in x:
-            x["judged"] = judge(z, x["weights"], name, windows)
-            x["seconds"] = time.perf_counter() - began
-            keep(x)
-        bench.say(f"lm, {name}: {found[name]['seconds']:.0f} s")
-        if steps:  # what begins with a trained model has little to gain
-            first, last = (found[name]["curve"][i][1 + (name == WARM)] for i in (0, -1))
-            most = first * (1.5 if start and name != WARM else 1)
+            torch.save((run(*args), time.perf_counter() - began), new := file.with_suffix(".part"))
+            new.replace(file)
+        result, results["seconds"][name] = torch.load(file, device)
+        bench.say(f"lm, {name}: {results['seconds'][name]:.0f} s")
+        return result
+
+    check_gradients(bench, z, device)
+    for name, (start, *_) in METHODS.items():
+        weights[name], curve = stage(name, fit, bench, name, z, copy.deepcopy(weights[start]), text)
+        judged = stage(f"{name}, judged", judge, z, weights[name], name, windows)
+        results["methods"][name] = {"curve": curve, "judged": judged}
+        if curve:
+            first, last = (curve[i][1 + (name == WARM)] for i in (0, -1))
+            most = first * (1.5 if start and name != WARM else 1)  # a trained model has little to gain
             bench.check(f"lm: {name}, a loss that falls", last < most, True, 0)
-    results = bench.results["lm"] = {"text": note, "sizes": vars(z), "methods": found}
-    report_lm(bench, z, note, found)
-    results["costs"] = costs(bench, z, found[SPARSE]["weights"], windows)
-    for x in found.values():
-        del x["weights"]
+    report_lm(bench, z, note, results["methods"])
+    results["costs"] = costs(bench, z, weights[SPARSE], windows)
 
 
 def report_lm(bench: Bench, z, text: str, found) -> None:
@@ -2056,10 +2039,8 @@ def draw_lm(bench: Bench, z, found, over) -> None:
         part.set(title=title, yscale="log", xlabel=f"steps of {z.batch:,} tokens")
         part.legend()
     good, bad = (over[x, middle, z.one] for x in (SPARSE, "window, from scratch"))
-    finding = (
-        "A language model that learned to read sparsely, on Python it has not seen: bits a byte beside dense "
-        f"attention, {good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with a window as long"
-    )
+    finding = "A language model that reads sparsely, on text new to it: bits a byte beside dense attention, "
+    finding += f"{good:+.2f} % with {z.one / middle:.0%} of the keys, {bad:+.0f} % with the last {z.one}"
     bench.figure("lm", "lm.png", finding, plot)
     bench.figure("lm", "lm_loss.png", "The loss of a small language model, and of its indexers", losses)
 
