@@ -238,16 +238,19 @@ def key_sets(indices, num_keys, heads):
 
 def attend(q, k, v, seen=None):
     """(3) for a tile: q [T, H, D], scaled, over keys k [N, G, D], v [N, G, Dv], or those in seen [N, T]."""
-    (T, H, D), G = q.shape, k.shape[1]
+    (T, H, D), (N, G, _) = q.shape, k.shape
+    R = T * (H // G)
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, T * (H // G))
-    x = keys @ rows  # [G, N, T * H/G], as BLAS is faster with the longer side first
+    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, R)
+    x = keys @ rows  # [G, N, R], as BLAS is faster with the longer side first
     if seen is not None:
         np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
-    top = x.max(1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
+    side = math.gcd(N, KEY_TILE // R) if 1 < R < KEY_TILE < x.size else 1  # keys side by side: max is slow
+    tops = x.reshape(G, N // side, side * R).max(1).reshape(G, side, R) if side > 1 else x  # on short rows
+    top = tops.max(1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
     p = np.exp(np.subtract(x, top, out=x), out=x)
-    total = p.sum(1, keepdims=True)  # [G, 1, T * H/G]
-    out = p.swapaxes(1, 2) @ values / np.where(total == 0, 1, total).swapaxes(1, 2)  # [G, T * H/G, Dv]   (3)
+    total = np.ones((1, N), x.dtype) @ p  # [G, 1, R], several times as fast as p.sum(1)
+    out = p.swapaxes(1, 2) @ values / np.where(total == 0, 1, total).swapaxes(1, 2)  # [G, R, Dv]         (3)
     out = out.reshape(G, T, H // G, v.shape[2]).swapaxes(0, 1).reshape(T, H, v.shape[2])
     lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
     if seen is not None and not np.isfinite(out).all():  # 0 * NaN is NaN: only who sees it may touch it
@@ -911,9 +914,9 @@ def in_blocks(block, arrays, results, n, given, most):
 
 def blocks(n, most=64):
     """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
-    width = 1 if "H" in n else n.get("S") or 1  # attention holds tiles of keys, the others whole rows
-    T, J, H = n["T"], n.get("J") or 1, n.get("H") or 1
-    step = max(1, min(most, KEY_TILE // max(J, H), 2**22 // width))
+    T, (J, H, G) = n["T"], (n.get(axis) or 1 for axis in "JHG")
+    width = H * KEY_TILE if "H" in n else n.get("S") or 1  # attention holds tiles, the others whole rows
+    step = max(1, min(most, KEY_TILE // max(J, H // G), 2**22 // width))
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
