@@ -1076,6 +1076,8 @@ sizes, key_sets = remembered(sizes), shared(key_sets)
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
 
+INDEXER = "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]"
+
 
 def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     """What each head adds to the score of key s for query t, and the key's rank among those that t sees.
@@ -1099,10 +1101,7 @@ def explain(index_q, index_k, weights, t, s, *, k_start=None, k_end=None):
     return parts, float(x[s]), int((x > x[s]).sum() + (x[:s] == x[s]).sum())
 
 
-@stage(
-    "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J], candidates [..., T, C] int"
-    " -> indices [..., T, K] int32"
-)
+@stage(f"{INDEXER}, candidates [..., T, C] int -> indices [..., T, K] int32")
 def predictive_select(
     index_q, index_k, weights, top_k, candidates,
     *, widen=0, block=1, local_window=0, num_sink_tokens=0, k_start=None, k_end=None,
@@ -2203,8 +2202,7 @@ def slots(numbers):
 
 
 @stage(
-    "q [..., T, H, D], k [..., S, G, D], v [..., S, G, Dv], indices [..., T, K] int, out [..., T, H, Dv],"
-    " lse [..., T, H], dout [..., T, H, Dv], sink [H]"
+    f"{ATTENTION}, indices [..., T, K] int, out [..., T, H, Dv], lse [..., T, H], dout [..., T, H, Dv]"
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
     most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
 )
@@ -2286,9 +2284,8 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
 
 
 @stage(
-    "index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J], target [..., T, K],"
-    " indices [..., T, K] int"
-    " -> losses [..., T], d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
+    f"{INDEXER}, target [..., T, K], indices [..., T, K] int -> losses [..., T],"
+    " d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
     most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
 )
 def loss_of_rows(index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None):
