@@ -2743,7 +2743,7 @@ def score_plan(chip, batch, T, J, E, *likes):
         # A guess: DeepSeek-V3.2's attention, which takes longest to compile, will follow its indexer.
         rope, half = (64, np.dtype("bfloat16")) if k == np.uint8 else (None, k)
         latents = (half, (), 0), (k, (), 0), None
-        attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, rope, *latents)
+        attention_plan(chip, batch, T, (128, 1, 576, 512, rope), 2048, True, 1.0, None, *latents)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
         nonlocal fits
@@ -2809,10 +2809,10 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
     return run
 
 
-def ranking(n, chip, real, *quota):
+def ranking(n, chip, real, top_k, local_window, num_sink_tokens):
     expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
     alike = TOPK_KEYS[bisect.bisect_left(TOPK_KEYS, n["S"])]
-    return topk_plan(chip, real, n["..."], n["T"], alike, *quota)
+    return topk_plan(chip, real, n["..."], n["T"], alike, top_k, local_window, num_sink_tokens)
 
 
 def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
@@ -2822,32 +2822,30 @@ def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_
     return rank(S, offset, aligned(scores, real), k_start, k_end)
 
 
-def gpu_lightning_select(
-    n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end, last=0, indices=None
-):
+def gpu_lightning_select(n, index_q, index_k, weights, k_start, k_end, last=0, indices=None, **quota):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold. last: how many more follow."""
-    batch, T, S, quota = n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    batch, T, S = n["..."], n["T"], n["S"]
     (on, real, score), rows = scoring(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        rank = ranking(n, on, real, *quota)  # compiles beside the scores
+        rank = ranking(n, on, real, **quota)  # compiles beside the scores
         memory = sys.modules["cupy"].cuda.alloc(rows * S * real.itemsize)  # an array costs four times as much
         (scores,), offset = as_arguments(memory.ptr), S - T - last
         score(index_q, index_k, weights, k_start, k_end, offset, scores)
         return rank(S, offset, scores, k_start, k_end, indices)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
-    indices = n["xp"].empty((*batch, T, min(top_k, S)), np.int32)
+    indices = n["xp"].empty((*batch, T, n["K"]), np.int32)
     for *b, i in np.ndindex(*batch, -(-T // most)):
         part, end = (*b, slice(i * most, i * most + most)), min(T, i * most + most)
         index, some = (index_q[part], index_k[tuple(b)], weights[part]), {"...": (), "T": end - i * most}
-        rest = *quota, *(w if w is None else w[part] for w in (k_start, k_end)), T - end, indices[part]
-        gpu_lightning_select(n | some, *index, *rest)
+        windows = (w if w is None else w[part] for w in (k_start, k_end))
+        gpu_lightning_select(n | some, *index, *windows, T - end, indices[part], **quota)
     return indices
 
 
-def attend_tile(chip, shape, real, rope, tied, q, *given):
+def attend_tile(chip, shape, real, tied, q, *given):
     """Which kernel attends: its name, its block and the heads and keys of that, shared memory, constants."""
-    (H, G, D, Dv), (k, v) = shape, (dtype for dtype, *_ in given)
+    (H, G, D, Dv, rope), (k, v) = shape, (dtype for dtype, *_ in given)
     heads, rank = H // G, 0 if rope is None else D - rope  # rank: the values of packed keys in 8 bits
     widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
     align = [math.gcd(16, at, *strides[:-1], width) for (_, strides, at), width in zip(given, widths)]
@@ -2877,11 +2875,11 @@ def attend_tile(chip, shape, real, rope, tied, q, *given):
 
 
 @plan
-def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, k, v):
+def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, q, k, v):
     """What launches (3), of so many slots a query, for arrays like q, k and v, or k alone that is both."""
-    (H, G, D, Dv), rows, tied, fits, v = shape, math.prod(batch) * T, v is None, False, v or k
+    (H, G, D, Dv, _), rows, tied, fits, v = shape, math.prod(batch) * T, v is None, False, v or k
     real, out_dtype = F64 if F64 in (q[0], k[0], v[0]) else F32, np.dtype(dtype or q[0])
-    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q[0], k, v)
+    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, tied, q[0], k, v)
     # Few rows of queries share their tiles of keys out over more blocks, whose parts are merged.
     blocks, tiles = rows * G * -(-(H // G) // heads), max(1, -(-slots // keys))
     each = -(-tiles // min(tiles, max(1, 128 // max(1, blocks))))  # tiles of keys in a split
@@ -2919,17 +2917,15 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, 
     return run
 
 
-def gpu_attention(
-    n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None, rope=None
-):
-    """(3) over indices, or else windows. rope: k [..., S, 1, packed] is what packed makes of keys with it."""
+def gpu_attention(n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None):
+    """(3) over indices, or else windows. n["rope"]: k [..., S, 1, packed] is packed, with that rope."""
     Dv, D = d_v if v is None else v.shape[-1], n["D"]
     # Values that are k[..., :Dv] are read once.
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
     k, v = standing(k, 3), None if tied else standing(v, 3)
-    shape, slots = (n["H"], k.shape[-2], D, Dv), n["S"] if indices is None else indices.shape[-1]
-    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), v if tied else like(v)
-    indices = None if indices is None else slot_indices(indices)
+    slots, indices = (n["S"], None) if indices is None else (indices.shape[-1], slot_indices(indices))
+    shape, sparse = (n["H"], k.shape[-2], D, Dv, n.get("rope")), indices is not None
+    how = slots, sparse, scale, out_dtype, like(q), like(k), v if tied else like(v)
     run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
     return run(n["S"], sink, q, k, k if tied else v, indices, k_start, k_end)
 
@@ -2941,9 +2937,9 @@ def gpu_attend_to_cache(cache, q, indices, **options):
     fits = k and len(k) == 2 and k[1] == D and H % k[0] == 0 and (not v or (len(v) == 2 and v[0] == k[0]))
     if not fits or (rope is not None and (v or k[0] > 1)):  # an error, or what has to be decoded
         return sparse_attention(q, cache.read("k"), cache.read("v") if v else None, indices, **options)
-    n = {"...": (B,), "T": T, "S": max(cache.lengths.tolist()), "H": H, "D": D, "xp": cache.xp}
+    n = {"...": (B,), "T": T, "S": max(cache.lengths.tolist()), "H": H, "D": D, "xp": cache.xp, "rope": rope}
     check_options(n, given := {"q": q, "k": cache._data["k"], "v": cache._data.get("v"), **options})
-    return gpu_attention(n, indices=indices, rope=rope, **given)
+    return gpu_attention(n, indices=indices, **given)
 
 
 def gpu_quantized(x, block, scale, least, rope=0, entries=None):
