@@ -2589,7 +2589,6 @@ SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
 TOPK_KEYS = 2**12, 2**13 - 1, 2**13, 2**14, 2**31  # up to how many keys a row is ranked alike
-TOPK_BLOCKS = 16, 8, 4  # that may share a row, in a cluster
 # A GPU: its compute capability, 90 for 9.0, bytes that a block may ask for, and number of processors.
 Chip = collections.namedtuple("Chip", "device sm shared processors")
 
@@ -2742,7 +2741,7 @@ def score_plan(chip, batch, T, J, E, *likes):
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
         # A guess: DeepSeek-V3.2's attention, which takes longest to compile, will follow its indexer.
         rope, half = (64, np.dtype("bfloat16")) if k == np.uint8 else (None, k)
-        latents = (half, (), 0), (k, (), 0), None
+        latents = half, (k, (), 0), None
         attention_plan(chip, batch, T, (128, 1, 576, 512, rope), 2048, True, 1.0, None, *latents)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
@@ -2784,11 +2783,10 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
     """(2) for rows of up to so many keys, one of TOPK_KEYS: what ranks scores, an array or a pointer."""
     rows, simple = math.prod(batch) * T, real == np.float32 and local_window == num_sink_tokens == 0
     block = 512 if rows > 128 else 1024
-    # How many keys stay in a thread's registers, or how many blocks share a row: where rows are few and long,
-    # as many as find room.
+    # How many keys stay in a thread's registers, or how many blocks share a row: of few long ones, many.
     held = next((x for x in (8, 16, 32) if simple and num_keys <= min(x * block, 2**14)), 0)
     most = 1 if chip.sm < 90 or num_keys < 8192 or held else 16 if chip.sm in (90, 100, 103) else 8
-    blocks = next((x for x in TOPK_BLOCKS if x <= most and rows * x <= 64), 1)
+    blocks = next((x for x in (16, 8, 4) if x <= most and rows * x <= 64), 1)
     block = 512 if blocks > 1 else block
     # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
     runs = [1] if held else [8192] * (top_k > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
@@ -2838,8 +2836,8 @@ def gpu_lightning_select(n, index_q, index_k, weights, k_start, k_end, last=0, i
     for *b, i in np.ndindex(*batch, -(-T // most)):
         part, end = (*b, slice(i * most, i * most + most)), min(T, i * most + most)
         index, some = (index_q[part], index_k[tuple(b)], weights[part]), {"...": (), "T": end - i * most}
-        windows = (w if w is None else w[part] for w in (k_start, k_end))
-        gpu_lightning_select(n | some, *index, *windows, T - end, indices[part], **quota)
+        first, beyond = (w if w is None else w[part] for w in (k_start, k_end))
+        gpu_lightning_select(n | some, *index, first, beyond, T - end, indices[part], **quota)
     return indices
 
 
@@ -2860,8 +2858,8 @@ def attend_tile(chip, shape, real, tied, q, *given):
         return "attend_wgmma", 512, 64, 64, 3 * 128 * D + 9216, stored | sizes  # struct Plan of the kernel
     row, columns = -(-D // 64) * 64, -(-Dv // 128) or 1
     key = 8 + 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row) + (0 if tied else 256 * -(-Dv // 64))
-    # The first tile that fits shared memory, with keys of so many bytes: 227 KB on sm_90, 163 on sm_80, 99 on
-    # sm_86, sm_89 and sm_120; and registers: 16 heads by 16 values take 8 of 128 that a thread can spare.
+    # The first tile that fits shared memory, with keys of so many bytes, and registers: 16 heads by 16 values
+    # take 8 of 128 that a thread can spare.
     for block, keys in itertools.product((64, 32, 16), (64, 32)) if tensor_cores and heads >= 8 else ():
         maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
         shared = block * (2 * row + 128) + keys * key + maxima
@@ -2876,10 +2874,10 @@ def attend_tile(chip, shape, real, tied, q, *given):
 
 @plan
 def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, q, k, v):
-    """What launches (3), of so many slots a query, for arrays like q, k and v, or k alone that is both."""
-    (H, G, D, Dv, _), rows, tied, fits, v = shape, math.prod(batch) * T, v is None, False, v or k
-    real, out_dtype = F64 if F64 in (q[0], k[0], v[0]) else F32, np.dtype(dtype or q[0])
-    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, tied, q[0], k, v)
+    """What launches (3), of so many slots a query, for q in a dtype and arrays like k and v, or k alone."""
+    (H, G, D, Dv, _), rows, tied, v = shape, math.prod(batch) * T, v is None, v or k
+    real, out_dtype = F64 if F64 in (q, k[0], v[0]) else F32, np.dtype(dtype or q)
+    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, tied, q, k, v)
     # Few rows of queries share their tiles of keys out over more blocks, whose parts are merged.
     blocks, tiles = rows * G * -(-(H // G) // heads), max(1, -(-slots // keys))
     each = -(-tiles // min(tiles, max(1, 128 // max(1, blocks))))  # tiles of keys in a split
@@ -2896,12 +2894,8 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, q, k, v):
     merged, results = as_arguments(splits, rows * H, H, Dv), (*batch, T, H, Dv)
     lse_bytes, lse_at = rows * H * real.itemsize, -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
 
-    def run(num_keys, sink, q, *keys):
-        nonlocal fits
-        if not fits:
-            given, q = q, aligned(q)
-            fits = q is given  # as will be all like it
-        arrays, numbers = (q, *keys), [*first, made(num_keys), *last]
+    def run(num_keys, sink, *arrays):
+        numbers = [*first, made(num_keys), *last]
         memory = xp.cuda.alloc(lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         ends = None if sink is None else xp.ascontiguousarray(sink, real), out, lse
@@ -2922,10 +2916,10 @@ def gpu_attention(n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_en
     Dv, D = d_v if v is None else v.shape[-1], n["D"]
     # Values that are k[..., :Dv] are read once.
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    k, v = standing(k, 3), None if tied else standing(v, 3)
+    q, k, v = aligned(q), standing(k, 3), None if tied else standing(v, 3)
     slots, indices = (n["S"], None) if indices is None else (indices.shape[-1], slot_indices(indices))
     shape, sparse = (n["H"], k.shape[-2], D, Dv, n.get("rope")), indices is not None
-    how = slots, sparse, scale, out_dtype, like(q), like(k), v if tied else like(v)
+    how = slots, sparse, scale, out_dtype, q.dtype, like(k), v if tied else like(v)
     run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
     return run(n["S"], sink, q, k, k if tied else v, indices, k_start, k_end)
 
