@@ -2994,15 +2994,15 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale):
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
     dq, dkv = xp.empty(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
-    for b, t, rows in query_chunks(n, indices, None, bytes_each, chip(q).processors):
+    for b, at, rows in query_chunks(n, indices, bytes_each, whole=chip(q).processors):
         M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
         values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
-        q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
+        q_t, dout_t = q[at].reshape(M * G, r, D), dout[at].reshape(M * G, r, Dv)
         s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
         pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
-        arrays, sizes = (s, dp, rows, norms[b][t], pairs), (N, H, G, S, np.float64(scale))
+        arrays, sizes = (s, dp, rows, norms[at], pairs), (N, H, G, S, np.float64(scale))
         launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
-        product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        product(pairs[:, 0], keys, dq[at].reshape(M * G, r, D))
         by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
         if tied:  # one product: [dS, P]^T [q, dout]
             both = xp.zeros((M * G, 2, r, D), kind)
@@ -3026,19 +3026,19 @@ def gradients_of_pairs(n, q, k, v, indices, dout, norms, scale):
     of_slot, blocks = (64 * parts,) if tied else (G, parts, 2, 8), -(-parts // 2)  # of latents, a query's
     bytes_each = N * 2 * math.prod(of_slot) + many * (128 * parts * D + N * (4 * D + 32))
     whole = max(1, chip(q).processors // blocks) if many else 1  # whose blocks take a turn of all processors
-    for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
+    for b, at, rows in query_chunks(n, indices, bytes_each, whole=whole):
         M, pairs = len(rows), xp.empty((len(rows), N, *of_slot), q.dtype)
         if tied:
             both = xp.empty((M, 64 * parts, D), q.dtype) if many else None
-            arrays = q[b][t], dout[b][t], k[b], norms[b][t], rows, dq[b][t], both, pairs
+            arrays = q[at], dout[at], k[b], norms[at], rows, dq[at], both, pairs
             sizes, shared = (S, H, N, np.float64(scale)), 384 * D + 8192 + D // 4  # struct Plan of the kernel
             launch("attend_backward_wgmma", 384, (M * blocks,), arrays, sizes, shared, D=D)
         else:
-            pairs_of_rows(q[b][t], dout[b][t], k[b], v[0][b], norms[b][t], rows, dq[b][t], pairs, scale)
+            pairs_of_rows(q[at], dout[at], k[b], v[0][b], norms[at], rows, dq[at], pairs, scale)
         if many:  # cuBLAS multiplies the pairs by [q, dout], both in parts of 32 heads
             add_by_key(rows, product(pairs, both), sums[b])
         else:  # a kernel does, and adds up, for a tile of keys at a time
-            add_by_tile(q[b][t], dout[b][t], rows, pairs, sums[b], tied)
+            add_by_tile(q[at], dout[at], rows, pairs, sums[b], tied)
     return dq, sums[..., :D], sums[..., D:]
 
 
@@ -3092,14 +3092,14 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
     r, N, dense = H // G, S if indices is None else indices.shape[-1], indices is None
     target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
     bytes_each = N * (H * acc.itemsize + 32 + (not dense) * G * D * kind.itemsize)
-    for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
-        M, heads = len(rows), q[b][t].reshape(len(rows), G, r, D)
+    for b, at, rows in query_chunks(n, indices, bytes_each, (k_start, k_end)):
+        M, heads = len(rows), q[at].reshape(len(rows), G, r, D)
         if dense:
             heads = xp.ascontiguousarray(heads.swapaxes(0, 1)).reshape(G, M * r, D)
             keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)  # [G, N, D]
         else:
             heads, keys, strides = heads.reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
-        arrays = product(heads, keys.swapaxes(1, 2)), rows, xp.empty((M, H), acc), target[b][t]
+        arrays = product(heads, keys.swapaxes(1, 2)), rows, xp.empty((M, H), acc), target[at]
         for step, (block, grid) in enumerate(((32, M * H), (256, M * -(-N // 256)))):
             sizes = S, N, H, r, *strides, np.float64(scale)
             launch("attention_target", block, (grid,), arrays, sizes, ACC=acc, STEP=step)
@@ -3115,8 +3115,8 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
     losses, d_k = xp.empty((*n["..."], n["T"])), xp.zeros(index_k.shape, acc)
     d_q, d_w = xp.empty(index_q.shape, kind), xp.empty(weights.shape, acc)
     bytes_each = N * ((J + (not dense) * E) * (kind.itemsize + acc.itemsize) + 2 * acc.itemsize + 32)
-    for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
-        M, q, keys = len(rows), index_q[b][t], rows  # [M, J, E]
+    for b, at, rows in query_chunks(n, indices, bytes_each, (k_start, k_end)):
+        M, q, keys = len(rows), index_q[at], rows  # [M, J, E]
         if dense:  # what nobody sees, or sees nothing, is 0
             seen, sees = ((rows >= 0).any(axis) for axis in (0, 1))
             q = gathered_slots(q.reshape(M, 1, J * E), np.where(sees, xp.arange(M), -1)[None])
@@ -3124,10 +3124,10 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
         keys = gathered_slots(index_k[b][:, None], keys)  # [1 or M, N, E]
         r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
         d_i, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        arrays = r, weights[b][t], target[b][t], rows, d_i, d_w[b][t], d_r, losses[b][t]
+        arrays = r, weights[at], target[at], rows, d_i, d_w[at], d_r, losses[at]
         for step, grid in enumerate((M * -(-N // 256), M, M * J)):
             launch("indexer_loss", 256, (grid,), arrays, (S, N, J), ACC=acc, TYPE=kind, STEP=step)
-        product(d_r, keys, d_q[b][t].reshape(q.shape))
+        product(d_r, keys, d_q[at].reshape(q.shape))
         slots = product(d_r.swapaxes(1, 2), q)  # [1 or M, N, E]
         if dense:
             d_k[b] += slots[0]
@@ -3136,21 +3136,20 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
     return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
-def query_chunks(n, indices, windows, bytes_each, whole=1):
-    """b, a slice of its queries, as many as SLOT_BYTES hold, and their slots [M, N] int32: of indices, or all
-    keys where they are None; -1 for what windows hide.
+def query_chunks(n, indices, bytes_each, windows=(), whole=1):
+    """b, where so many of its queries stand as SLOT_BYTES hold, and their slots [M, N] int32: of indices, or
+    all keys where they are None; -1 for what windows hide.
 
     M * G is a grid's y, which ends at 65,535. whole: M is a multiple of it if more queries fit.
     """
-    most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
+    most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // n.get("G", 1)))
     most = most - most % whole or most
-    hide = indices is None or (windows and any(w is not None for w in windows))
+    hide = indices is None or any(w is not None for w in windows)
     windows = filled(n, windows) if hide else ()
-    for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
-        for t in range(0, n["T"], most):
-            part = slice(t, min(t + most, n["T"]))
-            rows = n["xp"].arange(n["S"])[None] if indices is None else indices[b][part]
-            yield b, part, slot_indices(visible(rows, *(w[b][part] for w in windows)) if hide else rows)
+    for *b, i in np.ndindex(*n["..."], -(-n["T"] // most)) if n.get("H", 1) else ():
+        at = *b, slice(i * most, i * most + most)
+        rows = n["xp"].arange(n["S"])[None] if indices is None else indices[at]
+        yield tuple(b), at, slot_indices(visible(rows, *(w[at] for w in windows)) if hide else rows)
 
 
 def factors(acc, *arrays):
