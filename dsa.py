@@ -2913,14 +2913,14 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, q, k, v):
 
 def gpu_attention(n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None):
     """(3) over indices, or else windows. n["rope"]: k [..., S, 1, packed] is packed, with that rope."""
-    Dv, D = d_v if v is None else v.shape[-1], n["D"]
+    on, D, Dv = chip(q), n["D"], d_v if v is None else v.shape[-1]
     # Values that are k[..., :Dv] are read once.
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
     q, k, v = aligned(q), standing(k, 3), None if tied else standing(v, 3)
     slots, indices = (n["S"], None) if indices is None else (indices.shape[-1], slot_indices(indices))
     shape, sparse = (n["H"], k.shape[-2], D, Dv, n.get("rope")), indices is not None
     how = slots, sparse, scale, out_dtype, q.dtype, like(k), v if tied else like(v)
-    run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
+    run = attention_plan(on, n["..."], n["T"], shape, *how)
     return run(n["S"], sink, q, k, k if tied else v, indices, k_start, k_end)
 
 
@@ -3037,7 +3037,7 @@ def gradients_of_pairs(n, q, k, v, indices, dout, norms, scale):
             pairs_of_rows(q[at], dout[at], k[b], v[0][b], norms[at], rows, dq[at], pairs, scale)
         if many:  # cuBLAS multiplies the pairs by [q, dout], both in parts of 32 heads
             add_by_key(rows, product(pairs, both), sums[b])
-        else:  # a kernel does, and adds up, for a tile of keys at a time
+        elif N * S:  # a kernel does, and adds up, for a tile of keys at a time
             add_by_tile(q[at], dout[at], rows, pairs, sums[b], tied)
     return dq, sums[..., :D], sums[..., D:]
 
@@ -3053,8 +3053,6 @@ def pairs_of_rows(q, dout, k, v, norms, rows, dq, pairs, scale):
 def add_by_tile(q, dout, rows, pairs, sums, tied):
     """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring, of q [M, H, D] and dout."""
     (S, G, _), (_, H, D), Dv, tiles = sums.shape, q.shape, dout.shape[2], -(-len(sums) // 128)
-    if not rows.size * sums.size:
-        return
     columns = 192 if D == 576 else 128 if max(D, Dv) > 64 else 64
     blocks = tiles * G * (-(-D // columns) + (0 if tied else -(-Dv // columns)))
     segments, block = max(1, 1536 // blocks), 2 * columns  # so that a tile that all see takes no longer
