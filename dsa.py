@@ -2833,11 +2833,11 @@ def gpu_lightning_select(n, index_q, index_k, weights, k_start, k_end, last=0, i
         return rank(S, offset, scores, k_start, k_end, indices)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
     indices = n["xp"].empty((*batch, T, n["K"]), np.int32)
-    for *b, i in np.ndindex(*batch, -(-T // most)):
-        part, end = (*b, slice(i * most, i * most + most)), min(T, i * most + most)
-        index, some = (index_q[part], index_k[tuple(b)], weights[part]), {"...": (), "T": end - i * most}
-        first, beyond = (w if w is None else w[part] for w in (k_start, k_end))
-        gpu_lightning_select(n | some, *index, first, beyond, T - end, indices[part], **quota)
+    for b, t in itertools.product(np.ndindex(*batch), range(0, T, most)):
+        part, end = (*b, slice(t, t + most)), min(T, t + most)
+        some, given = n | {"...": (), "T": end - t}, (index_q, weights, k_start, k_end)
+        q, w, start, stop = (x if x is None else x[part] for x in given)
+        gpu_lightning_select(some, q, index_k[b], w, start, stop, T - end, indices[part], **quota)
     return indices
 
 
@@ -3144,10 +3144,10 @@ def query_chunks(n, indices, bytes_each, windows=(), whole=1):
     most = most - most % whole or most
     hide = indices is None or any(w is not None for w in windows)
     windows = filled(n, windows) if hide else ()
-    for *b, i in np.ndindex(*n["..."], -(-n["T"] // most)) if n.get("H", 1) else ():
-        at = *b, slice(i * most, i * most + most)
+    for b, t in itertools.product(np.ndindex(*n["..."]), range(0, n["T"], most)) if n.get("H", 1) else ():
+        at = *b, slice(t, t + most)
         rows = n["xp"].arange(n["S"])[None] if indices is None else indices[at]
-        yield tuple(b), at, slot_indices(visible(rows, *(w[at] for w in windows)) if hide else rows)
+        yield b, at, slot_indices(visible(rows, *(w[at] for w in windows)) if hide else rows)
 
 
 def factors(acc, *arrays):
