@@ -2589,7 +2589,6 @@ SCORE_BYTES = 2**29  # scores that lightning_select holds at a time
 SLOT_BYTES = 2**31  # what the slots of a chunk of queries hold in training
 FEW = 8  # queries a sequence whose scoring is bound by memory
 TOPK_KEYS = 2**12, 2**13 - 1, 2**13, 2**14, 2**31  # up to how many keys a row is ranked alike
-TOPK_BLOCKS = 16, 8, 4  # that may share a row, in a cluster
 # A GPU: its compute capability, 90 for 9.0, bytes that a block may ask for, and number of processors.
 Chip = collections.namedtuple("Chip", "device sm shared processors")
 
@@ -2742,8 +2741,8 @@ def score_plan(chip, batch, T, J, E, *likes):
     if found.name.endswith("_wgmma") and (J, E) == (64, 128) and "ml_dtypes" in sys.modules:
         # A guess: DeepSeek-V3.2's attention, which takes longest to compile, will follow its indexer.
         rope, half = (64, np.dtype("bfloat16")) if k == np.uint8 else (None, k)
-        latents = (half, (), 0), (k, (), 0), None
-        attention_plan(chip, batch, T, (128, 1, 576, 512), 2048, True, 1.0, None, rope, *latents)
+        latents = half, (k, (), 0), None
+        attention_plan(chip, batch, T, (128, 1, 576, 512, rope), 2048, True, 1.0, None, *latents)
 
     def run(index_q, index_k, weights, k_start, k_end, offset, scores):
         nonlocal fits
@@ -2784,11 +2783,10 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
     """(2) for rows of up to so many keys, one of TOPK_KEYS: what ranks scores, an array or a pointer."""
     rows, simple = math.prod(batch) * T, real == np.float32 and local_window == num_sink_tokens == 0
     block = 512 if rows > 128 else 1024
-    # How many keys stay in a thread's registers, or how many blocks share a row: where rows are few and long,
-    # as many as find room.
+    # How many keys stay in a thread's registers, or how many blocks share a row: of few long ones, many.
     held = next((x for x in (8, 16, 32) if simple and num_keys <= min(x * block, 2**14)), 0)
     most = 1 if chip.sm < 90 or num_keys < 8192 or held else 16 if chip.sm in (90, 100, 103) else 8
-    blocks = next((x for x in TOPK_BLOCKS if x <= most and rows * x <= 64), 1)
+    blocks = next((x for x in (16, 8, 4) if x <= most and rows * x <= 64), 1)
     block = 512 if blocks > 1 else block
     # Runs that a block has room for: two blocks fit a multiprocessor of sm_90 and of sm_80
     runs = [1] if held else [8192] * (top_k > 2048) + [4096 if chip.sm == 90 else 3584, 2048]
@@ -2809,10 +2807,10 @@ def topk_plan(chip, real, batch, T, num_keys, top_k, local_window, num_sink_toke
     return run
 
 
-def ranking(n, chip, real, *quota):
+def ranking(n, chip, real, top_k, local_window, num_sink_tokens):
     expect(n["S"] <= 2**31 - 2**17, "S", n["S"], "at most 2**31 - 2**17 on a GPU")
     alike = TOPK_KEYS[bisect.bisect_left(TOPK_KEYS, n["S"])]
-    return topk_plan(chip, real, n["..."], n["T"], alike, *quota)
+    return topk_plan(chip, real, n["..."], n["T"], alike, top_k, local_window, num_sink_tokens)
 
 
 def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_end):
@@ -2822,32 +2820,30 @@ def gpu_select_topk(n, scores, top_k, local_window, num_sink_tokens, k_start, k_
     return rank(S, offset, aligned(scores, real), k_start, k_end)
 
 
-def gpu_lightning_select(
-    n, index_q, index_k, weights, top_k, local_window, num_sink_tokens, k_start, k_end, last=0, indices=None
-):
+def gpu_lightning_select(n, index_q, index_k, weights, k_start, k_end, last=0, indices=None, **quota):
     """(1), then (2), for as many queries at a time as SCORE_BYTES hold. last: how many more follow."""
-    batch, T, S, quota = n["..."], n["T"], n["S"], (top_k, local_window, num_sink_tokens)
+    batch, T, S = n["..."], n["T"], n["S"]
     (on, real, score), rows = scoring(n, index_q, index_k, weights), math.prod(batch) * T
     most = max(1, SCORE_BYTES // max(1, S * real.itemsize))  # queries at a time
     if rows <= most:
-        rank = ranking(n, on, real, *quota)  # compiles beside the scores
+        rank = ranking(n, on, real, **quota)  # compiles beside the scores
         memory = sys.modules["cupy"].cuda.alloc(rows * S * real.itemsize)  # an array costs four times as much
         (scores,), offset = as_arguments(memory.ptr), S - T - last
         score(index_q, index_k, weights, k_start, k_end, offset, scores)
         return rank(S, offset, scores, k_start, k_end, indices)
     most = most if most < 64 else most - most % 64  # whole blocks of index_scores_mma
-    indices = n["xp"].empty((*batch, T, min(top_k, S)), np.int32)
-    for *b, i in np.ndindex(*batch, -(-T // most)):
-        part, end = (*b, slice(i * most, i * most + most)), min(T, i * most + most)
-        index, some = (index_q[part], index_k[tuple(b)], weights[part]), {"...": (), "T": end - i * most}
-        rest = *quota, *(w if w is None else w[part] for w in (k_start, k_end)), T - end, indices[part]
-        gpu_lightning_select(n | some, *index, *rest)
+    indices = n["xp"].empty((*batch, T, n["K"]), np.int32)
+    for b, t in itertools.product(np.ndindex(*batch), range(0, T, most)):
+        part, end = (*b, slice(t, t + most)), min(T, t + most)
+        some, given = n | {"...": (), "T": end - t}, (index_q, weights, k_start, k_end)
+        q, w, start, stop = (x if x is None else x[part] for x in given)
+        gpu_lightning_select(some, q, index_k[b], w, start, stop, T - end, indices[part], **quota)
     return indices
 
 
-def attend_tile(chip, shape, real, rope, tied, q, *given):
+def attend_tile(chip, shape, real, tied, q, *given):
     """Which kernel attends: its name, its block and the heads and keys of that, shared memory, constants."""
-    (H, G, D, Dv), (k, v) = shape, (dtype for dtype, *_ in given)
+    (H, G, D, Dv, rope), (k, v) = shape, (dtype for dtype, *_ in given)
     heads, rank = H // G, 0 if rope is None else D - rope  # rank: the values of packed keys in 8 bits
     widths = packed_bytes(D, rope) if rank else D * k.itemsize, Dv * v.itemsize
     align = [math.gcd(16, at, *strides[:-1], width) for (_, strides, at), width in zip(given, widths)]
@@ -2862,8 +2858,8 @@ def attend_tile(chip, shape, real, rope, tied, q, *given):
         return "attend_wgmma", 512, 64, 64, 3 * 128 * D + 9216, stored | sizes  # struct Plan of the kernel
     row, columns = -(-D // 64) * 64, -(-Dv // 128) or 1
     key = 8 + 2 * row + (-(-widths[0] // 16) * 16 if rank else 2 * row) + (0 if tied else 256 * -(-Dv // 64))
-    # The first tile that fits shared memory, with keys of so many bytes: 227 KB on sm_90, 163 on sm_80, 99 on
-    # sm_86, sm_89 and sm_120; and registers: 16 heads by 16 values take 8 of 128 that a thread can spare.
+    # The first tile that fits shared memory, with keys of so many bytes, and registers: 16 heads by 16 values
+    # take 8 of 128 that a thread can spare.
     for block, keys in itertools.product((64, 32, 16), (64, 32)) if tensor_cores and heads >= 8 else ():
         maxima = 4 * block * (min(8 // min(2, block // 16), keys // 8) + 1)
         shared = block * (2 * row + 128) + keys * key + maxima
@@ -2877,11 +2873,11 @@ def attend_tile(chip, shape, real, rope, tied, q, *given):
 
 
 @plan
-def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, k, v):
-    """What launches (3), of so many slots a query, for arrays like q, k and v, or k alone that is both."""
-    (H, G, D, Dv), rows, tied, fits, v = shape, math.prod(batch) * T, v is None, False, v or k
-    real, out_dtype = F64 if F64 in (q[0], k[0], v[0]) else F32, np.dtype(dtype or q[0])
-    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, rope, tied, q[0], k, v)
+def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, q, k, v):
+    """What launches (3), of so many slots a query, for q in a dtype and arrays like k and v, or k alone."""
+    (H, G, D, Dv, _), rows, tied, v = shape, math.prod(batch) * T, v is None, v or k
+    real, out_dtype = F64 if F64 in (q, k[0], v[0]) else F32, np.dtype(dtype or q)
+    name, block, heads, keys, shared, sizes = attend_tile(chip, shape, real, tied, q, k, v)
     # Few rows of queries share their tiles of keys out over more blocks, whose parts are merged.
     blocks, tiles = rows * G * -(-(H // G) // heads), max(1, -(-slots // keys))
     each = -(-tiles // min(tiles, max(1, 128 // max(1, blocks))))  # tiles of keys in a split
@@ -2898,12 +2894,8 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, 
     merged, results = as_arguments(splits, rows * H, H, Dv), (*batch, T, H, Dv)
     lse_bytes, lse_at = rows * H * real.itemsize, -(-rows * H * Dv * out_dtype.itemsize // 16) * 16
 
-    def run(num_keys, sink, q, *keys):
-        nonlocal fits
-        if not fits:
-            given, q = q, aligned(q)
-            fits = q is given  # as will be all like it
-        arrays, numbers = (q, *keys), [*first, made(num_keys), *last]
+    def run(num_keys, sink, *arrays):
+        numbers = [*first, made(num_keys), *last]
         memory = xp.cuda.alloc(lse_at + lse_bytes)  # for both, as it costs half as much as a launch
         out, lse = xp.ndarray(results, out_dtype, memory), xp.ndarray(results[:-1], real, memory + lse_at)
         ends = None if sink is None else xp.ascontiguousarray(sink, real), out, lse
@@ -2919,18 +2911,16 @@ def attention_plan(chip, batch, T, shape, slots, sparse, scale, dtype, rope, q, 
     return run
 
 
-def gpu_attention(
-    n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None, rope=None
-):
-    """(3) over indices, or else windows. rope: k [..., S, 1, packed] is what packed makes of keys with it."""
-    Dv, D = d_v if v is None else v.shape[-1], n["D"]
+def gpu_attention(n, q, k, v, d_v, scale, sink, indices=None, k_start=None, k_end=None, out_dtype=None):
+    """(3) over indices, or else windows. n["rope"]: k [..., S, 1, packed] is packed, with that rope."""
+    on, D, Dv = chip(q), n["D"], d_v if v is None else v.shape[-1]
     # Values that are k[..., :Dv] are read once.
     tied = v is None or (Dv <= D and (k.data.ptr, k.strides, k.dtype) == (v.data.ptr, v.strides, v.dtype))
-    k, v = standing(k, 3), None if tied else standing(v, 3)
-    shape, slots = (n["H"], k.shape[-2], D, Dv), n["S"] if indices is None else indices.shape[-1]
-    how = slots, indices is not None, scale, out_dtype, rope, like(q), like(k), v if tied else like(v)
-    indices = None if indices is None else slot_indices(indices)
-    run = attention_plan(chip(q), n["..."], n["T"], shape, *how)
+    q, k, v = aligned(q), standing(k, 3), None if tied else standing(v, 3)
+    slots, indices = (n["S"], None) if indices is None else (indices.shape[-1], slot_indices(indices))
+    shape, sparse = (n["H"], k.shape[-2], D, Dv, n.get("rope")), indices is not None
+    how = slots, sparse, scale, out_dtype, q.dtype, like(k), v if tied else like(v)
+    run = attention_plan(on, n["..."], n["T"], shape, *how)
     return run(n["S"], sink, q, k, k if tied else v, indices, k_start, k_end)
 
 
@@ -2941,9 +2931,9 @@ def gpu_attend_to_cache(cache, q, indices, **options):
     fits = k and len(k) == 2 and k[1] == D and H % k[0] == 0 and (not v or (len(v) == 2 and v[0] == k[0]))
     if not fits or (rope is not None and (v or k[0] > 1)):  # an error, or what has to be decoded
         return sparse_attention(q, cache.read("k"), cache.read("v") if v else None, indices, **options)
-    n = {"...": (B,), "T": T, "S": max(cache.lengths.tolist()), "H": H, "D": D, "xp": cache.xp}
+    n = {"...": (B,), "T": T, "S": max(cache.lengths.tolist()), "H": H, "D": D, "xp": cache.xp, "rope": rope}
     check_options(n, given := {"q": q, "k": cache._data["k"], "v": cache._data.get("v"), **options})
-    return gpu_attention(n, indices=indices, rope=rope, **given)
+    return gpu_attention(n, indices=indices, **given)
 
 
 def gpu_quantized(x, block, scale, least, rope=0, entries=None):
@@ -3004,15 +2994,15 @@ def gradients_of_slots(n, q, k, v, indices, dout, norms, scale):
     kind, (q, k, dout, *v) = factors(acc, q, k, dout, *(() if tied else (v,)))
     dq, dkv = xp.empty(q.shape, acc), xp.zeros((*k.shape[:-1], width), acc)  # [dk | dv]
     bytes_each = 2 * H * D * kind.itemsize + N * ((G * width + 2 * H) * (kind.itemsize + acc.itemsize) + 32)
-    for b, t, rows in query_chunks(n, indices, None, bytes_each, chip(q).processors):
+    for b, at, rows in query_chunks(n, indices, bytes_each, whole=chip(q).processors):
         M, keys = len(rows), gathered_slots(k[b], rows)  # [M * G, N, D]
         values = keys[..., :Dv] if tied else gathered_slots(v[0][b], rows)
-        q_t, dout_t = q[b][t].reshape(M * G, r, D), dout[b][t].reshape(M * G, r, Dv)
+        q_t, dout_t = q[at].reshape(M * G, r, D), dout[at].reshape(M * G, r, Dv)
         s, dp = product(q_t, keys.swapaxes(1, 2)), product(dout_t, values.swapaxes(1, 2))  # [M * G, r, N]
         pairs = xp.empty((M * G, 2, r, N), kind)  # dS and P
-        arrays, sizes = (s, dp, rows, norms[b][t], pairs), (N, H, G, S, np.float64(scale))
+        arrays, sizes = (s, dp, rows, norms[at], pairs), (N, H, G, S, np.float64(scale))
         launch("attend_backward", 256, (M * H,), arrays, sizes, TYPE=kind, ACC=acc)
-        product(pairs[:, 0], keys, dq[b][t].reshape(M * G, r, D))
+        product(pairs[:, 0], keys, dq[at].reshape(M * G, r, D))
         by_key = pairs.reshape(M * G, 2 * r, N).swapaxes(1, 2)
         if tied:  # one product: [dS, P]^T [q, dout]
             both = xp.zeros((M * G, 2, r, D), kind)
@@ -3036,19 +3026,19 @@ def gradients_of_pairs(n, q, k, v, indices, dout, norms, scale):
     of_slot, blocks = (64 * parts,) if tied else (G, parts, 2, 8), -(-parts // 2)  # of latents, a query's
     bytes_each = N * 2 * math.prod(of_slot) + many * (128 * parts * D + N * (4 * D + 32))
     whole = max(1, chip(q).processors // blocks) if many else 1  # whose blocks take a turn of all processors
-    for b, t, rows in query_chunks(n, indices, None, bytes_each, whole):
+    for b, at, rows in query_chunks(n, indices, bytes_each, whole=whole):
         M, pairs = len(rows), xp.empty((len(rows), N, *of_slot), q.dtype)
         if tied:
             both = xp.empty((M, 64 * parts, D), q.dtype) if many else None
-            arrays = q[b][t], dout[b][t], k[b], norms[b][t], rows, dq[b][t], both, pairs
+            arrays = q[at], dout[at], k[b], norms[at], rows, dq[at], both, pairs
             sizes, shared = (S, H, N, np.float64(scale)), 384 * D + 8192 + D // 4  # struct Plan of the kernel
             launch("attend_backward_wgmma", 384, (M * blocks,), arrays, sizes, shared, D=D)
         else:
-            pairs_of_rows(q[b][t], dout[b][t], k[b], v[0][b], norms[b][t], rows, dq[b][t], pairs, scale)
+            pairs_of_rows(q[at], dout[at], k[b], v[0][b], norms[at], rows, dq[at], pairs, scale)
         if many:  # cuBLAS multiplies the pairs by [q, dout], both in parts of 32 heads
             add_by_key(rows, product(pairs, both), sums[b])
-        else:  # a kernel does, and adds up, for a tile of keys at a time
-            add_by_tile(q[b][t], dout[b][t], rows, pairs, sums[b], tied)
+        elif N * S:  # a kernel does, and adds up, for a tile of keys at a time
+            add_by_tile(q[at], dout[at], rows, pairs, sums[b], tied)
     return dq, sums[..., :D], sums[..., D:]
 
 
@@ -3063,8 +3053,6 @@ def pairs_of_rows(q, dout, k, v, norms, rows, dq, pairs, scale):
 def add_by_tile(q, dout, rows, pairs, sums, tied):
     """sums [S, G, D or D + Dv] += what the slots rows [M, N] bring, of q [M, H, D] and dout."""
     (S, G, _), (_, H, D), Dv, tiles = sums.shape, q.shape, dout.shape[2], -(-len(sums) // 128)
-    if not rows.size * sums.size:
-        return
     columns = 192 if D == 576 else 128 if max(D, Dv) > 64 else 64
     blocks = tiles * G * (-(-D // columns) + (0 if tied else -(-Dv // columns)))
     segments, block = max(1, 1536 // blocks), 2 * columns  # so that a tile that all see takes no longer
@@ -3102,14 +3090,14 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
     r, N, dense = H // G, S if indices is None else indices.shape[-1], indices is None
     target, (kind, (q, k)) = xp.zeros((*n["..."], n["T"], N), acc), factors(acc, q, k)
     bytes_each = N * (H * acc.itemsize + 32 + (not dense) * G * D * kind.itemsize)
-    for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
-        M, heads = len(rows), q[b][t].reshape(len(rows), G, r, D)
+    for b, at, rows in query_chunks(n, indices, bytes_each, (k_start, k_end)):
+        M, heads = len(rows), q[at].reshape(len(rows), G, r, D)
         if dense:
             heads = xp.ascontiguousarray(heads.swapaxes(0, 1)).reshape(G, M * r, D)
             keys, strides = k[b].swapaxes(0, 1), (r * N, M * r * N)  # [G, N, D]
         else:
             heads, keys, strides = heads.reshape(M * G, r, D), gathered_slots(k[b], rows), (H * N, r * N)
-        arrays = product(heads, keys.swapaxes(1, 2)), rows, xp.empty((M, H), acc), target[b][t]
+        arrays = product(heads, keys.swapaxes(1, 2)), rows, xp.empty((M, H), acc), target[at]
         for step, (block, grid) in enumerate(((32, M * H), (256, M * -(-N // 256)))):
             sizes = S, N, H, r, *strides, np.float64(scale)
             launch("attention_target", block, (grid,), arrays, sizes, ACC=acc, STEP=step)
@@ -3125,8 +3113,8 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
     losses, d_k = xp.empty((*n["..."], n["T"])), xp.zeros(index_k.shape, acc)
     d_q, d_w = xp.empty(index_q.shape, kind), xp.empty(weights.shape, acc)
     bytes_each = N * ((J + (not dense) * E) * (kind.itemsize + acc.itemsize) + 2 * acc.itemsize + 32)
-    for b, t, rows in query_chunks(n, indices, (k_start, k_end), bytes_each):
-        M, q, keys = len(rows), index_q[b][t], rows  # [M, J, E]
+    for b, at, rows in query_chunks(n, indices, bytes_each, (k_start, k_end)):
+        M, q, keys = len(rows), index_q[at], rows  # [M, J, E]
         if dense:  # what nobody sees, or sees nothing, is 0
             seen, sees = ((rows >= 0).any(axis) for axis in (0, 1))
             q = gathered_slots(q.reshape(M, 1, J * E), np.where(sees, xp.arange(M), -1)[None])
@@ -3134,10 +3122,10 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
         keys = gathered_slots(index_k[b][:, None], keys)  # [1 or M, N, E]
         r = product(q, keys.swapaxes(1, 2))  # [M, J, N], or [1, M * J, N]
         d_i, d_r = xp.empty((M, N), acc), xp.empty(r.shape, kind)
-        arrays = r, weights[b][t], target[b][t], rows, d_i, d_w[b][t], d_r, losses[b][t]
+        arrays = r, weights[at], target[at], rows, d_i, d_w[at], d_r, losses[at]
         for step, grid in enumerate((M * -(-N // 256), M, M * J)):
             launch("indexer_loss", 256, (grid,), arrays, (S, N, J), ACC=acc, TYPE=kind, STEP=step)
-        product(d_r, keys, d_q[b][t].reshape(q.shape))
+        product(d_r, keys, d_q[at].reshape(q.shape))
         slots = product(d_r.swapaxes(1, 2), q)  # [1 or M, N, E]
         if dense:
             d_k[b] += slots[0]
@@ -3146,21 +3134,20 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
     return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
 
 
-def query_chunks(n, indices, windows, bytes_each, whole=1):
-    """b, a slice of its queries, as many as SLOT_BYTES hold, and their slots [M, N] int32: of indices, or all
-    keys where they are None; -1 for what windows hide.
+def query_chunks(n, indices, bytes_each, windows=(), whole=1):
+    """b, where so many of its queries stand as SLOT_BYTES hold, and their slots [M, N] int32: of indices, or
+    all keys where they are None; -1 for what windows hide.
 
     M * G is a grid's y, which ends at 65,535. whole: M is a multiple of it if more queries fit.
     """
-    most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // max(1, n.get("G", 1))))
+    most = max(1, min(SLOT_BYTES // max(1, bytes_each), 65535 // n.get("G", 1)))
     most = most - most % whole or most
-    hide = indices is None or (windows and any(w is not None for w in windows))
+    hide = indices is None or any(w is not None for w in windows)
     windows = filled(n, windows) if hide else ()
-    for b in np.ndindex(*n["..."]) if n.get("H", 1) else ():
-        for t in range(0, n["T"], most):
-            part = slice(t, min(t + most, n["T"]))
-            rows = n["xp"].arange(n["S"])[None] if indices is None else indices[b][part]
-            yield b, part, slot_indices(visible(rows, *(w[b][part] for w in windows)) if hide else rows)
+    for b, t in itertools.product(np.ndindex(*n["..."]), range(0, n["T"], most)) if n.get("H", 1) else ():
+        at = *b, slice(t, t + most)
+        rows = n["xp"].arange(n["S"])[None] if indices is None else indices[at]
+        yield b, at, slot_indices(visible(rows, *(w[at] for w in windows)) if hide else rows)
 
 
 def factors(acc, *arrays):
