@@ -59,7 +59,7 @@ def stage(declared, most=lambda n: 64, through=None):
 
     The function below it is the definition, in NumPy, for a block of up to most(n) queries of one sequence:
     arrays without `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as
-    name.block. What is called by the name checks the arguments and goes through blocks on threads (in_blocks)
+    name.block. What is called by the name checks the arguments, goes `through` blocks on threads (in_blocks)
     or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
@@ -386,9 +386,7 @@ class DSAConfig:
 
     top_k keys of each query, or ceil(sparse_ratio * S), S being that of the call (see SELECTION_RATIOS), are
     chosen by strategy: "dynamic", by global_selection; "hybrid", the same beside a local_window of the last
-    keys; "fixed", by pattern. num_sink_tokens first keys are always kept. indexer_precision: to which index_q
-    and index_k are rounded. fallback_dense_threshold: all keys are kept for S up to that (None: top_k).
-    batch_pad_to_multiple: of lists of sequences. cache_strategy: of whom a HybridKVCache keeps near.
+    keys; "fixed", by pattern. num_sink_tokens first keys are always kept.
     """
 
     top_k: int = 2048
@@ -398,11 +396,11 @@ class DSAConfig:
     num_sink_tokens: int = 0
     global_selection: Literal["lightning", "approximate", "lsh", "learned", "hierarchical"] = "lightning"
     pattern: Literal["window", "strided", "global", "random"] = "window"
-    batch_pad_to_multiple: int = 64
-    cache_strategy: Literal["lru"] = "lru"
-    indexer_precision: str = "fp32"  # of PRECISIONS
-    fallback_dense_threshold: int | None = None
-    progressive_sparsity: Literal[False, True] = False
+    batch_pad_to_multiple: int = 64  # of lists of sequences
+    cache_strategy: Literal["lru"] = "lru"  # what a HybridKVCache keeps near
+    indexer_precision: str = "fp32"  # to which index_q and index_k are rounded, of PRECISIONS
+    fallback_dense_threshold: int | None = None  # all keys are kept for S up to that; None: up to top_k
+    progressive_sparsity: Literal[False, True] = False  # top_k falls from layer to layer: see top_k_at
 
     def __post_init__(self):
         for name, kind in DSAConfig.__annotations__.items():
@@ -459,9 +457,8 @@ def dsa_attention(
     attended to. d_v to k_end: see dense_attention. Sequences that differ in length stand right-padded in a
     batch, with lengths [B] in place of windows; or q to weights are lists of arrays [T_i, ...], which are
     padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if any and index_k are
-    appended to it; lengths counts each sequence's new tokens, those of q. Should anything raise, it is as it
-    was. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys
-    are kept the index arrays are not read, only checked.
+    appended to it; lengths counts each sequence's new tokens, those of q. layer, n_layers: for
+    progressive_sparsity. options: of SELECTORS. Where all keys are kept, index arrays are only checked.
     """
     check_type("config", config, DSAConfig)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
@@ -673,9 +670,6 @@ class KVCache:
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
-        kernel = KERNELS.get(("attend_to_cache", self.xp.__name__))
-        if kernel or self._codec:
-            return (kernel or self._codec.attend)(self, q, indices, **kwargs)
         v = self.read("v") if "v" in self.streams else None
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
@@ -749,12 +743,11 @@ def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def integer(name, value, least, error=TypeError):
-    whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
-    if not whole or value < least:
-        error = ValueError if whole else error
-        raise error(f"{name} is {value!r}, expected an integer of at least {least}")
-    return int(value)
+def integer(name, x, least, error=TypeError):
+    whole = type(x) is int or (isinstance(x, numbers.Integral) and not isinstance(x, bool))
+    if not whole or x < least:
+        raise (ValueError if whole else error)(f"{name} is {x!r}, expected an integer of at least {least}")
+    return int(x)
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
@@ -902,8 +895,7 @@ def spread(work, jobs):
             under_way.append(pool.submit(on_one_blas_thread, functools.partial(work, job)))
             if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
                 yield under_way.pop(0).result()
-        for found in under_way:
-            yield found.result()
+        yield from (found.result() for found in under_way)
 
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
@@ -1460,7 +1452,7 @@ SAVED = "capacity", "batch", "storage", "grow", "qk_rope_head_dim"  # of a cache
 
 
 class Session(KVCache):
-    """Methods of KVCache by which a session outlasts its process, and copies are independent."""
+    """Methods of KVCache: a session outlasts its process, copies are independent, codes are attended to."""
 
     def save(self, path):
         """Write the tokens to a file (NumPy's npz, no pickle), from which KVCache.load goes on.
@@ -1506,6 +1498,10 @@ class Session(KVCache):
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self.lengths[batch], _data=data)
 
+    def _attend(self, q, indices, kwargs):
+        kernel = KERNELS.get(("attend_to_cache", self.xp.__name__), self._codec and self._codec.attend)
+        return kernel(self, q, indices, **kwargs) if kernel else attend_as_read(self, q, indices, kwargs)
+
     __copy__ = copy.deepcopy
 
     def __getstate__(self):
@@ -1515,7 +1511,8 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
+attend_as_read = KVCache._attend
+for method in ("save", "load", "reorder", "_attend", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
 
 
