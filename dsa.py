@@ -2172,6 +2172,7 @@ def read_safetensors(path):
 # window, with all else frozen; then inside its own set, while the model learns through sparse attention.
 
 
+@np.errstate(all="ignore")
 def with_sums(block, arrays, results, n, given, most):
     """in_blocks, whose last results, those without T in their axes, are sums over all blocks, like the array
     that their dtype names. What a block adds is such an array, or (keys, parts) for its sequence, or None.
