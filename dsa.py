@@ -821,7 +821,7 @@ def check_options(n, given):
     elif "out_dtype" in given:
         own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
         asked = given["out_dtype"]
-        expect(asked in (own, sums), "out_dtype", asked, f"{own}, as q, or {sums}", TypeError)
+        expect(asked in (own, sums), "out_dtype", asked, " or ".join({str(own): 0, str(sums): 0}), TypeError)
         given["out_dtype"] = own if asked == own else sums
 
 
