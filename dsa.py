@@ -1433,7 +1433,8 @@ def sizes_of_codes(arrays, given, optional):
     if getattr(given["index_q"], "dtype", None) != np.uint8:
         return sizes(arrays, given, optional)
     n = sizes(arrays | CODED, given, optional)
-    expect(n["bytes"] == n["E"] + 4, "index_k", f"of {n['bytes']} bytes a key", f"E + 4 = {n['E'] + 4}")
+    wide = n.pop("bytes")
+    expect(wide == n["E"] + 4, "index_k", f"of {wide} bytes a key", f"E + 4 = {n['E'] + 4}")
     if n["xp"] is np:
         expect(n["E"] <= FP8_BLOCK, "E", f"{n['E']} in index_q", f"at most {FP8_BLOCK} in 8 bits")
         given |= {"index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
@@ -2380,11 +2381,11 @@ def sharded_select(
     call = {**locals(), "index_k": index_k_shard}
     with together(comm):
         floats = {name: DSA_AXES[name] for name in ("index_q", "index_k", "weights")}
-        n = sizes_of_codes(floats, dict(call), ())
+        n = sizes_of_codes(floats, own := dict(call), ())
         check_options(dict(n), dict(call))
     at = layout(comm, n, n["S"], call)
     quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    return select_over_shards(at, quota, (k_start, k_end), index_q, index_k_shard, weights)
+    return select_over_shards(at, quota, (k_start, k_end), *(own[x] for x in floats))
 
 
 def sharded_attention(
