@@ -665,7 +665,7 @@ class KVCache:
     def __exit__(self, *error):
         self.close()
 
-    # What a cache in two tiers does in another way:
+    # What a cache of codes, or in two tiers, does in another way:
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
