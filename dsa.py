@@ -51,21 +51,21 @@ __all__ = [  # noqa: RUF022, in the order of the file
 # 1. What a stage is ---------------------------------------------------------------------------------------
 
 KERNELS: dict[tuple[str, str], Any] = {}  # (stage, library): what runs a stage on the arrays of that library
-CODES: dict[Any, Any] = {}  # (stage, dtype of its first array): axes of arrays in codes, what decodes them
+CHECKS: dict[str, Any] = {}  # stage: what checks its arrays in place of `sizes`
 
 
-def stage(declared, most=lambda n: 64):
+def stage(declared, most=lambda n: 64, through=None):
     """Declare a stage by the axes of its arrays and results: @stage("q [..., T, D] -> out [..., T] q").
 
     The function below it is the definition, in NumPy, for a block of up to most(n) queries of one sequence:
     arrays without `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as
-    name.block. What is called by the name checks the arguments and goes through blocks on threads (in_blocks)
+    name.block. What is called by the name checks the arguments, goes `through` blocks on threads (in_blocks)
     or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
     def declare(block):
-        name, signature, first = block.__name__, inspect.signature(block), next(iter(arrays))
+        name, signature = block.__name__, inspect.signature(block)
         optional = {"v", *(x for x, parameter in signature.parameters.items() if parameter.default is None)}
         bind: dict[str, Any] = {}  # Python itself binds the arguments: fast, and with its own errors
         exec(f"def {name}{signature}: return locals()", bind)
@@ -73,12 +73,11 @@ def stage(declared, most=lambda n: 64):
         @functools.wraps(block)
         def run(*args, **kwargs):
             given = bind[name](*args, **kwargs)
-            axes, decode = CODES.get((name, getattr(given[first], "dtype", None)), (arrays, None))
-            n = sizes(axes, given, optional)
+            n = CHECKS.get(name, sizes)(arrays, given, optional)
             check_options(n, given)
             if n["xp"] is not np:
                 return KERNELS[name, n["xp"].__name__](n, **given)
-            return in_blocks(block, arrays, results, n, decode(n, given) if decode else given, most(n))
+            return (through or in_blocks)(block, arrays, results, n, given, most(n))
 
         run.block = block  # type: ignore[attr-defined]
         run.__doc__ = f"{block.__doc__}\n    {declared}\n"
@@ -125,7 +124,7 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
             np.maximum(np.matmul(index_q, keys, out=r), zero, out=r)  # [T, J, tile + 16]
             scores[:, s : s + tile] = (weights @ r)[:, 0, own]  # [T, N]                                  (1)
 
-    spread(score, range(lo, hi, 8 * KEY_TILE))
+    list(spread(score, range(lo, hi, 8 * KEY_TILE)))
     return hidden(scores, k_start, k_end)
 
 
@@ -262,13 +261,8 @@ def attend(q, k, v, seen=None):
 def over_tiles(work, q, lo, hi, longest=16):
     """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles, with any threads the same, merged."""
     step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))  # of 2**20 logits
-    done: list[Any] = []
-
-    def merge(part):
-        done[:] = [merge_attention(*zip(*done, part)) if done else part]
-
-    spread(work, [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)], merge)
-    return done[0]
+    tiles = [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)]
+    return functools.reduce(lambda done, part: merge_attention(*zip(done, part)), spread(work, tiles))
 
 
 @np.errstate(all="ignore")
@@ -395,9 +389,7 @@ class DSAConfig:
 
     top_k keys of each query, or ceil(sparse_ratio * S), S being that of the call (see SELECTION_RATIOS), are
     chosen by strategy: "dynamic", by global_selection; "hybrid", the same beside a local_window of the last
-    keys; "fixed", by pattern. num_sink_tokens first keys are always kept. indexer_precision: to which index_q
-    and index_k are rounded. fallback_dense_threshold: all keys are kept for S up to that (None: top_k).
-    batch_pad_to_multiple: of lists of sequences. cache_strategy: of whom a HybridKVCache keeps near.
+    keys; "fixed", by pattern. num_sink_tokens first keys are always kept.
     """
 
     top_k: int = 2048
@@ -407,11 +399,11 @@ class DSAConfig:
     num_sink_tokens: int = 0
     global_selection: Literal["lightning", "approximate", "lsh", "learned", "hierarchical"] = "lightning"
     pattern: Literal["window", "strided", "global", "random"] = "window"
-    batch_pad_to_multiple: int = 64
-    cache_strategy: Literal["lru"] = "lru"
-    indexer_precision: str = "fp32"  # of PRECISIONS
-    fallback_dense_threshold: int | None = None
-    progressive_sparsity: Literal[False, True] = False
+    batch_pad_to_multiple: int = 64  # of lists of sequences
+    cache_strategy: Literal["lru"] = "lru"  # what a HybridKVCache keeps near
+    indexer_precision: str = "fp32"  # to which index_q and index_k are rounded, of PRECISIONS
+    fallback_dense_threshold: int | None = None  # all keys are kept for S up to that; None: up to top_k
+    progressive_sparsity: Literal[False, True] = False  # top_k falls from layer to layer: see top_k_at
 
     def __post_init__(self):
         for name, kind in DSAConfig.__annotations__.items():
@@ -468,9 +460,8 @@ def dsa_attention(
     attended to. d_v to k_end: see dense_attention. Sequences that differ in length stand right-padded in a
     batch, with lengths [B] in place of windows; or q to weights are lists of arrays [T_i, ...], which are
     padded to config.batch_pad_to_multiple. Padding gives 0, -inf and -1. cache: k, v if any and index_k are
-    appended to it; lengths counts each sequence's new tokens, those of q. Should anything raise, it is as it
-    was. layer, n_layers: for progressive_sparsity. options: of the selector, see SELECTORS. Where all keys
-    are kept the index arrays are not read, only checked.
+    appended to it; lengths counts each sequence's new tokens, those of q. layer, n_layers: for
+    progressive_sparsity. options: of SELECTORS. Where all keys are kept, index arrays are only checked.
     """
     check_type("config", config, DSAConfig)
     arrays = {"q": q, "k": k, "v": v, "index_q": index_q, "index_k": index_k, "weights": weights}
@@ -511,8 +502,7 @@ def dsa_dims(arrays, options, windows, cache, lengths):
     if cache is not None:
         check_type("cache", cache, KVCache)
     if cache is not None or lengths is not None:
-        given = [name for name, w in zip(("k_start", "k_end"), windows) if w is not None]
-        expect(not given, "among the arguments", given, "none with lengths or with a cache")
+        expect(all(w is None for w in windows), "k_start or k_end", "given", "None with lengths or a cache")
         fits = len(n["..."]) == 1 and n["T"] == n["S"]
         expect(fits, "q", f"of shape {arrays['q'].shape}", f"[B, T, H, D] of the same T as k, {n['S']}")
         lengths = None if lengths is None else check_lengths(lengths, n["..."][0], n["T"])
@@ -644,8 +634,7 @@ class KVCache:
 
     def stored(self, name):
         """As read, but as it is stored, encoded or not."""
-        if name not in self.streams:
-            raise ValueError(f"name is {name!r}, expected one of {[*self.streams]}")
+        expect(name in self.streams, "name", repr(name), f"one of {[*self.streams]}")
         longest = max(self.lengths.tolist())
         return self._data[name][:, :longest]
 
@@ -661,7 +650,7 @@ class KVCache:
         n = sizes(ATTENDED, {"q": q, "indices": indices, "sink": sink}, ("sink",), self.xp)
         expect(n["B"] == self.batch, "B", f"{n['B']} in q", f"the cache's batch = {self.batch}")
         for b, length in enumerate(self.lengths.tolist() if self.xp is np else ()):
-            check_indices("indices", indices[b], {**n, "...": (), "S": length})
+            check_keys("indices", indices[b], length)
         return self._attend(q, indices, {"d_v": d_v, "scale": scale, "sink": sink, "out_dtype": out_dtype})
 
     def truncate(self, lengths):
@@ -679,14 +668,11 @@ class KVCache:
     def __exit__(self, *error):
         self.close()
 
-    # What a cache in two tiers does in another way:
+    # What a cache of codes, or in two tiers, does in another way:
     def _set_lengths(self, lengths):
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
-        kernel = KERNELS.get(("attend_to_cache", self.xp.__name__))
-        if kernel or self._codec:
-            return (kernel or self._codec.attend)(self, q, indices, **kwargs)
         v = self.read("v") if "v" in self.streams else None
         return sparse_attention(q, self.read("k"), v, indices, **kwargs)
 
@@ -742,11 +728,9 @@ def sizes(declared, given, optional, xp=None):
             shape = shape[:batch], *shape[batch:]
         expect(len(shape) == len(axes), name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
         for axis, size in zip(axes, shape):
-            if "+" in axis:  # as "E+4", a row of E codes and 4 bytes more
-                axis, size = axis[0], size - int(axis[2:])
             if n.setdefault(axis, size) != size:
                 owner = next(x for x in declared if axis in declared[x][0] and given[x] is not None)
-                what = "" if axis == "..." else f"{axis} = "
+                what = "batch axes " if axis == "..." else f"{axis} = "
                 raise ValueError(f"{name} has {what}{size}, but {owner} has {what}{n[axis]}")
     if "G" in n and "H" in n:
         expect(n["G"] and n["H"] % n["G"] == 0, "G", n["G"], f"a divisor of H = {n['H']}")
@@ -762,12 +746,11 @@ def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def integer(name, value, least, error=TypeError):
-    whole = type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
-    if not whole or value < least:
-        error = ValueError if whole else error
-        raise error(f"{name} is {value!r}, expected an integer of at least {least}")
-    return int(value)
+def integer(name, x, least, error=TypeError):
+    whole = type(x) is int or (isinstance(x, numbers.Integral) and not isinstance(x, bool))
+    if not whole or x < least:
+        raise (ValueError if whole else error)(f"{name} is {x!r}, expected an integer of at least {least}")
+    return int(x)
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
@@ -781,13 +764,10 @@ def check_lengths(lengths, batch=None, most=None, name="lengths"):
     return lengths.astype(np.int64)
 
 
-def check_indices(name, indices, n):
-    """Their shape and, where that costs no waiting for another device, their values."""
-    dims(n["xp"], **{name: (indices, "... T K", "int")})
-    rows = (*n["..."], n["T"])
-    expect(indices.shape[:-1] == rows, name, f"of shape {indices.shape}", f"{rows} rows")
-    for s in (indices.min(), indices.max()) if n["xp"] is np and indices.size else ():
-        expect(-1 <= s < n["S"], f"a key in {name}", s, f"-1 or a key in [0, {n['S']})", IndexError)
+def check_keys(name, indices, S):
+    """Keys from -1 to S - 1; those of another library are not looked at, which would wait for a device."""
+    for s in (indices.min(), indices.max()) if isinstance(indices, np.ndarray) and indices.size else ():
+        expect(-1 <= s < S, f"a key in {name}", s, f"-1 or a key in [0, {S})", IndexError)
 
 
 def windows_of(n, k_start, k_end):
@@ -837,15 +817,15 @@ def check_options(n, given):
         if alone and given["k_end"] is None:  # then all are visible
             given["k_end"] = n["xp"].full(n["T"], n["S"])
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
-    if given.get("indices") is not None and n["xp"] is np:
-        check_indices("indices", given["indices"], n)
+    if given.get("indices") is not None:
+        check_keys("indices", given["indices"], n["S"])
     if given.get("out_dtype", n) is None:
         given["out_dtype"] = given["q"].dtype
     elif "out_dtype" in given:
-        allowed = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
-        if (asked := given["out_dtype"]) not in allowed:
-            raise TypeError(f"out_dtype is {asked}, expected {' or '.join({str(x): 0 for x in allowed})}")
-        given["out_dtype"] = allowed[allowed.index(asked)]
+        own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
+        asked = given["out_dtype"]
+        expect(asked in (own, sums), "out_dtype", asked, " or ".join({str(own): 0, str(sums): 0}), TypeError)
+        given["out_dtype"] = own if asked == own else sums
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
@@ -860,12 +840,7 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """How many threads work: by default 1 beside BLAS's, one per CPU where these can be held (threadpoolctl).
-
-    >>> set_num_threads(1); get_num_threads()
-    1
-    >>> set_num_threads(None)
-    """
+    """How many threads work: by default 1 beside BLAS's, or one per CPU where threadpoolctl holds these."""
     return THREADS[0] or (BLAS["threads"]() if BLAS else 1)
 
 
@@ -875,18 +850,17 @@ def on_one_blas_thread(work):
         return BLAS["hold"](work) if BLAS else work()
 
 
-@np.errstate(all="ignore")
-def in_blocks(block, arrays, results, n, given, most):
-    """Call a stage's block for every block of queries of every sequence -> its results, put together."""
+def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
+    """A stage's block, called for every block of queries of every sequence -> its results, put together;
+    what else it returns for sequence b goes to take((b, more)), in the order of the blocks.
+    """
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
     sums, whole = accumulator(*(given[x] for x in cut)), []
     cut |= {x: True for x in ("k_start", "k_end") if x in given}
     for axes, word in results.values():
-        shape = [n.get(axis, n.get("S")) for axis in axes if axis != "..."]  # without indices K is S
-        shape = [*n["..."], *shape] if axes[0] == "..." else shape
+        shape = (n.get(axis, n.get("S")) for axis in axes[1:])  # without indices K is S
         dtype = getattr(given[word], "dtype", given[word]) if word in given else np.dtype(word or sums)
-        made = np.empty(shape, dtype) if "T" in axes else np.zeros(shape, sums)
-        whole.append((axes, dtype, dtype and made))
+        whole.append(np.empty((*n["..."], *shape), dtype))
 
     def work(job):
         b, t = job
@@ -896,20 +870,13 @@ def in_blocks(block, arrays, results, n, given, most):
         except FloatingPointError as wrong:
             query = (*b, t.start + wrong.args[0])
             raise ValueError(f"a score in the window of query {query} is NaN, expected a number") from None
-        return job, found if isinstance(found, tuple) else (found,)
+        found = found if isinstance(found, tuple) else (found,)
+        for x, part in zip(whole, found):
+            x[(*b, t)] = part
+        return b, found[len(whole) :]
 
-    def put(done):  # in the order of the blocks, with any threads
-        (b, t), found = done
-        for (axes, _, x), part in zip(whole, found):
-            if "T" in axes:
-                x[(*b, t)] = part
-            elif part is not None:  # is added up; over S it is (keys, parts)
-                where, part = part if "S" in axes else (..., part)
-                (x[b] if axes[0] == "..." else x)[where] += part
-
-    on_one_blas_thread(lambda: spread(work, blocks(n, most), put))
-    found = [dtype and x.astype(dtype, copy=False) for _, dtype, x in whole]
-    return tuple(found) if len(found) > 1 else found[0]
+    on_one_blas_thread(lambda: [take(more) for more in spread(work, blocks(n, most))])
+    return tuple(whole) if len(whole) > 1 else whole[0]
 
 
 def blocks(n, most=64):
@@ -920,20 +887,18 @@ def blocks(n, most=64):
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
 
-def spread(work, jobs, take=lambda found: None):
-    """take(work(job)) for each job, in order; work on threads, unless this is one of them."""
+def spread(work, jobs):
+    """Yield work(job) of each job, in order; done by threads, unless this is one of them."""
     threads, name, under_way = min(get_num_threads(), len(jobs)), "a thread of dsa", []
     if threads <= 1 or threading.current_thread().name.startswith(name):
-        for job in jobs:
-            take(work(job))
+        yield from map(work, jobs)
         return
     with ThreadPoolExecutor(threads, name) as pool:
         for job in jobs:
             under_way.append(pool.submit(on_one_blas_thread, functools.partial(work, job)))
             if len(under_way) > 2 * threads:  # so that results which wait to be taken fill little memory
-                take(under_way.pop(0).result())
-        for found in under_way:
-            take(found.result())
+                yield under_way.pop(0).result()
+        yield from (found.result() for found in under_way)
 
 
 # -------------------------------- cut here: Part I, the method, works alone --------------------------------
@@ -1129,7 +1094,7 @@ def near(candidates, widen, block, S, start, end, local_window, num_sink_tokens)
     block, widen = min(integer("block", block, 1), max(1, S)), min(integer("widen", widen, 0), S)
     local_window, num_sink_tokens = min(local_window, S), min(num_sink_tokens, S)
     T, xp, start, end = len(start), library("k_start", start), start[:, None], end[:, None]
-    check_indices("candidates", candidates, {"...": (), "T": T, "S": -(-S // block), "xp": xp})
+    check_keys("candidates", candidates, -(-S // block))
     s, first = xp.arange(S), candidates.astype(np.int64)[..., None]
     keys = block * first + xp.arange(-widen, block + widen)  # [T, C, block + 2 * widen]
     seen = xp.zeros((T, S + 1), bool)  # the last: of no key
@@ -1465,14 +1430,21 @@ def on_host(x):
     return x.get() if hasattr(x, "get") else x
 
 
-def decoded(n, given):
-    """For (1), index_q as codes, whose scales are in the weights, and index_k as stored by Entries."""
-    expect(n["E"] <= FP8_BLOCK, "E", f"{n['E']} in index_q", f"at most {FP8_BLOCK} in 8 bits")
-    return {**given, "index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
+def sizes_of_codes(arrays, given, optional):
+    """sizes, for (1) also of index_q in codes, whose scales are in the weights, and index_k as in Entries."""
+    if getattr(given["index_q"], "dtype", None) != np.uint8:
+        return sizes(arrays, given, optional)
+    n = sizes(arrays | CODED, given, optional)
+    wide = n.pop("bytes")
+    expect(wide == n["E"] + 4, "index_k", f"of {wide} bytes a key", f"E + 4 = {n['E'] + 4}")
+    if n["xp"] is np:
+        expect(n["E"] <= FP8_BLOCK, "E", f"{n['E']} in index_q", f"at most {FP8_BLOCK} in 8 bits")
+        given |= {"index_q": E4M3[given["index_q"]], "index_k": unpacked(given["index_k"], n["E"], 0)}
+    return n
 
 
-CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, E+4] uint8, weights [..., T, J]"), decoded
-CODES |= {(x, np.dtype(np.uint8)): CODED for x in ("index_scores", "lightning_select", "predictive_select")}
+CODED = axes_of("index_q [..., T, J, E] uint8, index_k [..., S, bytes] uint8")
+CHECKS |= dict.fromkeys(("index_scores", "lightning_select", "predictive_select"), sizes_of_codes)
 PRECISIONS["fp16"] = lambda x: np.clip(x.astype(accumulator(x)), -65504, 65504).astype(np.float16)
 PRECISIONS["fp8"], STORAGES["fp8"] = rounded_to_fp8, Entries
 
@@ -1483,7 +1455,7 @@ SAVED = "capacity", "batch", "storage", "grow", "qk_rope_head_dim"  # of a cache
 
 
 class Session(KVCache):
-    """Methods of KVCache by which a session outlasts its process, and copies are independent."""
+    """Methods of KVCache: a session outlasts its process, copies are independent, codes are attended to."""
 
     def save(self, path):
         """Write the tokens to a file (NumPy's npz, no pickle), from which KVCache.load goes on.
@@ -1529,6 +1501,10 @@ class Session(KVCache):
         data = {name: x[self.xp.asarray(batch)] for name, x in self._data.items()}
         self.__dict__.update(batch=len(batch), _lengths=self.lengths[batch], _data=data)
 
+    def _attend(self, q, indices, kwargs):
+        kernel = KERNELS.get(("attend_to_cache", self.xp.__name__), self._codec and self._codec.attend)
+        return kernel(self, q, indices, **kwargs) if kernel else attend_as_read(self, q, indices, kwargs)
+
     __copy__ = copy.deepcopy
 
     def __getstate__(self):
@@ -1538,7 +1514,8 @@ class Session(KVCache):
         self.__dict__.update(state, xp=importlib.import_module(state["xp"]))
 
 
-for method in ("save", "load", "reorder", "__copy__", "__getstate__", "__setstate__"):
+attend_as_read = KVCache._attend
+for method in ("save", "load", "reorder", "_attend", "__copy__", "__getstate__", "__setstate__"):
     setattr(KVCache, method, vars(Session)[method])
 
 
@@ -1895,7 +1872,7 @@ class DSALayer:
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
         xp, able = self.xp, self.has_indexer or indices is not None
-        n = dims(xp, x=(x, "B T dim"))
+        dims(xp, x=(x, "B T dim"))
         (B, T, dim), start = x.shape, np.zeros(len(x), np.int64)
         expect(dim == self.dim, "dim", f"{dim} in x", self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
@@ -1908,7 +1885,9 @@ class DSALayer:
             expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
             start = cache.lengths
         if indices is not None:
-            check_indices("indices", indices, n | {"...": (B,), "S": max(start + new, default=0)})
+            dims(xp, indices=(indices, "B T K", "int"))
+            expect(indices.shape[:2] == (B, T), "indices", f"of shape {indices.shape}", f"{(B, T)} rows")
+            check_keys("indices", indices, max(start + new, default=0))
         if starts is not None:  # as if the padding stood behind
             expect(lengths is None, "lengths", lengths, "None with starts")
             left, (b, t) = check_lengths(starts, B, T, "starts"), np.ogrid[:B, :T]
@@ -2196,6 +2175,29 @@ def read_safetensors(path):
 # window, with all else frozen; then inside its own set, while the model learns through sparse attention.
 
 
+@np.errstate(all="ignore")
+def with_sums(block, arrays, results, n, given, most):
+    """in_blocks, whose last results, those without T in their axes, are sums over all blocks, like the array
+    that their dtype names. What a block adds is such an array, or (keys, parts) for its sequence, or None.
+    """
+    by_query = {x: kind for x, kind in results.items() if "T" in kind[0]}
+    like = [given[word] for x, (_, word) in results.items() if x not in by_query]
+    dtype = accumulator(*(x for x in map(given.get, arrays) if x is not None))
+    sums: list[Any] = [None if x is None else np.zeros(x.shape, dtype) for x in like]
+
+    def add(more):
+        b, parts = more
+        for x, part in zip(sums, parts):
+            if isinstance(part, tuple):
+                x[b][part[0]] += part[1]
+            elif part is not None:
+                x += part
+
+    found = in_blocks(block, arrays, by_query, n, given, most, add)
+    found = found if isinstance(found, tuple) else (found,)
+    return *found, *(x if x is None else x.astype(own.dtype, copy=False) for x, own in zip(sums, like))
+
+
 def slots(numbers):
     """most of a stage whose queries hold numbers(n) in each of K slots, or S: up to 2**20 in a block."""
     return lambda n: min(64, 2**20 // max(1, n.get("K", n["S"]) * numbers(n)))
@@ -2205,6 +2207,7 @@ def slots(numbers):
     f"{ATTENTION}, indices [..., T, K] int, out [..., T, H, Dv], lse [..., T, H], dout [..., T, H, Dv]"
     " -> dq [..., T, H, D] q, dk [..., S, G, D] k, dv [..., S, G, Dv] v, dsink [H] sink",
     most=slots(lambda n: n["G"] * (n["D"] + n["Dv"]) + n["H"]),
+    through=with_sums,
 )
 def sparse_attention_backward(q, k, v, indices, out, lse, dout, *, d_v=None, scale=None, sink=None):
     """The gradients of out, lse = sparse_attention(q, k, v, indices, ...), for dout, out's.
@@ -2279,14 +2282,16 @@ def indexer_loss(index_q, index_k, weights, target, *, indices=None, k_start=Non
     """
     if indices is None:
         dims(index_k=(index_k, "... S E"), target=(target, "... T S"))
-    losses, *grads = loss_of_rows(index_q, index_k, weights, target, indices, k_start=k_start, k_end=k_end)
-    return losses.sum(dtype=np.float64), tuple(grads)
+    windows = {"k_start": k_start, "k_end": k_end}
+    losses, d_q, d_w, d_k = loss_of_rows(index_q, index_k, weights, target, indices, **windows)
+    return losses.sum(dtype=np.float64), (d_q, d_k, d_w)
 
 
 @stage(
     f"{INDEXER}, target [..., T, K], indices [..., T, K] int -> losses [..., T],"
-    " d_q [..., T, J, E] index_q, d_k [..., S, E] index_k, d_w [..., T, J] weights",
+    " d_q [..., T, J, E] index_q, d_w [..., T, J] weights, d_k [..., S, E] index_k",
     most=slots(lambda n: n["J"] * 16 + n["E"] if n["K"] < n["S"] else n["J"] * 4),
+    through=with_sums,
 )
 def loss_of_rows(index_q, index_k, weights, target, indices=None, *, k_start=None, k_end=None):
     """The KL of each row, and the gradients of their sum. Without indices K is S: a block shares its keys."""
@@ -2306,7 +2311,7 @@ def loss_of_rows(index_q, index_k, weights, target, indices=None, *, k_start=Non
     d_r = (d_scores[:, None] * w[..., None] * (on > 0)).reshape(*q.shape[:2], sees.shape[1])  # as q @ keys
     d_keys = d_r.swapaxes(1, 2) @ q  # as keys
     d_k = (slice(lo, hi), d_keys[0]) if dense else by_key(rows, d_keys)[0]
-    return losses, (d_r @ keys).reshape(T, J, E), d_k, (on @ d_scores[..., None])[..., 0]
+    return losses, (d_r @ keys).reshape(T, J, E), (on @ d_scores[..., None])[..., 0], d_k
 
 
 def learned_loss(q, k, mlp, target, **options):
@@ -2376,11 +2381,11 @@ def sharded_select(
     call = {**locals(), "index_k": index_k_shard}
     with together(comm):
         floats = {name: DSA_AXES[name] for name in ("index_q", "index_k", "weights")}
-        n = sizes(CODES.get(("index_scores", getattr(index_q, "dtype", None)), [floats])[0], call, ())
+        n = sizes_of_codes(floats, own := dict(call), ())
         check_options(dict(n), dict(call))
     at = layout(comm, n, n["S"], call)
     quota = {"top_k": top_k, "local_window": local_window, "num_sink_tokens": num_sink_tokens}
-    return select_over_shards(at, quota, (k_start, k_end), index_q, index_k_shard, weights)
+    return select_over_shards(at, quota, (k_start, k_end), *(own[x] for x in floats))
 
 
 def sharded_attention(
@@ -3106,7 +3111,7 @@ def gpu_attention_target(n, q, k, indices=None, *, scale, k_start, k_end):
 
 def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_end):
     """indexer_loss; over windows one product serves all queries, as they share the keys."""
-    xp, (S, J, E), like = n["xp"], (n[axis] for axis in "SJE"), (index_q, index_k, weights)
+    xp, (S, J, E), like = n["xp"], (n[axis] for axis in "SJE"), (index_q, weights, index_k)
     acc, N, dense = accumulator(*like), target.shape[-1], indices is None
     kind, (index_q, index_k) = factors(acc, index_q, index_k)
     weights, target = aligned(weights, acc), aligned(target, acc)
@@ -3131,7 +3136,7 @@ def gpu_loss_of_rows(n, index_q, index_k, weights, target, indices, k_start, k_e
             d_k[b] += slots[0]
         else:
             add_by_key(rows, slots, d_k[b][:, None])
-    return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_k, d_w), like))
+    return losses, *(d.astype(x.dtype, copy=False) for d, x in zip((d_q, d_w, d_k), like))
 
 
 def query_chunks(n, indices, bytes_each, windows=(), whole=1):
