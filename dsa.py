@@ -238,9 +238,8 @@ def key_sets(indices, num_keys, heads):
 def attend(q, k, v, seen=None):
     """(3) for a tile: q [T, H, D], scaled, over keys k [N, G, D], v [N, G, Dv], or those in seen [N, T]."""
     (T, H, D), (N, G, _) = q.shape, k.shape
-    R = T * (H // G)
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, R)
+    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, R := T * (H // G))
     x = keys @ rows  # [G, N, R], as BLAS is faster with the longer side first
     if seen is not None:
         np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
@@ -260,7 +259,7 @@ def attend(q, k, v, seen=None):
 
 def over_tiles(work, q, lo, hi, longest=16):
     """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles, with any threads the same, merged."""
-    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, q[..., 0].size) // KEY_TILE))  # of 2**20 logits
+    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, len(q) * q.shape[1]) // KEY_TILE))  # 2**20 logits
     tiles = [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)]
     return functools.reduce(lambda done, part: merge_attention(*zip(done, part)), spread(work, tiles))
 
@@ -419,6 +418,8 @@ class DSAConfig:
         expect(fits, "sparse_ratio", repr(ratio), "None, or above 0 and up to 1 as SELECTION_RATIOS")
         expect(strategy != "hybrid" or window > 0, "local_window", 0, "at least 1 in strategy 'hybrid'")
         expect(strategy != "dynamic" or window == 0, "local_window", window, "0, or strategy 'hybrid'")
+        idle, value = ("global_selection", "lightning") if strategy == "fixed" else ("pattern", "window")
+        expect(vars(self)[idle] == value, idle, repr(vars(self)[idle]), f"{value!r} in strategy {strategy!r}")
         if ratio is None:
             check_options({"S": 0}, {**vars(self)})
 
@@ -668,8 +669,7 @@ class KVCache:
     def __exit__(self, *error):
         self.close()
 
-    # What a cache of codes, or in two tiers, does in another way:
-    def _set_lengths(self, lengths):
+    def _set_lengths(self, lengths):  # from here on what a cache of codes, or in two tiers, does otherwise
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
@@ -822,10 +822,9 @@ def check_options(n, given):
     if given.get("out_dtype", n) is None:
         given["out_dtype"] = given["q"].dtype
     elif "out_dtype" in given:
-        own, sums = given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))
-        asked = given["out_dtype"]
-        expect(asked in (own, sums), "out_dtype", asked, " or ".join({str(own): 0, str(sums): 0}), TypeError)
-        given["out_dtype"] = own if asked == own else sums
+        own = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
+        expect((x := given["out_dtype"]) in own, "out_dtype", x, f"q's, {own[0]}, or {own[1]}", TypeError)
+        given["out_dtype"] = own[own.index(x)]
 
 
 # 8. Threads -----------------------------------------------------------------------------------------------
@@ -851,9 +850,7 @@ def on_one_blas_thread(work):
 
 
 def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
-    """A stage's block, called for every block of queries of every sequence -> its results, put together;
-    what else it returns for sequence b goes to take((b, more)), in the order of the blocks.
-    """
+    """Call a stage's block for all queries -> its results; what more it returns of b: take((b, more))."""
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
     sums, whole = accumulator(*(given[x] for x in cut)), []
     cut |= {x: True for x in ("k_start", "k_end") if x in given}
@@ -875,7 +872,7 @@ def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
             x[(*b, t)] = part
         return b, found[len(whole) :]
 
-    on_one_blas_thread(lambda: [take(more) for more in spread(work, blocks(n, most))])
+    on_one_blas_thread(lambda: [take(more) for more in spread(work, blocks(n, most))])  # in order
     return tuple(whole) if len(whole) > 1 else whole[0]
 
 
@@ -1674,6 +1671,7 @@ IN_CONFIG = {  # the name in config.json of those dims that have another one the
     "index_rope_interleaved": "indexer_rope_interleave", "rope_factor": "factor", "mscale": "mscale_all_dim",
     "original_seq_len": "original_max_position_embeddings", "rope_attention_factor": "attention_factor",
 }  # fmt: skip
+LAYER_AXES = axes_of("x [B, T, dim], indices [B, T, K] int")
 LEAST = {"mscale": -1e99, "rope_factor": 1, "rope_theta": 1 + 1e-9}  # of other dims: above 0
 
 
@@ -1872,11 +1870,17 @@ class DSALayer:
         made from them; "auto" takes the cheaper one. They differ by rounding.
         """
         xp, able = self.xp, self.has_indexer or indices is not None
-        dims(xp, x=(x, "B T dim"))
+        sizes(LAYER_AXES, {"x": x, "indices": indices}, ("indices",), xp)
         (B, T, dim), start = x.shape, np.zeros(len(x), np.int64)
         expect(dim == self.dim, "dim", f"{dim} in x", self.dim)
         expect(core in ("auto", "absorbed", "expanded"), "core", repr(core), "auto, absorbed or expanded")
         expect(able, "indices", None, "another layer's, as this one has no indexer")
+        back = None
+        if starts is not None:  # as if the padding stood behind
+            expect(lengths is None, "lengths", lengths, "None with starts")
+            lengths, (b, t) = T - check_lengths(starts, B, T, "starts"), np.ogrid[:B, :T]
+            at, back = (tuple(map(xp.asarray, (b, (t + by[:, None]) % T))) for by in (T - lengths, lengths))
+            x, indices = (None if z is None else z[at] for z in (x, indices))
         new = check_lengths(lengths, B, T)
         if cache is not None:
             check_type("cache", cache, KVCache)
@@ -1885,24 +1889,16 @@ class DSALayer:
             expect(has == own, "(streams, qk_rope_head_dim, batch) of cache", has, own)
             start = cache.lengths
         if indices is not None:
-            dims(xp, indices=(indices, "B T K", "int"))
-            expect(indices.shape[:2] == (B, T), "indices", f"of shape {indices.shape}", f"{(B, T)} rows")
             check_keys("indices", indices, max(start + new, default=0))
-        if starts is not None:  # as if the padding stood behind
-            expect(lengths is None, "lengths", lengths, "None with starts")
-            left, (b, t) = check_lengths(starts, B, T, "starts"), np.ogrid[:B, :T]
-            at, back = (tuple(map(xp.asarray, (b, (t + by[:, None]) % T))) for by in (left, -left))
-            given = None if indices is None else indices[at]
-            return tuple(z[back] for z in self(x[at], cache, lengths=T - left, indices=given, core=core))
         k_end = causal_end(start, new, T)
         if xp is np:  # a GPU would wait for what is asked of the contents of arrays
             expect(np.isfinite(x[k_end > 0]).all(), "x", "NaN or infinite in a real token", "finite numbers")
             behind = indices is None or (indices < k_end[..., None]).all()
             expect(behind, "indices", "ahead of a token", "only keys up to the token, -1 for padding")
-        return self._run(x, cache, start, new, k_end, indices, core)
+        return self._run(x, cache, start, new, k_end, indices, core, back)
 
-    def _run(self, x, cache, start, new, k_end, indices, core):
-        """What __call__ checked: new[b] tokens behind start[b] others, which see the keys up to k_end."""
+    def _run(self, x, cache, start, new, k_end, indices, core, back):
+        """What __call__ checked: new[b] tokens behind start[b], which see up to k_end; results go `back`."""
         d, w, (B, T), choice = self.dims, self.weights, x.shape[:2], self._choice
         if accumulator(x) == np.float64:
             w = {name: z.astype(np.float64, copy=False) for name, z in w.items()}
@@ -1929,7 +1925,7 @@ class DSALayer:
                 keys = cache.read("index_k")
                 keys = keys.astype(q.dtype, copy=False) if q.dtype.name == "bfloat16" else keys  # of a GPU
             S, by_length = keys.shape[1], choice.sparse_ratio or choice.fallback_dense_threshold
-            default = T and (k_end == np.arange(S - T, S) + 1).all()  # then nothing goes to a GPU
+            default = not by_length and T and (k_end == np.arange(S - T, S) + 1).all()  # a GPU gets none
             windows = [None, None] if default else [self.xp.asarray(z) for z in (0 * k_end, k_end)]
             arrays = {"q": q, "k": keys[:, :, None], "index_q": q, "index_k": keys, "weights": weights}
             lengths = start + new if by_length else None
@@ -1938,7 +1934,8 @@ class DSALayer:
         def attended():
             chosen = selected(tokens["index_k"], indexer[1]) if indices is None else indices
             heads = self._core(w, turn, qr, k, chosen, cache, core)  # (3)
-            return projected(heads, w["wo"], x.dtype), chosen
+            found = projected(heads, w["wo"], x.dtype), chosen
+            return found if back is None else tuple(z[back] for z in found)
 
         return attended() if cache is None else cache.append_then(attended, lengths=new, **tokens)
 

@@ -1004,10 +1004,10 @@ pad_batch: multiple=0 | sequences=[ones((2, 3)), ones((2, 17))] => sequences 17
 packed_window: lengths=array([2, -17]) => lengths -17 | lengths=ones(2) => TypeError
 padded_window: lengths=array([2, 17]) => lengths 17 | num_queries=-1
 DSAConfig: top_k=None, sparse_ratio=0.1 => top_k None | strategy=array(["dynamic"]) => strategy array
-| top_k=2.5 | fallback_dense_threshold=-1 | strategy="hybrid", local_window=0 | progressive_sparsity="yes"
-| global_selection="best" | batch_pad_to_multiple=0 | indexer_precision="int4" | progressive_sparsity=1
+| top_k=2.5 | fallback_dense_threshold=-1 | strategy="hybrid", local_window=0 | progressive_sparsity=1
+| strategy="magic" | batch_pad_to_multiple=0 | indexer_precision="int4" | pattern="strided"
 | sparse_ratio=0.0 | sparse_ratio=1.5 | num_sink_tokens=-1 | cache_strategy="fifo" | num_sink_tokens=2049
-| top_k=0 | strategy="magic" | pattern="spiral" | local_window=7 | local_window=-1
+| top_k=0 | pattern="spiral" | local_window=7 | local_window=-1 | global_selection="lsh", strategy="fixed"
 dsa_attention: **two(stack), lengths=array([3, 2]), k_end=ones((2, 3), int) => lengths k_end
 | **two(stack, k=ones((2, 6, 2, 5)), v=None, d_v=5, index_k=ones((2, 6, 4))), lengths=ones(2, int) => q T
 | **two(list, q=[[1.0]] * 2) => TypeError q list | **two(stack), lengths=ones(2) => TypeError lengths float64
@@ -2315,9 +2315,9 @@ dim.* 5.* 64: layer(x[..., :5], cache) | core: layer(x, cache, core="no") | full
 cache: layer(x[:1], cache) | cache: layer(x, other) | cache: layer(x, narrow)
 ^lengths is: layer(x, cache, lengths=rows + 1) | ^lengths is: layer(x, starts=[1, 1], lengths=[2, 2])
 ^starts is: layer(x, starts=[1, 3]) | ^starts is: layer(x, starts=[1]) | ^starts is: layer(x, starts=[-1, 0])
-^indices is: sharing(x) | ^indices is: layer(x, cache, indices=first[:, :1])
+^indices is: sharing(x) | ^indices has T = 1, but x: layer(x, cache, indices=first[:, :1])
 ^indices is: layer(x, cache, indices=slots(11)) | ^indices is: layer(HIDDEN[:, :9], growing, indices=ahead)
-^indices is: layer(x[:, :1], starts=[1, 1], indices=slots(0))
+IndexError indices: layer(x[:, :1], starts=[1, 1], indices=slots(0)[:, :1])
 config: new(config=config(strategy="fixed")) | config: new(config=config(global_selection="lsh"))
 layer is 3: new(config=config(progressive_sparsity=True), layer=3)
 fp8.*fp16: new(config=config(indexer_precision="fp16"), indexer_precision="fp8")
@@ -2331,7 +2331,7 @@ TypeError fast_byte: new_cache(fast_byte=9) | TypeError fast_byte: new_cache(fas
 
 
 def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa):
-    """NaN in x or in what comes of it, no room, another layer's cache, indices that do not fit."""
+    """NaN in x or in what comes of it, no room, another layer's cache, indices that do not fit; or Ctrl-C."""
     new = functools.partial(dsa.DSALayer, layer_weights(), **SMALL)
     layer, sharing = new(), dsa.DSALayer(layer_weights(indexer=False), **SMALL)
     cache, nan = layer.new_cache(2, 12), np.where(np.arange(DIM) == 3, NAN, HIDDEN)
@@ -2344,6 +2344,12 @@ def test_the_layer_refuses_and_leaves_its_cache_as_it_was(dsa):
     others = other, narrow, growing
     state = lambda: (snapshot(cache), [(x.capacity, x.lengths.tolist()) for x in others])  # noqa: E731
     all_refused(LAYER_REFUSES, globals() | locals() | own, state)
+    act, before = functools.partial(layer, x[:, :1], cache, starts=rows // 2), snapshot(cache)
+    act()
+    for at in lines(dsa, act):
+        cache.truncate(np.array([10, 10]))
+        refused("", lines, dsa, act, at, error=KeyboardInterrupt)
+        assert snapshot(cache) == before, at
     with np.errstate(all="raise"):  # what is in padding is not seen
         layer(np.where([[[True]], [[False]]], x, INF), cache, lengths=rows)
     assert cache.lengths.tolist() == [12, 10]
@@ -2551,8 +2557,7 @@ F8_E8M0: .weight F8_E8M0 | nan: .weight codes .weight_scale NaN
 
 
 def q_b_proj(stored):
-    pairs = re.findall(r"(\S+) (\S+)", stored)
-    own = {Q_B + ending: AS.get(x, (x, BY_ROW.view(np.uint8))) for ending, x in pairs}
+    own = {Q_B + e: AS.get(x, (x, BY_ROW.view(np.uint8))) for e, x in re.findall(r"(\S+) (\S+)", stored)}
     return lambda tensors: {name: x for name, x in tensors.items() if Q_B not in name} | own
 
 
@@ -2606,8 +2611,7 @@ def test_a_checkpoint_that_is_not_understood_is_refused(dsa, tmp_path, change, m
     if isinstance(change, tuple):
         (name, content), model = change, (tmp_path / MODEL).read_bytes()
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content(model))
-    read, errors = dsa.DSALayer.from_safetensors, (ValueError, TypeError, FileNotFoundError)
-    refused(match, read, tmp_path, 3, error=errors)
+    refused(match, dsa.DSALayer.from_safetensors, tmp_path, 3, error=(ValueError, TypeError, OSError))
 
 
 @pytest.mark.parametrize("kwargs, layer, n_layers", [
@@ -2637,6 +2641,7 @@ def test_a_config_selects_in_place_of_index_topk(dsa, tmp_path, kwargs, layer, n
         write_checkpoint(tmp_path, checkpoint_names(w, f"layers.{layer}.attn."), known)
         loaded = dsa.DSALayer.from_safetensors(tmp_path, layer, config=config, n_layers=own_n)
         assert_same(loaded(x, lengths=lengths), (y, indices))
+    assert_same(own(x), own(x, lengths=np.array([40, 40])))
     if config.progressive_sparsity:
         refused("n_layers is 0", dsa.DSALayer.from_safetensors, tmp_path, layer, config=config, n_layers=0)
 
@@ -2862,7 +2867,7 @@ def test_out_in_float32_is_what_is_rounded(impl, p, seed):
     if impl.xp is np:  # tensor cores round P to 16 bits all the same
         q, k, v = (None if x is None else x.astype(F32) for x in (p.q, *p.kv))
         assert_close(wide[0], sparse(impl, replace(p, q=q, k=k, v=v), indices)[0], TOLERANCE[F32])
-    words = r"out_dtype is float64, expected \w+ or float32"
+    words = r"out_dtype is float64, expected q's, \w+, or float32"
     refused(words, sparse, impl, p, indices, out_dtype="float64", error=TypeError)
 
 
