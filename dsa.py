@@ -94,6 +94,7 @@ def axes_of(declared):
 
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
 
+partition = np.partition  # a later part knows a faster way for long rows
 KEY_TILE = 512  # about as many keys, by as many rows, are multiplied at a time: 1 MB, an L2 cache
 
 
@@ -113,9 +114,8 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     zero = np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
 
     def score(first):
-        # BLAS may add up in another order in a product of another shape, or at another place in it: OpenBLAS
-        # for AVX2 does for the first and last 8 keys, and, from 8 heads on, behind 320 keys. So all products
-        # are alike, with 8 keys that are nobody's at either side, and a score has the same bits in any chunk.
+        # BLAS may sum otherwise in a product of another shape or at another place (OpenBLAS for AVX2 does for
+        # 8 keys at either end, from 8 heads on behind 320): so all are alike, with 8 of nobody at either end.
         keys, r = np.zeros((E, tile + 16), dtype), np.empty((T, J, tile + 16), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), tile):
             k_s = index_k[s : s + tile]  # [N, E]
@@ -151,7 +151,7 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
         x[kept] = -np.inf
     k, kth = top_k - forced, np.full((T, 1), np.finfo(x.dtype).min)
     if k < x.shape[1]:
-        kth = np.maximum(kth, np.partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
+        kth = np.maximum(kth, partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
     best = x >= kth  # [T, N]                                                                             (2)
     for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
         ties = np.flatnonzero(x[t] == kth[t])
@@ -224,8 +224,7 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
         return attend(q[t], k_s, v_s, None if seen is None else seen[part])
 
     for t, keys, seen in key_sets(indices, len(k), heads // k.shape[1]):
-        work = functools.partial(tile, t, keys, seen)
-        out[t], lse[t] = over_tiles(work, q[t], 0, len(keys), longest)
+        out[t], lse[t] = over_tiles(functools.partial(tile, t, keys, seen), q[t], 0, len(keys), longest)
     return out if sink is None else apply_sink(out, lse, sink), lse
 
 
@@ -350,8 +349,7 @@ def pad_batch(sequences, multiple=64, name="sequences"):
 
 def causal_end(start, lengths, num_queries):
     """k_end [B, T] of sequences with lengths[b] new tokens behind start[b] others; padding sees nothing."""
-    t = np.arange(num_queries)
-    return np.where(t < lengths[:, None], start[:, None] + t + 1, 0)
+    return np.where((t := np.arange(num_queries)) < lengths[:, None], start[:, None] + t + 1, 0)
 
 
 def every_key(windows, width):
@@ -872,7 +870,9 @@ def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
             x[(*b, t)] = part
         return b, found[len(whole) :]
 
-    on_one_blas_thread(lambda: [take(more) for more in spread(work, blocks(n, most))])  # in order
+    few = n.get("K", 2e9) <= KEY_TILE and "lse" in results and n["K"] * n["D"] * (n["H"] + 4 * n["G"]) < 2**19
+    run = map if few else spread  # a query of few keys is so little work that threads wait for Python's lock
+    on_one_blas_thread(lambda: [take(more) for more in run(work, blocks(n, most))])
     return tuple(whole) if len(whole) > 1 else whole[0]
 
 
@@ -1033,7 +1033,24 @@ def shared(alone):
     return key_sets
 
 
-sizes, key_sets = remembered(sizes), shared(key_sets)
+def of_sample(whole):
+    """partition, by -k, of only what reaches a bound: every 16th number says what somewhat over k reach."""
+
+    def partition(x, kth, axis):
+        m = -kth // 16 + math.isqrt(-kth) + 4
+        if 32 * m < x.shape[1]:
+            reach = x >= partition(x[:, ::16], -m, axis)[:, -m, None]
+            count = np.count_nonzero(reach, axis=1)
+            if count.min() >= -kth:  # or else all go on
+                place = np.arange(count.max()) < count[:, None]  # side by side
+                reached = np.full(place.shape, -np.inf, x.dtype)
+                reached[place], x = np.compress(reach.ravel(), x), reached
+        return whole(x, kth, axis=axis)
+
+    return partition
+
+
+sizes, key_sets, partition = remembered(sizes), shared(key_sets), of_sample(partition)
 
 
 # 9. Why a key was kept, and other ways to select ----------------------------------------------------------
