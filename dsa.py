@@ -921,7 +921,7 @@ __all__ += [  # noqa: RUF022
     "learned_loss", "sharded_select", "sharded_attention", "PORTABLE_KERNELS",
 ]  # fmt: skip
 
-# 3, 7 and 8, continued: wide tables, BLAS beside our threads, forks, checks at the pace of a GPU -----------
+# 2, 3, 7 and 8, continued: long rows, wide tables, BLAS beside our threads, forks, checks at a GPU's pace --
 
 # For all copies of this file in a process: the calls under way that want BLAS on one thread, and the threads
 # that each BLAS had before the first of them.
