@@ -2,9 +2,9 @@
 # dsa.py 0.1.0.  Copy this file alone, or with dsa_kernels.cu for the GPU, into any project.
 """DeepSeek Sparse Attention: NumPy to read, CUDA to run.
 
-    I[t,s] = sum_j weights[t,j] * relu(index_q[t,j] . index_k[s])         (1)  index_scores
-    S[t]   = the top_k keys of row t by I, ties to the lowest index        (2)  select_topk
-    out[t] = softmax over S[t] of (scale * q[t] . k[s])  @  v[s]           (3)  sparse_attention
+    I[t,s]  = sum_j weights[t,j] * relu(index_q[t,j] . index_k[s])        (1)  index_scores
+    kept[t] = the top_k keys of row t by I, ties to the lowest index      (2)  select_topk
+    out[t]  = softmax over kept[t] of (scale * q[t] . k[s])  @  v[s]      (3)  sparse_attention
 
 A cheap indexer (1) scores every earlier token for each query, the best top_k are kept (2), and exact
 attention runs over only those (3): it costs T*top_k, and T*S only in (1), which has few and narrow heads.
@@ -12,11 +12,11 @@ top_k = S is dense attention. The paper: "DeepSeek-V3.2: Pushing the Frontier of
 
 Axes     ... any number of batch axes, also none   T queries   S keys   K = min(top_k, S) kept keys
          H query heads   G key/value heads: query head h reads group h // (H / G), G = 1 is multi-query
-         D query/key width   Dv value width   J index heads   E index width
-         Heads stand behind tokens: dense attention takes torch's [B, H, T, D] for H tokens of T heads.
-Windows  k_start, k_end: integers [..., T]. Query t may see the keys s with k_start[t] <= s < k_end[t]; by
-         default causal and aligned at the end: k_start = 0, k_end[t] = S - T + t + 1, so that of more queries
-         than keys the first T - S see nothing (in select_topk all keys, if neither is given). This one pair
+         D query/key width   Dv value width   J index heads   E index width   N keys of a tile or block
+         Heads come after tokens: torch's [B, H, T, D] would be read as H tokens of T heads.
+Windows  k_start, k_end: integers [..., T]. Query t may see the keys s with k_start[t] <= s < k_end[t]. The
+         default is causal, aligned at the end: k_start = 0, k_end[t] = S - T + t + 1, so where T > S the
+         first T - S queries see nothing. (select_topk given neither: all keys are visible.) This one pair
          says causality, padding, packed sequences, chunked prefill and decode.
 Indices  kept keys ascending, then -1. A query without keys has out 0 and lse -inf, and merges as nothing.
 Numbers  float16, bfloat16 and float32 accumulate in float32, float64 in float64. `out` has the dtype of q.
@@ -57,10 +57,10 @@ CHECKS: dict[str, Any] = {}  # stage: what checks its arrays in place of `sizes`
 def stage(declared, most=lambda n: 64, through=None):
     """Declare a stage by the axes of its arrays and results: @stage("q [..., T, D] -> out [..., T] q").
 
-    The function below it is the definition, in NumPy, for a block of up to most(n) queries of one sequence:
+    The function below it is the definition, in NumPy, for blocks of up to most(n) queries of one sequence:
     arrays without `...`, windows k_start and k_end [T] filled in, scale a number. Other stages reach it as
-    name.block. What is called by the name checks the arguments, goes `through` blocks on threads (in_blocks)
-    or hands all to the KERNELS of another library. Behind a result's axes stands its dtype, or whose it has.
+    name.block. A call by name checks the arguments, then runs the blocks on threads (`through`: in_blocks) or
+    calls the KERNELS of another library. After a result's axes: its dtype, or the argument that has or is it.
     """
     arrays, results = map(axes_of, declared.split(" -> "))
 
@@ -73,8 +73,8 @@ def stage(declared, most=lambda n: 64, through=None):
         @functools.wraps(block)
         def run(*args, **kwargs):
             given = bind[name](*args, **kwargs)
-            n = CHECKS.get(name, sizes)(arrays, given, optional)
-            check_options(n, given)
+            n = CHECKS.get(name, sizes)(arrays, given, optional)  # n: the size of each axis
+            check_options(n, given)  # also fills in scale, k_start, k_end and n["K"]
             if n["xp"] is not np:
                 return KERNELS[name, n["xp"].__name__](n, **given)
             return (through or in_blocks)(block, arrays, results, n, given, most(n))
@@ -95,7 +95,7 @@ def axes_of(declared):
 # 2. The lightning indexer and its selection, equations (1) and (2) ----------------------------------------
 
 partition = np.partition  # a later part knows a faster way for long rows
-KEY_TILE = 512  # about as many keys, by as many rows, are multiplied at a time: 1 MB, an L2 cache
+KEY_TILE = 512  # keys, and rows, of one product, about: 512 * 512 float32 are 1 MB, an L2 cache
 
 
 @stage("index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J] -> scores [..., T, S]")
@@ -109,13 +109,13 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
     array([[2. , 1.5]])
     """
     (T, J, E), (lo, hi), dtype = index_q.shape, span(k_start, k_end), accumulator(index_q, index_k, weights)
-    scores, tile = np.full((T, len(index_k)), -np.inf, dtype), KEY_TILE // 2 if J >= 8 else KEY_TILE
+    tile = KEY_TILE // 2 if J >= 8 else KEY_TILE  # with the 16 below 320 keys: see score
     index_q, weights = index_q.astype(dtype, "C"), weights.astype(dtype, "C")[:, None]  # [T, 1, J]
-    zero = np.zeros(tile + 16, dtype)  # as a scalar 0 is slow
+    scores, zero = np.full((T, len(index_k)), -np.inf, dtype), np.zeros(tile + 16, dtype)  # scalar 0 is slow
 
     def score(first):
-        # BLAS may sum otherwise in a product of another shape or at another place (OpenBLAS for AVX2 does for
-        # 8 keys at either end, from 8 heads on behind 320): so all are alike, with 8 of nobody at either end.
+        # BLAS may sum in another order in another shape or place (OpenBLAS on AVX2: the 8 keys at either end;
+        # from 8 heads on, those behind 320). So every product has one shape, with 8 zero keys at either end.
         keys, r = np.zeros((E, tile + 16), dtype), np.empty((T, J, tile + 16), dtype)
         for s in range(first, min(first + 8 * KEY_TILE, hi), tile):
             k_s = index_k[s : s + tile]  # [N, E]
@@ -130,9 +130,9 @@ def index_scores(index_q, index_k, weights, *, k_start=None, k_end=None):
 
 @stage("scores [..., T, S] -> indices [..., T, K] int32")
 def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=None, k_end=None):
-    """Equation (2): of each row's visible keys, the first top_k in the order (-score, index).
+    """Equation (2): each row's first top_k visible keys in the order (-score, index); returned ascending.
 
-    Without windows all scores above -inf are visible; -inf is never selected. The last local_window and first
+    Visible: above -inf and in the window, by default all keys. The last local_window and first
     num_sink_tokens visible keys are always kept, as part of top_k. ValueError for NaN inside a window.
 
     >>> select_topk(np.array([[3.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, -np.inf]]), 2)
@@ -141,25 +141,25 @@ def select_topk(scores, top_k, *, local_window=0, num_sink_tokens=0, k_start=Non
     """
     (T, S), (lo, hi), forced = scores.shape, span(k_start, k_end), local_window + num_sink_tokens
     x = hidden(scores[:, lo:hi].astype(accumulator(scores)), k_start - lo, k_end - lo)  # [T, N]
-    for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # a NaN comes through min
+    for t in np.flatnonzero(np.isnan(x.min(1, initial=np.inf))):  # min passes NaN on; the first row raises
         raise FloatingPointError(int(t))  # row t of this block; in_blocks says which query that is
     kept = np.zeros(x.shape, bool)
     if forced:
         seen, first, last = x > -np.inf, min(num_sink_tokens, S), min(local_window, S)
-        place = np.cumsum(seen, axis=1)  # 1 is the first visible key
+        place = np.cumsum(seen, axis=1)  # [T, N], 1 is the first visible key
         kept = seen & ((place <= first) | (place > place[:, -1:] - last))
         x[kept] = -np.inf
-    k, kth = top_k - forced, np.full((T, 1), np.finfo(x.dtype).min)
+    k, kth = top_k - forced, np.full((T, 1), np.finfo(x.dtype).min)  # the k-th best score, never -inf
     if k < x.shape[1]:
-        kth = np.maximum(kth, partition(x, -k, axis=1)[:, -k, None] if k else np.inf)
+        kth = np.maximum(kth, partition(x, -k, axis=1)[:, -k, None] if k else np.inf)  # [T, 1]
     best = x >= kth  # [T, N]                                                                             (2)
-    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # ties go to the lowest index
+    for t in np.flatnonzero(np.count_nonzero(best, axis=1) > k):  # the last of the ties are too many
         ties = np.flatnonzero(x[t] == kth[t])
-        best[t, ties[k - np.count_nonzero(best[t]) :]] = False
+        best[t, ties[k - np.count_nonzero(best[t]) :]] = False  # a negative index
     kept |= best
     indices = np.full((T, min(top_k, S)), -1, np.int32)
-    there = np.arange(indices.shape[1]) < np.count_nonzero(kept, axis=1)[:, None]
-    indices[there] = lo + np.flatnonzero(kept) % max(1, hi - lo)  # to columns
+    there = np.arange(indices.shape[1]) < np.count_nonzero(kept, axis=1)[:, None]  # [T, K], not -1
+    indices[there] = lo + np.flatnonzero(kept) % max(1, hi - lo)  # place in [T, N] -> key
     return indices
 
 
@@ -193,7 +193,7 @@ def dense_attention(q, k, v=None, *, d_v=None, scale=None, k_start=None, k_end=N
     q = np.multiply(q, scale, dtype=accumulator(q, k, v))
 
     def tile(part):
-        s = np.arange(part.start, part.stop)[:, None]
+        s = np.arange(part.start, part.stop)[:, None]  # [N, 1]
         seen = (s >= k_start) & (s < k_end)  # [N, T]
         return attend(q, k[part], v[part], None if seen.all() else seen)
 
@@ -229,43 +229,43 @@ def sparse_attention(q, k, v, indices, *, d_v=None, scale=None, sink=None, out_d
 
 
 def key_sets(indices, num_keys, heads):
-    """Queries of indices [T, K], a slice, their keys [N], and seen [N, T], who has which: None if all do."""
+    """Yield (queries, a slice; their keys [N]; seen [N, T], None if all). Later, rows may share keys."""
     for t, row in enumerate(indices):
         yield slice(t, t + 1), row[row >= 0], None
 
 
 def attend(q, k, v, seen=None):
-    """(3) for a tile: q [T, H, D], scaled, over keys k [N, G, D], v [N, G, Dv], or those in seen [N, T]."""
+    """(3) on one tile: scaled q [T, H, D], k [N, G, D], v [N, G, Dv], seen [N, T], None: all -> out, lse."""
     (T, H, D), (N, G, _) = q.shape, k.shape
     keys, values = (x.astype(q.dtype, copy=False).swapaxes(0, 1) for x in (k, v))  # [G, N, D], [G, N, Dv]
-    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, R := T * (H // G))
+    rows = q.reshape(T, G, H // G, D).transpose(1, 3, 0, 2).reshape(G, D, R := T * (H // G))  # [G, D, R]
     x = keys @ rows  # [G, N, R], as BLAS is faster with the longer side first
     if seen is not None:
         np.copyto(x, -np.inf, where=np.repeat(~seen, H // G, axis=1))
-    side = math.gcd(N, KEY_TILE // R) if 1 < R < KEY_TILE < x.size else 1  # keys side by side: max is slow
-    tops = x.reshape(G, N // side, side * R).max(1).reshape(G, side, R) if side > 1 else x  # on short rows
+    side = math.gcd(N, KEY_TILE // R) if 1 < R < KEY_TILE < x.size else 1  # max is slow on short rows, so
+    tops = x.reshape(G, N // side, side * R).max(1).reshape(G, side, R) if side > 1 else x  # of `side` keys
     top = tops.max(1, keepdims=True, initial=np.finfo(x.dtype).min)  # finite, as -inf - -inf is NaN
     p = np.exp(np.subtract(x, top, out=x), out=x)
     total = np.ones((1, N), x.dtype) @ p  # [G, 1, R], several times as fast as p.sum(1)
     out = p.swapaxes(1, 2) @ values / np.where(total == 0, 1, total).swapaxes(1, 2)  # [G, R, Dv]         (3)
     out = out.reshape(G, T, H // G, v.shape[2]).swapaxes(0, 1).reshape(T, H, v.shape[2])
     lse = (top + np.log(total)).reshape(G, T, H // G).swapaxes(0, 1).reshape(T, H)
-    if seen is not None and not np.isfinite(out).all():  # 0 * NaN is NaN: only who sees it may touch it
+    if seen is not None and not np.isfinite(out).all():  # 0 * NaN is NaN: then each query over its keys alone
         for t, own in enumerate(seen.T):
             out[t], lse[t] = (x[0] for x in attend(q[t : t + 1], k[own], v[own]))
     return out, lse
 
 
 def over_tiles(work, q, lo, hi, longest=16):
-    """work(slice) -> out, lse of q [T, H, D], for keys lo..hi in tiles, with any threads the same, merged."""
+    """Merge out, lse = work(slice) over tiles of keys lo..hi, which depend on q [T, H, D], not on threads."""
     step = KEY_TILE * max(1, min(longest, 2**20 // max(1, len(q) * q.shape[1]) // KEY_TILE))  # 2**20 logits
     tiles = [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)]
-    return functools.reduce(lambda done, part: merge_attention(*zip(done, part)), spread(work, tiles))
+    return functools.reduce(lambda done, more: merge_attention(*zip(done, more)), spread(work, tiles))
 
 
 @np.errstate(all="ignore")
 def merge_attention(outs, lses):
-    """Attention over the union of disjoint key sets, out of the attention over each, computed without sink.
+    """Attention over the union of disjoint key sets, from the attention over each, computed without sink.
 
     outs of [..., T, H, Dv], lses of [..., T, H], in lists or stacked on axis 0 -> out, in the first's dtype,
     and lse. With L = logsumexp(lses): out = sum_i exp(lse_i - L) out_i. The empty set is (0, -inf).
@@ -276,7 +276,7 @@ def merge_attention(outs, lses):
     (3.0, 3.0)
     """
     outs, lses = [*outs], [*lses]
-    expect(len(outs) == len(lses) > 0, "the number of outs", len(outs), f"1 or more, as of lses: {len(lses)}")
+    expect(len(outs) == len(lses) > 0, "the number of outs", len(outs), f"that of lses, {len(lses)}, above 0")
     checked = {f"outs[{i}]": (out, "... T H Dv") for i, out in enumerate(outs)}
     dims(**checked, **{f"lses[{i}]": (lse, "... T H") for i, lse in enumerate(lses)})
     dtype = accumulator(*outs, *lses)
@@ -289,7 +289,7 @@ def merge_attention(outs, lses):
 
 @np.errstate(all="ignore")
 def apply_sink(out, lse, sink):
-    """Give the sink [H], a learned logit z per head without a value, its share: out / (1 + exp(z - lse)).
+    """Scale out for a sink [H], a learned logit z per head that has no value: out / (1 + exp(z - lse)).
 
     out [..., T, H, Dv], lse [..., T, H] -> out. Once, after any merge; lse does not include it. z = -inf has
     no effect, z = +inf gives 0.
@@ -299,15 +299,15 @@ def apply_sink(out, lse, sink):
     """
     dims(out=(out, "... T H Dv"), lse=(lse, "... T H"), sink=(sink, "H"))
     dtype = accumulator(out, lse, sink)
-    z = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)  # of no key out stays 0
-    return (out / (1 + np.exp(z))[..., None]).astype(out.dtype.type, copy=False)
+    x = sink.astype(dtype) - np.maximum(lse, np.finfo(dtype).min, dtype=dtype)  # z - lse; -inf - -inf is NaN
+    return (out / (1 + np.exp(x))[..., None]).astype(out.dtype.type, copy=False)
 
 
 # 4. Windows and batches: which keys a query may see -------------------------------------------------------
 
 
 def padded_window(lengths, num_queries):
-    """Causal windows of a right-padded batch: lengths [B] -> k_start, k_end [B, T]; padding sees nothing.
+    """Causal windows of a right-padded batch, S = T: lengths [B] -> k_start, k_end [B, T]; padding sees none.
 
     >>> padded_window(np.array([3, 1]), 3)[1].tolist()
     [[1, 2, 3], [1, 0, 0]]
@@ -348,25 +348,25 @@ def pad_batch(sequences, multiple=64, name="sequences"):
 
 
 def causal_end(start, lengths, num_queries):
-    """k_end [B, T] of sequences with lengths[b] new tokens behind start[b] others; padding sees nothing."""
+    """k_end [B, T] where lengths[b] new tokens follow start[b] older ones; padding sees nothing."""
     return np.where((t := np.arange(num_queries)) < lengths[:, None], start[:, None] + t + 1, 0)
 
 
 def every_key(windows, width):
-    """The indices of all keys in windows [..., T], of at most `width` -> [..., T, width] int32."""
+    """All keys of windows [..., T], none longer than `width`, then -1 -> [..., T, width] int32."""
     start, end = (w[..., None].astype(np.int32) for w in windows)
     keys = start + library("k_start", start).arange(width, dtype=np.int32)
     return np.where(keys < end, keys, -1).astype(np.int32, copy=False)
 
 
 def span(start, end):
-    """The range of keys that a block of windows touches; (0, 0) if they are all empty."""
+    """(first, end) of the keys that a block of windows touches; (0, 0) if they are all empty."""
     seen = start < end
     return (int(start[seen].min()), int(end[seen].max())) if seen.any() else (0, 0)
 
 
 def hidden(scores, start, end):
-    """scores [T, N] themselves, -inf from now on outside the windows [T]."""
+    """scores [T, N], set to -inf outside the windows [T], in place. A window may be empty anywhere."""
     for row, lo, hi in zip(scores, np.maximum(start, 0).tolist(), np.maximum(end, start).tolist()):
         row[:lo] = row[max(0, hi) :] = -np.inf
     return scores
@@ -375,8 +375,8 @@ def hidden(scores, start, end):
 # 5. All of DSA: configure, select, attend -----------------------------------------------------------------
 
 SELECTION_RATIOS = {"aggressive": 0.01, "balanced": 0.03, "conservative": 0.05, "safe": 0.10}
-PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer: what index_q and index_k are rounded by
-SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, index_k, weights, ..., **options) -> indices
+PRECISIONS: dict[str, Any] = {"fp32": lambda x: x}  # of the indexer: how index_q and index_k are rounded
+SELECTORS: dict[str, Any] = {}  # select(q, k, top_k, *, index_q, ..., **options) -> indices; not "lightning"
 DSA_AXES = axes_of(f"{ATTENTION}, index_q [..., T, J, E], index_k [..., S, E], weights [..., T, J]")
 
 
@@ -435,7 +435,7 @@ class DSAConfig:
             top_k = float(self.sparse_ratio) * integer("num_keys", num_keys, 0, ValueError)
         if self.progressive_sparsity and n_layers > 1:
             top_k *= 2 ** (1 - 2 * layer / (n_layers - 1))
-        return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)
+        return max(math.ceil(round(top_k, 9)), self.local_window + self.num_sink_tokens, 1)  # 0.07 * 100 > 7
 
     def quota_at(self, layer, n_layers, num_keys):
         """The arguments of select_topk for that many keys, and whether these are so few that all are kept."""
@@ -444,7 +444,7 @@ class DSAConfig:
         return {"top_k": top_k, **forced}, num_keys <= (top_k if few is None else few)
 
     def selector(self):
-        """The name in SELECTORS."""
+        """The name in SELECTORS, or "lightning"."""
         return self.pattern if self.strategy == "fixed" else self.global_selection
 
 
@@ -485,7 +485,7 @@ def dsa_attention(
         return (*sparse_attention(*main, indices, **kwargs), indices)
 
     def attend_to_cache():
-        read = cache.stored if config.selector() == "lightning" else cache.read  # lightning looks at no k
+        read = cache.stored if config.selector() == "lightning" else cache.read  # that needs only k's shape
         keys = {"k": read("k"), "index_k": cache.read("index_k")}
         indices, _ = choose({**arrays, **keys}, cache.window(n["T"], lengths), cache.lengths)
         return (*cache.attend(arrays["q"], indices, **kwargs), indices)
@@ -509,7 +509,7 @@ def dsa_dims(arrays, options, windows, cache, lengths):
 
 
 def choose_keys(config, layer, options, arrays, windows, lengths):
-    """The indices that config chooses, by each sequence's own S where S counts, and if these are all keys."""
+    """The indices that config chooses, by each sequence's own S if it matters, and if that is all keys."""
     arrays = {name: x for name, x in arrays.items() if x is not None and name != "v"}
     if lengths is not None and lengths.size and (config.sparse_ratio or config.fallback_dense_threshold):
         each = []
@@ -536,7 +536,7 @@ def choose_keys(config, layer, options, arrays, windows, lengths):
 # 6. The cache ---------------------------------------------------------------------------------------------
 
 ATTENDED = axes_of("q [B, T, H, D], indices [B, T, K] int, sink [H]")  # what a cache attends with
-STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # others: of a codec
+STORAGES: dict[str, Any] = dict.fromkeys(("float64", "float32", "float16", "bfloat16"))  # None: as they are
 
 
 class KVCache:
@@ -618,7 +618,7 @@ class KVCache:
         self._set_lengths(self._lengths + new)
 
     def append_then(self, work, *, lengths=None, **tokens):
-        """append, and work() -> what that returns; if either raises, the cache is as it was."""
+        """append, then return work(); if either raises, the cache is as it was."""
         before = self.lengths
         try:
             self.append(lengths=lengths, **tokens)
@@ -667,7 +667,7 @@ class KVCache:
     def __exit__(self, *error):
         self.close()
 
-    def _set_lengths(self, lengths):  # from here on what a cache of codes, or in two tiers, does otherwise
+    def _set_lengths(self, lengths):  # this and what follows, a cache of codes or of two tiers overrides
         self._lengths = lengths
 
     def _attend(self, q, indices, kwargs):
@@ -708,7 +708,7 @@ def library(name, x, others=None):
 
 
 def dims(xp=None, **arrays):
-    """sizes of q=(q, "... T H D"), ...; behind the axes may stand a dtype."""
+    """sizes, called as dims(q=(q, "... T H D"), ...); a dtype may follow the axes."""
     declared = {name: (tuple(axes.split()), *(word or [""])) for name, (_, axes, *word) in arrays.items()}
     return sizes(declared, {name: x for name, (x, *_) in arrays.items()}, (), xp)
 
@@ -723,7 +723,7 @@ def sizes(declared, given, optional, xp=None):
         fits = x.dtype.kind in "iu" if word == "int" else x.dtype.type.__name__ in allowed
         expect(fits, name, f"of dtype {x.dtype}", " or ".join(allowed), TypeError)
         if axes[0] == "..." and (batch := len(shape) - len(axes) + 1) >= 0:
-            shape = shape[:batch], *shape[batch:]
+            shape = shape[:batch], *shape[batch:]  # the batch shape is one entry
         expect(len(shape) == len(axes), name, f"of shape {x.shape}", f"axes [{', '.join(axes)}]")
         for axis, size in zip(axes, shape):
             if n.setdefault(axis, size) != size:
@@ -752,13 +752,13 @@ def integer(name, x, least, error=TypeError):
 
 
 def check_lengths(lengths, batch=None, most=None, name="lengths"):
-    """lengths as int64 [B], each at least 0 and at most `most`, a number or [B]; None in a batch: `most`."""
+    """lengths as int64 [B], each from 0 to `most`, a number or [B]; None, if batch is given: all `most`."""
     if lengths is None and batch is not None:
         return np.full(batch, most)
     lengths = np.asarray(lengths)
     B = dims(**{name: (lengths, "B", "int")})["B"]
     fits = batch in (None, B) and (lengths >= 0).all() and (most is None or (lengths <= most).all())
-    expect(fits, name, lengths.tolist(), f"{B if batch is None else batch} from 0 to {most}")
+    expect(fits, name, lengths.tolist(), f"{B if batch is None else batch} numbers from 0 to {most}")
     return lengths.astype(np.int64)
 
 
@@ -769,7 +769,7 @@ def check_keys(name, indices, S):
 
 
 def windows_of(n, k_start, k_end):
-    """k_start and k_end as integers [..., T], clipped to the real keys; of another library None stays."""
+    """k_start and k_end as integers [..., T], clipped to the real keys; None stays None but in NumPy."""
     xp, shape, windows = n["xp"], (*n["..."], n["T"]), []
     for name, w in (("k_start", k_start), ("k_end", k_end)):
         if w is not None:
@@ -784,14 +784,14 @@ def windows_of(n, k_start, k_end):
 
 
 def filled(n, windows):
-    """Windows of which None is the causal default, of queries that are the last T of S tokens, as arrays."""
+    """Windows as arrays; None becomes the causal default, in which the queries are the last T of S tokens."""
     end = np.maximum(np.arange(n["S"] - n["T"] + 1, n["S"] + 1), 0)
     whole = (np.broadcast_to(w, (*n["..."], n["T"])) for w in (0 * end, end))
     return [n["xp"].asarray(causal) if w is None else w for w, causal in zip(windows, whole)]
 
 
 def check_options(n, given):
-    """What a stage's options say, by their names: d_v, scale, top_k, windows, indices, out_dtype."""
+    """Check options by name (d_v, scale, top_k, windows, indices, out_dtype); fill in given and n."""
     if "d_v" in given:
         tied, d_v = given["v"] is None, given["d_v"]
         expect(tied != (d_v is None), "d_v", d_v, "a number if v is None, else None")
@@ -812,7 +812,7 @@ def check_options(n, given):
         n["K"] = min(top_k, n["S"])
     if "k_start" in given and (n["xp"] is np or given["k_start"] is not None or given["k_end"] is not None):
         alone = given.get("indices") is not None or ("scores" in given and given["k_start"] is None)
-        if alone and given["k_end"] is None:  # then all are visible
+        if alone and given["k_end"] is None:  # the keys are chosen already, or scores say it: all are visible
             given["k_end"] = n["xp"].full(n["T"], n["S"])
         given["k_start"], given["k_end"] = windows_of(n, given["k_start"], given["k_end"])
     if given.get("indices") is not None:
@@ -837,7 +837,7 @@ def set_num_threads(n):
 
 
 def get_num_threads():
-    """How many threads work: by default 1 beside BLAS's, or one per CPU where threadpoolctl holds these."""
+    """How many threads work: by default 1 beside BLAS's own, or one per CPU if threadpoolctl holds BLAS."""
     return THREADS[0] or (BLAS["threads"]() if BLAS else 1)
 
 
@@ -848,7 +848,7 @@ def on_one_blas_thread(work):
 
 
 def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
-    """Call a stage's block for all queries -> its results; what more it returns of b: take((b, more))."""
+    """Run block on all blocks of queries -> the whole results; what it returns besides: take((b, more))."""
     cut = {x: axes[1] == "T" for x, (axes, _) in arrays.items() if axes[0] == "..." and given[x] is not None}
     sums, whole = accumulator(*(given[x] for x in cut)), []
     cut |= {x: True for x in ("k_start", "k_end") if x in given}
@@ -877,7 +877,7 @@ def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
 
 
 def blocks(n, most=64):
-    """Every (b, slice of queries), so few queries that a block's products and rows of scores stay small."""
+    """Every (b, slice of queries), sized so that a block's products and rows of scores stay small."""
     T, (J, H, G) = n["T"], (n.get(axis) or 1 for axis in "JHG")
     width = H * KEY_TILE if "H" in n else n.get("S") or 1  # attention holds tiles, the others whole rows
     step = max(1, min(most, KEY_TILE // max(J, H // G), 2**22 // width))
