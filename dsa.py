@@ -258,7 +258,7 @@ def attend(q, k, v, seen=None):
 
 def over_tiles(work, q, lo, hi, longest=16):
     """Merge out, lse = work(slice) over tiles of keys lo..hi, which depend on q [T, H, D], not on threads."""
-    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, len(q) * q.shape[1]) // KEY_TILE))  # 2**20 logits
+    step = KEY_TILE * max(1, min(longest, 2**20 // max(1, len(q) * q.shape[1]) // KEY_TILE))  # or one tile
     tiles = [slice(s, min(s + step, hi)) for s in range(lo, max(hi, lo + 1), step)]
     return functools.reduce(lambda done, more: merge_attention(*zip(done, more)), spread(work, tiles))
 
@@ -821,7 +821,7 @@ def check_options(n, given):
         given["out_dtype"] = given["q"].dtype
     elif "out_dtype" in given:
         own = [given["q"].dtype, accumulator(*(given[x] for x in "qkv" if given[x] is not None))]
-        expect((x := given["out_dtype"]) in own, "out_dtype", x, f"q's, {own[0]}, or {own[1]}", TypeError)
+        expect((x := given["out_dtype"]) in own, "out_dtype", x, f"q's dtype or {own[1]}", TypeError)
         given["out_dtype"] = own[own.index(x)]
 
 
@@ -872,14 +872,14 @@ def in_blocks(block, arrays, results, n, given, most, take=lambda more: None):
 
     few = n.get("K", 2e9) <= KEY_TILE and "lse" in results and n["K"] * n["D"] * (n["H"] + 4 * n["G"]) < 2**19
     run = map if few else spread  # a query of few keys is so little work that threads wait for Python's lock
-    on_one_blas_thread(lambda: [take(more) for more in run(work, blocks(n, most))])
+    on_one_blas_thread(lambda: list(map(take, run(work, blocks(n, most)))))  # no frame that an error keeps
     return tuple(whole) if len(whole) > 1 else whole[0]
 
 
 def blocks(n, most=64):
     """Every (b, slice of queries), sized so that a block's products and rows of scores stay small."""
     T, (J, H, G) = n["T"], (n.get(axis) or 1 for axis in "JHG")
-    width = H * KEY_TILE if "H" in n else n.get("S") or 1  # attention holds tiles, the others whole rows
+    width = 2 * H * KEY_TILE if "H" in n else n.get("S") or 1  # attention holds tiles, others whole rows
     step = max(1, min(most, KEY_TILE // max(J, H // G), 2**22 // width))
     return [(b, slice(t, min(t + step, T))) for b in np.ndindex(*n["..."]) for t in range(0, T, step)]
 
@@ -2196,7 +2196,8 @@ def with_sums(block, arrays, results, n, given, most):
     """
     by_query = {x: kind for x, kind in results.items() if "T" in kind[0]}
     like = [given[word] for x, (_, word) in results.items() if x not in by_query]
-    dtype = accumulator(*(x for x in map(given.get, arrays) if x is not None))
+    whole = (given[x] for x, (axes, _) in arrays.items() if axes[0] == "...")  # not the sink
+    dtype = accumulator(*(x for x in whole if x is not None))
     sums: list[Any] = [None if x is None else np.zeros(x.shape, dtype) for x in like]
 
     def add(more):
